@@ -1,0 +1,26 @@
+# make demo        make the environment, then train and judge a model on drawn slides (OUT=DIR: elsewhere)
+# make test        make the environment if needed, then run all tests
+# make env         make the environment alone: .venv, from requirements.txt
+# make lint types  the checks besides the tests
+
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+OUT ?= demo
+RUN := .venv/bin/python
+
+.PHONY: env demo test lint types
+
+env:
+	@$(PYTHON) tools/make_env.py
+
+demo: env
+	@$(RUN) tools/demo.py --out "$(OUT)"
+
+test: env
+	@$(RUN) -m pytest
+
+lint: env
+	@$(RUN) -m ruff check
+	@$(RUN) -m ruff format --check
+
+types: env
+	@$(RUN) -m pyright

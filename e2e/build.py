@@ -1,0 +1,196 @@
+"""From settings to parts: the one place where a section becomes the objects it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import e2e.encoders
+import e2e.heads
+import e2e.tasks  # noqa: F401  (each import registers its plug-ins)
+from e2e.config import BagSettings, Columns, Data, Optim, Plugin, Select, Settings
+from e2e.data.augment import Augment
+from e2e.data.cohort import Problem, Slide, match_stores, read_table, write_problems
+from e2e.data.loader import LabelledSlide, label_slides
+from e2e.data.splits import check_splits, cut
+from e2e.data.store import PatchStore
+from e2e.encoders.base import ENCODERS
+from e2e.errors import UserError, listing
+from e2e.heads.base import HEADS
+from e2e.model import MILModel
+from e2e.parallel import autocast_dtype
+from e2e.tasks.base import TASKS, Task
+from e2e.trainer import Schedule
+
+REGISTRIES = {"encoder": ENCODERS, "head": HEADS, "task": TASKS}
+
+
+def build_task(plugin: Plugin) -> Task:
+    """The task of the settings."""
+    return TASKS.build(plugin.name, **plugin.options)
+
+
+def build_model(settings: Settings, task: Task, device: torch.device, *, trained: bool) -> MILModel:
+    """Encoder and head, initialised from the run's seed.
+
+    Args:
+        trained: weights will be loaded from a checkpoint, so none are fetched for the encoder.
+    """
+    engine = settings.engine
+    options = dict(settings.encoder.options)
+    pretrained = bool(options.get("pretrained") or options.get("weights"))
+    if trained:
+        options |= {k: v for k, v in (("pretrained", False), ("weights", None)) if k in options}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(settings.run.seed)
+        encoder = ENCODERS.build(settings.encoder.name, **options)
+        head = HEADS.build(
+            settings.head.name, encoder.dim, task.num_outputs, **settings.head.options
+        )
+    policy = engine.batch_norm
+    if policy == "auto":
+        policy = "frozen" if pretrained else "chunk"
+    model = MILModel(
+        encoder,
+        head,
+        chunk=engine.chunk,
+        batch_norm=policy,
+        train_encoder=settings.optim.train_encoder,
+        autocast=autocast_dtype(engine.precision, device),
+    )
+    return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def build_augment(bag: BagSettings) -> Augment:
+    """The training view of a patch."""
+    return Augment(flip=bag.flip, crop=bag.crop, size=bag.size)
+
+
+def build_schedule(optim: Optim, select: Select, save_every: int) -> Schedule:
+    """What the trainer needs of the settings."""
+    judged = select.weights
+    if judged == "auto":
+        judged = "ema" if optim.ema else "model"
+    if judged == "ema" and not optim.ema:
+        raise UserError("select.weights=ema needs optim.ema over 0")
+    return Schedule(
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        epochs=optim.epochs,
+        warmup_epochs=optim.warmup_epochs,
+        clip=optim.clip,
+        ema=optim.ema,
+        validate_every=select.every,
+        patience=select.patience,
+        min_epochs=select.min_epochs,
+        judged=judged,
+        save_every=save_every,
+    )
+
+
+def load_cohort(
+    data: Data, task: Task, *, name: str, seed: int, problems_file: Path | None
+) -> tuple[list[LabelledSlide], list[Problem]]:
+    """The cohort's slides, checked, split and matched with their patches.
+
+    Args:
+        problems_file: where the whole list of unusable rows goes; None on ranks that do not lead.
+
+    Returns:
+        The slides, and what was left out under ``data.unmatched=drop``.
+
+    Raises:
+        UserError: data are missing, a row is unusable, or the splits are not honest.
+    """
+    require_files(data, name, task.columns)
+    columns = data.columns
+    slides, problems = read_table(
+        data.labels,
+        columns={"slide": columns.slide, "case": columns.case, "split": columns.split},
+        targets=task.columns,
+        split_names=data.splits,
+        slide_suffix=data.slide_suffix,
+    )
+    known, unknown = _with_known_labels(slides, task)
+    stores, unmatched = match_stores(known, [PatchStore(path) for path in data.stores])
+    problems += [*unknown, *unmatched]
+    if problems and problems_file is not None:
+        write_problems(problems, problems_file)
+    if problems and data.unmatched == "error":
+        where = f"  all of them: {problems_file}\n" if problems_file else ""
+        raise UserError(
+            f"{data.labels} and the stores of cohort '{name}' do not agree in {len(problems)} place(s)\n"
+            f"{listing(problems)}\n{where}"
+            "  mend the table or pack the slides, or set data.unmatched=drop to go on without them"
+        )
+    kept = [slide for slide in known if slide.id in stores]
+    for split in ("test", "val"):
+        share = getattr(data.cut, split)
+        if share:
+            kept = cut(kept, split, share, by=task.columns[0], seed=seed)
+    check_splits(kept)
+    return label_slides(kept, stores, task.encode), problems
+
+
+def require_files(data: Data, name: str, targets: Sequence[str]) -> None:
+    """UserError that says what the cohort needs, where it goes, and how it is made."""
+    needed = [("label table", data.labels), *(("patch store", store) for store in data.stores)]
+    if not data.labels or not data.stores:
+        raise UserError(f"cohort '{name}' needs data.labels=FILE.csv and data.stores=[FILE.lmdb]")
+    missing = [(kind, path) for kind, path in needed if not Path(path).is_file()]
+    if not missing:
+        return
+    lines = [f"the data of cohort '{name}' are not here"]
+    lines += [f"  {kind}: {path} is missing" for kind, path in missing]
+    if data.source:
+        lines.append(f"  source: {data.source}")
+    if any(kind == "label table" for kind, _ in missing):
+        lines.append(
+            f"  put the label table at {data.labels} (columns {', '.join(_columns(data.columns, targets))}),"
+            " or set data.labels=FILE.csv"
+        )
+    for kind, path in missing:
+        if kind == "patch store":
+            lines.append(
+                f"  make the store: python tools/pack_lmdb.py --slides SLIDES --out {path} {data.pack}"
+            )
+    lines.append("  without slides of your own: make demo")
+    raise UserError("\n".join(lines))
+
+
+def write_cohort(items: Sequence[LabelledSlide], problems: Sequence[Problem], path: Path) -> None:
+    """cohort.csv of a run: each slide that takes part, and each that was left out, with the reason."""
+    rows = [
+        {
+            "slide": item.slide.id,
+            "case": item.slide.case,
+            "split": item.slide.split,
+            **item.slide.target,
+            "patches": item.store.count(item.slide.id),
+            "store": str(item.store.path),
+            "left_out": "",
+        }
+        for item in items
+    ]
+    rows += [{"slide": p.slide, "left_out": f"{p.problem} ({p.where})"} for p in problems]
+    pd.DataFrame(rows).to_csv(path, index=False)
+
+
+def _with_known_labels(slides: Sequence[Slide], task: Task) -> tuple[list[Slide], list[Problem]]:
+    known, problems = [], []
+    for slide in slides:
+        try:
+            task.encode(slide.target)
+        except UserError as error:
+            problems.append(Problem(slide.id, "label table", str(error)))
+        else:
+            known.append(slide)
+    return known, problems
+
+
+def _columns(columns: Columns, targets: Sequence[str]) -> list[str]:
+    named = [columns.case, columns.slide, columns.split, *targets]
+    return [name for name in named if name]

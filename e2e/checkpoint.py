@@ -1,0 +1,109 @@
+"""Checkpoints: one safetensors file each, written whole or not at all; no pickle.
+
+Tensors are named ``model.*``, ``ema.*`` and ``optimizer.<parameter>.<slot>``; counters and scores
+are JSON in the file's metadata. Weights, average and counters are free of the strategy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from e2e.errors import DamagedDataError, UserError, listing
+
+Tensors = dict[str, Tensor]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file has its old content or the new one, whatever happens in between.
+
+    Raises:
+        UserError: the disk is full or not writable. The old file is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        kept = "the one before it is kept" if path.exists() else "nothing was lost"
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; {kept}\n"
+            "  free disk space and go on with --resume"
+        ) from error
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write ``tensors`` and ``state`` (JSON values)."""
+    packed = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_atomically(path, save(packed, {"state": json.dumps(state)}))
+
+
+def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    """What :func:`save_checkpoint` wrote; DamagedDataError when the file is not whole."""
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads((file.metadata() or {})["state"])
+            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise DamagedDataError(f"{path} is no checkpoint of this program: {error}") from error
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
+    """Names with ``prefix.`` before them."""
+    return {f"{prefix}.{name}": value for name, value in tensors.items()}
+
+
+def part(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
+    """The tensors under ``prefix.``, without it."""
+    start = f"{prefix}."
+    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Load a whole state dict; UserError naming what does not fit."""
+    wanted = model.state_dict()
+    faults = [f"missing: {k}" for k in wanted.keys() - weights.keys()]
+    faults += [f"unknown: {k}" for k in weights.keys() - wanted.keys()]
+    faults += [
+        f"{k}: {tuple(weights[k].shape)} in the file, {tuple(wanted[k].shape)} in the model"
+        for k in wanted.keys() & weights.keys()
+        if weights[k].shape != wanted[k].shape
+    ]
+    if faults:
+        raise UserError(f"{source} does not fit the model\n{listing(sorted(faults))}")
+    model.load_state_dict(dict(weights))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> Tensors:
+    """The optimiser's state by parameter name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[id(parameter)]}.{slot}": value
+        for parameter, slots in optimizer.state.items()
+        for slot, value in slots.items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Tensors) -> None:
+    """Put back what :func:`optimizer_tensors` gave."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, slot = key.rsplit(".", 1)
+        parameter = parameters[name]
+        # AdamW keeps its step counter on the CPU, its moments beside the parameter.
+        place = value if slot == "step" else value.to(parameter.device)
+        optimizer.state[parameter][slot] = place

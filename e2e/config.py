@@ -1,0 +1,459 @@
+"""Typed settings: dataclass defaults <- YAML layers <- ``section.key=value``. Owns argv.
+
+A plug-in's section (encoder, head, task) is typed by its constructor: the keyword-only arguments
+are the keys. A wrong key, type or value is an error that names the dotted path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import omegaconf
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from e2e.errors import UserError
+from e2e.registry import Registry, suggest
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with its one-line description, which ``--help`` prints."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def _check(ok: bool, path: str, found: object, need: str) -> None:
+    if not ok:
+        raise UserError(f"setting {path} must be {need}, found {found!r}")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The label table's own names for what every cohort has."""
+
+    slide: str = setting("slide", "column of the slide id")
+    case: str | None = setting("case", "column of the case (patient); null: each slide is a case")
+    split: str | None = setting("split", "column of the split; null: see data.cut")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Splits cut from the training cases where the table has none."""
+
+    val: float = setting(0.0, "share of the training cases for validation")
+    test: float = setting(0.0, "share of the training cases for the test")
+
+    def __post_init__(self) -> None:
+        for name in ("val", "test"):
+            share = getattr(self, name)
+            _check(0 <= share < 1, f"data.cut.{name}", share, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The cohort: its table and stores."""
+
+    labels: str = setting("", "label table, .csv or .tsv")
+    stores: list[str] = setting([], "patch stores that hold the slides")
+    columns: Columns = field(default_factory=Columns)
+    splits: dict[str, str] = setting(
+        {"train": "train", "val": "val", "test": "test"}, "the table's word -> train, val or test"
+    )
+    cut: Cut = field(default_factory=Cut)
+    slide_suffix: str = setting("", "taken off the end of the table's slide ids")
+    unmatched: str = setting("error", "slides on one side only, bad rows: error, or drop and list")
+    decoder: str = setting("auto", "JPEG decoder")
+    source: str = setting("", "where the slides and labels come from (text, for messages)")
+    pack: str = setting("", "options of tools/pack_lmdb.py for this cohort (text, for messages)")
+
+    def __post_init__(self) -> None:
+        _check(
+            self.unmatched in ("error", "drop"), "data.unmatched", self.unmatched, "error or drop"
+        )
+        for word in self.splits.values():
+            _check(word in ("train", "val", "test"), "data.splits", word, "train, val or test")
+
+
+@dataclass(frozen=True)
+class BagSettings:
+    """Which patches stand for a slide in training, and how they are varied."""
+
+    patches: int | None = setting(512, "random patches a bag in training; null: all")
+    size: int | None = setting(None, "side in pixels the encoder sees; null: as stored")
+    flip: bool = setting(True, "mirror and turn each patch by right angles")
+    crop: float = setting(1.0, "least area of a random resized crop; 1: none")
+
+    def __post_init__(self) -> None:
+        _check(
+            self.patches is None or self.patches > 0, "bag.patches", self.patches, "over 0 or null"
+        )
+        _check(self.size is None or self.size > 0, "bag.size", self.size, "over 0 or null")
+        _check(0 < self.crop <= 1, "bag.crop", self.crop, "in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW with a cosine schedule, one step an update."""
+
+    lr: float = setting(2e-4, "peak learning rate")
+    weight_decay: float = setting(1e-5, "decoupled; matrices and kernels only")
+    bags: int = setting(8, "slides an update, over all ranks")
+    epochs: int = setting(100, "passes over the training slides")
+    warmup_epochs: float = setting(0.0, "linear warm-up, counted in updates")
+    clip: float | None = setting(1.0, "largest norm of all gradients; null: none")
+    ema: float = setting(0.9997, "decay of the averaged weights (it warms up); 0: none")
+    train_encoder: bool = setting(True, "false leaves the encoder as it is")
+
+    def __post_init__(self) -> None:
+        _check(self.lr > 0, "optim.lr", self.lr, "over 0")
+        _check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "at least 0")
+        _check(self.bags > 0, "optim.bags", self.bags, "at least 1")
+        _check(self.epochs > 0, "optim.epochs", self.epochs, "at least 1")
+        _check(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "at least 0")
+        _check(self.clip is None or self.clip > 0, "optim.clip", self.clip, "over 0 or null")
+        _check(0 <= self.ema < 1, "optim.ema", self.ema, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a bag goes through the encoder."""
+
+    chunk: int = setting(256, "patches encoded at once")
+    batch_norm: str = setting("auto", "frozen | chunk; auto: frozen with pretrained weights")
+    precision: str = setting("auto", "fp32 | bf16; auto: bf16 on a GPU that has it")
+    device: str = setting("auto", "cpu | cuda; auto: the GPU if there is one")
+
+    def __post_init__(self) -> None:
+        _check(self.chunk > 0, "engine.chunk", self.chunk, "at least 1")
+        if self.batch_norm == "sync":
+            raise UserError(
+                "engine.batch_norm=sync (statistics of a whole batch) cannot be had chunk by chunk\n"
+                "  use chunk (statistics of each chunk) or frozen (running statistics)"
+            )
+        for name, known in (
+            ("batch_norm", ("auto", "frozen", "chunk")),
+            ("precision", ("auto", "fp32", "bf16")),
+        ):
+            _check(
+                getattr(self, name) in known,
+                f"engine.{name}",
+                getattr(self, name),
+                " or ".join(known),
+            )
+
+
+@dataclass(frozen=True)
+class Select:
+    """Which epoch is kept; decided on the validation split alone."""
+
+    every: int = setting(1, "validate every so many epochs (and after the last)")
+    patience: int | None = setting(None, "stop after so many validations without a better one")
+    min_epochs: int = setting(0, "never stop before this epoch")
+    weights: str = setting("auto", "model | ema: which is judged; auto: ema where there is one")
+
+    def __post_init__(self) -> None:
+        _check(self.every > 0, "select.every", self.every, "at least 1")
+        _check(
+            self.patience is None or self.patience > 0,
+            "select.patience",
+            self.patience,
+            "over 0 or null",
+        )
+        known = ("auto", "model", "ema")
+        _check(self.weights in known, "select.weights", self.weights, " or ".join(known))
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run itself."""
+
+    out: str = setting("", "run folder; empty: runs/<datasets>_<model>")
+    seed: int = setting(0, "of everything random")
+    save_every: int = setting(0, "also save every so many updates within an epoch; 0: no")
+    bootstrap: int = setting(1000, "resamples of the cases for the 95 % intervals")
+    heatmaps: int | None = setting(None, "draw at most so many test slides; null: all")
+    wandb: bool = setting(False, "send the metrics to Weights & Biases")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A registered name and its constructor's options."""
+
+    name: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run; each part is handed to the code that uses it."""
+
+    data: Data
+    bag: BagSettings
+    encoder: Plugin
+    head: Plugin
+    task: Plugin
+    optim: Optim
+    engine: Engine
+    select: Select
+    run: Run
+    names: dict[str, str]
+    """What was asked for: datasets and model."""
+
+
+PLAIN = {
+    "data": Data,
+    "bag": BagSettings,
+    "optim": Optim,
+    "engine": Engine,
+    "select": Select,
+    "run": Run,
+}
+Layer = tuple[str, dict[str, Any]]
+
+
+def train_parser(doc: str) -> argparse.ArgumentParser:
+    """The command line of ``launch/train.py``."""
+    parser = argparse.ArgumentParser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=settings_help(),
+    )
+    parser.add_argument("--datasets", help="a YAML of configs/datasets, or a path to one")
+    parser.add_argument("--model", help="a YAML of configs/models, or e2e_<encoder>_<head>")
+    parser.add_argument("-c", "--config", action="append", default=[], help="a further YAML layer")
+    parser.add_argument("--resume", metavar="RUN", help="go on with a stopped run")
+    parser.add_argument("--print-config", action="store_true", help="show the settings and end")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser
+
+
+def settings_help() -> str:
+    """Every setting with its default and meaning."""
+    lines = ["settings (section.key=value), besides the options of encoder, head and task:"]
+
+    def walk(path: str, cls: Any) -> None:
+        for item in dataclasses.fields(cls):
+            nested = item.default_factory
+            if nested is not MISSING and dataclasses.is_dataclass(nested):
+                walk(f"{path}.{item.name}", nested)
+                continue
+            value = item.default if nested is MISSING else nested()
+            shown = "null" if value is None else value
+            lines.append(f"  {path}.{item.name}={shown}  {item.metadata['help']}")
+
+    for section, cls in PLAIN.items():
+        walk(section, cls)
+    return "\n".join(lines)
+
+
+def load_settings(
+    *,
+    datasets: str,
+    model: str,
+    files: Sequence[str],
+    overrides: Sequence[str],
+    registries: Mapping[str, Registry[Any]],
+) -> Settings:
+    """Merge and check all layers.
+
+    Args:
+        datasets, model: names in configs/, or paths of YAML files.
+        files: further YAML files, later ones win.
+        overrides: ``section.key=value``, strongest of all.
+        registries: of the plug-in sections: encoder, head, task.
+    """
+    layers = [_layer_of("datasets", datasets), _model_layer(model)]
+    layers += [_read_yaml(Path(path)) for path in files]
+    layers += [_override_layer(text) for text in overrides]
+    return _build(layers, registries, {"datasets": datasets, "model": model})
+
+
+def saved_settings(
+    run: Path, overrides: Sequence[str], registries: Mapping[str, Registry[Any]]
+) -> Settings:
+    """The settings of a run folder, as :func:`dump_settings` wrote them, under ``overrides``."""
+    if not (run / "settings.yaml").is_file():
+        raise UserError(f"{run} is no run folder: it has no settings.yaml")
+    source, tree = _read_yaml(run / "settings.yaml")
+    names = tree.pop("names", None) or {}
+    return _build([(source, tree), *map(_override_layer, overrides)], registries, names)
+
+
+def settings_of(
+    args: argparse.Namespace, registries: Mapping[str, Registry[Any]]
+) -> tuple[Settings, Path]:
+    """The settings and run folder that the command line of ``launch/train.py`` asks for."""
+    if args.resume:
+        if args.datasets or args.model or args.config or args.overrides:
+            raise UserError(
+                "--resume goes on with the run's own settings; give nothing else with it\n"
+                "  to train with other settings, start another run"
+            )
+        return saved_settings(Path(args.resume), [], registries), Path(args.resume)
+    if not args.datasets or not args.model:
+        raise UserError(
+            "give --datasets and --model, such as --datasets panda --model e2e_r18_abmilx\n"
+            f"  datasets: {', '.join(sorted(p.stem for p in (CONFIGS / 'datasets').glob('*.yaml')))}"
+        )
+    settings = load_settings(
+        datasets=args.datasets,
+        model=args.model,
+        files=args.config,
+        overrides=args.overrides,
+        registries=registries,
+    )
+    names = "_".join(Path(name).stem for name in (args.datasets, args.model))
+    return settings, Path(settings.run.out or Path("runs") / names)
+
+
+def dump_settings(settings: Settings) -> str:
+    """The resolved settings as YAML; read back they are the same."""
+    tree: dict[str, Any] = {"names": settings.names}
+    for section in dataclasses.fields(settings):
+        value = getattr(settings, section.name)
+        if isinstance(value, Plugin):
+            tree[section.name] = {"name": value.name, **value.options}
+        elif section.name != "names":
+            tree[section.name] = dataclasses.asdict(value)
+    return OmegaConf.to_yaml(OmegaConf.create(tree))
+
+
+def _build(
+    layers: Sequence[Layer], registries: Mapping[str, Registry[Any]], names: dict[str, str]
+) -> Settings:
+    known = [*PLAIN, *registries]
+    plugins: dict[str, str] = {}
+    for section in registries:
+        name = _plugin_name(section, layers)
+        if name is None:
+            raise UserError(f"setting {section}.name is missing: no layer names the {section}")
+        plugins[section] = name
+    schema: dict[str, Any] = dict(PLAIN)
+    for section, registry in registries.items():
+        schema[section] = _option_schema(section, registry, plugins[section])
+    tree: Any = OmegaConf.create({s: OmegaConf.structured(c) for s, c in schema.items()})
+    for number, (source, layer) in enumerate(layers):
+        for section, values in layer.items():
+            if section not in known:
+                raise UserError(f"{source}: unknown section '{section}'{suggest(section, known)}")
+            if not isinstance(values, dict):
+                raise UserError(f"{source}: section '{section}' must hold keys, found {values!r}")
+            if section in plugins:
+                # Options given for another plug-in than the one named in the end go with it.
+                named = _plugin_name(section, layers[: number + 1])
+                if named not in (None, plugins[section]):
+                    continue
+            values = {k: v for k, v in values.items() if k != "name" or section not in plugins}
+            tree[section] = _merge(tree[section], values, schema[section], section, source)
+    try:
+        made: dict[str, Any] = {key: OmegaConf.to_object(tree[key]) for key in schema}
+    except MissingMandatoryValue as error:
+        raise UserError(f"setting {error.full_key} is missing, and has no default") from error
+    for section in registries:
+        made[section] = Plugin(plugins[section], dataclasses.asdict(made[section]))
+    return Settings(**made, names=names)
+
+
+def _merge(node: Any, values: dict[str, Any], schema: Any, path: str, source: str) -> Any:
+    _reject_unknown_keys(values, schema, path, source)
+    try:
+        return OmegaConf.merge(node, values)
+    except OmegaConfBaseException as error:
+        key = error.full_key or path
+        raise UserError(f"{source}: setting {key}: {str(error.msg).splitlines()[0]}") from error
+
+
+def _reject_unknown_keys(values: dict[str, Any], schema: Any, path: str, source: str) -> None:
+    fields = {item.name: item for item in dataclasses.fields(schema)}
+    for key, value in values.items():
+        if key not in fields:
+            raise UserError(f"{source}: unknown setting '{path}.{key}'{suggest(str(key), fields)}")
+        nested = fields[key].default_factory
+        if isinstance(value, dict) and dataclasses.is_dataclass(nested):
+            _reject_unknown_keys(value, nested, f"{path}.{key}", source)
+
+
+def _plugin_name(section: str, layers: Sequence[Layer]) -> str | None:
+    """The name that the last of ``layers`` to give one gives."""
+    for _, layer in reversed(layers):
+        values = layer.get(section)
+        if isinstance(values, dict) and values.get("name") is not None:
+            return str(values["name"])
+    return None
+
+
+def _option_schema(section: str, registry: Registry[Any], name: str) -> Any:
+    fields = []
+    for option, (kind, default) in registry.options(name).items():
+        if default is inspect.Parameter.empty:
+            fields.append((option, kind, field(default=omegaconf.MISSING)))
+        elif isinstance(default, (list, dict)):
+            fields.append((option, kind, field(default_factory=lambda d=default: type(d)(d))))
+        else:
+            fields.append((option, kind, field(default=default)))
+
+    return dataclasses.make_dataclass(f"{section}_{name}", fields)
+
+
+def _layer_of(kind: str, name: str) -> Layer:
+    folder = CONFIGS / kind
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.is_file():
+        known = [p.stem for p in folder.glob("*.yaml")]
+        raise UserError(
+            f"no {kind} '{name}'{suggest(name, known)}\n  or give the path of a YAML file"
+        )
+    return _read_yaml(path)
+
+
+def _model_layer(name: str) -> Layer:
+    """A YAML of configs/models, or the grammar ``e2e_<encoder>_<head>``."""
+    if name.endswith((".yaml", ".yml")) or (CONFIGS / "models" / f"{name}.yaml").is_file():
+        return _layer_of("models", name)
+    parts = split_model_name(name)
+    return f"--model {name}", {"encoder": {"name": parts[0]}, "head": {"name": parts[1]}}
+
+
+def split_model_name(name: str) -> tuple[str, str]:
+    """``e2e_r18_clam_sb`` -> (``r18``, ``clam_sb``): cut at the first two underscores."""
+    parts = name.split("_", 2)
+    if len(parts) != 3 or parts[0] != "e2e" or not all(parts):
+        known = [p.stem for p in (CONFIGS / "models").glob("*.yaml")]
+        raise UserError(
+            f"no model '{name}'{suggest(name, known)}\n  or e2e_<encoder>_<head>, such as e2e_r18_abmil"
+        )
+    return parts[1], parts[2]
+
+
+def _override_layer(text: str) -> Layer:
+    path, equals, _ = text.partition("=")
+    if not equals or "." not in path:
+        raise UserError(f"'{text}' is no setting; write section.key=value, such as optim.lr=1e-4")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"'{text}' cannot be read: {str(error).splitlines()[0]}") from error
+    assert isinstance(tree, dict)
+    return text, {str(key): value for key, value in tree.items()}
+
+
+def _read_yaml(path: Path) -> Layer:
+    if not path.is_file():
+        raise UserError(f"no settings file {path}")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no readable YAML: {str(error)[:300]}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold sections, found a {type(tree).__name__}")
+    return str(path), {str(key): value for key, value in tree.items()}

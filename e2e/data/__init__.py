@@ -1,0 +1,1 @@
+"""From slides and tables to bags: stores, cohorts, splits, sampling, decoding."""

@@ -1,0 +1,150 @@
+"""A cohort: a table of labelled slides, read by an explicit column map and checked row by row."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from e2e.data.store import PatchStore
+from e2e.errors import UserError, listing
+
+
+@dataclass(frozen=True)
+class Slide:
+    """One labelled slide. ``target`` holds the table's words for the task's columns."""
+
+    id: str
+    case: str
+    split: str
+    """train, val or test; empty when the table has no splits."""
+    target: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row of the table, or one slide of a store, that cannot be used as it is."""
+
+    slide: str
+    where: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.slide or '(no slide id)'}: {self.problem} ({self.where})"
+
+
+def read_table(
+    path: str | os.PathLike[str],
+    *,
+    columns: Mapping[str, str | None],
+    targets: Iterable[str],
+    split_names: Mapping[str, str],
+    slide_suffix: str = "",
+) -> tuple[list[Slide], list[Problem]]:
+    """Read a label table (.csv, .tsv); ids and values stay strings, matched exactly.
+
+    Args:
+        path: the table.
+        columns: our word -> the table's column, for ``case``, ``slide`` and ``split``; ``case``
+            None means every slide is a case of its own, ``split`` None that the table has none.
+        targets: the columns that the task reads.
+        split_names: the table's word -> train, val or test.
+        slide_suffix: taken off the end of each slide id, such as ``.pt`` or ``.svs``.
+
+    Returns:
+        The slides, and the rows that are duplicate, contradictory or incomplete.
+
+    Raises:
+        UserError: no such table, or a column is missing.
+    """
+    path = Path(path)
+    wanted = {role: column for role, column in columns.items() if column is not None}
+    table = _read_columns(path, [*wanted.values(), *targets])
+    slides: dict[str, Slide] = {}
+    problems: list[Problem] = []
+    for line, row in enumerate(table.to_dict("records"), start=2):
+        where = f"{path.name} line {line}"
+        slide_id = row[wanted["slide"]].removesuffix(slide_suffix)
+        slide = Slide(
+            id=slide_id,
+            case=row[wanted["case"]] if "case" in wanted else slide_id,
+            split=row[wanted["split"]] if "split" in wanted else "",
+            target={name: row[name] for name in targets},
+        )
+        fault = _row_fault(slide, split_names if "split" in wanted else None)
+        if fault:
+            problems.append(Problem(slide.id, where, fault))
+            continue
+        slide = replace(slide, split=split_names[slide.split] if "split" in wanted else "")
+        known = slides.setdefault(slide.id, slide)
+        if known is not slide:
+            kind = "duplicate row" if known == slide else "contradicts an earlier row"
+            problems.append(Problem(slide.id, where, kind))
+    return list(slides.values()), problems
+
+
+def match_stores(
+    slides: Sequence[Slide], stores: Sequence[PatchStore]
+) -> tuple[dict[str, PatchStore], list[Problem]]:
+    """Which store holds each slide; what lies on one side only, or in two stores, is listed."""
+    where: dict[str, PatchStore] = {}
+    problems: list[Problem] = []
+    for store in stores:
+        for slide in store.slides:
+            if slide in where:
+                problems.append(
+                    Problem(slide, store.path.name, f"is in {where[slide].path.name} too")
+                )
+            where.setdefault(slide, store)
+    named = {slide.id for slide in slides}
+    problems += [
+        Problem(slide.id, "label table", "no store has it")
+        for slide in slides
+        if slide.id not in where
+    ]
+    problems += [
+        Problem(slide, store.path.name, "the label table has no row for it")
+        for slide, store in where.items()
+        if slide not in named
+    ]
+    return {slide: store for slide, store in where.items() if slide in named}, problems
+
+
+def write_problems(problems: Sequence[Problem], path: Path) -> None:
+    """All of them as a table: slide, problem, where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [(p.slide, p.problem, p.where) for p in problems]
+    pd.DataFrame(rows, columns=["slide", "problem", "where"]).to_csv(path, index=False)
+
+
+def _row_fault(slide: Slide, split_names: Mapping[str, str] | None) -> str | None:
+    if not slide.id or not slide.case:
+        return "empty slide or case id"
+    if split_names is not None and slide.split not in split_names:
+        return f"split '{slide.split}' is none of {', '.join(split_names)}"
+    empty = [name for name, value in slide.target.items() if not value]
+    return f"no value for {', '.join(empty)}" if empty else None
+
+
+def _read_columns(path: Path, names: list[str]) -> pd.DataFrame:
+    if not path.is_file():
+        raise UserError(f"no label table at {path}\n  set data.labels=FILE.csv")
+    separator = "\t" if path.suffix in {".tsv", ".tab"} else ","
+    try:
+        table = pd.read_csv(
+            path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig"
+        )
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no readable table: {error}") from error
+    missing = sorted(set(names) - set(table.columns))
+    if missing:
+        raise UserError(
+            f"{path} lacks column(s) {', '.join(missing)}\n  it has: {', '.join(table.columns)}\n"
+            "  name the table's own columns with data.columns.case=, .slide=, .split= and the task's column"
+        )
+    if table.empty:
+        raise UserError(f"{path} has no rows\n{listing(table.columns)}")
+    return pd.DataFrame({name: table[name].str.strip() for name in names})

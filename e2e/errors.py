@@ -1,0 +1,45 @@
+"""What goes wrong by a user's mistake: one message, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message says what, where, what was found, what to do.
+
+    Every process of a distributed run meets the same mistake, so only rank 0 prints it.
+    """
+
+    on_every_rank = False
+
+
+class DamagedDataError(UserError):
+    """A slide, patch or store that cannot be read. Often met by one rank alone: that one prints it."""
+
+    on_every_rank = True
+
+
+def exit_code(main: Callable[[], int | None]) -> int:
+    """Run ``main`` and return its exit code; a UserError is printed and becomes 2.
+
+    Any other exception goes on its way: a crash exits non-zero with its traceback.
+    """
+    try:
+        return main() or 0
+    except UserError as error:
+        if error.on_every_rank or os.environ.get("RANK", "0") == "0":
+            sys.stdout.flush()
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def listing(items: Iterable[object], *, most: int = 10) -> str:
+    """Indented lines, one an item; what is over ``most`` is counted, not shown."""
+    shown = [str(item) for item in items]
+    lines = [f"  {item}" for item in shown[:most]]
+    if len(shown) > most:
+        lines.append(f"  ... and {len(shown) - most} more")
+    return "\n".join(lines)

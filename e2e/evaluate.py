@@ -1,0 +1,212 @@
+"""Predictions for whole slides, their metrics with intervals, and the files that hold them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from e2e.checkpoint import load_checkpoint, load_weights, part, write_atomically
+from e2e.data.decode import Decoder
+from e2e.data.loader import LabelledSlide, make_bag
+from e2e.heads.base import HeadOutput
+from e2e.heatmap import draw_heatmap, patch_scores
+from e2e.log import Screen
+from e2e.metrics import case_weights, interval
+from e2e.model import MILModel
+from e2e.parallel import Strategy
+from e2e.tasks.base import Task
+
+Metrics = dict[str, dict[str, float | None]]
+Draw = Callable[[LabelledSlide, HeadOutput, list[float]], None]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one slide."""
+
+    case: str
+    slide: str
+    split: str
+    probabilities: list[float]
+    target: float | None
+    """What the task made of the label; None for a slide without one."""
+
+
+@torch.no_grad()
+def predict(
+    model: MILModel,
+    items: Sequence[LabelledSlide],
+    *,
+    task: Task,
+    decoder: Decoder,
+    size: int | None,
+    strategy: Strategy,
+    screen: Screen,
+    draw: Draw | None = None,
+) -> list[Prediction]:
+    """All patches of each slide, streamed through the encoder; each slide once over all ranks.
+
+    ``draw`` is called for each slide on the rank that has it, with its output and probabilities.
+    """
+    model.eval()
+    ours: list[Prediction] = []
+    share = items[strategy.rank :: strategy.world_size]
+    for done, item in enumerate(share):
+        bag = make_bag(
+            [item], decoder=decoder, seed=0, epoch=0, bag_size=None, augment=None, size=size
+        )
+        output = model(bag, strategy.device)[0]
+        probabilities = task.probabilities(output.logits)[0].cpu().double().tolist()
+        target = float(item.target) if torch.isfinite(item.target.float()).all() else None
+        slide = item.slide
+        ours.append(Prediction(slide.case, slide.id, slide.split, probabilities, target))
+        if draw is not None:
+            draw(item, output, probabilities)
+        screen.step(done + 1, len(share), f"slides evaluated ({slide.split or 'new'})")
+    screen.pause()
+    everyone = [p for part in strategy.gather(ours) for p in part]
+    return sorted(everyone, key=lambda p: (p.split, p.slide))
+
+
+def score(predictions: Sequence[Prediction], task: Task, *, draws: int, seed: int = 0) -> Metrics:
+    """Metric -> value with its 95 % percentile interval over ``draws`` resamples of the cases."""
+    probabilities = np.array([p.probabilities for p in predictions])
+    targets = np.array([p.target for p in predictions], dtype=np.float64)
+    weights = case_weights([p.case for p in predictions], draws, seed)
+    return {k: interval(v) for k, v in task.metrics(probabilities, targets, weights).items()}
+
+
+def write_predictions(predictions: Sequence[Prediction], task: Task, path: Path) -> None:
+    """predictions.csv: case, slide, split, label (where there is one), a probability a class."""
+    rows: list[dict[str, Any]] = []
+    for p in predictions:
+        label = "" if p.target is None else task.output_names[int(p.target)]
+        row: dict[str, Any] = {"case": p.case, "slide": p.slide, "split": p.split, "label": label}
+        row |= {f"prob_{n}": v for n, v in zip(task.output_names, p.probabilities, strict=True)}
+        rows.append(row)
+    write_atomically(path, pd.DataFrame(rows).to_csv(index=False).encode())
+
+
+def write_json(path: Path, content: object) -> None:
+    """Indented JSON, whole or not at all."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+@contextmanager
+def with_weights(model: MILModel, weights: dict[str, Tensor] | None) -> Iterator[None]:
+    """The model with other weights inside, and its own again after; None changes nothing."""
+    if weights is None:
+        yield
+        return
+    own = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(weights)
+    try:
+        yield
+    finally:
+        model.load_state_dict(own)
+
+
+def metric_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows for the screen: a row a metric, a column a split and kind of weights."""
+    columns = {
+        f"{split} ({name})": report[split][name]
+        for split in ("val", "test")
+        for name in ("model", "ema")
+        if name in report.get(split, {})
+    }
+
+    def text(metric: Mapping[str, float | None]) -> str:
+        if metric["value"] is None:
+            return "undefined"
+        if metric["low"] is None:
+            return f"{metric['value']:.3f}"
+        return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
+
+    names = next(iter(columns.values()), {})
+    rows = [[name, *(text(metrics[name]) for metrics in columns.values())] for name in names]
+    return ["metric", *columns], rows
+
+
+def evaluate_run(
+    model: MILModel,
+    best: Path,
+    items: Sequence[LabelledSlide],
+    *,
+    task: Task,
+    decoder: Decoder,
+    size: int | None,
+    judged: str,
+    draws: int,
+    heatmaps: int | None,
+    out: Path,
+    strategy: Strategy,
+    screen: Screen,
+) -> dict[str, Any]:
+    """Judge a run's best epoch on validation and test, and write what it says.
+
+    Writes to ``out``: predictions.csv and heatmaps/ by the ``judged`` weights (``model`` or
+    ``ema``), metrics.json for both. Returns the content of metrics.json.
+    """
+    tensors, state = load_checkpoint(best)
+    report: dict[str, Any] = {"epoch": state["best_epoch"] + 1, "judged": judged}
+    kept: list[Prediction] = []
+    for name in ("model", "ema"):
+        weights = part(name, tensors)
+        if not weights:
+            continue
+        load_weights(model, weights, best)
+        for split in ("val", "test"):
+            chosen = [item for item in items if item.slide.split == split]
+            if not chosen:
+                continue
+            draw = None
+            if name == judged and split == "test":
+                draw = heatmap_drawer(task, decoder, out / "heatmaps", chosen[:heatmaps])
+            found = predict(
+                model,
+                chosen,
+                task=task,
+                decoder=decoder,
+                size=size,
+                strategy=strategy,
+                screen=screen,
+                draw=draw,
+            )
+            report.setdefault(split, {"slides": len(chosen)})[name] = score(
+                found, task, draws=draws
+            )
+            kept += found if name == judged else []
+    if strategy.leads:
+        write_predictions(kept, task, out / "predictions.csv")
+        write_json(out / "metrics.json", report)
+    screen.table(f"epoch {report['epoch']}, chosen on val by {judged}", *metric_table(report))
+    return report
+
+
+def heatmap_drawer(
+    task: Task, decoder: Decoder, folder: Path, chosen: Sequence[LabelledSlide]
+) -> Draw:
+    """A ``draw`` for :func:`predict` that writes a heatmap of each slide in ``chosen``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {item.slide.id for item in chosen}
+
+    def draw(item: LabelledSlide, output: HeadOutput, probabilities: list[float]) -> None:
+        top = int(np.argmax(probabilities))
+        scores = patch_scores(output, top)
+        if item.slide.id not in wanted or scores is None:
+            return
+        label = next(iter(item.slide.target.values()), "")
+        said = f"{task.output_names[top]} ({probabilities[top]:.2f})"
+        caption = f"{item.slide.id}   predicted {said}" + (f"   label {label}" if label else "")
+        draw_heatmap(item, scores, decoder=decoder, caption=caption, path=folder / item.slide.id)
+
+    return draw

@@ -1,0 +1,74 @@
+"""The contract a MIL head obeys.
+
+Shape letters: B bags, N patches of the longest bag, D width of the encoder's features,
+C outputs of the task, A attention maps, H attention heads, E width inside the head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from e2e.registry import Registry
+
+
+class HeadOutput(NamedTuple):
+    """What every head returns, always."""
+
+    logits: Tensor
+    """(B, C)."""
+    attention_logits: Tensor | None = None
+    """(B, A, N), at least float32, before the softmax over patches; -inf on padding."""
+    instance_logits: Tensor | None = None
+    """(B, N, C) for methods that score single patches; what padding holds means nothing."""
+    aux: dict[str, Tensor] | None = None
+    """What the head's own ``aux_loss`` needs; nobody else reads it."""
+
+    def attention(self) -> Tensor | None:
+        """(B, A, N) >= 0, sums to 1 over real patches, exactly 0 on padding."""
+        return None if self.attention_logits is None else self.attention_logits.softmax(dim=-1)
+
+
+class Head(nn.Module):
+    """``forward(features (B,N,D), mask (B,N), coords (B,N,2) or None) -> HeadOutput``.
+
+    A head never sees labels, file names, devices or ranks. Padded patches (``mask`` False)
+    change nothing, whatever they hold, NaN included; every row of the mask has one True.
+    Its input is left untouched. Constructor: ``(in_dim, num_outputs, *, options)``.
+    """
+
+    order_free = True
+    """Whether the result is free of the order of the patches."""
+
+    zero_gradient: tuple[str, ...] = ()
+    """Parameters whose gradient is zero by the mathematics (name as in ``named_parameters``)."""
+
+    def forward(self, features: Tensor, mask: Tensor, coords: Tensor | None = None) -> HeadOutput:
+        """Pool each bag's features and map them to the task's outputs."""
+        raise NotImplementedError
+
+    def aux_loss(self, output: HeadOutput, target: Tensor) -> Tensor | None:
+        """Mean over bags of the extra loss some methods need. Has no parameters of its own."""
+        return None
+
+    def after_step(self) -> None:
+        """Move on what is no parameter (queues, teachers), once per optimiser step."""
+
+
+HEADS: Registry[Head] = Registry("head")
+
+
+def clear_padding(features: Tensor, mask: Tensor) -> Tensor:
+    """``features`` (B,N,D) with exact zeros on padding, so that no NaN or Inf there can spread."""
+    return torch.where(mask.unsqueeze(-1), features, features.new_zeros(()))
+
+
+def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
+    """(B,A,N) logits in at least float32, with -inf where ``mask`` (B,N) is False.
+
+    float32, because a softmax over 20,000 patches underflows in half precision.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide.masked_fill(~mask.unsqueeze(1), float("-inf"))

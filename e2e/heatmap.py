@@ -1,0 +1,128 @@
+"""Attention over a slide: a picture and a table, on the very coordinates of the store."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib import colormaps
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from e2e.checkpoint import write_atomically
+from e2e.data.decode import Decoder
+from e2e.data.loader import LabelledSlide
+from e2e.data.store import SlideRecord
+from e2e.heads.base import HeadOutput
+
+SIDE = 768  # px of the longer side of each panel
+GROUND = 245  # grey where the slide has no patch
+
+
+def patch_scores(output: HeadOutput, shown_class: int) -> NDArray[np.float64] | None:
+    """(N,) what one slide's patches weigh: attention averaged over maps, or, for a head without
+    attention, the instance probability of ``shown_class``; None when it has neither."""
+    attention = output.attention()
+    if attention is not None:
+        return attention[0].mean(dim=0).double().cpu().numpy()
+    if output.instance_logits is not None:
+        logits = output.instance_logits[0].float()
+        return torch.softmax(logits, dim=-1)[:, shown_class].double().cpu().numpy()
+    return None
+
+
+def draw_heatmap(
+    item: LabelledSlide,
+    scores: NDArray[np.float64],
+    *,
+    decoder: Decoder,
+    caption: str,
+    path: Path,
+) -> None:
+    """Write ``path``.png (the slide from its patches, beside it the scores over it) and ``.csv``.
+
+    Colours are percentile ranks within the slide, because raw attention is often one hot patch on
+    a field of near zeros. The table holds x, y (level-0 px), side and the raw score.
+    """
+    record = item.record
+    ranks = percentile_ranks(scores)
+    tissue = _mosaic(item, record, decoder)
+    heat = _paint(record, (colormaps["turbo"](ranks)[:, :3] * 255).astype(np.uint8))
+    covered = _paint(record, np.full((record.count, 3), 255, np.uint8), ground=0)[..., :1] > 0
+    blend = np.where(covered, 0.45 * tissue + 0.55 * heat, tissue).astype(np.uint8)
+    write_atomically(path.with_name(path.name + ".png"), _panels(tissue, blend, caption))
+    table = pd.DataFrame(
+        {
+            "x": record.coords[:, 0],
+            "y": record.coords[:, 1],
+            "side": round(record.level0_px, 2),
+            "score": scores,
+            "percentile": np.round(100 * ranks, 2),
+        }
+    )
+    write_atomically(path.with_name(path.name + ".csv"), table.to_csv(index=False).encode())
+
+
+def percentile_ranks(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rank of each score within its slide, 0 to 1; ties share the mean; equal scores are 0.5."""
+    _, which, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    middle = last - (counts - 1) / 2 - 1
+    return middle[which] / max(1, len(scores) - 1) if len(scores) > 1 else np.full(1, 0.5)
+
+
+def _geometry(record: SlideRecord) -> tuple[NDArray[np.int64], int, tuple[int, int]]:
+    """Upper left corner of each patch on the picture, a patch's side there, (height, width)."""
+    side = record.level0_px
+    low = record.coords.min(axis=0)
+    extent = record.coords.max(axis=0) - low + side
+    scale = SIDE / max(extent)
+    cell = max(1, round(side * scale))
+    corners = np.round((record.coords - low) * scale).astype(np.int64)
+    height, width = (int(corners[:, axis].max()) + cell for axis in (1, 0))
+    return corners, cell, (height, width)
+
+
+def _paint(
+    record: SlideRecord, colours: NDArray[np.uint8], *, ground: int = GROUND
+) -> NDArray[np.uint8]:
+    corners, cell, shape = _geometry(record)
+    picture = np.full((*shape, 3), ground, np.uint8)
+    for (x, y), colour in zip(corners, colours, strict=True):
+        picture[y : y + cell, x : x + cell] = colour
+    return picture
+
+
+def _mosaic(item: LabelledSlide, record: SlideRecord, decoder: Decoder) -> NDArray[np.uint8]:
+    """The slide put together from its own patches."""
+    corners, cell, shape = _geometry(record)
+    picture = np.full((*shape, 3), GROUND, np.uint8)
+    for start in range(0, record.count, 256):
+        rows = range(start, min(start + 256, record.count))
+        images = decoder.decode(item.store.read(item.slide.id, rows)).permute(0, 2, 3, 1).numpy()
+        for row, image in zip(rows, images, strict=True):
+            x, y = corners[row]
+            small = Image.fromarray(image).resize((cell, cell), Image.Resampling.BOX)
+            picture[y : y + cell, x : x + cell] = np.asarray(small)
+    return picture
+
+
+def _panels(left: NDArray[np.uint8], right: NDArray[np.uint8], caption: str) -> bytes:
+    height, width = left.shape[:2]
+    bar = 24
+    canvas = Image.new("RGB", (2 * width + 72, height + bar), "white")
+    canvas.paste(Image.fromarray(left), (0, bar))
+    canvas.paste(Image.fromarray(right), (width + 8, bar))
+    ramp = colormaps["turbo"](np.linspace(1, 0, height))[:, None, :3] * 255
+    scale = np.repeat(ramp.astype(np.uint8), 14, axis=1)
+    canvas.paste(Image.fromarray(scale), (2 * width + 16, bar))
+    pen = ImageDraw.Draw(canvas)
+    pen.text((4, 6), caption, fill="black")
+    pen.text((2 * width + 34, bar), "high", fill="black")
+    pen.text((2 * width + 34, height + bar - 14), "low", fill="black")
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG")
+    return buffer.getvalue()

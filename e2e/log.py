@@ -1,0 +1,126 @@
+"""What a run tells: one progress line, tables, metrics.jsonl, and Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Screen:
+    """A progress line on a terminal, plain lines elsewhere, nothing on ranks that do not lead."""
+
+    PAUSE = 15.0  # seconds between two plain lines
+
+    def __init__(self, leads: bool) -> None:
+        self.leads = leads
+        width = None if sys.stdout.isatty() else 140
+        self.console = Console(quiet=not leads, highlight=False, soft_wrap=True, width=width)
+        self._progress: Progress | None = None
+        self._said = 0.0
+
+    def say(self, text: str) -> None:
+        """One line, above the progress line."""
+        if self.console.is_terminal or not self.leads:
+            self.console.print(text, markup=False)
+        else:
+            print(text, flush=True)
+
+    def step(self, done: int, total: int, text: str) -> None:
+        """Move the progress line to ``done`` of ``total``."""
+        if not self.leads:
+            return
+        if not self.console.is_terminal:
+            now = time.monotonic()
+            if now - self._said >= self.PAUSE:
+                self._said = now
+                print(f"{done}/{total} {text}", flush=True)
+            return
+        if self._progress is None:
+            columns = (
+                BarColumn(30),
+                TextColumn("{task.completed}/{task.total} {task.description}"),
+            )
+            self._progress = Progress(
+                *columns, TimeRemainingColumn(), console=self.console, transient=True
+            )
+            self._progress.add_task(text, total=total)
+            self._progress.start()
+        self._progress.update(
+            self._progress.task_ids[0], completed=done, total=total, description=text
+        )
+
+    def pause(self) -> None:
+        """Take the progress line away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table of text."""
+        self.pause()
+        if not self.leads:
+            return
+        table = Table(*header, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+
+class MetricsLog:
+    """metrics.jsonl of a run: one JSON object a line, in order of the optimiser steps."""
+
+    def __init__(self, path: Path | None, wandb: Mapping[str, Any] | None = None) -> None:
+        """``path`` None writes nothing; ``wandb`` holds the settings to send, None sends nothing."""
+        self.path = path
+        self._run = _start_wandb(path, wandb) if path is not None and wandb is not None else None
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of steps later than ``step``: a resumed run writes them again."""
+        if self.path is None or not self.path.exists():
+            return
+        lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in lines))
+        temporary.replace(self.path)
+
+    def write(self, **values: Any) -> None:
+        """Append one line; ``step`` is among the values."""
+        if self.path is None:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        if self._run is not None:
+            self._run.log(values, step=values["step"])
+
+    def close(self) -> None:
+        """Finish what was sent elsewhere."""
+        if self._run is not None:
+            self._run.finish()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")  # a line cut off when the run was stopped
+
+
+def _start_wandb(path: Path, settings: Mapping[str, Any]) -> Any:
+    import wandb
+
+    return wandb.init(project="e2e", name=path.parent.name, dir=path.parent, config=dict(settings))
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,34 @@
+"""Repeat the evaluation of a run: its best epoch on its validation and test slides.
+
+  python launch/evaluate.py runs/panda_e2e_r18_abmilx
+  torchrun --nproc-per-node 2 launch/evaluate.py RUN --out DIR engine.device=cpu
+
+Writes predictions.csv, metrics.json and heatmaps/ to DIR (RUN/evaluation unless told otherwise).
+Settings after the run change it for this evaluation alone, such as the place of the stores.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from e2e import config, run
+from e2e.errors import exit_code
+
+
+def main() -> None:
+    """Parse and evaluate."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_args()
+    settings = config.saved_settings(args.run, args.overrides, run.REGISTRIES)
+    run.evaluate(settings, args.run, args.out or args.run / "evaluation")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

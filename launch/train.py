@@ -1,0 +1,33 @@
+"""Train encoder and head together from slide labels, then evaluate the best epoch.
+
+  torchrun launch/train.py --datasets panda --model e2e_r18_abmilx
+  torchrun --nproc-per-node 8 launch/train.py --datasets panda --model e2e_r18_abmilx optim.lr=1e-4
+  python launch/train.py --resume runs/panda_e2e_r18_abmilx
+
+Settings are read in this order, later ones winning: the defaults of e2e/config.py,
+configs/datasets/<datasets>.yaml, configs/models/<model>.yaml, -c files in order, section.key=value.
+The run folder holds settings.yaml, cohort.csv, metrics.jsonl, best.safetensors, last.safetensors,
+predictions.csv, metrics.json and heatmaps/.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from e2e import config, run
+from e2e.errors import exit_code
+
+
+def main() -> None:
+    """Parse, build, train."""
+    args = config.train_parser(__doc__ or "").parse_args()
+    settings, folder = config.settings_of(args, run.REGISTRIES)
+    if args.print_config:
+        print(config.dump_settings(settings), end="")
+        return
+    run.train(settings, folder, resume=bool(args.resume))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
