@@ -7,7 +7,6 @@ are JSON in the file's metadata. Weights, average and counters are free of the s
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,30 +17,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from e2e.errors import DamagedDataError, UserError, listing
+from e2e.files import write_atomically
 
 Tensors = dict[str, Tensor]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file has its old content or the new one, whatever happens in between.
-
-    Raises:
-        UserError: the disk is full or not writable. The old file is as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        kept = "the one before it is kept" if path.exists() else "nothing was lost"
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; {kept}\n"
-            "  free disk space and go on with --resume"
-        ) from error
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

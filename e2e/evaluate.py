@@ -14,9 +14,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from e2e.checkpoint import load_checkpoint, load_weights, part, write_atomically
+from e2e.checkpoint import load_checkpoint, load_weights, part
 from e2e.data.decode import Decoder
 from e2e.data.loader import LabelledSlide, make_bag
+from e2e.files import write_atomically
 from e2e.heads.base import HeadOutput
 from e2e.heatmap import draw_heatmap, patch_scores
 from e2e.log import Screen

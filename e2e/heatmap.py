@@ -12,10 +12,10 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from e2e.checkpoint import write_atomically
 from e2e.data.decode import Decoder
 from e2e.data.loader import LabelledSlide
 from e2e.data.store import SlideRecord
+from e2e.files import write_atomically
 from e2e.heads.base import HeadOutput
 
 SIDE = 768  # px of the longer side of each panel

@@ -91,13 +91,14 @@ class MILModel(nn.Module):
             return self.head(features, mask, coords)
 
     def _encode(self, bag: Bag, number: int, start: int, stop: int, device: torch.device) -> Tensor:
-        """(stop - start, dim) float32 features of some rows of one bag."""
+        """(stop - start, dim) features of some rows of one bag, at least float32."""
 
         def encode() -> Tensor:
             pixels = bag.pixels(start, stop, device)
             chunk = f"chunk {start - bag.offsets[number]}"
             with self._draws(bag.seeds[number], chunk, device), self._autocast(device):
-                return self.encoder(pixels).float()
+                features = self.encoder(pixels)
+            return features.to(torch.promote_types(features.dtype, torch.float32))
 
         if not self.training or not self.train_encoder:
             with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()):

@@ -11,21 +11,25 @@ import torch
 
 from e2e import build
 from e2e.build import REGISTRIES as REGISTRIES
-from e2e.checkpoint import load_checkpoint, load_weights, part, write_atomically
+from e2e.checkpoint import load_checkpoint, load_weights, part
 from e2e.config import Settings, dump_settings
 from e2e.data.cohort import Slide
 from e2e.data.decode import Decoder, build_decoder
 from e2e.data.loader import LabelledSlide, TrainingLoader
-from e2e.data.pack import pack as pack_like
+from e2e.data.pack import Progress, Row, pack
+from e2e.data.sources import SlideFiles, read_mpp
 from e2e.data.store import PatchStore
 from e2e.errors import UserError
 from e2e.evaluate import evaluate_run, heatmap_drawer, score, write_predictions
 from e2e.evaluate import predict as predict_slides
+from e2e.files import write_atomically
 from e2e.log import MetricsLog, Screen, clock
 from e2e.model import MILModel
 from e2e.parallel import Strategy, build_strategy, pick_device
 from e2e.tasks.base import Task
 from e2e.trainer import Trainer
+from e2e.wsi.slide import find_slides
+from e2e.wsi.tiling import Tiling
 
 PARTLY_DONE = 3
 """Exit code: the work is done but for some slides, which are named."""
@@ -108,9 +112,10 @@ def predict(
     out.mkdir(parents=True, exist_ok=True)
     store_path = out / "slides.lmdb"
     recipe = PatchStore(settings.data.stores[0]).recipe
-    troubled = pack_like(
-        recipe, slides, store_path, mpp_override=mpp_override, workers=workers, say=screen.say
-    )
+    tiling = Tiling.from_recipe(recipe)
+    overrides = read_mpp(mpp_override) if mpp_override else {}
+    source = SlideFiles(find_slides(slides), tiling, recipe["quality"], overrides)
+    packed = pack(source, store_path, workers=workers, progress=_Told(screen))
     task = build.build_task(settings.task)
     strategy = Strategy(pick_device(settings.engine.device))
     model = build.build_model(settings, task, strategy.device, trained=True)
@@ -135,7 +140,20 @@ def predict(
     )
     write_predictions(found, task, out / "predictions.csv")
     screen.say(f"{len(found)} slides predicted: {out}/predictions.csv, {out}/heatmaps/")
-    return PARTLY_DONE if troubled else 0
+    if packed.problems:
+        screen.say(f"{len(packed.problems)} slides could not be predicted, see {packed.quarantine}")
+    return PARTLY_DONE if packed.problems else 0
+
+
+class _Told(Progress):
+    """A line for each slide that is cut."""
+
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+
+    def finished(self, row: Row) -> None:
+        """See the base class."""
+        self._screen.say(f"{row.slide}: {row.status}, {row.patches} patches {row.reason}".rstrip())
 
 
 def _load_items(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,11 +135,23 @@ def _read_columns(path: Path, names: list[str]) -> pd.DataFrame:
         raise UserError(f"no label table at {path}\n  set data.labels=FILE.csv")
     separator = "\t" if path.suffix in {".tsv", ".tab"} else ","
     try:
-        table = pd.read_csv(
-            path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig"
-        )
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no readable table: {error}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
+            table = pd.read_csv(
+                path,
+                sep=separator,
+                dtype=str,
+                keep_default_na=False,
+                encoding="utf-8-sig",
+                index_col=False,  # else a comma at each line's end shifts every column by one
+            )
+    except (
+        pd.errors.ParserError,
+        pd.errors.ParserWarning,
+        pd.errors.EmptyDataError,
+        UnicodeDecodeError,
+    ) as error:
+        raise UserError(f"{path} is no readable table: {str(error).strip()}") from error
     missing = sorted(set(names) - set(table.columns))
     if missing:
         raise UserError(

@@ -83,12 +83,13 @@ class TurboJpeg(Decoder):
             self._turbo = turbojpeg.TurboJPEG()
         except (ImportError, RuntimeError, OSError) as error:
             raise _no_library("turbojpeg", "libturbojpeg0", error) from error
+        # It only warns of a truncated file. A filter set for good, because catch_warnings is not
+        # safe in threads: it would leave other threads' warnings errors, or this one's silent.
+        warnings.filterwarnings("error", category=UserWarning, module="turbojpeg")
 
     def pixels(self, jpeg: bytes) -> NDArray[np.uint8]:
         """See :class:`Decoder`."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # it only warns of a truncated file
-            return self._turbo.decode(jpeg, pixel_format=self._rgb)
+        return self._turbo.decode(jpeg, pixel_format=self._rgb)
 
 
 @DECODERS.register("jpeg4py")
@@ -100,14 +101,22 @@ class Jpeg4Py(Decoder):
             import jpeg4py
 
             self._jpeg = jpeg4py.JPEG
-            # The library is looked for at first use only: use it now, on a 1x1 image.
-            self.pixels(_one_pixel())
-        except (ImportError, OSError, RuntimeError) as error:
+            # Here, because a JPEG object that finds no library cannot even be deleted cleanly.
+            jpeg4py.initialize()
+        except (ImportError, OSError) as error:
             raise _no_library("jpeg4py", "libturbojpeg0", error) from error
 
     def pixels(self, jpeg: bytes) -> NDArray[np.uint8]:
         """See :class:`Decoder`."""
-        return self._jpeg(np.frombuffer(jpeg, np.uint8)).decode()
+        image = self._jpeg(np.frombuffer(jpeg, np.uint8))
+        try:
+            return image.decode()
+        except RuntimeError:
+            # jpeg4py would hand the decompressor that failed to another thread, which crashes.
+            if image.decompressor is not None:
+                image.decompressor.release()
+                image.decompressor = None
+            raise
 
 
 @DECODERS.register("pillow")
@@ -129,20 +138,16 @@ def build_decoder(name: str = "auto") -> Decoder:
 
 def _no_library(name: str, package: str, error: Exception) -> UserError:
     return UserError(
-        f"decoder '{name}' finds no system library ({error})\n"
+        f"decoder '{name}' finds no system library ({str(error).splitlines()[0]})\n"
         f"  install it (Debian: {package}), or set data.decoder=auto, which brings its own"
     )
-
-
-def _one_pixel() -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(buffer, "JPEG")
-    return buffer.getvalue()
 
 
 @cache
 def _threads() -> ThreadPoolExecutor:
     """Decoders release the interpreter lock, so threads are enough."""
     return ThreadPoolExecutor(max(1, min(8, len(os.sched_getaffinity(0)))))
+
+
+# A forked process has the pool but none of its threads, and would wait for them for ever.
+os.register_at_fork(after_in_child=_threads.cache_clear)

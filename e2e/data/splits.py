@@ -29,9 +29,10 @@ def check_splits(slides: Sequence[Slide]) -> None:
         )
     for split in ("train", "val"):
         if not any(slide.split == split for slide in slides):
+            cut_it = ", or set data.cut.val=0.1 to cut it from the training cases"
             raise UserError(
-                f"no slide has the split '{split}'\n  put it into the label table, or set "
-                f"data.cut.{split if split == 'val' else 'test'}=0.1 to cut it from the training cases"
+                f"no slide has the split '{split}'\n  put it into the label table"
+                f"{cut_it if split == 'val' else ''}"
             )
 
 

@@ -133,19 +133,7 @@ class PatchStore:
 
     def _read_record(self, slide: str) -> tuple[SlideRecord, NDArray[np.uint32]]:
         with _environment(self.path).begin(buffers=True) as txn:
-            value = bytes(txn.get(_SLIDE + slide.encode(), b""))
-        if not value:
-            raise DamagedDataError(f"{self.path} has no slide '{slide}'")
-        meta = _metadata(value)
-        arrays = value[value.index(b"\n") + 1 :]
-        count = meta.pop("count")
-        checksum = meta.pop("checksum")
-        meta.pop("number")
-        if len(arrays) != 12 * count or _checksum(arrays) != checksum:
-            raise DamagedDataError(f"{self.path}: the record of slide '{slide}' is damaged")
-        coords = np.frombuffer(arrays, "<i4", 2 * count).reshape(count, 2).astype(np.int32)
-        checksums = np.frombuffer(arrays, "<u4", count, offset=8 * count)
-        return SlideRecord(slide=slide, coords=coords, **meta), checksums
+            return _unpack_record(txn, self.path, slide)
 
 
 class StoreWriter:
@@ -173,7 +161,10 @@ class StoreWriter:
             raise _open_error(self.path, error) from error
         try:
             self._begin(existed)
-        except (UserError, lmdb.Error):
+        except lmdb.Error as error:
+            self._env.close()
+            raise UserError(f"cannot write to {self.path}: {error}; is the disk full?") from error
+        except UserError:
             self._env.close()
             raise
 
@@ -211,45 +202,43 @@ class StoreWriter:
         """Ids of the slides that are in the store."""
         return frozenset(self._done)
 
+    def record(self, slide: str) -> SlideRecord:
+        """As :meth:`PatchStore.record`; a file cannot be opened a second time while it is written."""
+        with self._env.begin(buffers=True) as txn:
+            return _unpack_record(txn, self.path, slide)[0]
+
     def add(self, record: SlideRecord, jpegs: Iterable[bytes]) -> None:
         """Put one slide in, whole or not at all. ``jpegs`` is consumed as it is written.
 
         Raises:
-            UserError: the disk is full, or the id cannot be a key.
+            UserError: the disk is full, another process writes too, or the id cannot be a key.
             ValueError: the number of JPEGs is not that of the coords, or the slide is there.
         """
         key = _SLIDE + record.slide.encode()
         if not record.slide or len(record.slide.encode()) > LONGEST_ID:
             raise UserError(f"slide id '{record.slide}' must have 1 to {LONGEST_ID} bytes")
         try:
-            with self._env.begin(write=True) as txn:
+            with self._env.begin(write=True, buffers=True) as txn:
                 if txn.get(key) is not None:
                     raise ValueError(f"slide '{record.slide}' is in {self.path} already")
-                number = sum(1 for _ in _slide_values(txn))
+                number = len(self._done)
                 checksums = []
                 for index, jpeg in enumerate(jpegs):
-                    txn.put(_patch_key(number, index), jpeg, overwrite=False)
+                    if not txn.put(_patch_key(number, index), jpeg, overwrite=False):
+                        raise UserError(f"another process is writing to {self.path}; stop one")
                     checksums.append(zlib.crc32(jpeg))
                 txn.put(key, _pack_record(record, number, checksums))
-        except (lmdb.DiskError, lmdb.MapFullError, OSError) as error:
+        except lmdb.Error as error:  # a full disk is a DiskError, or an "Input/output error"
             raise UserError(
                 f"cannot write slide '{record.slide}' to {self.path}: {error}\n"
                 "  the slides before it are safe; free disk space and run the same command again"
             ) from error
-        except lmdb.Error as error:
-            if (
-                isinstance(error, lmdb.BadTxnError)
-                or "space" in str(error)
-                or "large" in str(error)
-            ):
-                raise UserError(
-                    f"cannot write to {self.path}: {error}; is the disk full?"
-                ) from error
-            raise
         self._done.add(record.slide)
 
 
 _ENVIRONMENTS: dict[tuple[int, str], lmdb.Environment] = {}
+# A forked process must open the files anew, and lmdb refuses that while the parent's are at hand.
+os.register_at_fork(after_in_child=_ENVIRONMENTS.clear)
 
 
 def _environment(path: Path) -> lmdb.Environment:
@@ -333,6 +322,24 @@ def _metadata(value: Any) -> dict[str, Any]:
     return json.loads(head[: head.index(b"\n")])
 
 
+def _unpack_record(
+    txn: lmdb.Transaction, path: Path, slide: str
+) -> tuple[SlideRecord, NDArray[np.uint32]]:
+    value = bytes(txn.get(_SLIDE + slide.encode(), b""))
+    if not value:
+        raise DamagedDataError(f"{path} has no slide '{slide}'")
+    meta = _metadata(value)
+    arrays = value[value.index(b"\n") + 1 :]
+    count = meta.pop("count")
+    checksum = meta.pop("checksum")
+    meta.pop("number")
+    if len(arrays) != 12 * count or _checksum(arrays) != checksum:
+        raise DamagedDataError(f"{path}: the record of slide '{slide}' is damaged")
+    coords = np.frombuffer(arrays, "<i4", 2 * count).reshape(count, 2).astype(np.int32)
+    checksums = np.frombuffer(arrays, "<u4", count, offset=8 * count)
+    return SlideRecord(slide=slide, coords=coords, **meta), checksums
+
+
 def _pack_record(record: SlideRecord, number: int, checksums: list[int]) -> bytes:
     coords = np.asarray(record.coords, "<i4")
     if coords.shape != (len(checksums), 2):
@@ -348,7 +355,7 @@ def _pack_record(record: SlideRecord, number: int, checksums: list[int]) -> byte
         "patch_px": record.patch_px,
         "width": record.width,
         "height": record.height,
-        "source": record.source[-1000:],
+        "source": record.source[-300:],  # the line must stay below 4,096 bytes, however escaped
         "source_bytes": record.source_bytes,
         "checksum": _checksum(arrays),
     }

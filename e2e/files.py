@@ -1,0 +1,38 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from e2e.errors import UserError
+
+
+class OutputError(UserError):
+    """A result cannot be written: the disk is full, or the place not writable."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file has its old content or the new one, whatever happens in between.
+
+    Raises:
+        OutputError: nothing was written; the old file, if any, is as it was.
+    """
+    # One temporary name for each file: what a killed run leaves is overwritten by the next.
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        kept = "the one before it is kept" if path.exists() else "nothing was written"
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}; {kept}\n"
+            "  free disk space (or make the place writable) and run the same command again"
+        ) from error
