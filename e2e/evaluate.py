@@ -157,6 +157,7 @@ def evaluate_run(
     Writes to ``out``: predictions.csv and heatmaps/ by the ``judged`` weights (``model`` or
     ``ema``), metrics.json for both. Returns the content of metrics.json.
     """
+    strategy.wait()  # for the rank that writes it
     tensors, state = load_checkpoint(best)
     report: dict[str, Any] = {"epoch": state["best_epoch"] + 1, "judged": judged}
     kept: list[Prediction] = []

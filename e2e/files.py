@@ -12,6 +12,8 @@ from e2e.errors import UserError
 class OutputError(UserError):
     """A result cannot be written: the disk is full, or the place not writable."""
 
+    on_every_rank = True
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """The file has its old content or the new one, whatever happens in between.

@@ -41,6 +41,9 @@ class Strategy:
         """One value of each rank, in rank order, on every rank."""
         return [value]
 
+    def wait(self) -> None:
+        """Until every rank is here."""
+
     def close(self) -> None:
         """Leave the process group."""
 
@@ -72,6 +75,10 @@ class DDP(Strategy):
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def wait(self) -> None:
+        """See :class:`Strategy`."""
+        dist.barrier()
 
     def close(self) -> None:
         """See :class:`Strategy`."""
