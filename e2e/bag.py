@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ class Bag:
     """One number a bag, made of (seed, epoch, slide): all that is drawn for the bag comes from it."""
     weight: Tensor
     """(B,) share of each bag in the loss; 0 for a bag that only keeps an idle rank in step."""
+    groups: tuple[int, ...]
+    """(B,) rising; neighbours with the same number may be encoded together. The grouping is that of
+    the whole update, so it is the same on any number of ranks."""
 
     def __post_init__(self) -> None:
         sizes = [stop - start for start, stop in zip(self.offsets, self.offsets[1:], strict=False)]
@@ -45,12 +49,19 @@ class Bag:
             raise ValueError(
                 f"coords {tuple(self.coords.shape)} for {self.offsets[-1]} patches; need (patches, 2)"
             )
-        lengths = {len(self.target), len(self.slides), len(self.seeds), len(self.weight)}
+        parts = (self.target, self.slides, self.seeds, self.weight, self.groups)
+        lengths = {len(part) for part in parts}
         if lengths != {len(sizes)}:
-            raise ValueError(f"{len(sizes)} bags, but targets, slides, seeds, weights of {lengths}")
+            raise ValueError(f"{len(sizes)} bags, but targets, slides, seeds ... of {lengths}")
 
     def __len__(self) -> int:
         return len(self.slides)
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """(first, last + 1) bag of each group."""
+        cuts = [k for k in range(1, len(self)) if self.groups[k] != self.groups[k - 1]]
+        return list(pairwise([0, *cuts, len(self)]))
 
     @property
     def num_patches(self) -> int:

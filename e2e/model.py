@@ -1,10 +1,10 @@
 """Encoder and head as one module, with the exact chunked forward of the engine.
 
-Each bag is cut into chunks of about ``chunk`` patches. A chunk is encoded under non-reentrant
-activation checkpointing: the forward keeps its features alone, the backward asks the bag for the
-same pixels and encodes them again with gradients. So the memory is that of one chunk, however many
-patches a bag has, and the gradients are those of the whole bag. The mechanism stands inside one
-forward of one module, as DDP, FSDP and DeepSpeed need it.
+Bags are encoded in groups that fit a chunk together; a larger bag is cut into chunks. A chunk is
+encoded under non-reentrant activation checkpointing: the forward keeps its features alone, the
+backward asks the bag for the same pixels and encodes them again with gradients. So the memory is
+that of one chunk, however many patches a bag has, and the gradients are those of the whole bag.
+The mechanism stands inside one forward of one module, as DDP, FSDP and DeepSpeed need it.
 """
 
 from __future__ import annotations
@@ -76,34 +76,49 @@ class MILModel(nn.Module):
         The head sees the bags one by one, each with draws seeded by its own bag: so dropout does
         not depend on which bags share a batch, a rank or a step.
         """
-        return [self._forward_one(bag, number, device) for number in range(len(bag))]
+        features = self._encode_all(bag, device)
+        return [self._pool(bag, number, features, device) for number in range(len(bag))]
 
-    def _forward_one(self, bag: Bag, number: int, device: torch.device) -> HeadOutput:
-        start, stop = bag.offsets[number], bag.offsets[number + 1]
-        pieces = [
-            self._encode(bag, number, low, high, device)
-            for low, high in balanced_chunks(start, stop, self.chunk)
-        ]
-        features = torch.cat(pieces).unsqueeze(0)
-        mask = torch.ones(features.shape[:2], dtype=torch.bool, device=device)
-        coords = bag.coords[start:stop].to(device).unsqueeze(0)
+    def _pool(self, bag: Bag, number: int, features: Tensor, device: torch.device) -> HeadOutput:
+        rows = slice(bag.offsets[number], bag.offsets[number + 1])
+        bag_features = features[rows].unsqueeze(0)
+        mask = torch.ones(bag_features.shape[:2], dtype=torch.bool, device=device)
+        coords = bag.coords[rows].to(device).unsqueeze(0)
         with self._draws(bag.seeds[number], "head", device), self._autocast(device):
-            return self.head(features, mask, coords)
+            return self.head(bag_features, mask, coords)
 
-    def _encode(self, bag: Bag, number: int, start: int, stop: int, device: torch.device) -> Tensor:
-        """(stop - start, dim) features of some rows of one bag, at least float32."""
+    def _encode_all(self, bag: Bag, device: torch.device) -> Tensor:
+        """(patches, dim) features of all bags, group by group, chunk by chunk."""
+        pieces = []
+        for first, last in bag.runs:
+            start, stop = bag.offsets[first], bag.offsets[last]
+            counts = bool(bag.weight[first] > 0)
+            for low, high in balanced_chunks(start, stop, self.chunk):
+                draws = bag.seeds[first], f"chunk {low - start}"
+                pieces.append(self._encode(bag, low, high, draws, counts, device))
+        return torch.cat(pieces)
+
+    def _encode(
+        self,
+        bag: Bag,
+        start: int,
+        stop: int,
+        draws: tuple[int, str],
+        counts: bool,
+        device: torch.device,
+    ) -> Tensor:
+        """(stop - start, dim) features of some rows of one group, at least float32."""
 
         def encode() -> Tensor:
             pixels = bag.pixels(start, stop, device)
-            chunk = f"chunk {start - bag.offsets[number]}"
-            with self._draws(bag.seeds[number], chunk, device), self._autocast(device):
+            with self._draws(*draws, device), self._autocast(device):
                 features = self.encoder(pixels)
             return features.to(torch.promote_types(features.dtype, torch.float32))
 
         if not self.training or not self.train_encoder:
             with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()):
                 return encode()
-        rows = stop - start if bag.weight[number] > 0 else 0
+        rows = stop - start if counts else 0
         if start >= bag.num_patches - self.chunk:
             # The last chunk is the first that backward wants: its graph is kept and is freed
             # before any other is made again, so a batch of one chunk is never encoded twice.

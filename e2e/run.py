@@ -206,6 +206,7 @@ def _trainer(
         seed=settings.run.seed,
         bags=settings.optim.bags,
         bag_size=settings.bag.patches,
+        chunk=settings.engine.chunk,
     )
     return Trainer(
         model,

@@ -51,7 +51,7 @@ class CountedPixels:
         return self.pixels[start:stop]
 
 
-def make_bag(sizes=SIZES, weight=None, dtype=torch.float64) -> Bag:
+def make_bag(sizes=SIZES, weight=None, dtype=torch.float64, groups=None) -> Bag:
     total = sum(sizes)
     generator = torch.Generator().manual_seed(1)
     offsets = [0]
@@ -65,6 +65,7 @@ def make_bag(sizes=SIZES, weight=None, dtype=torch.float64) -> Bag:
         slides=tuple(f"s{k}" for k in range(len(sizes))),
         seeds=tuple(range(11, 11 + len(sizes))),
         weight=torch.ones(len(sizes)) if weight is None else torch.tensor(weight),
+        groups=groups or tuple(range(len(sizes))),
     )
 
 
@@ -162,6 +163,24 @@ def test_chunk_statistics_move_once_by_the_pooled_moments(early_stop):
     torch.testing.assert_close(norm.running_var, 0.9 * start[1] + 0.1 * (square - mean**2))
     assert norm.num_batches_tracked == 1
     assert norm.momentum == 0.1
+
+
+def test_bags_of_one_group_are_encoded_together_and_share_statistics():
+    model = make_model(10, batch_norm="chunk").train()
+    bag = make_bag((3, 5, 12), groups=(0, 0, 1))
+    features = model._encode_all(bag, CPU)
+    assert bag.pixels.asked == [(0, 8), (8, 14), (14, 20)]
+    torch.testing.assert_close(features[:8], model.encoder(bag.pixels(0, 8, CPU)))
+    alone = model._encode_all(make_bag((3, 5, 12)), CPU)
+    assert not torch.allclose(features[:8], alone[:8])
+
+
+def test_grouping_changes_nothing_where_statistics_are_frozen():
+    model = make_model(10, batch_norm="frozen").train()
+    close(
+        gradients(model, make_bag((3, 5, 12), groups=(0, 0, 1))),
+        gradients(model, make_bag((3, 5, 12))),
+    )
 
 
 def test_chunk_normalisation_differentiates_through_the_statistics():
@@ -281,6 +300,7 @@ def test_chunks_cover_the_rows_and_differ_by_at_most_one(rows, chunk):
         {"coords": torch.zeros(19, 2)},
         {"slides": ("a", "b")},
         {"weight": torch.ones(2)},
+        {"groups": (0, 0)},
     ],
 )
 def test_a_bag_whose_parts_do_not_fit_is_refused(change):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from e2e.bag import Bag
-from e2e.data.sampler import rank_share
+from e2e.data.sampler import group_bags, rank_share
 from e2e.optim import clip_gradients
 from e2e.parallel import Strategy, autocast_dtype, build_strategy, pick_device
 from e2e.tasks.base import TASKS
@@ -23,11 +23,13 @@ from e2e.trainer import batch_loss
 from tests.test_model import make_model
 
 SIZES = (7, 1, 12, 5, 9)
+CHUNK = 8
 CASES = [("frozen", None), ("chunk", 0.05)]
 
 
-def part_of(slides: list[int], counts: bool) -> Bag:
-    """The bags of some slides, each with its own pixels and seed wherever it lies."""
+def part_of(share: list[list[int]], counts: bool) -> Bag:
+    """The bags of some groups of slides, each with its own pixels and seed wherever it lies."""
+    slides = [slide for group in share for slide in group]
     pieces = []
     for slide in slides:
         generator = torch.Generator().manual_seed(slide)
@@ -41,18 +43,21 @@ def part_of(slides: list[int], counts: bool) -> Bag:
         slides=tuple(map(str, slides)),
         seeds=tuple(100 + slide for slide in slides),
         weight=torch.full((len(slides),), float(counts)),
+        groups=tuple(number for number, group in enumerate(share) for _ in group),
     )
 
 
 def take_steps(strategy: Strategy, policy: str, clip: float | None) -> dict[str, Tensor]:
     """The state after three updates over five ragged bags; the last update has one bag."""
-    model = make_model(4, dropout=0.3, batch_norm=policy)
+    model = make_model(CHUNK, dropout=0.3, batch_norm=policy)
     wrapped = strategy.wrap(model)
     task = TASKS.build("classification", classes=["a", "b"])
     optimizer = SGD(model.parameters(), lr=0.1)
     for update in ([0, 1, 2], [3, 4, 0], [2]):
         model.train()
-        share, counts = rank_share(update, strategy.rank, strategy.world_size)
+        positions = group_bags([SIZES[slide] for slide in update], CHUNK)
+        groups = [[update[position] for position in group] for group in positions]
+        share, counts = rank_share(groups, strategy.rank, strategy.world_size)
         optimizer.zero_grad()
         loss = batch_loss(wrapped, model, part_of(share, counts), task, strategy.device)
         strategy.backward(loss / len(update))
@@ -96,7 +101,7 @@ def two_ranks(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(("policy", "clip"), CASES)
 def test_two_ranks_take_the_step_of_one(two_ranks, policy, clip):
-    start = make_model(4, dropout=0.3, batch_norm=policy).state_dict()
+    start = make_model(CHUNK, dropout=0.3, batch_norm=policy).state_dict()
     one = take_steps(Strategy(torch.device("cpu")), policy, clip)
     two = torch.load(two_ranks / f"{policy}.pt", weights_only=True)
     moved = sum((one[k] - start[k]).double().norm() ** 2 for k in one) ** 0.5

@@ -14,7 +14,14 @@ from e2e.bag import Bag
 from e2e.data.augment import Augment, resize
 from e2e.data.cohort import Slide
 from e2e.data.decode import Decoder, UndecodableError
-from e2e.data.sampler import mix, patch_seeds, plan_epoch, rank_share, sample_patches
+from e2e.data.sampler import (
+    group_bags,
+    mix,
+    patch_seeds,
+    plan_epoch,
+    rank_share,
+    sample_patches,
+)
 from e2e.data.store import PatchStore, SlideRecord
 from e2e.errors import DamagedDataError
 
@@ -87,10 +94,12 @@ def make_bag(
     augment: Augment | None,
     size: int | None,
     counts: bool = True,
+    groups: Sequence[int] | None = None,
 ) -> Bag:
     """One ragged batch: ``bag_size`` random patches (None: all) of each of ``items``.
 
-    ``augment`` None is the view of evaluation: the patches as stored, at ``size``.
+    ``augment`` None is the view of evaluation: the patches as stored, at ``size``. ``groups`` None
+    leaves each bag by itself.
     """
     parts = []
     for item in items:
@@ -106,12 +115,16 @@ def make_bag(
         slides=tuple(item.slide.id for item in items),
         seeds=tuple(part.seed for part in parts),
         weight=torch.full((len(items),), float(counts)),
+        groups=tuple(range(len(items)) if groups is None else groups),
     )
 
 
 @dataclass(frozen=True)
 class TrainingLoader:
-    """The bags of an epoch for one rank; an update is ``bags`` slides over all ranks."""
+    """The bags of an epoch for one rank; an update is ``bags`` slides over all ranks.
+
+    Neighbouring bags of up to ``chunk`` patches together are a group, and stay on one rank.
+    """
 
     items: Sequence[LabelledSlide]
     decoder: Decoder
@@ -119,6 +132,7 @@ class TrainingLoader:
     seed: int
     bags: int
     bag_size: int | None
+    chunk: int
 
     def updates(self) -> int:
         """Optimiser steps in an epoch."""
@@ -130,9 +144,11 @@ class TrainingLoader:
         """From update ``first`` on: this rank's bag, and the number of slides on all ranks."""
         plan = plan_epoch(len(self.items), self.bags, seed=self.seed, epoch=epoch)
         for update in plan[first:]:
-            share, counts = rank_share(update, rank, world_size)
+            slides = [self.items[i] for i in update]
+            groups = group_bags([self._size(item) for item in slides], self.chunk)
+            share, counts = rank_share(groups, rank, world_size)
             bag = make_bag(
-                [self.items[i] for i in share],
+                [slides[position] for group in share for position in group],
                 decoder=self.decoder,
                 seed=self.seed,
                 epoch=epoch,
@@ -140,8 +156,13 @@ class TrainingLoader:
                 augment=self.augment,
                 size=self.augment.size,
                 counts=counts,
+                groups=[number for number, group in enumerate(share) for _ in group],
             )
             yield bag, len(update)
+
+    def _size(self, item: LabelledSlide) -> int:
+        count = item.store.count(item.slide.id)
+        return count if self.bag_size is None else min(count, self.bag_size)
 
 
 def label_slides(
