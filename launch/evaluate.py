@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     settings = config.saved_settings(args.run, args.overrides, run.REGISTRIES)
     run.evaluate(settings, args.run, args.out or args.run / "evaluation")
 

@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--mpp-override", type=Path, help="CSV slide,mpp for slides that lack it")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     settings = config.saved_settings(args.run, args.overrides, run.REGISTRIES)
     return run.predict(
         settings,

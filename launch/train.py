@@ -21,7 +21,7 @@ from e2e.errors import exit_code
 
 def main() -> None:
     """Parse, build, train."""
-    args = config.train_parser(__doc__ or "").parse_args()
+    args = config.train_parser(__doc__ or "").parse_intermixed_args()
     settings, folder = config.settings_of(args, run.REGISTRIES)
     if args.print_config:
         print(config.dump_settings(settings), end="")

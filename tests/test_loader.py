@@ -38,7 +38,13 @@ def bag_of(items, **changes):
 
 
 def loader_of(items, **changes) -> TrainingLoader:
-    options = {"seed": 0, "bags": 2, "bag_size": 4, "augment": Augment(crop=0.5, size=16), "chunk": 4}
+    options = {
+        "seed": 0,
+        "bags": 2,
+        "bag_size": 4,
+        "augment": Augment(crop=0.5, size=16),
+        "chunk": 4,
+    }
     return TrainingLoader(items, DECODER, **(options | changes))
 
 
@@ -123,11 +129,27 @@ def test_bags_are_grouped_alike_on_any_number_of_ranks(items):
     loader = loader_of(items, bags=5, chunk=8)  # at most two bags of four
 
     def groups(world: int) -> set[tuple[str, ...]]:
-        bags = [bag for rank in range(world) for bag, _ in loader.epoch(0, rank=rank, world_size=world)]
+        bags = [
+            bag for rank in range(world) for bag, _ in loader.epoch(0, rank=rank, world_size=world)
+        ]
         return {bag.slides[a:b] for bag in bags if bag.weight.all() for a, b in bag.runs}
 
     assert sorted(map(len, groups(1))) == [1, 2, 2]
     assert groups(1) == groups(2) == groups(3) == groups(7)
+
+
+def test_training_sees_the_augmented_view(items):
+    (bag, _), *_ = loader_of(items, augment=Augment(crop=0.3, size=16)).epoch(
+        0, rank=0, world_size=1
+    )
+    plain = bag_of(
+        [i for i in items if i.slide.id in bag.slides], seed=0, epoch=0, bag_size=4, size=16
+    )
+    seen = bag.pixels(0, bag.num_patches, CPU)
+    assert seen.shape == (8, 3, 16, 16)
+    assert sorted(bag.slides) == sorted(plain.slides)
+    expected = plain.pixels(0, 8, CPU)
+    assert not any(torch.allclose(view, stored, atol=0.02) for view in seen for stored in expected)
 
 
 def test_a_rank_without_a_slide_gets_one_that_counts_nothing(items):

@@ -1,0 +1,118 @@
+"""Classification: words to targets and back, and a loss worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import e2e.tasks  # noqa: F401  (registers them)
+from e2e.errors import UserError
+from e2e.metrics import classification_metrics
+from e2e.tasks.base import TASKS, Task
+
+THREE = ["normal", "LUAD", "LUSC"]
+
+
+def task(name: str = "classification", **options) -> Task:
+    return TASKS.build(name, **({"classes": THREE} | options))
+
+
+@pytest.fixture(params=TASKS.names())
+def any_task(request: pytest.FixtureRequest) -> Task:
+    return task(request.param)
+
+
+def test_every_task_names_its_columns_outputs_and_metrics(any_task):
+    assert any_task.columns == ("label",)
+    assert any_task.output_names == tuple(THREE)
+    assert any_task.num_outputs == 3
+    metrics = any_task.metrics(np.eye(3), np.arange(3.0), np.ones((2, 3)))
+    assert {any_task.monitor, any_task.tie_break} <= metrics.keys()
+    assert all(values.shape == (2,) for values in metrics.values())
+
+
+@given(st.lists(st.text(min_size=1), min_size=2, max_size=6, unique=True))
+def test_words_become_the_number_of_their_output(classes):
+    made = task(classes=classes, column="diagnosis")
+    targets = [made.encode({"diagnosis": word}) for word in classes]
+    assert torch.stack(targets).tolist() == list(range(len(classes)))
+    assert targets[0].dtype == torch.int64
+
+
+def test_an_unknown_word_is_named_with_the_known_ones():
+    with pytest.raises(UserError) as error:
+        task().encode({"label": "luad"})
+    assert str(error.value) == (
+        "label 'luad' in column 'label' is none of task.classes: normal, LUAD, LUSC"
+    )
+
+
+def test_the_loss_by_hand():
+    # Logits log 1, log 2, log 5: probabilities 1/8, 2/8, 5/8.
+    logits = torch.tensor([[1.0, 2.0, 5.0]]).log().expand(3, 3)
+    loss = task().loss(logits, torch.tensor([0, 1, 2]))
+    assert loss.tolist() == pytest.approx([math.log(8), math.log(4), math.log(8 / 5)])
+    # Smoothing 0.3 takes 0.1 for each class: 0.8 of the true one's loss and 0.1 of the others'.
+    smooth = task(label_smoothing=0.3).loss(logits[:1], torch.tensor([1]))
+    expected = 0.8 * math.log(4) + 0.1 * (math.log(8) + math.log(8 / 5))
+    assert smooth.tolist() == pytest.approx([expected])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_and_probabilities_are_single_precision_even_of_half_logits(dtype):
+    logits = torch.tensor([[12.0, -9.0, 3.0]], dtype=dtype)
+    assert task().loss(logits, torch.tensor([1])).tolist() == pytest.approx([21.0001], abs=1e-3)
+    probabilities = task().probabilities(logits)
+    assert probabilities.dtype == torch.float32
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-6)
+    assert probabilities.argmax().item() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "monitor"),
+    [
+        ("classification", ["a", "b"], "auc"),
+        ("classification", THREE, "balanced_accuracy"),
+        ("grading", ["0", "1", "2", "3"], "kappa_quadratic"),
+    ],
+)
+def test_the_epoch_is_selected_by_the_metric_of_the_task(name, classes, monitor):
+    assert task(name, classes=classes).monitor == monitor
+    assert task(name, classes=classes, monitor="accuracy").monitor == "accuracy"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"classes": ["a"]}, "task.classes needs two or more different words, found ['a']"),
+        ({"classes": ["a", "b", "a"]}, "task.classes needs two or more different words"),
+        ({"label_smoothing": 1.0}, "task.label_smoothing must be in [0, 1), found 1.0"),
+        ({"monitor": "acuracy"}, "'acuracy'; did you mean 'accuracy'?"),
+        ({"monitor": "auc"}, "unknown metric in task.monitor: 'auc'"),  # three classes have none
+    ],
+)
+def test_wrong_options_are_named(options, expected):
+    with pytest.raises(UserError) as error:
+        task(**options)
+    assert expected in str(error.value)
+
+
+def test_metrics_are_those_of_the_metrics_module():
+    rng = np.random.default_rng(0)
+    probabilities, labels = rng.dirichlet(np.ones(3), 20), rng.integers(0, 3, 20)
+    weights = rng.random((4, 20))
+    ours = task().metrics(probabilities, labels.astype(np.float64), weights)
+    expected = classification_metrics(probabilities, labels, weights)
+    assert ours.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(ours[name], values)
+
+
+def test_a_splits_targets_are_told_in_a_line(any_task):
+    targets = [torch.tensor(n) for n in (2, 0, 2)]
+    assert any_task.describe(targets) == "1 normal, 0 LUAD, 2 LUSC"

@@ -1,0 +1,240 @@
+"""Label tables: read by an explicit column map, every row checked, nothing guessed."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from e2e.data.cohort import Problem, Slide, match_stores, read_table, write_problems
+from e2e.errors import UserError
+from tests.conftest import write_store
+
+COLUMNS = {"slide": "slide", "case": "case", "split": "split"}
+SPLITS = {"train": "train", "val": "val", "test": "test"}
+HEADER = "case,slide,split,label\n"
+
+
+def read(path: Path, **changes) -> tuple[list[Slide], list[Problem]]:
+    options = {"columns": COLUMNS, "targets": ["label"], "split_names": SPLITS}
+    return read_table(path, **(options | changes))
+
+
+@pytest.fixture
+def table(tmp_path):
+    def write(text: str, name: str = "labels.csv", encoding: str = "utf-8") -> Path:
+        path = tmp_path / name
+        path.write_bytes(text.encode(encoding))
+        return path
+
+    return write
+
+
+def test_rows_become_slides(table):
+    slides, problems = read(table(HEADER + "c1,s1,train,IDC\nc1,s2,train,ILC\nc2,s3,test,IDC\n"))
+    assert slides == [
+        Slide("s1", "c1", "train", {"label": "IDC"}),
+        Slide("s2", "c1", "train", {"label": "ILC"}),
+        Slide("s3", "c2", "test", {"label": "IDC"}),
+    ]
+    assert problems == []
+
+
+def test_columns_and_splits_go_by_the_tables_own_names(table):
+    path = table("Patient,WSI,Fold,grade,other\np,w.svs,development,3,x\n")
+    slides, _ = read(
+        path,
+        columns={"slide": "WSI", "case": "Patient", "split": "Fold"},
+        targets=["grade"],
+        split_names={"development": "train"},
+        slide_suffix=".svs",
+    )
+    assert slides == [Slide("w", "p", "train", {"grade": "3"})]
+
+
+def test_without_a_case_column_each_slide_is_a_case_and_splits_may_be_missing(table):
+    columns = {"slide": "slide", "case": None, "split": None}
+    slides, _ = read(table("slide,label\na,0\nb,1\n"), columns=columns)
+    assert [(s.id, s.case, s.split) for s in slides] == [("a", "a", ""), ("b", "b", "")]
+
+
+def test_ids_are_text_and_never_numbers(table):
+    rows = "007,007,train,1\n7,7,train,1\n7.0,7.0,train,01\n1e3,1e3,train,NA\nnull,NaN,train,None\n"
+    slides, problems = read(table(HEADER + rows))
+    assert [s.id for s in slides] == ["007", "7", "7.0", "1e3", "NaN"]
+    assert [s.target["label"] for s in slides] == ["1", "1", "01", "NA", "None"]
+    assert slides[4].case == "null"
+    assert problems == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "encoding"),
+    [
+        ("a.tsv", (HEADER + "c,ä ö,train,x\n").replace(",", "\t"), "utf-8"),
+        ("a.csv", HEADER + "c,ä ö,train,x\n", "utf-8-sig"),
+        ("a.csv", (HEADER + "c,ä ö,train,x\n").replace("\n", "\r\n"), "utf-8"),
+        (
+            "a.csv",
+            HEADER + 'c, "ä ö" ,train, x \n'.replace(', "', ',"').replace('" ,', '",'),
+            "utf-8",
+        ),
+        ("a.csv", HEADER + "c,ä ö,train,x", "utf-8"),
+        ("a.csv", HEADER + "c,ä ö,train,x\n\n\n", "utf-8"),
+    ],
+    ids=["tsv", "byte order mark", "crlf", "quotes and spaces", "no last newline", "blank lines"],
+)
+def test_tables_as_other_programs_write_them(table, name, text, encoding):
+    slides, problems = read(table(text, name, encoding))
+    assert slides == [Slide("ä ö", "c", "train", {"label": "x"})]
+    assert problems == []
+
+
+def test_a_missing_column_names_those_that_are_there(table):
+    with pytest.raises(UserError) as error:
+        read(table("case,slide,grade,fold\na,b,0,train\n"))
+    message = str(error.value)
+    assert "lacks column(s) label, split" in message
+    assert "it has: case, slide, grade, fold" in message
+    assert "data.columns" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("", "utf-8"),
+        (HEADER, "utf-8"),
+        (HEADER + "a,b,train,x,extra\nc,d,train,y\n", "utf-8"),
+        (HEADER + "a,b,train,x\nc,d,train,y,extra\n", "utf-8"),
+        (HEADER + "a,b,train,x,\n", "utf-8"),  # would shift every column by one
+        (HEADER + 'a,"b,train,x\n', "utf-8"),
+        (HEADER + "a,b,train,x\n", "utf-16"),
+    ],
+    ids=["empty", "no rows", "long first row", "long row", "comma at the end", "quote", "utf-16"],
+)
+def test_a_table_that_cannot_be_read_is_one_message(table, text, encoding):
+    with pytest.raises(UserError, match=r"labels.csv (is no readable table: .+|has no rows)"):
+        read(table(text, encoding=encoding))
+
+
+def test_no_table_is_told_with_the_setting(tmp_path):
+    with pytest.raises(UserError, match=r"no label table at .*\n.*data.labels="):
+        read(tmp_path / "nothing.csv")
+
+
+def test_bad_rows_are_listed_with_their_lines(table):
+    rows = [
+        "c1,s1,train,x",
+        "c1,s1,train,x",  # line 3
+        "c1,s1,train,y",  # line 4
+        "c9,s1,train,x",  # line 5
+        "c2,,train,x",  # line 6
+        ",s3,train,x",  # line 7
+        "c4,s4,train,",  # line 8
+        "c5,s5,holdout,x",  # line 9
+        "c6,s6",  # line 10
+        "c7,s7,val,x",
+    ]
+    slides, problems = read(table(HEADER + "\n".join(rows)))
+    assert [s.id for s in slides] == ["s1", "s7"]
+    assert [(p.slide, p.where, p.problem) for p in problems] == [
+        ("s1", "labels.csv line 3", "duplicate row"),
+        ("s1", "labels.csv line 4", "contradicts an earlier row"),
+        ("s1", "labels.csv line 5", "contradicts an earlier row"),
+        ("", "labels.csv line 6", "empty slide or case id"),
+        ("s3", "labels.csv line 7", "empty slide or case id"),
+        ("s4", "labels.csv line 8", "no value for label"),
+        ("s5", "labels.csv line 9", "split 'holdout' is none of train, val, test"),
+        ("s6", "labels.csv line 10", "split '' is none of train, val, test"),
+    ]
+    assert str(problems[3]) == "(no slide id): empty slide or case id (labels.csv line 6)"
+
+
+def test_slides_and_stores_are_compared_in_both_directions(tmp_path):
+    first = write_store(tmp_path / "one.lmdb", {"a": 1, "both": 1, "extra": 1})
+    second = write_store(tmp_path / "two.lmdb", {"b": 1, "both": 1})
+    slides = [Slide(name, name, "train", {}) for name in ("a", "b", "both", "missing")]
+    where, problems = match_stores(slides, [first, second])
+    assert {slide: store.path.name for slide, store in where.items()} == {
+        "a": "one.lmdb",
+        "b": "two.lmdb",
+        "both": "one.lmdb",
+    }
+    assert sorted(map(str, problems)) == [
+        "both: is in one.lmdb too (two.lmdb)",
+        "extra: the label table has no row for it (one.lmdb)",
+        "missing: no store has it (label table)",
+    ]
+
+
+def test_ids_are_matched_exactly(tmp_path):
+    store = write_store(tmp_path / "x.lmdb", {"7": 1, "S1": 1, "TCGA-1": 1})
+    slides = [Slide(name, name, "train", {}) for name in ("007", "s1", "TCGA")]
+    where, problems = match_stores(slides, [store])
+    assert where == {}
+    assert len(problems) == 6
+
+
+def test_problems_are_written_whole(tmp_path):
+    problems = [Problem(f"s,{n}", "labels.csv line 2", 'has "quotes"') for n in range(30)]
+    write_problems(problems, tmp_path / "new" / "problems.csv")
+    with (tmp_path / "new" / "problems.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 30
+    assert rows[7] == {"slide": "s,7", "problem": 'has "quotes"', "where": "labels.csv line 2"}
+
+
+# --- real tables ---
+
+
+def test_the_panda_table_is_read_whole(shared_data):
+    slides, problems = read(shared_data / "labels/panda.csv", columns=COLUMNS | {"split": "fold"})
+    assert problems == []
+    counts = {split: sum(s.split == split for s in slides) for split in SPLITS}
+    assert counts == {"train": 7143, "val": 1019, "test": 2040}
+    assert {s.target["label"] for s in slides} == set("012345")
+    assert all(s.case == s.id for s in slides)
+
+
+def test_the_brca_subtyping_table_is_read_whole(shared_data):
+    path = shared_data / "labels/subtyping_tcga_brca.csv"
+    slides, problems = read(path, columns=COLUMNS | {"split": "fold"})
+    assert problems == []
+    assert len(slides) == 985
+    assert len({s.case for s in slides}) == 985
+    assert {label: sum(s.target["label"] == label for s in slides) for label in ("IDC", "ILC")} == {
+        "IDC": 787,
+        "ILC": 198,
+    }
+
+
+@pytest.mark.parametrize("fold", [0, 1, 2])
+def test_the_brca_survival_tables_are_read(shared_data, fold):
+    slides, problems = read(
+        shared_data / f"labels/survival_tcga_brca_3fold/fold_{fold}.csv",
+        columns={"slide": "WSI", "case": "ID", "split": "Split"},
+        targets=["Event", "Status"],
+        slide_suffix=".pt",
+    )
+    assert problems == []
+    assert len(slides) == len({s.case for s in slides}) == 1007
+    assert sum(s.target["Status"] == "1" for s in slides) == 146
+    # 946 rows name one slide. 61 name two to four, joined by ";": their ids are not split.
+    assert sum(";" not in s.id and not s.id.endswith(".pt") for s in slides) == 946
+
+
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        ("label", "LUAD"),  # subtyping
+        ("label", "normal"),  # detection
+        ("time,event", "12.345,1"),  # survival
+    ],
+)
+def test_the_made_cohorts_tables_are_read(table, columns, row):
+    # As the generator of real-tissue cohorts writes them: case, slide, split, then the targets.
+    text = f"case,slide,split,{columns}\r\ncase001,case001-s000,train,{row}\r\n"
+    slides, problems = read(table(text), targets=columns.split(","))
+    assert problems == []
+    expected = dict(zip(columns.split(","), row.split(","), strict=True))
+    assert slides == [Slide("case001-s000", "case001", "train", expected)]

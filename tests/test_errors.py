@@ -1,0 +1,84 @@
+"""A user's mistake: one message, exit code 2; a crash: its traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from e2e.errors import DamagedDataError, UserError, exit_code, listing
+from tests.conftest import ROOT
+
+
+def failing(error: BaseException):
+    def main() -> int:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (3, 3)])
+def test_the_exit_code_is_what_main_says(returned, code):
+    assert exit_code(lambda: returned) == code
+
+
+@pytest.mark.parametrize("rank", [None, "0", "1"])
+def test_a_common_mistake_is_printed_by_rank_0_alone(monkeypatch, capsys, rank):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert exit_code(failing(UserError("no table at x\n  make one"))) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == ("" if rank == "1" else "error: no table at x\n  make one\n")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_damaged_data_is_printed_by_the_rank_that_met_it(monkeypatch, capsys, rank):
+    monkeypatch.setenv("RANK", rank)
+    assert exit_code(failing(DamagedDataError("slide 's' patch 3"))) == 2
+    assert capsys.readouterr().err == "error: slide 's' patch 3\n"
+
+
+def test_any_other_error_goes_on_its_way():
+    with pytest.raises(ZeroDivisionError):
+        exit_code(failing(ZeroDivisionError()))
+    with pytest.raises(KeyboardInterrupt):
+        exit_code(failing(KeyboardInterrupt()))
+
+
+SCRIPT = """
+    import sys
+    from e2e.errors import UserError, exit_code
+    def main():
+        print("working")
+        raise {error}
+    if __name__ == "__main__":
+        sys.exit(exit_code(main))
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "traceback"), [("UserError('wrong')", 2, False), ("OSError('x')", 1, True)]
+)
+def test_a_script_ends_as_promised(error, code, traceback):
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT.format(error=error))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
+    assert done.stdout == "working\n"
+    assert ("Traceback" in done.stderr) == traceback
+    assert traceback or done.stderr == "error: wrong\n"
+
+
+def test_a_long_list_is_shown_in_part_and_counted():
+    assert listing(["a", 2]) == "  a\n  2"
+    assert listing(range(12), most=10).splitlines()[-2:] == ["  9", "  ... and 2 more"]
+    assert listing(range(10)).count("\n") == 9
+    assert listing([]) == ""

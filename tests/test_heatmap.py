@@ -1,0 +1,143 @@
+"""Heatmaps: the scores of the head, at the coordinates of the store."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib import colormaps
+from PIL import Image
+from scipy.stats import rankdata
+
+import e2e.heads  # noqa: F401  (registers them)
+from e2e.data.cohort import Slide
+from e2e.data.decode import build_decoder
+from e2e.data.loader import LabelledSlide
+from e2e.data.store import PatchStore, StoreWriter
+from e2e.heads.base import HEADS, HeadOutput
+from e2e.heatmap import draw_heatmap, patch_scores, percentile_ranks
+from tests.conftest import RECIPE, jpeg, record
+
+SIDE = 768  # px of the longer side of a panel
+BAR = 24  # px of the caption over it
+
+
+@given(st.lists(st.sampled_from([-1.5, 0.0, 1e-9, 0.25, 3.0]) | st.floats(-10, 10), min_size=2))
+def test_ranks_are_scipys_from_0_to_1(scores):
+    values = np.array(scores)
+    expected = (rankdata(values) - 1) / (len(values) - 1)
+    np.testing.assert_allclose(percentile_ranks(values), expected, atol=1e-12)
+
+
+def test_equal_scores_are_in_the_middle():
+    assert percentile_ranks(np.array([0.3])).tolist() == [0.5]
+    assert percentile_ranks(np.full(4, 0.3)).tolist() == [0.5] * 4
+    assert percentile_ranks(np.array([5.0, 1.0, 5.0])).tolist() == [0.75, 0.0, 0.75]
+
+
+def test_attention_is_averaged_over_its_maps():
+    logits = torch.tensor([[[0.0, 0.0, float("-inf")], [3.0, 3.0, 3.0]]])
+    scores = patch_scores(HeadOutput(torch.zeros(1, 2), attention_logits=logits), 1)
+    expected = [(1 / 2 + 1 / 3) / 2, (1 / 2 + 1 / 3) / 2, (0 + 1 / 3) / 2]
+    assert scores is not None
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)
+
+
+def test_a_head_without_attention_shows_the_probability_of_the_class():
+    logits = torch.tensor([[[1.0, 3.0], [6.0, 2.0]]]).log()
+    output = HeadOutput(torch.zeros(1, 2), instance_logits=logits)
+    for shown, expected in ((0, [1 / 4, 6 / 8]), (1, [3 / 4, 2 / 8])):
+        scores = patch_scores(output, shown)
+        assert scores is not None
+        np.testing.assert_allclose(scores, expected, rtol=1e-6)
+    assert patch_scores(HeadOutput(torch.zeros(1, 2)), 0) is None
+
+
+def test_the_max_heads_scores_come_from_its_patches():
+    torch.manual_seed(0)
+    head = HEADS.build("max", 8, 3).eval()
+    features = torch.randn(1, 5, 8)
+    with torch.no_grad():
+        output = head(features, torch.ones(1, 5, dtype=torch.bool))
+        alone = [head(features[:, n : n + 1], torch.ones(1, 1, dtype=torch.bool)) for n in range(5)]
+    assert output.attention() is None
+    scores = patch_scores(output, 2)
+    assert scores is not None
+    expected = [single.logits.softmax(dim=-1)[0, 2].item() for single in alone]
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
+COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (120, 120, 120)]
+COORDS = [(1000, 500), (1064, 500), (1128, 500), (1000, 564), (1128, 564)]  # 3 x 2, one missing
+
+
+@pytest.fixture
+def item(tmp_path):
+    coords = np.array(COORDS, np.int32)
+    jpegs = [jpeg(Image.new("RGB", (32, 32), colour), quality=95) for colour in COLOURS]
+    with StoreWriter(tmp_path / "x.lmdb", RECIPE) as writer:
+        writer.add(record("s", 5, coords=coords), jpegs)
+    slide = Slide("s", "s", "test", {})
+    return LabelledSlide(slide, PatchStore(tmp_path / "x.lmdb"), torch.tensor(0))
+
+
+SCORES = np.array([0.1, 0.4, 0.2, 0.25, 0.05])
+
+
+def drawn(item, tmp_path) -> np.ndarray:
+    path = tmp_path / "maps" / "s.v1"  # an id with a dot
+    draw_heatmap(item, SCORES, decoder=build_decoder(), caption="s: LUAD 0.9", path=path)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["s.v1.csv", "s.v1.png"]
+    return np.asarray(Image.open(io.BytesIO((path.parent / "s.v1.png").read_bytes())))
+
+
+def test_the_table_holds_the_coordinates_of_the_store_and_the_raw_scores(item, tmp_path):
+    drawn(item, tmp_path)
+    table = pd.read_csv(tmp_path / "maps" / "s.v1.csv")
+    assert list(table.columns) == ["x", "y", "side", "score", "percentile"]
+    assert list(zip(table.x, table.y, strict=True)) == COORDS
+    assert set(table.side) == {64.0}
+    np.testing.assert_array_equal(table.score, SCORES)
+    assert table.percentile.tolist() == [25, 100, 50, 75, 0]
+
+
+def cell(picture: np.ndarray, x: int, y: int, panel: int) -> np.ndarray:
+    """The middle of the grid cell (x, y) of 3 x 2, in the left (0) or right (1) panel."""
+    step = SIDE / 3
+    left = panel * (SIDE + 8)
+    return picture[BAR + int((y + 0.5) * step), left + int((x + 0.5) * step)].astype(int)
+
+
+def test_the_picture_has_the_tissue_on_the_left_and_the_scores_over_it_on_the_right(item, tmp_path):
+    picture = drawn(item, tmp_path)
+    assert picture.shape == (2 * SIDE // 3 + BAR, 2 * SIDE + 72, 3)
+    places = [(0, 0), (1, 0), (2, 0), (0, 1), (2, 1)]
+    for (x, y), colour, rank in zip(places, COLOURS, [0.25, 1.0, 0.5, 0.75, 0.0], strict=True):
+        assert cell(picture, x, y, 0) == pytest.approx(np.array(colour), abs=4)
+        heat = np.array(colormaps["turbo"](rank)[:3]) * 255
+        assert cell(picture, x, y, 1) == pytest.approx(0.45 * np.array(colour) + 0.55 * heat, abs=4)
+    for panel in (0, 1):
+        assert cell(picture, 1, 1, panel).tolist() == [245] * 3  # no patch, no colour
+
+
+def test_patches_touch_without_gaps(item, tmp_path):
+    picture = drawn(item, tmp_path)
+    row = picture[BAR + SIDE // 6, :SIDE].astype(int)
+    ground = (np.abs(row - 245).max(axis=1) < 3).sum()
+    assert ground == 0
+
+
+def test_one_patch_is_a_picture_too(tmp_path):
+    with StoreWriter(tmp_path / "x.lmdb", RECIPE) as writer:
+        writer.add(record("s", 1), [jpeg(0)])
+    slide = Slide("s", "s", "test", {})
+    single = LabelledSlide(slide, PatchStore(tmp_path / "x.lmdb"), torch.tensor(0))
+    path = tmp_path / "s"
+    draw_heatmap(single, np.array([1.0]), decoder=build_decoder(), caption="", path=path)
+    with Image.open(tmp_path / "s.png") as image:
+        assert image.size == (2 * SIDE + 72, SIDE + BAR)

@@ -1,0 +1,116 @@
+"""Splits: always by case, stratified, and never dishonest without a word."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from e2e.data.cohort import Slide
+from e2e.data.splits import check_splits, cut
+from e2e.errors import UserError
+
+
+def slide(name: str, case: str = "", split: str = "train", label: str = "x") -> Slide:
+    return Slide(name, case or name, split, {"label": label})
+
+
+@st.composite
+def cohorts(draw) -> list[Slide]:
+    """Cases of one to three slides, one split and label a case."""
+    slides = []
+    for number in range(draw(st.integers(1, 40))):
+        split = draw(st.sampled_from(["", "train", "train", "val", "test"]))
+        label = draw(st.sampled_from("aab"))
+        for part in range(draw(st.integers(1, 3))):
+            slides.append(slide(f"{number}-{part}", f"case{number}", split, label))
+    return draw(st.permutations(slides))
+
+
+@given(cohorts(), st.floats(0, 0.9), st.integers(0, 100), st.sampled_from(["val", "test"]))
+def test_cutting_moves_whole_cases_out_of_train_only(slides, share, seed, split):
+    done = cut(slides, split, share, by="label", seed=seed)
+    assert [s.id for s in done] == [s.id for s in slides]
+    splits = {}
+    for before, after in zip(slides, done, strict=True):
+        assert splits.setdefault(after.case, after.split) == after.split
+        assert (after.case, after.target) == (before.case, before.target)
+        if before.split not in ("", "train"):
+            assert after.split == before.split
+        else:
+            assert after.split in ("train", split)
+
+
+@given(cohorts(), st.floats(0, 0.9), st.integers(0, 100))
+def test_every_stratum_gives_its_share_to_within_one_case(slides, share, seed):
+    free = {s.case for s in slides if s.split in ("", "train")}
+    label = {s.case: s.target["label"] for s in slides}
+    moved = {
+        s.case for s in cut(slides, "val", share, by="label", seed=seed) if s.split == "val"
+    } & free
+    assert abs(len(moved) - share * len(free)) <= 0.5 + 1e-9
+    for stratum in "ab":
+        all_of_it = [case for case in free if label[case] == stratum]
+        taken = [case for case in moved if label[case] == stratum]
+        assert abs(len(taken) - share * len(all_of_it)) <= 1 + 1e-9
+
+
+@given(cohorts(), st.integers(0, 100), st.randoms())
+def test_a_cut_is_free_of_the_order_of_the_rows(slides, seed, random):
+    shuffled = list(slides)
+    random.shuffle(shuffled)
+    first = {s.id: s.split for s in cut(slides, "val", 0.3, by="label", seed=seed)}
+    assert first == {s.id: s.split for s in cut(shuffled, "val", 0.3, by="label", seed=seed)}
+
+
+def test_cuts_differ_by_seed_and_use_every_case():
+    slides = [slide(str(n)) for n in range(20)]
+    cuts = [
+        frozenset(s.id for s in cut(slides, "val", 0.25, by="label", seed=k) if s.split == "val")
+        for k in range(40)
+    ]
+    assert {len(chosen) for chosen in cuts} == {5}
+    assert len(set(cuts)) > 30
+    assert len(Counter(name for chosen in cuts for name in chosen)) == 20
+
+
+def test_two_cuts_take_different_cases():
+    slides = [slide(str(n), label="ab"[n % 2]) for n in range(40)]
+    once = cut(slides, "test", 0.25, by="label", seed=0)
+    twice = cut(once, "val", 0.2, by="label", seed=0)
+    assert Counter(s.split for s in twice) == {"train": 24, "test": 10, "val": 6}
+    assert Counter(s.target["label"] for s in twice if s.split == "test") == {"a": 5, "b": 5}
+
+
+def test_honest_splits_pass():
+    check_splits([slide("a1", "a"), slide("a2", "a"), slide("b", split="val")])
+    check_splits([slide("a"), slide("b", split="val"), slide("c", split="test")])
+
+
+def test_a_case_in_two_splits_is_named():
+    slides = [slide("a1", "A", "train"), slide("a2", "A", "test"), slide("a3", "A", "val")]
+    slides += [slide("b1", "B", "train"), slide("b2", "B", "val"), slide("c", "C", "val")]
+    with pytest.raises(UserError) as error:
+        check_splits(slides)
+    assert str(error.value) == (
+        "2 case(s) lie in more than one split: the test would not be honest\n"
+        "  case 'A': test, train, val\n"
+        "  case 'B': train, val\n"
+        "  give each case one split in the label table"
+    )
+
+
+def test_a_long_list_of_torn_cases_is_counted():
+    slides = [slide(f"{n}{s}", f"c{n}", s) for n in range(30) for s in ("train", "val")]
+    with pytest.raises(UserError, match=r"30 case\(s\)(?s:.*)and 20 more"):
+        check_splits(slides)
+
+
+def test_an_empty_split_is_told_with_what_helps():
+    with pytest.raises(UserError, match=r"no slide has the split 'val'\n.*data.cut.val=0.1"):
+        check_splits([slide("a"), slide("b", split="test")])
+    with pytest.raises(UserError, match="no slide has the split 'train'") as error:
+        check_splits([slide("a", split="val")])
+    assert "data.cut" not in str(error.value)  # nothing can be cut from no training cases

@@ -1,0 +1,180 @@
+"""The whole way on drawn slides: make them, pack them, train end to end, judge on unseen slides.
+
+  python tools/demo.py --out demo
+
+Every step is one of the commands a user would type; each is printed. A step that is done is kept,
+so a stopped demo goes on. Beside the model's figure stand three controls that must be near 0.5 or
+clearly lower: labels permuted before training, the slides' mean colour, an untrained encoder.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import pandas as pd
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from e2e.data.decode import build_decoder
+from e2e.data.store import PatchStore
+from e2e.errors import UserError, exit_code
+from e2e.evaluate import write_json
+from e2e.log import Screen, clock
+from e2e.metrics import auc, case_weights, interval
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+DRAWS = 1000
+
+
+def main() -> None:
+    """Make, pack, train, judge, and train the controls."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo"))
+    parser.add_argument("--slides", default="64,16,48", help="train,val,test")
+    parser.add_argument("--seed", type=int, default=0, help="of the slides and the training")
+    out, slides, seed = vars(args := parser.parse_args()).values()
+    started = time.monotonic()
+    cohort, store = out / "cohort", out / "cohort.lmdb"
+    labels, permuted = cohort / "labels.csv", out / "labels_permuted.csv"
+    if not labels.is_file():
+        step(
+            "tools/make_toy.py",
+            "--out",
+            cohort,
+            "--kind",
+            "micro",
+            "--slides",
+            slides,
+            "--seed",
+            seed,
+        )
+    step(
+        "tools/pack_lmdb.py",
+        "--slides",
+        cohort / "slides",
+        "--out",
+        store,
+        "--mpp",
+        0.5,
+        "--patch-size",
+        64,
+    )
+    train(out / "run", labels, store, seed)
+    permute_labels(labels, permuted, seed)
+    train(out / "control_permuted", permuted, store, seed)
+    train(out / "control_untrained", labels, store, seed, "optim.train_encoder=false")
+    results = {
+        "encoder and head trained end to end": test_auc(out / "run"),
+        "control: training labels permuted": test_auc(out / "control_permuted"),
+        "control: mean colour, logistic model": mean_colour_auc(labels, store),
+        "control: untrained encoder, trained head": test_auc(out / "control_untrained"),
+    }
+    write_json(out / "demo.json", results)
+    tell(out, results, time.monotonic() - started, args.slides)
+
+
+def step(script: str, *arguments: object) -> None:
+    """Run one of the project's commands; its failure ends the demo."""
+    command = [script, *map(str, arguments)]
+    print(f"\n$ python {shlex.join(command)}", flush=True)
+    run([sys.executable, *command])
+
+
+def train(folder: Path, labels: Path, store: Path, seed: int, *overrides: str) -> None:
+    """Train in ``folder`` through torchrun, or go on where it was stopped, or leave it if done."""
+    if (folder / "metrics.json").is_file():
+        return
+    asked = ["--resume", str(folder)]
+    if not (folder / "settings.yaml").is_file():
+        asked = ["--datasets", "toy_micro", "--model", "e2e_r18_abmilx", "-c", "configs/demo.yaml"]
+        asked += [f"data.labels={labels.resolve()}", f"data.stores=[{store.resolve()}]"]
+        asked += [f"run.out={folder.resolve()}", f"run.seed={seed}", *overrides]
+    print(f"\n$ torchrun launch/train.py {shlex.join(asked)}", flush=True)
+    run([str(BIN / "torchrun"), "launch/train.py", *asked])
+
+
+def run(command: list[str]) -> None:
+    """Run to the end from the repository's root."""
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if code:
+        raise UserError(
+            f"the step above ended with exit code {code}; mend it and run the demo again"
+        )
+
+
+def permute_labels(labels: Path, out: Path, seed: int) -> None:
+    """The table with the labels of the training and validation cases dealt out anew.
+
+    Test slides keep theirs: what is learnt from the rest can then only be chance.
+    """
+    table = pd.read_csv(labels, dtype=str)
+    rng = np.random.default_rng(seed)
+    for split in ("train", "val"):
+        cases = table[table["split"] == split].groupby("case")["label"].first()
+        dealt = dict(zip(cases.index, rng.permutation(cases.to_numpy()), strict=True))
+        chosen = table["split"] == split
+        table.loc[chosen, "label"] = table.loc[chosen, "case"].map(dealt)
+    table.to_csv(out, index=False)
+
+
+def test_auc(folder: Path) -> dict[str, Any]:
+    """Test AUC and interval of a run, by the weights that its validation judged."""
+    report = json.loads((folder / "metrics.json").read_text())
+    return report["test"][report["judged"]]["auc"]
+
+
+def mean_colour_auc(labels: Path, store_path: Path) -> dict[str, Any]:
+    """A logistic model on each slide's mean red, green and blue over its patches."""
+    store, decoder = PatchStore(store_path), build_decoder()
+    table = pd.read_csv(labels, dtype=str)
+    table = table[[slide in store for slide in table["slide"]]]
+    colours = np.stack(
+        [
+            decoder.decode(store.read(s, range(store.count(s)))).double().mean((0, 2, 3)).numpy()
+            for s in table["slide"]
+        ]
+    )
+    anomaly, test = (table["label"] == "anomaly").to_numpy(), (table["split"] == "test").to_numpy()
+    model = make_pipeline(StandardScaler(), LogisticRegression()).fit(
+        colours[~test], anomaly[~test]
+    )
+    scores = model.predict_proba(colours[test])[:, 1]
+    weights = case_weights(table["case"][test].tolist(), DRAWS, seed=0)
+    return dict(interval(auc(scores, anomaly[test], weights)))
+
+
+def tell(out: Path, results: dict[str, dict[str, Any]], seconds: float, slides: str) -> None:
+    """The figures beside their controls, and where everything lies."""
+    screen = Screen(leads=True)
+    rows = [
+        [name, f"{r['value']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}"]
+        for name, r in results.items()
+    ]
+    title = f"test AUC on {slides.split(',')[-1]} unseen slides"
+    screen.table(title, ("", "AUC", "95 % interval over cases"), rows)
+    for name, place in {
+        "predictions": "run/predictions.csv",
+        "metrics": "run/metrics.json",
+        "heatmaps": "run/heatmaps/",
+        "slides": "cohort/slides/",
+        "tissue and grids": "cohort_overview/",
+        "these figures": "demo.json",
+    }.items():
+        screen.say(f"{name:17} {out / place}")
+    screen.say(f"done in {clock(seconds)}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
