@@ -359,6 +359,8 @@ def _build(
         made: dict[str, Any] = {key: OmegaConf.to_object(tree[key]) for key in schema}
     except MissingMandatoryValue as error:
         raise UserError(f"setting {error.full_key} is missing, and has no default") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"setting {error.full_key}: {str(error.msg).splitlines()[0]}") from error
     for section in registries:
         made[section] = Plugin(plugins[section], dataclasses.asdict(made[section]))
     return Settings(**made, names=names)
@@ -368,8 +370,10 @@ def _merge(node: Any, values: dict[str, Any], schema: Any, path: str, source: st
     _reject_unknown_keys(values, schema, path, source)
     try:
         return OmegaConf.merge(node, values)
-    except OmegaConfBaseException as error:
-        key = error.full_key or path
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: keys where a list belongs
+        key = getattr(error, "full_key", None) or path
+        if isinstance(error, TypeError):
+            raise UserError(f"{source}: section '{path}': {error}: {values}") from error
         raise UserError(f"{source}: setting {key}: {str(error.msg).splitlines()[0]}") from error
 
 
@@ -379,6 +383,8 @@ def _reject_unknown_keys(values: dict[str, Any], schema: Any, path: str, source:
         if key not in fields:
             raise UserError(f"{source}: unknown setting '{path}.{key}'{suggest(str(key), fields)}")
         nested = fields[key].default_factory
+        if dataclasses.is_dataclass(nested) and not isinstance(value, dict):
+            raise UserError(f"{source}: setting {path}.{key} must hold keys, found {value!r}")
         if isinstance(value, dict) and dataclasses.is_dataclass(nested):
             _reject_unknown_keys(value, nested, f"{path}.{key}", source)
 
@@ -441,7 +447,7 @@ def _override_layer(text: str) -> Layer:
         raise UserError(f"'{text}' is no setting; write section.key=value, such as optim.lr=1e-4")
     try:
         tree = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
-    except (OmegaConfBaseException, ValueError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise UserError(f"'{text}' cannot be read: {str(error).splitlines()[0]}") from error
     assert isinstance(tree, dict)
     return text, {str(key): value for key, value in tree.items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -68,9 +69,11 @@ class Screen:
         self.pause()
         if not self.leads:
             return
-        table = Table(*header, title=title, title_justify="left")
+        table = Table(title=escape(title), title_justify="left")
+        for name in header:
+            table.add_column(escape(name), overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         self.console.print(table)
 
 

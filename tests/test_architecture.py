@@ -21,7 +21,6 @@ OWNERS = {
     "simplejpeg": {"e2e/data/decode.py"},
     "turbojpeg": {"e2e/data/decode.py"},
     "jpeg4py": {"e2e/data/decode.py"},
-    "pickle": {"e2e/encoders/timm.py"},  # only to name the error of torch.load(weights_only=True)
 }
 """Library -> the only files that may import it."""
 

@@ -288,9 +288,6 @@ def test_damaged_coords_are_found(tmp_path):
     assert list(store.damage("a")) == [f"{path}: the record of slide 'a' is damaged"]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the checksum covers the arrays, not the JSON"
-)
 def test_a_damaged_mpp_is_found(tmp_path):
     path = tmp_path / "x.lmdb"
     with StoreWriter(path, {}) as writer:
@@ -299,7 +296,6 @@ def test_a_damaged_mpp_is_found(tmp_path):
     assert list(PatchStore(path).damage("a"))
 
 
-@pytest.mark.xfail(strict=True, raises=json.JSONDecodeError, reason="it is not translated")
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -315,7 +311,6 @@ def test_damage_to_what_is_read_first_is_told_as_such(tmp_path, old, new):
         PatchStore(path)
 
 
-@pytest.mark.xfail(strict=True, reason="json and lmdb errors of a damaged file are not translated")
 def test_a_page_of_zeros_is_told_as_damage(tmp_path):
     path = tmp_path / "x.lmdb"
     write_store(path, {"a": 40})

@@ -64,12 +64,12 @@ def random_resized_crop(
 ) -> Tensor:
     """A window of ``least_area`` to 1 of the area, aspect 3/4 to 4/3, resampled to ``size``.
 
-    A window larger than the patch is cut to the patch. Bilinear. Returns float in 0..1.
+    A large window's aspect is held to what fits. Bilinear. Returns float in 0..1.
     """
     area = least_area + (1 - least_area) * uniform(seeds, 4)
     aspect = np.exp((2 * uniform(seeds, 5) - 1) * math.log(4 / 3))
-    width = np.minimum(np.sqrt(area * aspect), 1.0)
-    height = np.minimum(np.sqrt(area / aspect), 1.0)
+    aspect = np.clip(aspect, area, 1 / area)  # neither side longer than the patch
+    width, height = np.sqrt(area * aspect), np.sqrt(area / aspect)
     # affine_grid wants centre and half size in -1..1.
     x = (1 - width) * (2 * uniform(seeds, 6) - 1)
     y = (1 - height) * (2 * uniform(seeds, 7) - 1)

@@ -18,6 +18,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class PatchStore:
         if not self.path.is_file():
             raise UserError(f"no patch store at {self.path}\n  make it with tools/pack_lmdb.py")
         self._numbers: dict[str, tuple[int, int]] = {}
-        with _environment(self.path).begin(buffers=True) as txn:
+        with _reading(self.path) as txn:
             self.recipe: dict[str, Any] = _read_header(txn, self.path)["recipe"]
             for slide, value in _slide_values(txn):
                 meta = _metadata(value)
@@ -104,7 +105,7 @@ class PatchStore:
         """JPEG bytes of the given patches, in the order asked for."""
         number, count = self._numbers[slide]
         jpegs = []
-        with _environment(self.path).begin(buffers=True) as txn:
+        with _reading(self.path) as txn:
             for index in indices:
                 value = txn.get(_patch_key(number, int(index)))
                 if value is None:
@@ -123,16 +124,21 @@ class PatchStore:
             yield str(error)
             return
         number, _ = self._numbers[slide]
-        with _environment(self.path).begin(buffers=True) as txn:
-            for index in range(record.count):
-                value = txn.get(_patch_key(number, index))
-                if value is None:
-                    yield f"slide '{slide}' patch {index}: missing"
-                elif zlib.crc32(value) != checksums[index]:
-                    yield f"slide '{slide}' patch {index}: checksum differs"
+        for index in range(record.count):
+            try:
+                with _reading(self.path) as txn:
+                    value = txn.get(_patch_key(number, index))
+                    found = None if value is None else zlib.crc32(value)
+            except DamagedDataError as error:
+                yield f"slide '{slide}' patch {index}: {error}"
+                continue
+            if found is None:
+                yield f"slide '{slide}' patch {index}: missing"
+            elif found != checksums[index]:
+                yield f"slide '{slide}' patch {index}: checksum differs"
 
     def _read_record(self, slide: str) -> tuple[SlideRecord, NDArray[np.uint32]]:
-        with _environment(self.path).begin(buffers=True) as txn:
+        with _reading(self.path) as txn:
             return _unpack_record(txn, self.path, slide)
 
 
@@ -236,6 +242,18 @@ class StoreWriter:
         self._done.add(record.slide)
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[lmdb.Transaction]:
+    """A read transaction; what lmdb and json make of damaged bytes is a DamagedDataError."""
+    try:
+        with _environment(path).begin(buffers=True) as txn:
+            yield txn
+    except (lmdb.Error, ValueError, KeyError) as error:  # ValueError: also of json and of unicode
+        raise DamagedDataError(
+            f"{path} is damaged: {error}\n  copy it again, or pack it anew"
+        ) from error
+
+
 _ENVIRONMENTS: dict[tuple[int, str], lmdb.Environment] = {}
 # A forked process must open the files anew, and lmdb refuses that while the parent's are at hand.
 os.register_at_fork(after_in_child=_ENVIRONMENTS.clear)
@@ -313,8 +331,8 @@ def _patch_key(number: int, index: int) -> bytes:
     return b"p" + struct.pack(">II", number, index)
 
 
-def _checksum(arrays: bytes) -> str:
-    return hashlib.blake2b(arrays, digest_size=16).hexdigest()
+def _checksum(meta: dict[str, Any], arrays: bytes) -> str:
+    return hashlib.blake2b(json.dumps(meta).encode() + arrays, digest_size=16).hexdigest()
 
 
 def _metadata(value: Any) -> dict[str, Any]:
@@ -330,13 +348,14 @@ def _unpack_record(
         raise DamagedDataError(f"{path} has no slide '{slide}'")
     meta = _metadata(value)
     arrays = value[value.index(b"\n") + 1 :]
-    count = meta.pop("count")
+    count = meta["count"]
     checksum = meta.pop("checksum")
-    meta.pop("number")
-    if len(arrays) != 12 * count or _checksum(arrays) != checksum:
+    if len(arrays) != 12 * count or _checksum(meta, arrays) != checksum:
         raise DamagedDataError(f"{path}: the record of slide '{slide}' is damaged")
     coords = np.frombuffer(arrays, "<i4", 2 * count).reshape(count, 2).astype(np.int32)
     checksums = np.frombuffer(arrays, "<u4", count, offset=8 * count)
+    meta.pop("number")
+    meta.pop("count")
     return SlideRecord(slide=slide, coords=coords, **meta), checksums
 
 
@@ -357,6 +376,6 @@ def _pack_record(record: SlideRecord, number: int, checksums: list[int]) -> byte
         "height": record.height,
         "source": record.source[-300:],  # the line must stay below 4,096 bytes, however escaped
         "source_bytes": record.source_bytes,
-        "checksum": _checksum(arrays),
     }
+    meta["checksum"] = _checksum(meta, arrays)
     return json.dumps(meta).encode() + b"\n" + arrays

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pickle
 import socket
 import urllib.request
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from urllib.parse import urlsplit
 import timm
 import torch
 from huggingface_hub import constants as hub
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -48,20 +46,27 @@ class TimmEncoder(Encoder):
     ) -> None:
         from_hub = pretrained and weights is None
         options = _timm_options(stage, drop_path)
-        net = _from_hub(model, options) if from_hub else timm.create_model(model, **options)
+        try:
+            net = _from_hub(model, options) if from_hub else timm.create_model(model, **options)
+        except (TypeError, IndexError, AssertionError) as error:
+            raise UserError(
+                f"encoder '{model}' cannot be built with stage={stage}, drop_path={drop_path}: {error}"
+            ) from error
         config: dict[str, Any] = net.pretrained_cfg  # pyright: ignore[reportAssignmentType]
         super().__init__(config["mean"], config["std"])
         self.net = net
         self.cut = stage is not None
         self.pretrained = pretrained or weights is not None
-        self.dim = net.feature_info.channels()[-1] if self.cut else net.num_features  # pyright: ignore
+        self.channels_last = self.cut and getattr(net, "output_fmt", "NCHW") == "NHWC"
+        self.dim = net.feature_info.channels()[-1] if self.cut else net.head_hidden_size  # pyright: ignore
         if weights is not None:
             load_weights(self.net, Path(weights), model)
 
     def features(self, images: Tensor) -> Tensor:
         """See :class:`Encoder`."""
         if self.cut:
-            return self.net(images)[-1].mean(dim=(-2, -1))
+            space = (1, 2) if self.channels_last else (2, 3)
+            return self.net(images)[-1].mean(dim=space)
         return self.net(images)
 
 
@@ -127,9 +132,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
+    except Exception as error:  # what is no pickle may raise anything when read as one
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} cannot be read as weights: {str(error).splitlines()[0]}\n"
+            f"{path} cannot be read as weights: {reason}\n"
             "  a state dict is needed, saved with torch.save or as safetensors"
         ) from error
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):

@@ -1,0 +1,611 @@
+"""Draw a cohort of synthetic slides whose label one planted anomaly decides.
+
+python tools/make_toy.py --out toy
+python tools/make_toy.py --out toy-macro --kind macro --slides 32,8,24 --workers 8
+
+micro  black discs lie all over the tissue. Each carries a white glyph: a letter o, or, on about half
+       of an anomaly slide's discs, in clusters, a plus. Both have the same ink and the same length of edge,
+       and at 5x they are the very same pixels: only 20x (0.5 um/px) tells them apart (at 10x
+       some of it is left).
+macro  a few white rings with a thick black border: circles, or, on an anomaly slide, some ellipses
+       of the same area and the same ink. A 256-px patch at 20x sees only an arc: 5x decides.
+
+Writes OUT/slides/<slide>.tif (JPEG pyramids for OpenSlide), OUT/labels.csv (case,slide,split,label),
+OUT/truth.csv (box of each anomalous object, level-0 pixels) and OUT/painter.json (the settings drawn
+per slide). Test slides are painted with settings no training slide has; the anomaly is the same.
+A slide depends on the seed and its own name alone. The two anomalies are after the micro- and
+macro-anomaly datasets of CS-MIL (Deng et al., MMMI 2022), painted anew on synthetic tissue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import numpy.typing as npt
+import tifffile
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from scipy import ndimage, special
+
+from e2e.errors import UserError, exit_code
+
+Array = npt.NDArray[np.floating]
+Settings = dict[str, float]
+
+LABELS = ("normal", "anomaly")
+SPLITS = ("train", "val", "test")
+MPP = 0.5
+DEFAULT_SIZE = {"micro": 1024, "macro": 3072}
+SMALLEST_SIZE = {"micro": 256, "macro": 2048}
+SIZE_STEP = 256
+SMALLEST_LEVEL = 256
+AXIS_RATIO = 0.68
+BLACK, WHITE = 14.0, 243.0
+
+# name -> (range in train and val, range in test). Lengths in level-0 pixels, stain strengths in
+# optical density, hues in radians about the usual stain vector, densities per 1000 pixels.
+COMMON: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
+    "ground": ((240, 246), (232, 238)),
+    "eosin_hue": ((-0.10, 0.06), (0.12, 0.24)),
+    "eosin_strength": ((0.26, 0.36), (0.26, 0.36)),
+    "hematoxylin_hue": ((-0.06, 0.06), (0.10, 0.20)),
+    "hematoxylin_strength": ((0.65, 0.85), (0.65, 0.85)),
+    "fibre_period": ((20, 30), (12, 17)),
+    "fibre_depth": ((0.5, 0.8), (0.5, 0.8)),
+    "nuclei_density": ((1.3, 2.0), (2.4, 3.2)),
+    "nuclei_radius": ((5.0, 6.2), (5.0, 6.2)),
+}
+KINDS = {
+    "micro": {
+        "disc_density": ((0.30, 0.40), (0.30, 0.40)),
+        "anomalous_share": ((0.40, 0.60), (0.40, 0.60)),
+    },
+    "macro": {
+        "rings": ((4, 7), (4, 7)),
+        "anomalous_share": ((0.3, 0.7), (0.3, 0.7)),
+    },
+}
+
+
+class Box(NamedTuple):
+    """Bounding box in level-0 pixels."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+
+class SlideSpec(NamedTuple):
+    """One row of labels.csv."""
+
+    case: str
+    slide: str
+    split: str
+    label: str
+
+
+class Painted(NamedTuple):
+    """A slide before it is written."""
+
+    image: npt.NDArray[np.uint8]
+    """(size, size, 3) RGB at 0.5 um/px."""
+    truth: list[Box]
+    """The anomalous objects; empty on a normal slide."""
+    settings: Settings
+
+
+def plan(slides: tuple[int, int, int], seed: int) -> list[SlideSpec]:
+    """The cohort's rows, ``slides`` = counts of train, val and test.
+
+    Every fifth slide is a second slide of the case before it. Cases take the two labels in
+    pairs, the order within a pair at random, so that a slide's label does not depend on how many
+    slides there are.
+    """
+    rows = []
+    for split, count in zip(SPLITS, slides, strict=True):
+        for index in range(count):
+            number = index - (index + 1) // 5
+            case = f"{split}{number:03d}"
+            first_is_anomaly = generator(seed, f"{split} pair {number // 2}").integers(2)
+            label = LABELS[int(number % 2 != first_is_anomaly)]
+            rows.append(SlideSpec(case, f"{case}-{1 + (index % 5 == 4)}", split, label))
+    return rows
+
+
+def generator(seed: int, name: str) -> np.random.Generator:
+    """A random generator that depends on ``seed`` and ``name`` alone."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
+def paint(spec: SlideSpec, kind: str, size: int, seed: int) -> Painted:
+    """Paint one slide, ``size`` pixels wide and high: a pure function of its arguments.
+
+    The label decides nothing but the shapes of the anomalous objects: painted with the other
+    label, the same slide has the same tissue, and every disc and ring in its place.
+    """
+    rng = generator(seed, spec.slide)
+    settings = draw_settings(rng, kind, test=spec.split == "test")
+    anomalous = spec.label == "anomaly"
+    if kind == "macro":
+        rings = place_rings(rng, size, settings)
+        tissue = tissue_mask(rng, size, rings[:, :2], 1.5 * rings[:, 2])
+        canvas = paint_tissue(rng, tissue, settings)
+        truth = paint_rings(rng, canvas, rings, settings, anomalous)
+    else:
+        tissue = tissue_mask(rng, size, *place_pieces(rng, size))
+        canvas = paint_tissue(rng, tissue, settings)
+        truth = paint_discs(rng, canvas, tissue, settings, anomalous)
+    canvas += rng.normal(0, 2.0, (size, size, 1)).astype(np.float32)
+    image = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
+    return Painted(image, truth, settings)
+
+
+def draw_settings(rng: np.random.Generator, kind: str, *, test: bool) -> Settings:
+    """One slide's painter settings, each uniform in its range for the split."""
+    ranges = COMMON | KINDS[kind]
+    return {name: float(rng.uniform(*pair[test])) for name, pair in ranges.items()}
+
+
+# --- tissue ---------------------------------------------------------------------------------------
+
+
+def smooth_noise(rng: np.random.Generator, size: int, cell: float) -> Array:
+    """(size, size) smooth noise, about standard normal, whose features are ``cell`` pixels wide."""
+    span = size / cell
+    coarse = rng.normal(size=(math.ceil(span) + 4,) * 2).astype(np.float32)
+    box = (1.5, 1.5, 1.5 + span, 1.5 + span)
+    # Interpolation between independent values lowers their variance; 1.4 gives it back.
+    image = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return 1.4 * np.asarray(image)
+
+
+def place_pieces(rng: np.random.Generator, size: int) -> tuple[npt.NDArray, npt.NDArray]:
+    """Centres (n, 2) and radii (n,) of the discs that a slide's few tissue pieces grow from."""
+    count = int(rng.integers(4, 7))
+    angle = rng.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(count) / count
+    reach = rng.uniform(0.18, 0.31, count) * size
+    centres = size / 2 + reach[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+    return centres, rng.uniform(0.11, 0.19, count) * size
+
+
+def tissue_mask(
+    rng: np.random.Generator, size: int, centres: npt.NDArray, radii: npt.NDArray
+) -> npt.NDArray[np.bool_]:
+    """(size, size) True on tissue: discs (x, y), radius, melted together, with a ragged edge."""
+    step = 4
+    rows, columns = np.mgrid[0:size:step, 0:size:step].astype(np.float32)
+    inside = np.full(rows.shape, -np.inf, np.float32)
+    for (x, y), radius in zip(centres, radii, strict=True):
+        inside = np.maximum(inside, radius - np.hypot(columns - x, rows - y))
+    small = len(rows)
+    scale = float(np.mean(radii))
+    inside += 0.16 * scale * smooth_noise(rng, small, scale / step / 2)
+    inside += 4.0 * smooth_noise(rng, small, 6)
+    edge = np.minimum(np.minimum(rows, columns), size - 1 - np.maximum(rows, columns))
+    inside = np.minimum(inside, edge - 12)
+    return np.asarray(Image.fromarray(inside).resize((size, size), Image.Resampling.BILINEAR)) > 0
+
+
+def paint_tissue(
+    rng: np.random.Generator, tissue: npt.NDArray[np.bool_], settings: Settings
+) -> Array:
+    """(size, size, 3) float RGB: stained tissue on the slide's ground, by the Beer-Lambert law."""
+    size = len(tissue)
+    soft = ndimage.gaussian_filter(tissue.astype(np.float32), 1.2)
+    eosin = settings["eosin_strength"] * soft * stroma(rng, size, settings)
+    hematoxylin = settings["hematoxylin_strength"] * soft * nuclei(rng, tissue, settings)
+    hematoxylin += 0.05 * soft
+    # Optical densities of the stains (Ruifrok and Johnston 2001), turned about the grey axis.
+    stains = np.stack(
+        [
+            turn_hue(np.array([0.65, 0.70, 0.29]), settings["hematoxylin_hue"]),
+            turn_hue(np.array([0.09, 0.95, 0.28]), settings["eosin_hue"]),
+        ]
+    ).astype(np.float32)
+    density = np.stack([hematoxylin, eosin], axis=-1) @ stains
+    # An absorption of 1 in the vector dims by e^-1.6, about the depth of a routine stain.
+    return settings["ground"] * np.exp(-1.6 * density)
+
+
+def turn_hue(vector: npt.NDArray, angle: float) -> npt.NDArray:
+    """``vector`` (3,) rotated by ``angle`` about the grey axis, and kept from turning negative."""
+    axis = np.full(3, 1 / math.sqrt(3))
+    turned = (
+        vector * math.cos(angle)
+        + np.cross(axis, vector) * math.sin(angle)
+        + axis * (axis @ vector) * (1 - math.cos(angle))
+    )
+    return np.maximum(turned, 0.02)
+
+
+def stroma(rng: np.random.Generator, size: int, settings: Settings) -> Array:
+    """(size, size) eosin, about 1: wavy fibres with pale clefts, in broad bright and dark regions."""
+    rows, columns = np.ogrid[0:size, 0:size]
+    heading = rng.uniform(0, np.pi)
+    along = (columns * math.cos(heading) + rows * math.sin(heading)).astype(np.float32)
+    period = settings["fibre_period"]
+    phase = 2 * np.pi * along / period
+    # The warp bends the fibres by as much as they advance, so that no direction rules the slide.
+    phase += 9 * smooth_noise(rng, size, 9 * period) + 1.5 * smooth_noise(rng, size, 2 * period)
+    fibres = np.sin(phase) * (0.7 + 0.3 * smooth_noise(rng, size, 3 * period))
+    clefts = np.clip(fibres - 0.75, 0, 0.5)
+    broad = 0.15 * smooth_noise(rng, size, 150) + 0.10 * smooth_noise(rng, size, 12)
+    grain = 0.10 * smooth_noise(rng, size, 2.5)
+    depth = settings["fibre_depth"]
+    return np.clip(1 + broad + grain + 0.5 * depth * fibres - 2.0 * depth * clefts, 0.15, None)
+
+
+def nuclei(rng: np.random.Generator, tissue: npt.NDArray[np.bool_], settings: Settings) -> Array:
+    """(size, size) hematoxylin in 0..1: oval nuclei, crowded in some regions and rare in others."""
+    size = len(tissue)
+    stamps = [nucleus(rng, settings["nuclei_radius"]) for _ in range(32)]
+    half = len(stamps[0]) // 2
+    out = np.zeros((size + 2 * half, size + 2 * half), np.float32)
+    # Half of the candidates fall where the cells are rare and are dropped.
+    count = rng.poisson(2 * settings["nuclei_density"] * size * size / 1000)
+    x, y = rng.integers(0, size, (2, count))
+    crowd = smooth_noise(rng, size, 90)[y, x]
+    keep = tissue[y, x] & (rng.random(count) < special.expit(1.5 * crowd))
+    which = rng.integers(0, len(stamps), count)
+    for column, row, number in zip(x[keep], y[keep], which[keep], strict=True):
+        window = out[row : row + 2 * half + 1, column : column + 2 * half + 1]
+        np.maximum(window, stamps[number], out=window)
+    return out[half:-half, half:-half]
+
+
+def nucleus(rng: np.random.Generator, radius: float) -> Array:
+    """One nucleus on a square of odd side: an oval with a darker rim and uneven chromatin."""
+    half = math.ceil(1.9 * radius) + 1
+    rows, columns = np.mgrid[-half : half + 1, -half : half + 1].astype(np.float32)
+    angle = rng.uniform(0, np.pi)
+    stretch = rng.uniform(1.0, 1.8)
+    mean = radius * rng.uniform(0.75, 1.1)
+    u = (columns * math.cos(angle) + rows * math.sin(angle)) / stretch**0.5
+    v = (rows * math.cos(angle) - columns * math.sin(angle)) * stretch**0.5
+    inside = mean - np.hypot(u, v) + 0.5 * smooth_noise(rng, len(rows), 5)
+    chromatin = 0.72 + 0.12 * smooth_noise(rng, len(rows), 3) + 0.25 * np.exp(-(inside**2) / 2)
+    return (np.clip(inside + 0.5, 0, 1) * np.clip(chromatin, 0.4, 1.1)).astype(np.float32)
+
+
+# --- micro-anomaly --------------------------------------------------------------------------------
+
+
+def paint_discs(
+    rng: np.random.Generator,
+    canvas: Array,
+    tissue: npt.NDArray[np.bool_],
+    settings: Settings,
+    anomalous: bool,
+) -> list[Box]:
+    """Paint the discs into ``canvas``; the boxes of those that carry a plus."""
+    corners = place_discs(rng, tissue, settings["disc_density"])
+    centres = corners + rng.uniform(-1, 1, corners.shape)
+    radii = rng.uniform(13.0, 15.5, len(centres))
+    chosen = in_clusters(rng, centres, settings["anomalous_share"]) & anomalous
+    half = 18
+    rows, columns = np.mgrid[-half:half, -half:half].astype(np.float32) + 0.5
+    for (x, y), offset, radius, plus in zip(corners, centres - corners, radii, chosen, strict=True):
+        black = np.clip(radius - np.hypot(columns - offset[0], rows - offset[1]) + 0.5, 0, 1)
+        window = canvas[y - half : y + half, x - half : x + half]
+        window[:] = window * (1 - black[..., None]) + BLACK * black[..., None]
+        canvas[y - 8 : y + 8, x - 8 : x + 8] += (WHITE - BLACK) * glyph(plus=bool(plus))[..., None]
+    boxes = zip(centres[chosen], radii[chosen], strict=True)
+    return [bounding_box(x, y, radius, radius) for (x, y), radius in boxes]
+
+
+def place_discs(
+    rng: np.random.Generator, tissue: npt.NDArray[np.bool_], density: float
+) -> npt.NDArray[np.int64]:
+    """(n, 2) x, y at random on the tissue, ``density`` per 1000 pixels, never touching.
+
+    All are multiples of 4, where a block of 4 x 4 pixels becomes one pixel at 5x.
+    """
+    margin, apart, grid = 18, 35.0, 4
+    room = np.asarray(ndimage.distance_transform_edt(tissue))[::grid, ::grid] > margin
+    rows, columns = grid * np.array(np.nonzero(room))
+    wanted = max(1, round(density * np.count_nonzero(tissue) / 1000))
+    centres = np.empty((0, 2), np.int64)
+    for pick in rng.permutation(len(rows))[: 12 * wanted]:
+        candidate = np.array([columns[pick], rows[pick]])
+        if len(centres) < wanted and np.all(np.hypot(*(centres - candidate).T) > apart):
+            centres = np.vstack([centres, candidate])
+    return centres
+
+
+def in_clusters(rng: np.random.Generator, centres: npt.NDArray, share: float) -> npt.NDArray:
+    """(n,) True for about ``share`` of the centres, at least one, in two or three clusters."""
+    seeds = centres[rng.integers(0, len(centres), int(rng.integers(2, 4)))]
+    to_seed = np.hypot(*(centres[:, None] - seeds[None]).transpose(2, 0, 1)).min(axis=1)
+    return np.argsort(np.argsort(to_seed)) < max(1, round(share * len(centres)))
+
+
+def glyph(*, plus: bool) -> Array:
+    """(16, 16) white ink, 0 or 1: four strokes of 8 x 4 pixels that make a plus or a letter o.
+
+    Turning each stroke of the plus about its own centre makes the o. Stroke centres lie on
+    corners of the 4 x 4 blocks that 5x averages, so no block's ink changes by the turn; nor
+    does the length of the outline (64 pixels), which a random filter would notice.
+    """
+    ink = np.zeros((16, 16), np.float32)
+    for row, column in ((4, 8), (12, 8), (8, 4), (8, 12)):
+        upright = plus == (column == 8)
+        tall, wide = (4, 2) if upright else (2, 4)
+        ink[row - tall : row + tall, column - wide : column + wide] = 1
+    return ink
+
+
+# --- macro-anomaly --------------------------------------------------------------------------------
+
+
+def place_rings(rng: np.random.Generator, size: int, settings: Settings) -> npt.NDArray:
+    """(n, 4) rings as x, y, outer radius, border, apart from each other, one at least."""
+    rings = np.empty((0, 4))
+    for _ in range(400):
+        radius, border = rng.normal(390, 25), rng.uniform(68, 84)
+        radius = float(np.clip(radius, 330, 450))
+        # As wide as the ellipse of the same area, whichever shape it will have.
+        reach = radius / math.sqrt(AXIS_RATIO) + 60
+        x, y = rng.uniform(reach, size - reach, 2)
+        gaps = np.hypot(rings[:, 0] - x, rings[:, 1] - y) - 1.25 * rings[:, 2]
+        if len(rings) < int(settings["rings"]) and np.all(gaps > reach):
+            rings = np.vstack([rings, [x, y, radius, border]])
+    return rings
+
+
+def paint_rings(
+    rng: np.random.Generator, canvas: Array, rings: npt.NDArray, settings: Settings, anomalous: bool
+) -> list[Box]:
+    """Paint the rings into ``canvas``; the boxes of the ellipses."""
+    share = settings["anomalous_share"]
+    chosen = rng.permutation(len(rings)) < max(1, round(share * len(rings)))
+    angles = rng.uniform(0, np.pi, len(rings))
+    truth = []
+    for (x, y, radius, border), angle, ellipse in zip(
+        rings, angles, chosen & anomalous, strict=True
+    ):
+        outer, inner = ring_outlines(radius, border, angle, AXIS_RATIO if ellipse else 1.0)
+        half = math.ceil(np.abs(outer).max()) + 2
+        column, row = int(x), int(y)
+        shift = np.array([half + x - column, half + y - row])
+        black, white = (fill_polygon(outline + shift, 2 * half) for outline in (outer, inner))
+        window = canvas[row - half : row + half, column - half : column + half]
+        window *= 1 - black
+        window += (black - white) * BLACK + white * WHITE
+        if ellipse:
+            width, height = np.abs(outer).max(axis=0)
+            truth.append(bounding_box(x, y, width, height))
+    return truth
+
+
+def ring_outlines(
+    radius: float, border: float, angle: float, ratio: float
+) -> tuple[npt.NDArray, npt.NDArray]:
+    """Outer and inner outline, (720, 2) points about the centre.
+
+    An ellipse of axis ``ratio`` with the area of the circle of ``radius`` pixels, and a border of
+    even thickness with the area of that circle's border. The curve at depth t inside an
+    outline of area A and perimeter P encloses A - P t + pi t^2.
+    """
+    major, minor = radius / math.sqrt(ratio), radius * math.sqrt(ratio)
+    perimeter = 4 * major * float(special.ellipe(1 - ratio**2))
+    ink = math.pi * (radius**2 - (radius - border) ** 2)
+    depth = (perimeter - math.sqrt(perimeter**2 - 4 * math.pi * ink)) / (2 * math.pi)
+    turn = np.linspace(0, 2 * np.pi, 720, endpoint=False)
+    outer = np.stack([major * np.cos(turn), minor * np.sin(turn)], 1)
+    normal = np.stack([minor * np.cos(turn), major * np.sin(turn)], 1)
+    inner = outer - depth * normal / np.linalg.norm(normal, axis=1, keepdims=True)
+    rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    return outer @ rotation, inner @ rotation
+
+
+def fill_polygon(points: npt.NDArray, side: int) -> Array:
+    """(side, side, 1) coverage in 0..1 of a polygon of (x, y) points."""
+    finer = 3
+    mask = Image.new("L", (finer * side, finer * side))
+    ImageDraw.Draw(mask).polygon([(x, y) for x, y in finer * points], fill=255)
+    return np.asarray(mask.reduce(finer), np.float32)[..., None] / 255
+
+
+def bounding_box(x: float, y: float, half_width: float, half_height: float) -> Box:
+    """The whole-pixel box about the centre (x, y)."""
+    left, top = math.floor(x - half_width), math.floor(y - half_height)
+    right, bottom = math.ceil(x + half_width) + 1, math.ceil(y + half_height) + 1
+    return Box(left, top, right - left, bottom - top)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def write_pyramid(path: Path, image: npt.NDArray[np.uint8]) -> None:
+    """Write ``image`` (H, W, 3) as a tiled JPEG pyramid; OpenSlide reads it as generic-tiff."""
+    # Each level is averaged from the first: rounding twice could give the label away at 5x.
+    levels = [image]
+    while min(levels[-1].shape[:2]) >= 2 * SMALLEST_LEVEL:
+        levels.append(np.asarray(Image.fromarray(image).reduce(2 ** len(levels))))
+    with tifffile.TiffWriter(path) as out:
+        for number, level in enumerate(levels):
+            per_cm = 10_000 / (MPP * 2**number)
+            # "ycbcr" would open as well, and show wrong colours.
+            out.write(
+                level,
+                tile=(256, 256),
+                photometric="rgb",
+                compression="jpeg",
+                compressionargs={"level": 90},
+                resolution=(per_cm, per_cm),
+                resolutionunit="CENTIMETER",
+                subfiletype=1 if number else 0,
+                metadata=None,
+            )
+
+
+def make_slide(job: tuple[SlideSpec, str, int, int, Path]) -> tuple[SlideSpec, list[Box], Settings]:
+    """Paint and write one slide. ``job`` = spec, kind, size, seed, folder."""
+    spec, kind, size, seed, folder = job
+    painted = paint(spec, kind, size, seed)
+    path = folder / f"{spec.slide}.tif"
+    write_pyramid(path, painted.image)
+    sync(path)
+    return spec, painted.truth, painted.settings
+
+
+def make_slides(
+    jobs: list[tuple[SlideSpec, str, int, int, Path]], workers: int
+) -> Iterator[tuple[SlideSpec, list[Box], Settings]]:
+    """The slides in the order of ``jobs``, painted by ``workers`` processes."""
+    if workers == 1:
+        yield from map(make_slide, jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        yield from pool.map(make_slide, jobs)
+
+
+def make_cohort(
+    out: Path, *, kind: str, slides: tuple[int, int, int], seed: int, size: int, workers: int
+) -> int:
+    """Draw the cohort into ``out``, whole or not at all; the number of anomalous objects.
+
+    Raises UserError when ``out`` is there and not empty, or cannot be made.
+    """
+    check_out(out)
+    rows = plan(slides, seed)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror or error}") from error
+    try:
+        (work / "slides").mkdir()
+        jobs = [(spec, kind, size, seed, work / "slides") for spec in rows]
+        made = list(with_progress(make_slides(jobs, workers), len(jobs)))
+        truth = [(spec.slide, *box) for spec, boxes, _ in made for box in boxes]
+        write_table(work / "labels.csv", SlideSpec._fields, rows)
+        write_table(work / "truth.csv", ("slide", *Box._fields), truth)
+        settings = {spec.slide: drawn for spec, _, drawn in made}
+        painter = {"kind": kind, "seed": seed, "size": size, "mpp": MPP, "slides": settings}
+        (work / "painter.json").write_text(json.dumps(painter, indent=1) + "\n")
+        sync(work / "painter.json")
+        sync(work / "slides")
+        sync(work)
+        work.chmod(0o755)
+        # Takes the place of an empty folder; fails if somebody filled it meanwhile.
+        work.rename(out)
+        sync(out.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return len(truth)
+
+
+def with_progress(items: Iterator, total: int) -> Iterator:
+    """``items``, counted on a bar when the screen is a terminal."""
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield from progress.track(items, total=total, description="painting slides")
+
+
+def write_table(path: Path, header: tuple[str, ...], rows: list) -> None:
+    """Write a CSV file."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold ``path``, a file or a folder, before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def check_out(out: Path) -> None:
+    """UserError unless ``out`` is free: not there, or an empty folder."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        found = "holds files" if out.is_dir() else "is a file"
+        raise UserError(f"--out {out} {found}; name a new or an empty folder, or remove it first")
+
+
+def parse_slides(text: str) -> tuple[int, int, int]:
+    """'64,16,48' -> (64, 16, 48): train, val, test."""
+    parts = text.split(",")
+    if len(parts) != 3 or not all(p.strip().isascii() and p.strip().isdigit() for p in parts):
+        raise UserError(f"--slides {text}: want three counts, train,val,test, for example 64,16,48")
+    train, val, test = map(int, parts)
+    if min(train, val, test) < 1:
+        raise UserError(f"--slides {text}: each split needs one slide at least")
+    return train, val, test
+
+
+def check_numbers(kind: str, size: int, seed: int, workers: int) -> None:
+    """UserError for a size the painter cannot fill, a negative seed, or no workers."""
+    smallest = SMALLEST_SIZE[kind]
+    if size < smallest or size % SIZE_STEP:
+        raise UserError(
+            f"--size {size}: {kind} slides need a multiple of {SIZE_STEP} pixels, "
+            f"{smallest} at least"
+        )
+    if seed < 0:
+        raise UserError(f"--seed {seed}: give 0 or more")
+    if workers < 1:
+        raise UserError(f"--workers {workers}: give 1 or more")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; its help is this file's docstring."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="a new or an empty folder")
+    parser.add_argument("--kind", choices=sorted(KINDS, reverse=True), default="micro")
+    parser.add_argument("--slides", default="64,16,48", help="train,val,test (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, help="side in pixels (micro 1024, macro 3072)")
+    parser.add_argument("--workers", type=int, default=2, help="processes (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw the cohort the command line asks for."""
+    args = parse(argv)
+    slides = parse_slides(args.slides)
+    size = DEFAULT_SIZE[args.kind] if args.size is None else args.size
+    check_numbers(args.kind, size, args.seed, args.workers)
+    objects = make_cohort(
+        args.out, kind=args.kind, slides=slides, seed=args.seed, size=size, workers=args.workers
+    )
+    counts = ", ".join(f"{count} {split}" for count, split in zip(slides, SPLITS, strict=True))
+    print(
+        f"{sum(slides)} {args.kind} slides ({counts}) of {size} px, "
+        f"{objects} anomalous objects, in {args.out}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
