@@ -9,6 +9,7 @@ clearly lower: labels permuted before training, the slides' mean colour, an untr
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from e2e.metrics import auc, case_weights, interval
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 DRAWS = 1000
+Running = subprocess.Popen[bytes] | None
 
 
 def main() -> None:
@@ -44,7 +46,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"))
     parser.add_argument("--slides", default="64,16,48", help="train,val,test")
     parser.add_argument("--seed", type=int, default=0, help="of the slides and the training")
-    out, slides, seed = vars(args := parser.parse_args()).values()
+    args = parser.parse_args()
+    out, slides, seed = args.out.resolve(), args.slides, args.seed
     started = time.monotonic()
     cohort, store = out / "cohort", out / "cohort.lmdb"
     labels, permuted = cohort / "labels.csv", out / "labels_permuted.csv"
@@ -71,10 +74,13 @@ def main() -> None:
         "--patch-size",
         64,
     )
-    train(out / "run", labels, store, seed)
     permute_labels(labels, permuted, seed)
-    train(out / "control_permuted", permuted, store, seed)
-    train(out / "control_untrained", labels, store, seed, "optim.train_encoder=false")
+    # One thread each, side by side: on few cores two processes are faster than two threads.
+    control = train(out / "control_permuted", permuted, store, seed, quiet=True)
+    finish(train(out / "run", labels, store, seed))
+    frozen = ("optim.train_encoder=false",)
+    finish(train(out / "control_untrained", labels, store, seed, *frozen, quiet=True))
+    finish(control)
     results = {
         "encoder and head trained end to end": test_auc(out / "run"),
         "control: training labels permuted": test_auc(out / "control_permuted"),
@@ -82,35 +88,53 @@ def main() -> None:
         "control: untrained encoder, trained head": test_auc(out / "control_untrained"),
     }
     write_json(out / "demo.json", results)
-    tell(out, results, time.monotonic() - started, args.slides)
+    tell(args.out, results, time.monotonic() - started, slides)
 
 
 def step(script: str, *arguments: object) -> None:
     """Run one of the project's commands; its failure ends the demo."""
     command = [script, *map(str, arguments)]
     print(f"\n$ python {shlex.join(command)}", flush=True)
-    run([sys.executable, *command])
+    finish(start([sys.executable, *command]))
 
 
-def train(folder: Path, labels: Path, store: Path, seed: int, *overrides: str) -> None:
-    """Train in ``folder`` through torchrun, or go on where it was stopped, or leave it if done."""
+def train(
+    folder: Path, labels: Path, store: Path, seed: int, *overrides: str, quiet: bool = False
+) -> Running:
+    """Start training in ``folder`` through torchrun, or go on where it was stopped.
+
+    Returns:
+        The process; None when the run is done already. ``quiet`` writes to ``<folder>.log``.
+    """
     if (folder / "metrics.json").is_file():
-        return
-    asked = ["--resume", str(folder)]
+        return None
+    asked = ["--resume", str(folder.resolve())]
     if not (folder / "settings.yaml").is_file():
         asked = ["--datasets", "toy_micro", "--model", "e2e_r18_abmilx", "-c", "configs/demo.yaml"]
         asked += [f"data.labels={labels.resolve()}", f"data.stores=[{store.resolve()}]"]
         asked += [f"run.out={folder.resolve()}", f"run.seed={seed}", *overrides]
-    print(f"\n$ torchrun launch/train.py {shlex.join(asked)}", flush=True)
-    run([str(BIN / "torchrun"), "launch/train.py", *asked])
+    log = folder.with_suffix(".log") if quiet else None
+    where = f" > {log}" if log else ""
+    print(f"\n$ torchrun launch/train.py {shlex.join(asked)}{where}", flush=True)
+    return start([str(BIN / "torchrun"), "launch/train.py", *asked], log)
 
 
-def run(command: list[str]) -> None:
-    """Run to the end from the repository's root."""
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
-    if code:
+def start(command: list[str], log: Path | None = None) -> subprocess.Popen[bytes]:
+    """Start a command in the repository's root, with one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if log is None:
+        return subprocess.Popen(command, cwd=ROOT, env=environment)
+    with log.open("ab") as file:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+
+
+def finish(process: Running) -> None:
+    """Wait for a command; UserError when it failed."""
+    if process is not None and process.wait():
+        command = shlex.join(map(str, process.args))  # pyright: ignore[reportArgumentType]
         raise UserError(
-            f"the step above ended with exit code {code}; mend it and run the demo again"
+            f"this ended with exit code {process.returncode}: {command}\n"
+            "  mend what it says (quiet ones write a .log beside their folder), then run the demo again"
         )
 
 

@@ -53,7 +53,7 @@ LABELS = ("normal", "anomaly")
 SPLITS = ("train", "val", "test")
 MPP = 0.5
 DEFAULT_SIZE = {"micro": 1024, "macro": 3072}
-SMALLEST_SIZE = {"micro": 256, "macro": 2048}
+SMALLEST_SIZE = {"micro": 512, "macro": 2048}
 SIZE_STEP = 256
 SMALLEST_LEVEL = 256
 AXIS_RATIO = 0.68
@@ -153,8 +153,9 @@ def paint(spec: SlideSpec, kind: str, size: int, seed: int) -> Painted:
         tissue = tissue_mask(rng, size, *place_pieces(rng, size))
         canvas = paint_tissue(rng, tissue, settings)
         truth = paint_discs(rng, canvas, tissue, settings, anomalous)
-    canvas += rng.normal(0, 2.0, (size, size, 1)).astype(np.float32)
-    image = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
+    # Rounded one by one: ink of the two labels then adds up to the same whole numbers.
+    canvas = np.rint(canvas) + np.rint(rng.normal(0, 2.0, (size, size, 1)))
+    image = np.clip(canvas, 0, 255).astype(np.uint8)
     return Painted(image, truth, settings)
 
 
@@ -213,7 +214,7 @@ def paint_tissue(
     eosin = settings["eosin_strength"] * soft * stroma(rng, size, settings)
     hematoxylin = settings["hematoxylin_strength"] * soft * nuclei(rng, tissue, settings)
     hematoxylin += 0.05 * soft
-    # Optical densities of the stains (Ruifrok and Johnston 2001), turned about the grey axis.
+    # Optical densities near those ImageJ's colour deconvolution has for H&E, turned about grey.
     stains = np.stack(
         [
             turn_hue(np.array([0.65, 0.70, 0.29]), settings["hematoxylin_hue"]),
