@@ -141,15 +141,19 @@ def finish(process: Running) -> None:
 def permute_labels(labels: Path, out: Path, seed: int) -> None:
     """The table with the labels of the training and validation cases dealt out anew.
 
-    Test slides keep theirs: what is learnt from the rest can then only be chance.
+    Half of each true class gets either label, so that no chance correlation is left to learn; test
+    slides keep theirs. What a model then scores on them can only be chance.
     """
     table = pd.read_csv(labels, dtype=str)
+    words = sorted(table["label"].unique())
     rng = np.random.default_rng(seed)
-    for split in ("train", "val"):
-        cases = table[table["split"] == split].groupby("case")["label"].first()
-        dealt = dict(zip(cases.index, rng.permutation(cases.to_numpy()), strict=True))
-        chosen = table["split"] == split
-        table.loc[chosen, "label"] = table.loc[chosen, "case"].map(dealt)
+    chosen = table[table["split"] != "test"]
+    for _, cases in chosen.groupby(["split", "label"])["case"]:
+        names = rng.permutation(np.asarray(cases.unique(), dtype=str))
+        first = rng.integers(len(words))
+        dealt = {name: words[(first + k) % len(words)] for k, name in enumerate(names)}
+        rows = table["case"].isin(names)
+        table.loc[rows, "label"] = table.loc[rows, "case"].map(dealt)
     table.to_csv(out, index=False)
 
 
