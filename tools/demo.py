@@ -152,7 +152,7 @@ def permute_labels(labels: Path, out: Path, seed: int) -> None:
         names = rng.permutation(np.asarray(cases.unique(), dtype=str))
         first = rng.integers(len(words))
         dealt = {name: words[(first + k) % len(words)] for k, name in enumerate(names)}
-        rows = table["case"].isin(names)
+        rows = table["case"].isin(list(dealt))
         table.loc[rows, "label"] = table.loc[rows, "case"].map(dealt)
     table.to_csv(out, index=False)
 
