@@ -12,9 +12,10 @@ macro  a few white rings with a thick black border: circles, or, on an anomaly s
 
 Writes OUT/slides/<slide>.tif (JPEG pyramids for OpenSlide), OUT/labels.csv (case,slide,split,label),
 OUT/truth.csv (box of each anomalous object, level-0 pixels) and OUT/painter.json (the settings drawn
-per slide). Test slides are painted with settings no training slide has; the anomaly is the same.
-A slide depends on the seed and its own name alone. The two anomalies are after the micro- and
-macro-anomaly datasets of CS-MIL (Deng et al., MMMI 2022), painted anew on synthetic tissue.
+per slide; the two cases of a pair, one of each label, share them). Test slides are painted with
+settings no training slide has; the anomaly is the same. A slide depends on the seed and its own name
+alone. The two anomalies are after the micro- and macro-anomaly datasets of CS-MIL (Deng et al., MMMI
+2022), painted anew on synthetic tissue.
 """
 
 from __future__ import annotations
@@ -130,6 +131,15 @@ def plan(slides: tuple[int, int, int], seed: int) -> list[SlideSpec]:
     return rows
 
 
+def twins(spec: SlideSpec) -> str:
+    """What a slide shares with its twin of the other label: the painter's settings.
+
+    So colour cannot tell the labels apart in a small cohort by chance either.
+    """
+    number = spec.case.removeprefix(spec.split)
+    return f"{spec.split} twins {int(number) // 2}" if number.isdigit() else spec.slide
+
+
 def generator(seed: int, name: str) -> np.random.Generator:
     """A random generator that depends on ``seed`` and ``name`` alone."""
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
@@ -142,7 +152,7 @@ def paint(spec: SlideSpec, kind: str, size: int, seed: int) -> Painted:
     label, the same slide has the same tissue, and every disc and ring in its place.
     """
     rng = generator(seed, spec.slide)
-    settings = draw_settings(rng, kind, test=spec.split == "test")
+    settings = draw_settings(generator(seed, twins(spec)), kind, test=spec.split == "test")
     anomalous = spec.label == "anomaly"
     if kind == "macro":
         rings = place_rings(rng, size, settings)
