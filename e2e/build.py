@@ -19,6 +19,7 @@ from e2e.data.splits import check_splits, cut
 from e2e.data.store import PatchStore
 from e2e.encoders.base import ENCODERS
 from e2e.errors import UserError, listing
+from e2e.files import write_atomically
 from e2e.heads.base import HEADS
 from e2e.model import MILModel
 from e2e.parallel import autocast_dtype
@@ -176,7 +177,7 @@ def write_cohort(items: Sequence[LabelledSlide], problems: Sequence[Problem], pa
         for item in items
     ]
     rows += [{"slide": p.slide, "left_out": f"{p.problem} ({p.where})"} for p in problems]
-    pd.DataFrame(rows).to_csv(path, index=False)
+    write_atomically(path, pd.DataFrame(rows).to_csv(index=False).encode())
 
 
 def _with_known_labels(slides: Sequence[Slide], task: Task) -> tuple[list[Slide], list[Problem]]:

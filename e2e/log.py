@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from e2e.files import write_atomically
+
 
 class Screen:
     """A progress line on a terminal, plain lines elsewhere, nothing on ranks that do not lead."""
@@ -90,9 +92,7 @@ class MetricsLog:
         if self.path is None or not self.path.exists():
             return
         lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in lines))
-        temporary.replace(self.path)
+        write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
 
     def write(self, **values: Any) -> None:
         """Append one line; ``step`` is among the values."""

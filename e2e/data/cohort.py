@@ -12,6 +12,7 @@ import pandas as pd
 
 from e2e.data.store import PatchStore
 from e2e.errors import UserError, listing
+from e2e.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,9 @@ def match_stores(
 
 def write_problems(problems: Sequence[Problem], path: Path) -> None:
     """All of them as a table: slide, problem, where."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [(p.slide, p.problem, p.where) for p in problems]
-    pd.DataFrame(rows, columns=["slide", "problem", "where"]).to_csv(path, index=False)
+    table = pd.DataFrame(rows, columns=["slide", "problem", "where"])
+    write_atomically(path, table.to_csv(index=False).encode())
 
 
 def _row_fault(slide: Slide, split_names: Mapping[str, str] | None) -> str | None:
