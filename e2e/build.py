@@ -11,10 +11,11 @@ import torch
 import e2e.encoders
 import e2e.heads
 import e2e.tasks  # noqa: F401  (each import registers its plug-ins)
-from e2e.config import BagSettings, Columns, Data, Optim, Plugin, Select, Settings
+from e2e.config import Columns, Data, Engine, Optim, Plugin, Select, Settings
 from e2e.data.augment import Augment
 from e2e.data.cohort import Problem, Slide, match_stores, read_table, write_problems
-from e2e.data.loader import LabelledSlide, label_slides
+from e2e.data.decode import Decoder
+from e2e.data.loader import LabelledSlide, TrainingLoader, View, label_slides
 from e2e.data.splits import check_splits, cut
 from e2e.data.store import PatchStore
 from e2e.encoders.base import ENCODERS
@@ -54,20 +55,63 @@ def build_model(settings: Settings, task: Task, device: torch.device, *, trained
     policy = engine.batch_norm
     if policy == "auto":
         policy = "frozen" if pretrained else "chunk"
+    _check_policy(engine, policy)
+    if engine.checkpoint_blocks:
+        encoder.checkpoint_blocks()
     model = MILModel(
         encoder,
         head,
         chunk=engine.chunk,
         batch_norm=policy,
+        # Folded weights are made of whole ones, which these strategies do not keep; a compiled
+        # encoder fuses by itself.
+        fold=engine.fold and not engine.compile and engine.strategy not in ("fsdp2", "deepspeed"),
         train_encoder=settings.optim.train_encoder,
         autocast=autocast_dtype(engine.precision, device),
+        keep_graphs=engine.keep_graphs,
+        verify=engine.verify,
     )
+    if engine.compile:
+        model.compile()
     return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
-def build_augment(bag: BagSettings) -> Augment:
-    """The training view of a patch."""
-    return Augment(flip=bag.flip, crop=bag.crop, size=bag.size)
+def _check_policy(engine: Engine, policy: str) -> None:
+    """UserError where an option of the engine does not go with the BatchNorm policy."""
+    for option in ("compile", "checkpoint_blocks"):
+        if getattr(engine, option) and policy != "frozen":
+            why = {
+                "compile": "pads chunks to one shape, and padding would enter the statistics",
+                "checkpoint_blocks": "runs BatchNorm a second time, which would move the statistics",
+            }[option]
+            raise UserError(
+                f"engine.{option}=true does not go with engine.batch_norm={policy}: it {why}\n"
+                f"  set engine.batch_norm=frozen, or engine.{option}=false"
+            )
+
+
+def build_loader(
+    settings: Settings, items: Sequence[LabelledSlide], decoder: Decoder, policy: str
+) -> TrainingLoader:
+    """The bags of the training slides; ``policy`` is the model's BatchNorm policy."""
+    engine, bag = settings.engine, settings.bag
+    over = {"slide": None, "bag": 0, "auto": engine.shard_over}[engine.shard]
+    return TrainingLoader(
+        items=items,
+        view=View(
+            decoder,
+            size=bag.size,
+            augment=Augment(flip=bag.flip, crop=bag.crop, size=bag.size),
+            seed=settings.run.seed,
+            bag_size=bag.patches,
+            keep=engine.keep,
+        ),
+        bags=settings.optim.bags,
+        chunk=engine.chunk,
+        shard_over=over,
+        full=engine.compile,
+        one_piece=policy == "sync",
+    )
 
 
 def build_schedule(optim: Optim, select: Select, save_every: int) -> Schedule:

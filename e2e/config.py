@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from e2e.errors import UserError
+from e2e.memory import parse_bytes
 from e2e.registry import Registry, suggest
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -126,30 +127,51 @@ class Optim:
 
 @dataclass(frozen=True)
 class Engine:
-    """How a bag goes through the encoder."""
+    """How a bag goes through the encoder, and over how many processes."""
 
-    chunk: int = setting(256, "patches encoded at once")
-    batch_norm: str = setting("auto", "frozen | chunk; auto: frozen with pretrained weights")
-    precision: str = setting("auto", "fp32 | bf16; auto: bf16 on a GPU that has it")
+    chunk: int = setting(256, "most patches encoded at once")
+    keep_graphs: str = setting(
+        "auto", "memory for chunks encoded but once: auto | none | all | a size such as 8GiB"
+    )
+    keep: str = setting("jpeg", "what of a patch waits for its second pass: jpeg | uint8 | float")
+    batch_norm: str = setting(
+        "auto", "frozen | chunk | sync; auto: frozen with pretrained weights, else chunk"
+    )
+    fold: bool = setting(True, "put frozen BatchNorms into their convolutions")
+    precision: str = setting("auto", "fp32 | tf32 | bf16; auto: the fastest the GPU has, else fp32")
+    compile: bool = setting(False, "compile the encoder for chunks of one shape (frozen BatchNorm)")
+    checkpoint_blocks: bool = setting(
+        False, "the encoder's own gradient checkpointing inside a chunk (frozen BatchNorm)"
+    )
+    verify: bool = setting(False, "compare the features of the two passes over a chunk")
     device: str = setting("auto", "cpu | cuda; auto: the GPU if there is one")
+    strategy: str = setting("auto", "single | ddp | fsdp2 | deepspeed; auto: ddp on many processes")
+    deepspeed: str = setting("configs/deepspeed/zero2.json", "DeepSpeed's own settings")
+    shard: str = setting("auto", "bag: every large bag over all ranks; slide: none; auto: shard_over")
+    shard_over: int = setting(4096, "shard=auto: bags of more patches go over all ranks")
+    max_bad_steps: int = setting(10, "stop after so many steps without a finite gradient")
+    timeout: float = setting(30.0, "minutes to wait for another rank")
 
     def __post_init__(self) -> None:
         _check(self.chunk > 0, "engine.chunk", self.chunk, "at least 1")
-        if self.batch_norm == "sync":
-            raise UserError(
-                "engine.batch_norm=sync (statistics of a whole batch) cannot be had chunk by chunk\n"
-                "  use chunk (statistics of each chunk) or frozen (running statistics)"
-            )
+        _check(self.shard_over > 0, "engine.shard_over", self.shard_over, "at least 1")
+        _check(self.max_bad_steps > 0, "engine.max_bad_steps", self.max_bad_steps, "at least 1")
+        _check(self.timeout > 0, "engine.timeout", self.timeout, "over 0 (minutes)")
         for name, known in (
-            ("batch_norm", ("auto", "frozen", "chunk")),
-            ("precision", ("auto", "fp32", "bf16")),
+            ("keep", ("jpeg", "uint8", "float")),
+            ("batch_norm", ("auto", "frozen", "chunk", "sync")),
+            ("precision", ("auto", "fp32", "tf32", "bf16")),
+            ("strategy", ("auto", "single", "ddp", "fsdp2", "deepspeed")),
+            ("shard", ("auto", "slide", "bag")),
         ):
-            _check(
-                getattr(self, name) in known,
-                f"engine.{name}",
-                getattr(self, name),
-                " or ".join(known),
-            )
+            value = getattr(self, name)
+            _check(value in known, f"engine.{name}", value, " or ".join(known))
+        if self.keep_graphs not in ("auto", "none", "all"):
+            try:
+                parse_bytes(self.keep_graphs)
+            except ValueError:
+                need = "auto, none, all or a size such as 8GiB"
+                _check(False, "engine.keep_graphs", self.keep_graphs, need)
 
 
 @dataclass(frozen=True)

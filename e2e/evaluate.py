@@ -16,7 +16,7 @@ from torch import Tensor
 
 from e2e.checkpoint import load_checkpoint, load_weights, part
 from e2e.data.decode import Decoder
-from e2e.data.loader import LabelledSlide, make_bag
+from e2e.data.loader import LabelledSlide, View, whole_bag
 from e2e.files import write_atomically
 from e2e.heads.base import HeadOutput
 from e2e.heatmap import draw_heatmap, patch_scores
@@ -48,8 +48,7 @@ def predict(
     items: Sequence[LabelledSlide],
     *,
     task: Task,
-    decoder: Decoder,
-    size: int | None,
+    view: View,
     strategy: Strategy,
     screen: Screen,
     draw: Draw | None = None,
@@ -62,10 +61,7 @@ def predict(
     ours: list[Prediction] = []
     share = items[strategy.rank :: strategy.world_size]
     for done, item in enumerate(share):
-        bag = make_bag(
-            [item], decoder=decoder, seed=0, epoch=0, bag_size=None, augment=None, size=size
-        )
-        output = model(bag, strategy.device)[0]
+        output = model(whole_bag(item, view, model.chunk), strategy.device)[0]
         probabilities = task.probabilities(output.logits)[0].cpu().double().tolist()
         target = float(item.target) if torch.isfinite(item.target.float()).all() else None
         slide = item.slide
@@ -143,8 +139,7 @@ def evaluate_run(
     items: Sequence[LabelledSlide],
     *,
     task: Task,
-    decoder: Decoder,
-    size: int | None,
+    view: View,
     judged: str,
     draws: int,
     heatmaps: int | None,
@@ -172,13 +167,12 @@ def evaluate_run(
                 continue
             draw = None
             if name == judged and split == "test":
-                draw = heatmap_drawer(task, decoder, out / "heatmaps", chosen[:heatmaps])
+                draw = heatmap_drawer(task, view.decoder, out / "heatmaps", chosen[:heatmaps])
             found = predict(
                 model,
                 chosen,
                 task=task,
-                decoder=decoder,
-                size=size,
+                view=view,
                 strategy=strategy,
                 screen=screen,
                 draw=draw,

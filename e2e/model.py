@@ -1,27 +1,43 @@
 """Encoder and head as one module, with the exact chunked forward of the engine.
 
-Bags are encoded in groups that fit a chunk together; a larger bag is cut into chunks. A chunk is
-encoded under non-reentrant activation checkpointing: the forward keeps its features alone, the
-backward asks the bag for the same pixels and encodes them again with gradients. So the memory is
-that of one chunk, however many patches a bag has, and the gradients are those of the whole bag.
-The mechanism stands inside one forward of one module, as DDP, FSDP and DeepSpeed need it.
+A batch is cut into chunks. A chunk is encoded under non-reentrant activation checkpointing: the
+forward keeps its features alone, the backward asks the bag for the same pixels and encodes them again
+with gradients. So the memory is that of one chunk, however many patches a bag has, and the gradients
+are those of the whole bag. Chunks whose graphs the memory budget holds are encoded once. The mechanism
+stands inside one forward of one module, as DDP, FSDP and DeepSpeed need it (spec: one reduction a step).
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from e2e.bag import Bag
+from e2e.bag import Bag, Chunk
+from e2e.batchnorm import POLICIES, Around
 from e2e.encoders.base import Encoder
 from e2e.heads.base import Head, HeadOutput
+from e2e.memory import GraphBudget
+
+
+class Ranks(Protocol):
+    """What the forward needs of the other processes."""
+
+    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """The rows of all ranks in rank order, with a gradient for the own ones."""
+        ...
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, differentiable."""
+        ...
+
+
+class ReplayError(RuntimeError):
+    """The second pass over a chunk gave other features than the first."""
 
 
 class MILModel(nn.Module):
@@ -30,14 +46,13 @@ class MILModel(nn.Module):
     Args:
         encoder: turns patches into features.
         head: turns a bag of features into outputs.
-        chunk: patches encoded at once. Under per-chunk BatchNorm it is part of the model's meaning.
-        batch_norm: ``frozen``: the encoder's running statistics are used and never changed.
-            ``chunk``: in training each chunk is normalised by its own statistics, and the running
-            ones are moved once a step by :meth:`ChunkStatistics.commit`.
+        chunk: most patches encoded at once.
+        batch_norm: ``frozen``, ``chunk`` or ``sync``; see :mod:`e2e.batchnorm`.
+        fold: put frozen BatchNorms into their convolutions.
         train_encoder: False leaves the encoder as it is, in eval mode and without gradients.
         autocast: dtype of the encoder's and head's matrix products; None for float32.
-
-    Statistics over a whole bag cannot be had in the memory of one chunk: there is no such option.
+        keep_graphs: memory for graphs that need no second pass; see :class:`GraphBudget`.
+        verify: compare the features of both passes, ReplayError where they differ.
     """
 
     def __init__(
@@ -47,94 +62,136 @@ class MILModel(nn.Module):
         *,
         chunk: int = 256,
         batch_norm: str = "frozen",
+        fold: bool = True,
         train_encoder: bool = True,
         autocast: torch.dtype | None = None,
+        keep_graphs: str = "none",
+        verify: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
         self.chunk = chunk
-        self.batch_norm = batch_norm
         self.train_encoder = train_encoder
         self.autocast = autocast
-        self.statistics = ChunkStatistics(encoder)
-        self.encoder.requires_grad_(train_encoder)
+        self.verify = verify
+        self.batch_norm = POLICIES[batch_norm](encoder, fold=fold)
+        self.budget = GraphBudget(keep_graphs, chunk)
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+        if not train_encoder:
+            encoder.requires_grad_(False)
+
+    def compile(self) -> None:  # type: ignore[override]
+        """Compile the encoder for one shape: every chunk is padded to ``chunk`` patches.
+
+        Rows must not depend on each other, so BatchNorm has to be frozen.
+        """
+        self._compiled = torch.compile(self.encoder.forward, dynamic=False)
 
     def train(self, mode: bool = True) -> MILModel:
         """As usual, but frozen parts of the encoder stay in eval mode."""
         super().train(mode)
         if not self.train_encoder:
             self.encoder.eval()
-        elif self.batch_norm == "frozen":
-            for module in self.statistics.modules:
-                module.eval()
+        elif mode:
+            self.batch_norm.prepare()
         return self
 
-    def forward(self, bag: Bag, device: torch.device) -> list[HeadOutput]:
+    def forward(
+        self, bag: Bag, device: torch.device, ranks: Ranks | None = None
+    ) -> list[HeadOutput]:
         """One output a bag, each with a batch axis of 1.
 
         The head sees the bags one by one, each with draws seeded by its own bag: so dropout does
-        not depend on which bags share a batch, a rank or a step.
+        not depend on which bags share a batch, a rank or a step. ``ranks`` is needed for bags that
+        are sharded over them, whose head runs on every rank alike.
         """
-        features = self._encode_all(bag, device)
-        return [self._pool(bag, number, features, device) for number in range(len(bag))]
+        features = self._encode_all(bag, device, ranks)
+        measured = self.training and torch.is_grad_enabled()
+        rows = sum(bag.sizes)
+        with self.budget.measure_heads(rows, self) if measured else nullcontext():
+            return [self._pool(bag, k, features, device, ranks) for k in range(len(bag))]
 
-    def _pool(self, bag: Bag, number: int, features: Tensor, device: torch.device) -> HeadOutput:
-        rows = slice(bag.offsets[number], bag.offsets[number + 1])
-        bag_features = features[rows].unsqueeze(0)
-        mask = torch.ones(bag_features.shape[:2], dtype=torch.bool, device=device)
-        coords = bag.coords[rows].to(device).unsqueeze(0)
-        with self._draws(bag.seeds[number], "head", device), self._autocast(device):
-            return self.head(bag_features, mask, coords)
+    def _pool(
+        self, bag: Bag, number: int, features: Tensor, device: torch.device, ranks: Ranks | None
+    ) -> HeadOutput:
+        own = features[bag.offsets[number] : bag.offsets[number + 1]]
+        if bag.shards[number]:
+            assert ranks is not None, "a sharded bag needs the other ranks"
+            own = ranks.gather_rows(own, bag.shards[number])
+        whole = own.unsqueeze(0)
+        mask = torch.ones(whole.shape[:2], dtype=torch.bool, device=device)
+        coords = bag.coords[number].to(device).unsqueeze(0)
+        with self._draws(bag.seeds[number], device), self._autocast(device):
+            return self.head(whole, mask, coords)
 
-    def _encode_all(self, bag: Bag, device: torch.device) -> Tensor:
-        """(patches, dim) features of all bags, group by group, chunk by chunk."""
-        pieces = []
-        for first, last in bag.runs:
-            start, stop = bag.offsets[first], bag.offsets[last]
-            counts = bool(bag.weight[first] > 0)
-            for low, high in balanced_chunks(start, stop, self.chunk):
-                draws = bag.seeds[first], f"chunk {low - start}"
-                pieces.append(self._encode(bag, low, high, draws, counts, device))
-        return torch.cat(pieces)
+    def _encode_all(self, bag: Bag, device: torch.device, ranks: Ranks | None) -> Tensor:
+        """(rows, dim) features of this rank's patches, at least float32."""
+        if not self.training or not self.train_encoder:
+            around = self.batch_norm.evaluating()
+            with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()):
+                return torch.cat([self._encode(bag, c, around, device)() for c in bag.chunks])
+        around = self.batch_norm.training(None if ranks is None else ranks.total)
+        kept = self.budget.first_kept([c.stop - c.start for c in bag.chunks], self, device)
+        return torch.cat(
+            [
+                self._encode_in_training(bag, k, around, device, keep=k >= kept)
+                for k in range(len(bag.chunks))
+            ]
+        )
+
+    def _encode_in_training(
+        self, bag: Bag, number: int, around: Around, device: torch.device, *, keep: bool
+    ) -> Tensor:
+        chunk = bag.chunks[number]
+        encode = self._encode(bag, chunk, around, device)
+        if not keep:
+            features = checkpoint(
+                encode,
+                use_reentrant=False,
+                preserve_rng_state=False,  # all draws are seeded inside
+                early_stop=not self.verify,  # the comparison stands at the end of the second pass
+            )
+            assert isinstance(features, Tensor)
+            return features
+        if number == len(bag.chunks) - 1:
+            with self.budget.measure_chunk(chunk.stop - chunk.start, self):
+                return encode()
+        return encode()
 
     def _encode(
-        self,
-        bag: Bag,
-        start: int,
-        stop: int,
-        draws: tuple[int, str],
-        counts: bool,
-        device: torch.device,
-    ) -> Tensor:
-        """(stop - start, dim) features of some rows of one group, at least float32."""
+        self, bag: Bag, chunk: Chunk, around: Around, device: torch.device
+    ) -> Callable[[], Tensor]:
+        """A function that encodes the chunk; from its second call on, as the second pass."""
+        rows = chunk.stop - chunk.start if chunk.counts else 0
+        passes = 0
+        first: Tensor | None = None
 
         def encode() -> Tensor:
-            pixels = bag.pixels(start, stop, device)
-            with self._draws(*draws, device), self._autocast(device):
-                features = self.encoder(pixels)
-            return features.to(torch.promote_types(features.dtype, torch.float32))
+            nonlocal passes, first
+            passes += 1
+            pixels = bag.pixels(chunk.start, chunk.stop, device)
+            with (
+                self._draws(chunk.seed, device),
+                self._autocast(device),
+                around(rows, passes > 1),
+            ):
+                features = self._features(pixels)
+            features = features.to(torch.promote_types(features.dtype, torch.float32))
+            if self.verify and passes > 1:
+                _compare(first, features, bag, chunk)
+            elif self.verify:
+                first = features.detach()
+            return features
 
-        if not self.training or not self.train_encoder:
-            with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()):
-                return encode()
-        rows = stop - start if counts else 0
-        if start >= bag.num_patches - self.chunk:
-            # The last chunk is the first that backward wants: its graph is kept and is freed
-            # before any other is made again, so a batch of one chunk is never encoded twice.
-            with self._statistics_of(rows):
-                return encode()
-        features = checkpoint(
-            encode,
-            use_reentrant=False,
-            preserve_rng_state=False,  # all draws are seeded inside
-            context_fn=lambda: (self._statistics_of(rows), self._statistics_of(0)),
-        )
-        assert isinstance(features, Tensor)
-        return features
+        return encode
 
-    def _statistics_of(self, rows: int) -> AbstractContextManager[None]:
-        return self.statistics.collect(rows) if self.batch_norm == "chunk" else nullcontext()
+    def _features(self, pixels: Tensor) -> Tensor:
+        if self._compiled is None:
+            return self.encoder(pixels)
+        missing = self.chunk - len(pixels)
+        padded = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])])
+        return self._compiled(padded)[: len(pixels)]
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
         if self.autocast is None:
@@ -143,104 +200,23 @@ class MILModel(nn.Module):
         # gradients of all chunks would be summed.
         return torch.autocast(device.type, self.autocast, cache_enabled=False)
 
-    def _draws(
-        self, bag_seed: int, part: str, device: torch.device
-    ) -> AbstractContextManager[None]:
+    def _draws(self, seed: int, device: torch.device) -> AbstractContextManager[None]:
         """Dropout and the like draw alike in both passes, on any rank and after a resume."""
-        if not self.training:
-            return nullcontext()
-        return seeded((bag_seed ^ (zlib.crc32(part.encode()) << 31)) & (2**63 - 1), device)
+        return seeded(seed, device) if self.training else nullcontext()
 
 
-class ChunkStatistics:
-    """BatchNorm statistics of every chunk of a step, merged into the running ones once.
-
-    While a chunk is encoded, the running statistics are swapped for scratch buffers which a
-    momentum of 1 makes equal to the chunk's own. The second pass over the chunk swaps too, so it
-    cannot touch the running ones either.
-    """
-
-    def __init__(self, encoder: nn.Module) -> None:
-        self.modules = [
-            module
-            for module in encoder.modules()
-            if isinstance(module, _BatchNorm) and module.track_running_stats
-        ]
-        self._sums: list[Tensor] = []
-        self._rows = 0.0
-
-    @contextmanager
-    def collect(self, rows: int) -> Iterator[None]:
-        """Around the encoding of one chunk; ``rows`` is its weight, 0 leaves no trace."""
-        momenta = [module.momentum for module in self.modules]
-        running = [_running(module) for module in self.modules]
-        for module, buffers in zip(self.modules, running, strict=True):
-            module.momentum = 1.0
-            _set_running(module, [torch.zeros_like(buffer) for buffer in buffers])
-        try:
-            yield
-            if rows:
-                self._add(rows)
-        finally:
-            for module, momentum, buffers in zip(self.modules, momenta, running, strict=True):
-                module.momentum = momentum
-                _set_running(module, buffers)
-
-    def _add(self, rows: int) -> None:
-        moments = []
-        for module in self.modules:
-            mean, var, _ = (buffer.double() for buffer in _running(module))
-            moments += [rows * mean, rows * (var + mean * mean)]
-        if self._sums:
-            torch._foreach_add_(self._sums, moments)  # pyright: ignore[reportPrivateImportUsage]
-        else:
-            self._sums = moments
-        self._rows += rows
-
-    @torch.no_grad()
-    def commit(self, total: Callable[[Tensor], None]) -> None:
-        """Move the running statistics by the pooled moments of all chunks on all ranks.
-
-        Args:
-            total: sums a tensor over ranks in place.
-        """
-        if not self.modules:
-            return
-        shapes = [buffer for module in self.modules for buffer in _running(module)[:2]]
-        sums = self._sums or [torch.zeros_like(shape, dtype=torch.float64) for shape in shapes]
-        flat = torch.cat([*sums, sums[0].new_tensor([self._rows])])
-        total(flat)
-        self._sums, self._rows = [], 0.0
-        if flat[-1] == 0:
-            return
-        moments = iter((flat[:-1] / flat[-1]).split([len(shape) for shape in shapes]))
-        for module in self.modules:
-            mean, square = next(moments), next(moments)
-            running_mean, running_var, count = _running(module)
-            momentum = 0.1 if module.momentum is None else module.momentum
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((square - mean**2).to(running_var.dtype), momentum)
-            count += 1
-
-
-def _running(module: _BatchNorm) -> list[Tensor]:
-    """Running mean, running variance and count of batches."""
-    buffers = (module.running_mean, module.running_var, module.num_batches_tracked)
-    return [buffer for buffer in buffers if buffer is not None]
-
-
-def _set_running(module: _BatchNorm, buffers: list[Tensor]) -> None:
-    module.running_mean, module.running_var, module.num_batches_tracked = buffers
-
-
-def balanced_chunks(start: int, stop: int, chunk: int) -> list[tuple[int, int]]:
-    """Cut rows start..stop into the fewest pieces of at most ``chunk``, sizes differing by at most 1.
-
-    A short last piece would be a chunk with other BatchNorm statistics than the rest.
-    """
-    count = -(-(stop - start) // chunk)
-    cuts = [start + (stop - start) * k // count for k in range(count + 1)]
-    return list(pairwise(cuts))
+def _compare(first: Tensor | None, second: Tensor, bag: Bag, chunk: Chunk) -> None:
+    assert first is not None
+    if not first.isfinite().all():
+        return  # the step is skipped for that
+    scale = first.abs().amax().clamp_min(1e-12)
+    tolerance = 1e-3 if first.dtype == torch.float32 else 1e-9
+    apart = float((first - second.detach()).abs().amax() / scale)
+    if not apart <= tolerance:
+        raise ReplayError(
+            f"the second pass over rows {chunk.start} to {chunk.stop} of {', '.join(bag.slides)} gave other "
+            f"features (relative difference {apart:.2g}): pixels, dropout or BatchNorm do not replay"
+        )
 
 
 @contextmanager

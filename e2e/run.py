@@ -15,7 +15,7 @@ from e2e.checkpoint import load_checkpoint, load_weights, part
 from e2e.config import Settings, dump_settings
 from e2e.data.cohort import Slide
 from e2e.data.decode import Decoder, build_decoder
-from e2e.data.loader import LabelledSlide, TrainingLoader
+from e2e.data.loader import LabelledSlide, View
 from e2e.data.pack import Progress, Row, pack
 from e2e.data.sources import SlideFiles, read_mpp
 from e2e.data.store import PatchStore
@@ -132,8 +132,7 @@ def predict(
         model,
         items,
         task=task,
-        decoder=decoder,
-        size=settings.bag.size,
+        view=View(decoder, settings.bag.size),
         strategy=strategy,
         screen=screen,
         draw=heatmap_drawer(task, decoder, out / "heatmaps", items),
@@ -192,22 +191,14 @@ def _trainer(
             model,
             validation,
             task=task,
-            decoder=decoder,
-            size=settings.bag.size,
+            view=View(decoder, settings.bag.size),
             strategy=strategy,
             screen=screen,
         )
         return {name: m["value"] for name, m in score(found, task, draws=0).items()}
 
-    loader = TrainingLoader(
-        items=[item for item in items if item.slide.split == "train"],
-        decoder=decoder,
-        augment=build.build_augment(settings.bag),
-        seed=settings.run.seed,
-        bags=settings.optim.bags,
-        bag_size=settings.bag.patches,
-        chunk=settings.engine.chunk,
-    )
+    training = [item for item in items if item.slide.split == "train"]
+    loader = build.build_loader(settings, training, decoder, model.batch_norm)
     return Trainer(
         model,
         task=task,
@@ -237,8 +228,7 @@ def _evaluate(
         folder / "best.safetensors",
         items,
         task=task,
-        decoder=decoder,
-        size=settings.bag.size,
+        view=View(decoder, settings.bag.size),
         judged=build.build_schedule(settings.optim, settings.select, 0).judged,
         draws=settings.run.bootstrap,
         heatmaps=settings.run.heatmaps,

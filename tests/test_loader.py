@@ -10,10 +10,18 @@ import torch
 from e2e.data.augment import Augment
 from e2e.data.cohort import Slide
 from e2e.data.decode import build_decoder
-from e2e.data.loader import LabelledSlide, TrainingLoader, label_slides, make_bag
+from e2e.data.loader import (
+    LabelledSlide,
+    TrainingLoader,
+    View,
+    label_slides,
+    make_bag,
+    whole_bag,
+)
+from e2e.data.plan import cut_update, share_update
 from e2e.data.sampler import sample_patches
 from e2e.data.store import PatchStore, StoreWriter
-from e2e.errors import DamagedDataError
+from e2e.errors import DamagedDataError, UserError
 from tests.conftest import RECIPE, jpeg, patches, pixels_of, record
 
 CPU = torch.device("cpu")
@@ -32,20 +40,16 @@ def items(make_store):
     )
 
 
-def bag_of(items, **changes):
-    options = {"seed": 3, "epoch": 2, "bag_size": 8, "augment": None, "size": None}
-    return make_bag(items, decoder=DECODER, **(options | changes))
+def bag_of(items, epoch=2, **changes):
+    view = View(DECODER, **({"seed": 3, "bag_size": 8} | changes))
+    shares = share_update(cut_update([view.count(item) for item in items], 5), 1)
+    return make_bag(items, view, shares, epoch=epoch)
 
 
-def loader_of(items, **changes) -> TrainingLoader:
-    options = {
-        "seed": 0,
-        "bags": 2,
-        "bag_size": 4,
-        "augment": Augment(crop=0.5, size=16),
-        "chunk": 4,
-    }
-    return TrainingLoader(items, DECODER, **(options | changes))
+def loader_of(items, *, bags=2, chunk=4, **changes) -> TrainingLoader:
+    options = {key: changes.pop(key) for key in list(changes) if key in ("shard_over", "one_piece")}
+    view = {"seed": 0, "bag_size": 4, "size": 16, "augment": Augment(crop=0.5, size=16)}
+    return TrainingLoader(items, View(DECODER, **(view | changes)), bags, chunk, **options)
 
 
 def test_slides_are_in_the_order_of_their_ids_with_their_targets(items):
@@ -65,15 +69,13 @@ def test_a_bag_holds_the_sampled_patches_of_its_slides(items):
         [patches(s, 30)[i] for s, rows in zip("abc", chosen, strict=True) for i in rows]
     )
     np.testing.assert_array_equal(bag.pixels(0, 20, CPU).permute(0, 2, 3, 1), expected)
-    coords = np.concatenate(
-        [record(s, 30).coords[rows] for s, rows in zip("abc", chosen, strict=True)]
-    )
-    np.testing.assert_array_equal(bag.coords, coords)
+    for s, rows, coords in zip("abc", chosen, bag.coords, strict=True):
+        np.testing.assert_array_equal(coords, record(s, 30).coords[rows])
 
 
 def test_all_patches_are_taken_in_their_order(items):
     bag = bag_of(items[1:2], bag_size=None)
-    np.testing.assert_array_equal(bag.coords, record("b", 30).coords)
+    np.testing.assert_array_equal(bag.coords[0], record("b", 30).coords)
     np.testing.assert_array_equal(
         bag.pixels(5, 7, CPU).permute(0, 2, 3, 1), pixels_of(patches("b", 30)[5:7])
     )
@@ -125,17 +127,91 @@ def test_an_epoch_shows_every_slide_once_over_the_ranks(items):
         assert sorted(seen) == list("abcde")
 
 
-def test_bags_are_grouped_alike_on_any_number_of_ranks(items):
-    loader = loader_of(items, bags=5, chunk=8)  # at most two bags of four
+@pytest.mark.parametrize("shard_over", [None, 8])
+def test_chunks_and_their_draws_are_the_same_on_any_number_of_ranks(items, shard_over):
+    loader = loader_of(items, bags=5, chunk=3, bag_size=None, shard_over=shard_over)
 
-    def groups(world: int) -> set[tuple[str, ...]]:
+    def chunks(world: int) -> list[tuple[int, bytes]]:
+        """Seed and pixels of all chunks that count."""
         bags = [
             bag for rank in range(world) for bag, _ in loader.epoch(0, rank=rank, world_size=world)
         ]
-        return {bag.slides[a:b] for bag in bags if bag.weight.all() for a, b in bag.runs}
+        return sorted(
+            (chunk.seed, bag.pixels(chunk.start, chunk.stop, CPU).numpy().tobytes())
+            for bag in bags
+            for chunk in bag.chunks
+            if chunk.counts
+        )
 
-    assert sorted(map(len, groups(1))) == [1, 2, 2]
-    assert groups(1) == groups(2) == groups(3) == groups(7)
+    one = chunks(1)
+    assert len({seed for seed, _ in one}) == len(one) > 20
+    assert one == chunks(2) == chunks(3) == chunks(7)
+
+
+def test_a_sharded_bag_is_on_every_rank_with_all_its_coords_and_its_own_rows(items):
+    loader = loader_of(items, bags=5, chunk=3, bag_size=None, shard_over=8)
+    bags = [next(iter(loader.epoch(0, rank=rank, world_size=3)))[0] for rank in range(3)]
+    for slide, size in (("a", 9), ("b", 30), ("e", 17)):
+        places = [bag.slides.index(slide) for bag in bags]
+        shards = {bag.shards[k] for bag, k in zip(bags, places, strict=True)}
+        assert len(shards) == 1  # all ranks agree on who has how much
+        own = [bag.offsets[k + 1] - bag.offsets[k] for bag, k in zip(bags, places, strict=True)]
+        assert tuple(own) == shards.pop()
+        assert sum(own) == size
+        for bag, k in zip(bags, places, strict=True):
+            np.testing.assert_array_equal(bag.coords[k], record(slide, size).coords)
+            assert bag.weight[k] == pytest.approx(1 / 3)
+            assert bag.seeds[k] == bags[0].seeds[places[0]]
+    order = [[s for s in bag.slides if s in "abe"] for bag in bags]
+    assert order[0] == order[1] == order[2]  # the gathers meet in the same order
+    assert sum(float(bag.weight.sum()) for bag in bags) == pytest.approx(5)
+
+
+def test_a_rank_with_nothing_of_a_sharded_bag_has_it_and_a_chunk_that_counts_nothing(items):
+    loader = loader_of(items[1:2], bags=1, chunk=20, bag_size=None, shard_over=20)
+    bags = [next(iter(loader.epoch(0, rank=rank, world_size=3)))[0] for rank in range(3)]
+    idle = [bag for bag in bags if not any(chunk.counts for chunk in bag.chunks)]
+    assert len(idle) == 1
+    assert idle[0].slides == ("b", "b")
+    assert sorted(idle[0].shards[0]) == [0, 15, 15]
+    assert idle[0].shards[1] == ()
+    assert idle[0].weight.tolist() == [pytest.approx(1 / 3), 0]
+    assert idle[0].chunks[0].stop == 15
+
+
+def test_one_piece_is_one_chunk_a_rank_or_an_error_that_says_why(items):
+    loader = loader_of(items, bags=5, chunk=40, bag_size=None, one_piece=True)
+    bags = [next(iter(loader.epoch(0, rank=rank, world_size=2)))[0] for rank in range(2)]
+    assert [len(bag.chunks) for bag in bags] == [1, 1]
+    assert sum(bag.num_patches for bag in bags) == sum(COUNTS.values())
+    small = loader_of(items, bags=5, chunk=30, bag_size=None, one_piece=True)
+    with pytest.raises(UserError, match=r"one has 34 patches, engine.chunk is 30"):
+        next(iter(small.epoch(0, rank=0, world_size=2)))
+
+
+@pytest.mark.parametrize("keep", ["jpeg", "uint8", "float"])
+def test_what_is_kept_spares_the_second_pass_its_work_and_changes_no_pixel(items, keep, monkeypatch):
+    read, decoded = [], []
+    store, decoder = PatchStore.read, type(DECODER).decode
+    monkeypatch.setattr(PatchStore, "read", lambda *given: read.append(1) or store(*given))
+    monkeypatch.setattr(
+        type(DECODER), "decode", lambda *given: decoded.append(1) or decoder(*given)
+    )
+    bag = bag_of(items[:2], augment=Augment(crop=0.3, size=16), keep=keep)
+    passes = [[bag.pixels(c.start, c.stop, CPU) for c in bag.chunks] for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*passes, strict=True))
+    work = {"jpeg": (1, 2), "uint8": (1, 1), "float": (1, 1)}[keep]
+    once = sum(len(bag.pixels._rows(c.start, c.stop)) for c in bag.chunks)
+    assert (len(read), len(decoded)) == (work[0] * once, work[1] * once)
+    assert bag.pixels._kept == {}  # nothing is held longer than it is wanted
+
+
+def test_evaluation_keeps_nothing_of_a_slide_it_has_seen(items):
+    bag = whole_bag(items[1], View(DECODER), chunk=8)
+    for chunk in bag.chunks:
+        bag.pixels(chunk.start, chunk.stop, CPU)
+    assert bag.pixels._kept == {}
+    assert [chunk.stop - chunk.start for chunk in bag.chunks] == [7, 8, 7, 8]
 
 
 def test_training_sees_the_augmented_view(items):
@@ -143,7 +219,7 @@ def test_training_sees_the_augmented_view(items):
         0, rank=0, world_size=1
     )
     plain = bag_of(
-        [i for i in items if i.slide.id in bag.slides], seed=0, epoch=0, bag_size=4, size=16
+        [i for i in items if i.slide.id in bag.slides], epoch=0, seed=0, bag_size=4, size=16
     )
     seen = bag.pixels(0, bag.num_patches, CPU)
     assert seen.shape == (8, 3, 16, 16)

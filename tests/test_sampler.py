@@ -8,11 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e2e.data.sampler import (
-    group_bags,
     mix,
     patch_seeds,
     plan_epoch,
-    rank_share,
     sample_patches,
     uniform,
 )
@@ -72,28 +70,6 @@ def test_an_epoch_covers_each_slide_once(slides, bags, seed, epoch):
 def test_epochs_have_different_orders():
     plans = [plan_epoch(30, 4, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert len({str(plan) for plan in plans}) == 4
-
-
-@given(slides=st.integers(1, 40), bags=st.integers(1, 17), world=st.integers(1, 9), seed=numbers)
-def test_ranks_share_every_update_out_between_them(slides, bags, world, seed):
-    for update in plan_epoch(slides, bags, seed=seed, epoch=0):
-        shares = [rank_share(update, rank, world) for rank in range(world)]
-        counted = [slide for share, counts in shares if counts for slide in share]
-        assert sorted(counted) == sorted(update)
-        assert all(share for share, _ in shares)  # an idle rank has a bag to keep in step with
-        sizes = [len(share) if counts else 0 for share, counts in shares]
-        assert max(sizes) - min(sizes) <= 1
-
-
-@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=30), most=st.integers(1, 100))
-def test_groups_are_neighbours_that_fit_together_and_no_two_could_be_one(sizes, most):
-    groups = group_bags(sizes, most)
-    assert [position for group in groups for position in group] == list(range(len(sizes)))
-    totals = [sum(sizes[k] for k in group) for group in groups]
-    for group, total in zip(groups, totals, strict=True):
-        assert total <= most or len(group) == 1
-    for total, following in zip(totals, groups[1:], strict=False):
-        assert total + sizes[following[0]] > most
 
 
 @given(parts=st.lists(st.one_of(numbers, names), min_size=1, max_size=4))

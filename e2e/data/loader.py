@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from e2e.bag import Bag
+from e2e.bag import Bag, Chunk
 from e2e.data.augment import Augment, resize
 from e2e.data.cohort import Slide
 from e2e.data.decode import Decoder, UndecodableError
-from e2e.data.sampler import (
-    group_bags,
-    mix,
-    patch_seeds,
-    plan_epoch,
-    rank_share,
-    sample_patches,
-)
+from e2e.data.plan import Piece, PlannedChunk, cut_update, in_one_piece, rows_of, share_update
+from e2e.data.sampler import mix, patch_seeds, plan_epoch, sample_patches
 from e2e.data.store import PatchStore, SlideRecord
-from e2e.errors import DamagedDataError
+from e2e.errors import DamagedDataError, UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,89 +47,209 @@ class _Part:
 
 
 class StoredPixels:
-    """The pixel source of a bag: reads, decodes and augments rows on demand, always alike."""
+    """The pixel source of a bag: reads, decodes and augments rows on demand, always alike.
 
-    def __init__(
-        self, parts: Sequence[_Part], decoder: Decoder, augment: Augment | None, size: int | None
-    ) -> None:
+    What ``view.keep`` names stays in memory from the first time that rows are asked for to the
+    second: ``jpeg``, ``uint8`` (decoded) or ``float`` (as the encoder gets them); None: nothing.
+    """
+
+    def __init__(self, parts: Sequence[_Part], view: View) -> None:
         self._parts = parts
         self._starts = np.cumsum([0] + [len(part.indices) for part in parts])
-        self._decoder = decoder
-        self._augment = augment
-        self._size = size
+        self._view = view
+        self._kept: dict[tuple[int, int], Any] = {}
 
     def __call__(self, start: int, stop: int, device: torch.device) -> Tensor:
         """Rows start..stop as (n,3,H,W); DamagedDataError names the slide and patch at fault."""
-        pieces = []
+
+        def jpegs() -> list[list[bytes]]:
+            return [part.item.store.read(part.item.slide.id, indices) for part, indices in rows]
+
+        def decoded() -> list[Tensor]:
+            found = self._once("jpeg", start, stop, jpegs)
+            return [self._decode(*row, j, device) for row, j in zip(rows, found, strict=True)]
+
+        def seen() -> Tensor:
+            found = self._once("uint8", start, stop, decoded)
+            pieces = [self._augment(*row, p) for row, p in zip(rows, found, strict=True)]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+        rows = self._rows(start, stop)
+        return self._once("float", start, stop, seen)
+
+    def _rows(self, start: int, stop: int) -> list[tuple[_Part, NDArray[np.int64]]]:
+        found = []
         for first, part in zip(self._starts, self._parts, strict=False):
             low, high = max(start - first, 0), min(stop - first, len(part.indices))
             if low < high:
-                pieces.append(self._read(part, part.indices[low:high], device))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+                found.append((part, part.indices[low:high]))
+        return found
 
-    def _read(self, part: _Part, indices: NDArray[np.int64], device: torch.device) -> Tensor:
+    def _once(self, what: str, start: int, stop: int, make: Callable[[], T]) -> T:
+        """What ``make`` gives; if it is of the kind that is kept, every second time from memory."""
+        if what != self._view.keep:
+            return make()
+        if (start, stop) in self._kept:
+            return self._kept.pop((start, stop))
+        self._kept[start, stop] = made = make()
+        return made
+
+    def _decode(
+        self,
+        part: _Part,
+        indices: NDArray[np.int64],
+        jpegs: Sequence[bytes],
+        device: torch.device,
+    ) -> Tensor:
         store, slide = part.item.store, part.item.slide.id
         try:
-            pixels = self._decoder.decode(store.read(slide, indices), device)
+            return self._view.decoder.decode(jpegs, device)
         except UndecodableError as error:
             raise DamagedDataError(
                 f"{store.path}: slide '{slide}' patch {indices[error.index]} {error}\n"
                 "  tools/inspect_lmdb.py --verify lists all of them; pack the slide again"
             ) from error
-        if self._augment is None:
-            return resize(pixels, self._size)
-        return self._augment(pixels, patch_seeds(part.seed, indices))
+
+    def _augment(self, part: _Part, indices: NDArray[np.int64], pixels: Tensor) -> Tensor:
+        if self._view.augment is None:
+            return resize(pixels, self._view.size)
+        return self._view.augment(pixels, patch_seeds(part.seed, indices))
+
+
+@dataclass(frozen=True)
+class View:
+    """Which patches stand for a slide, and how they become pixels.
+
+    ``augment`` None is the view of evaluation: the patches as stored, at ``size``.
+    """
+
+    decoder: Decoder
+    size: int | None = None
+    augment: Augment | None = None
+    seed: int = 0
+    bag_size: int | None = None
+    """Random patches a slide; None: all."""
+    keep: str | None = None
+    """See :class:`StoredPixels`."""
+
+    def count(self, item: LabelledSlide) -> int:
+        """Patches that stand for the slide."""
+        count = item.store.count(item.slide.id)
+        return count if self.bag_size is None else min(count, self.bag_size)
+
+
+class _Entry(NamedTuple):
+    """Patches ``start`` to ``stop`` of a slide, as a bag of a rank's batch."""
+
+    slide: int
+    start: int
+    stop: int
+    weight: float
+    shards: tuple[int, ...] = ()
 
 
 def make_bag(
     items: Sequence[LabelledSlide],
+    view: View,
+    shares: Sequence[Sequence[PlannedChunk]],
     *,
-    decoder: Decoder,
-    seed: int,
-    epoch: int,
-    bag_size: int | None,
-    augment: Augment | None,
-    size: int | None,
-    counts: bool = True,
-    groups: Sequence[int] | None = None,
+    rank: int = 0,
+    epoch: int = 0,
 ) -> Bag:
-    """One ragged batch: ``bag_size`` random patches (None: all) of each of ``items``.
+    """What ``rank`` has of an update of ``items``.
 
-    ``augment`` None is the view of evaluation: the patches as stored, at ``size``. ``groups`` None
-    leaves each bag by itself.
+    Args:
+        shares: the chunks of each rank, as :func:`e2e.data.plan.share_update` gives them.
     """
-    parts = []
-    for item in items:
-        slide = item.slide.id
-        indices = sample_patches(slide, item.store.count(slide), bag_size, seed=seed, epoch=epoch)
-        parts.append(_Part(item, indices, mix(seed, epoch, slide)))
-    coords = [part.item.record.coords[part.indices] for part in parts]
+    chunks, counts = shares[rank], True
+    entries = _entries(shares, rank)
+    if not chunks:
+        # A rank without patches encodes a chunk that counts nothing: it takes part in collectives.
+        chunks, counts = [next(chunk for share in shares for chunk in share)], False
+        entries += [_Entry(*piece, weight=0.0) for piece in chunks[0].pieces]
+    names = [item.slide.id for item in items]
+    chosen = {
+        entry.slide: sample_patches(
+            names[entry.slide],
+            items[entry.slide].store.count(names[entry.slide]),
+            view.bag_size,
+            seed=view.seed,
+            epoch=epoch,
+        )
+        for entry in entries
+    }
+    parts = [
+        _Part(items[e.slide], chosen[e.slide][e.start : e.stop], mix(view.seed, epoch, names[e.slide]))
+        for e in entries
+    ]
+    ends = np.cumsum([0] + [chunk.rows for chunk in chunks]).tolist()
     return Bag(
         offsets=tuple(np.cumsum([0] + [len(part.indices) for part in parts]).tolist()),
-        coords=torch.from_numpy(np.concatenate(coords)),
-        pixels=StoredPixels(parts, decoder, augment, size),
-        target=torch.stack([item.target for item in items]),
-        slides=tuple(item.slide.id for item in items),
-        seeds=tuple(part.seed for part in parts),
-        weight=torch.full((len(items),), float(counts)),
-        groups=tuple(range(len(items)) if groups is None else groups),
+        chunks=tuple(
+            Chunk(start, start + chunk.rows, _chunk_seed(view.seed, epoch, names, chunk), counts)
+            for start, chunk in zip(ends, chunks, strict=False)
+        ),
+        coords=tuple(_coords(items[e.slide], e, chosen[e.slide]) for e in entries),
+        pixels=StoredPixels(parts, view),
+        target=torch.stack([items[e.slide].target for e in entries]),
+        slides=tuple(names[e.slide] for e in entries),
+        seeds=tuple(mix(view.seed, epoch, names[e.slide], "head") for e in entries),
+        weight=torch.tensor([e.weight for e in entries]),
+        shards=tuple(e.shards for e in entries),
     )
+
+
+def _entries(shares: Sequence[Sequence[PlannedChunk]], rank: int) -> list[_Entry]:
+    """The bags whose head runs on ``rank``: those that are here, and all that are sharded."""
+    ranges = [
+        {p.bag: rows_of(share, p.bag) for chunk in share for p in chunk.pieces} for share in shares
+    ]
+    entries = []
+    for bag in sorted(set().union(*ranges)):
+        owners = sum(bag in found for found in ranges)
+        start, stop = ranges[rank].get(bag, (0, 0))
+        if owners > 1:
+            spans = [found.get(bag, (0, 0)) for found in ranges]
+            rows = tuple(high - low for low, high in spans)
+            entries.append(_Entry(bag, start, stop, 1 / len(shares), rows))
+        elif bag in ranges[rank]:
+            entries.append(_Entry(bag, start, stop, 1.0))
+    return entries
+
+
+def _coords(item: LabelledSlide, entry: _Entry, chosen: NDArray[np.int64]) -> Tensor:
+    """Of the rows here, or of the whole bag where it is sharded: the head sees all of it."""
+    rows = chosen if entry.shards else chosen[entry.start : entry.stop]
+    return torch.from_numpy(item.record.coords[rows])
+
+
+def _chunk_seed(seed: int, epoch: int, names: Sequence[str], chunk: PlannedChunk) -> int:
+    return mix(seed, epoch, names[chunk.pieces[0].bag], "chunk", chunk.number)
+
+
+def whole_bag(item: LabelledSlide, view: View, chunk: int) -> Bag:
+    """One slide by itself, in chunks of at most ``chunk`` patches."""
+    return make_bag([item], view, share_update(cut_update([view.count(item)], chunk), 1))
 
 
 @dataclass(frozen=True)
 class TrainingLoader:
     """The bags of an epoch for one rank; an update is ``bags`` slides over all ranks.
 
-    Neighbouring bags of up to ``chunk`` patches together are a group, and stay on one rank.
+    Args:
+        chunk: most patches encoded at once.
+        shard_over: bags of more patches are spread over the ranks; None: none.
+        full: all chunks but a bag's last have exactly ``chunk`` patches.
+        one_piece: a rank's patches are a single chunk, for statistics over the whole batch.
     """
 
     items: Sequence[LabelledSlide]
-    decoder: Decoder
-    augment: Augment
-    seed: int
+    view: View
     bags: int
-    bag_size: int | None
     chunk: int
+    shard_over: int | None = None
+    full: bool = False
+    one_piece: bool = False
 
     def updates(self) -> int:
         """Optimiser steps in an epoch."""
@@ -142,27 +259,27 @@ class TrainingLoader:
         self, epoch: int, *, rank: int, world_size: int, first: int = 0
     ) -> Iterator[tuple[Bag, int]]:
         """From update ``first`` on: this rank's bag, and the number of slides on all ranks."""
-        plan = plan_epoch(len(self.items), self.bags, seed=self.seed, epoch=epoch)
+        plan = plan_epoch(len(self.items), self.bags, seed=self.view.seed, epoch=epoch)
         for update in plan[first:]:
             slides = [self.items[i] for i in update]
-            groups = group_bags([self._size(item) for item in slides], self.chunk)
-            share, counts = rank_share(groups, rank, world_size)
-            bag = make_bag(
-                [slides[position] for group in share for position in group],
-                decoder=self.decoder,
-                seed=self.seed,
-                epoch=epoch,
-                bag_size=self.bag_size,
-                augment=self.augment,
-                size=self.augment.size,
-                counts=counts,
-                groups=[number for number, group in enumerate(share) for _ in group],
-            )
-            yield bag, len(update)
+            shares = self._shares([self.view.count(item) for item in slides], world_size)
+            yield make_bag(slides, self.view, shares, rank=rank, epoch=epoch), len(update)
 
-    def _size(self, item: LabelledSlide) -> int:
-        count = item.store.count(item.slide.id)
-        return count if self.bag_size is None else min(count, self.bag_size)
+    def _shares(self, sizes: Sequence[int], world_size: int) -> list[list[PlannedChunk]]:
+        if not self.one_piece:
+            groups = cut_update(sizes, self.chunk, full=self.full)
+            return share_update(groups, world_size, shard_over=self.shard_over)
+        alone = [[PlannedChunk(0, (Piece(bag, 0, size),))] for bag, size in enumerate(sizes)]
+        shares = [in_one_piece(share) for share in share_update(alone, world_size)]
+        rows = max(chunk.rows for share in shares for chunk in share)
+        if rows > self.chunk:
+            raise UserError(
+                f"engine.batch_norm=sync takes statistics over a whole update, so a rank must encode its "
+                f"share in one piece:\n  one has {rows} patches, engine.chunk is {self.chunk}\n"
+                "  raise engine.chunk, lower bag.patches or optim.bags, or use"
+                " engine.batch_norm=chunk or frozen"
+            )
+        return shares
 
 
 def label_slides(

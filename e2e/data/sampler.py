@@ -6,13 +6,9 @@ No generator is kept anywhere, so any rank, any worker and any resumed run draws
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-
-T = TypeVar("T")
 
 
 def mix(*parts: int | str) -> int:
@@ -59,32 +55,6 @@ def plan_epoch(num_slides: int, bags: int, *, seed: int, epoch: int) -> list[lis
     """
     order = np.random.default_rng(mix(seed, epoch, "slides")).permutation(num_slides).tolist()
     return [order[start : start + bags] for start in range(0, num_slides, bags)]
-
-
-def group_bags(sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Positions of neighbouring bags that have at most ``most`` patches together.
-
-    They are encoded together and share BatchNorm statistics in training. A bag over ``most`` is a
-    group of its own. A function of the whole update: any number of ranks makes the same groups.
-    """
-    groups: list[list[int]] = []
-    room = 0
-    for position, size in enumerate(sizes):
-        if size > room:
-            groups.append([])
-            room = most
-        groups[-1].append(position)
-        room -= size
-    return groups
-
-
-def rank_share(groups: list[T], rank: int, world_size: int) -> tuple[list[T], bool]:
-    """The groups of one update that ``rank`` works on, and whether they count.
-
-    A rank without a group gets the first one with weight 0: it must take part in the collectives.
-    """
-    share = groups[rank::world_size]
-    return (share, True) if share else (groups[:1], False)
 
 
 def uniform(seeds: NDArray[np.uint64], draw: int) -> NDArray[np.float64]:
