@@ -52,7 +52,8 @@ def build_optimizer(
             for (scale, free), parameters in groups.items()
         ],
         lr=lr,
-        **_kernel(model),
+        fused=(fused := _has_fused_kernel(model)),
+        foreach=not fused,
     )
 
 
@@ -77,13 +78,12 @@ def _undecayed(model: nn.Module) -> set[str]:
     return {f"encoder.{n}" for n in part.undecayed()} if isinstance(part, Encoder) else set()
 
 
-def _kernel(model: nn.Module) -> dict[str, bool]:
-    """One fused kernel for all parameters where there is one, else a few over lists of them."""
-    fused = all(
+def _has_fused_kernel(model: nn.Module) -> bool:
+    """Whether one AdamW kernel does a whole step; else it takes a few over lists of tensors."""
+    return all(
         parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point()
         for parameter in model.parameters()
     )
-    return {"fused": True} if fused else {"foreach": True}
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, steps: int, final: float = 0.0) -> float:

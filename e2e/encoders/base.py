@@ -80,7 +80,7 @@ class Encoder(nn.Module):
         So a frozen stage has no dropout, and its BatchNorm uses running statistics and keeps them.
         """
         super().train(mode)
-        for module in self.modules():
+        for module in self.modules() if mode else ():
             learns = [parameter.requires_grad for parameter in module.parameters()]
             if learns and not any(learns):
                 module.eval()
