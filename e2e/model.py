@@ -58,7 +58,8 @@ class MILModel(nn.Module):
         self.train_encoder = train_encoder
         self.autocast = autocast
         self.statistics = ChunkStatistics(encoder)
-        self.encoder.requires_grad_(train_encoder)
+        if not train_encoder:
+            self.encoder.requires_grad_(False)
 
     def train(self, mode: bool = True) -> MILModel:
         """As usual, but frozen parts of the encoder stay in eval mode."""
@@ -169,12 +170,18 @@ class ChunkStatistics:
         self._sums: list[Tensor] = []
         self._rows = 0.0
 
+    @property
+    def moving(self) -> list[_BatchNorm]:
+        """Those that use statistics of the chunk: not the frozen ones, which stay in eval mode."""
+        return [module for module in self.modules if module.training]
+
     @contextmanager
     def collect(self, rows: int) -> Iterator[None]:
         """Around the encoding of one chunk; ``rows`` is its weight, 0 leaves no trace."""
-        momenta = [module.momentum for module in self.modules]
-        running = [_running(module) for module in self.modules]
-        for module, buffers in zip(self.modules, running, strict=True):
+        modules = self.moving
+        momenta = [module.momentum for module in modules]
+        running = [_running(module) for module in modules]
+        for module, buffers in zip(modules, running, strict=True):
             module.momentum = 1.0
             _set_running(module, [torch.zeros_like(buffer) for buffer in buffers])
         try:
@@ -182,13 +189,13 @@ class ChunkStatistics:
             if rows:
                 self._add(rows)
         finally:
-            for module, momentum, buffers in zip(self.modules, momenta, running, strict=True):
+            for module, momentum, buffers in zip(modules, momenta, running, strict=True):
                 module.momentum = momentum
                 _set_running(module, buffers)
 
     def _add(self, rows: int) -> None:
         moments = []
-        for module in self.modules:
+        for module in self.moving:
             mean, var, _ = (buffer.double() for buffer in _running(module))
             moments += [rows * mean, rows * (var + mean * mean)]
         if self._sums:
@@ -204,9 +211,9 @@ class ChunkStatistics:
         Args:
             total: sums a tensor over ranks in place.
         """
-        if not self.modules:
+        if not self.moving:
             return
-        shapes = [buffer for module in self.modules for buffer in _running(module)[:2]]
+        shapes = [buffer for module in self.moving for buffer in _running(module)[:2]]
         sums = self._sums or [torch.zeros_like(shape, dtype=torch.float64) for shape in shapes]
         flat = torch.cat([*sums, sums[0].new_tensor([self._rows])])
         total(flat)
@@ -214,7 +221,7 @@ class ChunkStatistics:
         if flat[-1] == 0:
             return
         moments = iter((flat[:-1] / flat[-1]).split([len(shape) for shape in shapes]))
-        for module in self.modules:
+        for module in self.moving:
             mean, square = next(moments), next(moments)
             running_mean, running_var, count = _running(module)
             momentum = 0.1 if module.momentum is None else module.momentum
