@@ -75,7 +75,8 @@ class TimmEncoder(Encoder):
         self.dim = net.feature_info.channels()[-1] if self.cut else net.head_hidden_size  # pyright: ignore
         if weights is not None:
             load_weights(self, Path(weights))
-        self.freeze(freeze)
+        if freeze:
+            self.freeze(freeze)
         if lora_rank:
             add_lora(self.net, rank=lora_rank, alpha=lora_alpha, targets=lora_targets)
 
