@@ -123,6 +123,8 @@ def build_schedule(optim: Optim, select: Select, save_every: int) -> Schedule:
         raise UserError("select.weights=ema needs optim.ema over 0")
     return Schedule(
         lr=optim.lr,
+        encoder_lr=optim.encoder_lr,
+        layer_decay=optim.layer_decay,
         weight_decay=optim.weight_decay,
         epochs=optim.epochs,
         warmup_epochs=optim.warmup_epochs,

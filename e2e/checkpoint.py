@@ -82,6 +82,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: 
     for key, value in tensors.items():
         name, slot = key.rsplit(".", 1)
         parameter = parameters[name]
-        # AdamW keeps its step counter on the CPU, its moments beside the parameter.
-        place = value if slot == "step" else value.to(parameter.device)
+        # AdamW keeps its moments beside the parameter, its step counter there too if it is fused.
+        beside = slot != "step" or optimizer.defaults.get("fused")
+        place = value.to(parameter.device) if beside else value
         optimizer.state[parameter][slot] = place

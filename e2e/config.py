@@ -106,7 +106,9 @@ class BagSettings:
 class Optim:
     """AdamW with a cosine schedule, one step an update."""
 
-    lr: float = setting(2e-4, "peak learning rate")
+    lr: float = setting(2e-4, "peak learning rate of the head, and of the encoder")
+    encoder_lr: float | None = setting(None, "of the encoder's last layer; null: optim.lr")
+    layer_decay: float = setting(1.0, "each layer of the encoder learns at this of the one above")
     weight_decay: float = setting(1e-5, "decoupled; matrices and kernels only")
     bags: int = setting(8, "slides an update, over all ranks")
     epochs: int = setting(100, "passes over the training slides")
@@ -117,6 +119,13 @@ class Optim:
 
     def __post_init__(self) -> None:
         _check(self.lr > 0, "optim.lr", self.lr, "over 0")
+        _check(
+            self.encoder_lr is None or self.encoder_lr > 0,
+            "optim.encoder_lr",
+            self.encoder_lr,
+            "over 0 or null (optim.train_encoder=false leaves the encoder as it is)",
+        )
+        _check(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "in (0, 1]")
         _check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "at least 0")
         _check(self.bags > 0, "optim.bags", self.bags, "at least 1")
         _check(self.epochs > 0, "optim.epochs", self.epochs, "at least 1")

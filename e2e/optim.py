@@ -8,18 +8,82 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from e2e.encoders.base import Encoder
 
-def build_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; vectors and scalars (biases, norms, ABMILX's alpha) are not decayed."""
-    decayed, free = [], []
-    for parameter in model.parameters():
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    encoder_lr: float | None = None,
+    layer_decay: float = 1.0,
+) -> torch.optim.AdamW:
+    """AdamW over what ``model`` trains, in groups that each know their share of the learning rate.
+
+    A group's ``lr_scale`` is its rate over the head's: the trainer sets ``lr`` to the schedule's
+    rate times that. Vectors and scalars (biases, norms, ABMILX's alpha) are not decayed, nor what
+    the encoder names. The groups follow from the parameters' names and shapes alone, so they are
+    the same on every rank and under FSDP2.
+
+    Args:
+        model: its ``encoder``, if it has one, says how deep each parameter lies.
+        lr: of the head, and of the encoder unless said otherwise.
+        encoder_lr: of the encoder's last layer; None: ``lr``.
+        layer_decay: each layer of the encoder learns at this fraction of the one above it.
+    """
+    scales = learning_rate_scales(
+        model, encoder=1.0 if encoder_lr is None else encoder_lr / lr, layer_decay=layer_decay
+    )
+    undecayed = _undecayed(model)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (free if parameter.ndim < 2 or parameter.numel() == 1 else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": free, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr)
+            free = parameter.ndim < 2 or parameter.numel() == 1 or name in undecayed
+            groups.setdefault((scales[name], free), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "lr": lr * scale,
+                "lr_scale": scale,
+                "weight_decay": 0.0 if free else weight_decay,
+            }
+            for (scale, free), parameters in groups.items()
+        ],
+        lr=lr,
+        fused=(fused := _has_fused_kernel(model)),
+        foreach=not fused,
+    )
+
+
+def learning_rate_scales(
+    model: nn.Module, *, encoder: float, layer_decay: float
+) -> dict[str, float]:
+    """Parameter name -> its learning rate over the head's.
+
+    The encoder's last layer has ``encoder``, each layer below it ``layer_decay`` times the one
+    above (Clark et al. 2020, arXiv 2003.10555; BEiT, arXiv 2106.08254).
+    """
+    scales = {name: 1.0 for name, _ in model.named_parameters()}
+    part = getattr(model, "encoder", None)
+    if isinstance(part, Encoder):
+        for depth, names in enumerate(reversed(part.layers())):
+            scales |= {f"encoder.{name}": encoder * layer_decay**depth for name in names}
+    return scales
+
+
+def _undecayed(model: nn.Module) -> set[str]:
+    part = getattr(model, "encoder", None)
+    return {f"encoder.{n}" for n in part.undecayed()} if isinstance(part, Encoder) else set()
+
+
+def _has_fused_kernel(model: nn.Module) -> bool:
+    """Whether one AdamW kernel does a whole step; else it takes a few over lists of tensors."""
+    return all(
+        parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point()
+        for parameter in model.parameters()
+    )
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, steps: int, final: float = 0.0) -> float:

@@ -69,6 +69,8 @@ class Schedule:
     judged: str
     """Whose validation selects the epoch: ``model`` or ``ema``."""
     save_every: int
+    encoder_lr: float | None = None
+    layer_decay: float = 1.0
 
 
 class Trainer:
@@ -104,7 +106,13 @@ class Trainer:
         self.screen = screen
         self.progress = Progress()
         self.wrapped = strategy.wrap(model)
-        self.optimizer = build_optimizer(model, lr=schedule.lr, weight_decay=schedule.weight_decay)
+        self.optimizer = build_optimizer(
+            model,
+            lr=schedule.lr,
+            weight_decay=schedule.weight_decay,
+            encoder_lr=schedule.encoder_lr,
+            layer_decay=schedule.layer_decay,
+        )
         self.average = WeightAverage(model, schedule.ema) if schedule.ema else None
         self._started, self._patches = time.monotonic(), 0
 
@@ -194,7 +202,7 @@ class Trainer:
             steps=self.schedule.epochs * updates,
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         return lr
 
     def _tell(self, bag: Bag, loss: float, norm: float, lr: float, total: int) -> None:

@@ -10,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from e2e.optim import WeightAverage, build_optimizer, clip_gradients, learning_rate
+import e2e.encoders
+import e2e.heads  # noqa: F401  (registers them)
+from e2e.encoders.base import ENCODERS, Encoder
+from e2e.heads.base import HEADS
+from e2e.model import MILModel
+from e2e.optim import (
+    WeightAverage,
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    learning_rate_scales,
+)
 
 
 class Net(nn.Module):
@@ -36,6 +47,160 @@ def test_only_matrices_and_kernels_are_decayed():
         0.0: {"conv.bias", "norm.weight", "norm.bias", "linear.bias", "alpha"},
     }
     assert all(group["lr"] == 0.1 for group in optimizer.param_groups)
+
+
+class Ladder(Encoder):
+    """Three layers, of which the middle one has two tensors, and a table that is never decayed."""
+
+    def __init__(self) -> None:
+        super().__init__([0.0] * 3, [1.0] * 3)
+        self.low = nn.Parameter(torch.ones(2, 2))
+        self.mid = nn.Linear(2, 2)
+        self.table = nn.Parameter(torch.ones(2, 2))
+
+    def layers(self, *, coarse: bool = False) -> list[list[str]]:
+        return [["low"], ["mid.bias", "mid.weight"], ["table"]]
+
+    def undecayed(self) -> set[str]:
+        return {"table"}
+
+
+class LadderModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Ladder()
+        self.head = nn.Linear(2, 2)
+
+
+def test_each_layer_learns_at_its_share_by_hand():
+    # The first step of AdamW on a gradient of 1 is the rate itself: m/c1 = 1, v/c2 = 1; before it
+    # the weight shrinks by rate * decay. The head learns at 0.1, the encoder's last layer at 0.04,
+    # the one below at 0.02, the first at 0.01.
+    model = LadderModel().double()
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 2.0)
+        parameter.grad = torch.ones_like(parameter)
+    build_optimizer(model, lr=0.1, weight_decay=0.5, encoder_lr=0.04, layer_decay=0.5).step()
+    decayed = {"encoder.low": 0.01, "encoder.mid.weight": 0.02, "head.weight": 0.1}
+    free = {"encoder.mid.bias": 0.02, "encoder.table": 0.04, "head.bias": 0.1}
+    expected = {name: 2 * (1 - rate * 0.5) - rate for name, rate in decayed.items()}
+    expected |= {name: 2 - rate for name, rate in free.items()}
+    least = {name: p.min().item() for name, p in model.named_parameters()}
+    most = {name: p.max().item() for name, p in model.named_parameters()}
+    assert least == pytest.approx(expected, abs=1e-8)
+    assert most == pytest.approx(expected, abs=1e-8)
+
+
+def test_a_group_holds_its_share_of_the_schedule():
+    groups = build_optimizer(
+        LadderModel(), lr=0.1, weight_decay=0.5, encoder_lr=0.04, layer_decay=0.5
+    ).param_groups
+    assert sorted((g["lr_scale"], g["weight_decay"], len(g["params"])) for g in groups) == [
+        (pytest.approx(0.1), 0.5, 1),
+        (pytest.approx(0.2), 0.0, 1),
+        (pytest.approx(0.2), 0.5, 1),
+        (pytest.approx(0.4), 0.0, 1),
+        (1.0, 0.0, 1),
+        (1.0, 0.5, 1),
+    ]
+    assert all(g["lr"] == pytest.approx(0.1 * g["lr_scale"]) for g in groups)
+
+
+def model_of(name: str, **options) -> MILModel:
+    """Encoder and head without memory behind them: names and shapes are all that counts here."""
+    with torch.device("meta"):
+        encoder = ENCODERS.build(name, pretrained=False, **options)
+        return MILModel(encoder, HEADS.build("abmil", encoder.dim, 2))
+
+
+def test_the_layers_of_a_vit_by_hand():
+    # Twelve blocks and what is below them: 13 layers, of which the last block (with the norm
+    # behind it) is the encoder's last.
+    model = model_of("vit_tiny_patch16_224")
+    scales = learning_rate_scales(model, encoder=0.3, layer_decay=0.75)
+    below = ("patch_embed.proj.weight", "patch_embed.proj.bias", "cls_token", "pos_embed")
+    expected = {f"encoder.net.{name}": 0.3 * 0.75**12 for name in below}
+    for name, _ in model.encoder.net.named_parameters():
+        if name.startswith("blocks."):
+            expected[f"encoder.net.{name}"] = 0.3 * 0.75 ** (11 - int(name.split(".")[1]))
+    expected |= {f"encoder.net.norm.{name}": 0.3 for name in ("weight", "bias")}
+    expected |= {f"head.{name}": 1.0 for name, _ in model.head.named_parameters()}
+    assert scales == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("r18", {}),
+        ("r50", {"freeze": 2}),
+        ("resnet50", {}),
+        ("convnext_tiny", {"stage": 2}),
+        ("swin_tiny_patch4_window7_224", {"freeze": 1}),
+        ("vit_base_patch16_224", {}),
+        ("vit_tiny_patch16_224", {"lora_rank": 4}),
+        ("vit_tiny_patch16_224", {"stage": 5, "freeze": 3, "lora_rank": 4}),
+        ("tf_efficientnet_lite0", {}),
+        ("poolformer_s12", {"stage": 2}),
+    ],
+)
+def test_every_trained_parameter_is_in_one_group(name, options):
+    model = model_of(name, **options)
+    names = {id(p): n for n, p in model.named_parameters()}
+    groups = build_optimizer(model, lr=0.1, weight_decay=0.3, layer_decay=0.5).param_groups
+    grouped = [names[id(p)] for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
+    scales = {group["lr_scale"] for group in groups}
+    assert 1.0 in scales
+    assert len(scales) > 2
+    for group in groups:
+        for parameter in group["params"]:
+            if parameter.ndim < 2:
+                assert group["weight_decay"] == 0.0
+
+
+def test_embeddings_and_tokens_are_not_decayed():
+    for name, options, undecayed in (
+        ("vit_tiny_patch16_224", {}, {"cls_token", "pos_embed"}),
+        ("vit_tiny_patch16_224", {"stage": 3}, {"model.cls_token", "model.pos_embed"}),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"stage": 0},
+            {f"layers_0.blocks.{k}.attn.relative_position_bias_table" for k in (0, 1)},
+        ),
+    ):
+        model = model_of(name, **options)
+        names = {id(p): n for n, p in model.named_parameters()}
+        free = {
+            names[id(p)]
+            for group in build_optimizer(model, lr=0.1, weight_decay=0.3).param_groups
+            for p in group["params"]
+            if group["weight_decay"] == 0 and p.ndim > 1
+        }
+        assert free == {f"encoder.net.{n}" for n in undecayed}
+
+
+def test_three_fused_steps_are_adamw_by_hand():
+    # Loshchilov & Hutter 2019, algorithm 2, with PyTorch's betas and epsilon.
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Linear(3, 2, bias=False).double()
+    weight = net.weight.detach().clone()
+    first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+    optimizer = build_optimizer(net, lr=0.1, weight_decay=0.5)
+    assert optimizer.defaults["fused"]
+    for step in (1, 2, 3):
+        gradient = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        net.weight.grad = gradient
+        optimizer.step()
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        unbiased = first / (1 - 0.9**step), second / (1 - 0.999**step)
+        weight = weight * (1 - 0.1 * 0.5) - 0.1 * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+        torch.testing.assert_close(net.weight.detach(), weight, rtol=1e-12, atol=1e-14)
+
+
+def test_where_there_is_no_fused_kernel_lists_are_updated():
+    optimizer = build_optimizer(model_of("r18"), lr=0.1, weight_decay=0.0)  # on the meta device
+    assert (optimizer.defaults["fused"], optimizer.defaults["foreach"]) == (False, True)
 
 
 def test_decay_is_decoupled_from_the_gradient():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from e2e.errors import UserError
 from e2e.registry import Registry
 
 
@@ -40,6 +42,49 @@ class Encoder(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """(n,3,H,W) normalised -> (n, dim)."""
         raise NotImplementedError
+
+    def layers(self, *, coarse: bool = False) -> list[list[str]]:
+        """Names of all parameters, layer by layer from the pixels up, each exactly once.
+
+        Layer-wise decay of the learning rate goes by these; freezing by the ``coarse`` ones,
+        whole stages. By default the encoder is one layer.
+        """
+        return [[name for name, _ in self.named_parameters()]]
+
+    def undecayed(self) -> set[str]:
+        """Names of parameters without weight decay, besides the vectors and scalars."""
+        return set()
+
+    def freeze(self, stages: int) -> None:
+        """Take the first ``stages`` coarse layers out of the training for good.
+
+        They get no gradient and, as nothing before them needs one either, keep no activations.
+
+        Raises:
+            UserError: there would be nothing left to train.
+        """
+        layers = self.layers(coarse=True)
+        if not 0 <= stages < len(layers):
+            raise UserError(
+                f"encoder.freeze must be 0 to {len(layers) - 1}, found {stages}: the encoder has "
+                f"{len(layers)} stages\n  to train none of them: optim.train_encoder=false"
+            )
+        frozen = {name for layer in layers[:stages] for name in layer}
+        for name, parameter in self.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """As usual, but a part that has parameters and learns none of them stays in eval mode.
+
+        So a frozen stage has no dropout, and its BatchNorm uses running statistics and keeps them.
+        """
+        super().train(mode)
+        for module in self.modules() if mode else ():
+            learns = [parameter.requires_grad for parameter in module.parameters()]
+            if learns and not any(learns):
+                module.eval()
+        return self
 
 
 ENCODERS: Registry[Encoder] = Registry("encoder")
