@@ -22,8 +22,16 @@ class DamagedDataError(UserError):
     on_every_rank = True
 
 
+class LostRankError(Exception):
+    """Another process of a distributed run died or hangs. Nobody's mistake: each that notices says so."""
+
+
+LOST_RANK = 4
+"""Exit code: another process of the run was lost."""
+
+
 def exit_code(main: Callable[[], int | None]) -> int:
-    """Run ``main`` and return its exit code; a UserError is printed and becomes 2.
+    """Run ``main`` and return its exit code; a UserError is printed and becomes 2, a lost rank 4.
 
     Any other exception goes on its way: a crash exits non-zero with its traceback.
     """
@@ -34,6 +42,10 @@ def exit_code(main: Callable[[], int | None]) -> int:
             sys.stdout.flush()
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except LostRankError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return LOST_RANK
 
 
 def listing(items: Iterable[object], *, most: int = 10) -> str:

@@ -10,12 +10,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted([*ROOT.glob("e2e/**/*.py"), *ROOT.glob("launch/*.py"), *ROOT.glob("tools/*.py")])
 
+PARALLEL = {f"e2e/parallel/{name}.py" for name in ("ddp", "fsdp", "deepspeed")}
 OWNERS = {
     "lmdb": {"e2e/data/store.py"},
     "openslide": {"e2e/wsi/slide.py"},
     "timm": {"e2e/encoders/timm.py"},
-    "torch.distributed": {"e2e/parallel.py", "launch/torchrun.py"},
-    "torch.nn.parallel": {"e2e/parallel.py"},
+    "torch.distributed": {*PARALLEL, "launch/torchrun.py"},
+    "torch.nn.parallel": {"e2e/parallel/ddp.py"},
+    "deepspeed": {"e2e/parallel/deepspeed.py"},
     "wandb": {"e2e/log.py"},
     "omegaconf": {"e2e/config.py"},
     "simplejpeg": {"e2e/data/decode.py"},
