@@ -34,6 +34,9 @@ class FrozenBatchNorm:
             so they are those of the unfolded network up to rounding.
     """
 
+    one_piece = False
+    """Whether a rank must encode all its patches of a step in one chunk."""
+
     def __init__(self, encoder: nn.Module, *, fold: bool = True) -> None:
         self.encoder = encoder
         self.fold = fold
@@ -146,6 +149,8 @@ class ChunkBatchNorm(FrozenBatchNorm):
 class SyncBatchNorm(ChunkBatchNorm):
     """Statistics of all patches of a step, over all ranks; each rank encodes one piece."""
 
+    one_piece = True
+
     def training(self, total: Total | None) -> Around:
         """See the base class."""
 
@@ -159,14 +164,16 @@ class SyncBatchNorm(ChunkBatchNorm):
         modules = self._live
         seen: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
         for module in modules:
-            module.forward = partial(_normalise_over_ranks, module, bool(rows), total, seen)
+            vars(module)["forward"] = partial(
+                _normalise_over_ranks, module, bool(rows), total, seen
+            )
         try:
             yield
             if rows:
                 self._add(rows, [seen[module] for module in modules])
         finally:
             for module in modules:
-                del module.forward
+                del vars(module)["forward"]
 
 
 POLICIES: Mapping[str, type[FrozenBatchNorm]] = {
@@ -255,13 +262,13 @@ def _folded(folded: list[tuple[nn.Module, _BatchNorm, Tensor, Tensor]]) -> Itera
     own = [dict(conv._parameters) for conv, *_ in folded]
     for conv, norm, weight, bias in folded:
         conv._parameters.update(weight=weight, bias=bias)  # pyright: ignore[reportArgumentType]
-        norm.forward = partial(_rest, norm)
+        vars(norm)["forward"] = partial(_rest, norm)
     try:
         yield
     finally:
         for (conv, norm, *_), parameters in zip(folded, own, strict=True):
             conv._parameters.update(parameters)
-            del norm.forward
+            del vars(norm)["forward"]
 
 
 def _plain(rows: int, again: bool) -> AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -11,10 +12,9 @@ import torch
 import e2e.encoders
 import e2e.heads
 import e2e.tasks  # noqa: F401  (each import registers its plug-ins)
-from e2e.config import Columns, Data, Engine, Optim, Plugin, Select, Settings
+from e2e.config import CONFIGS, Columns, Data, Engine, Optim, Plugin, Select, Settings
 from e2e.data.augment import Augment
 from e2e.data.cohort import Problem, Slide, match_stores, read_table, write_problems
-from e2e.data.decode import Decoder
 from e2e.data.loader import LabelledSlide, TrainingLoader, View, label_slides
 from e2e.data.splits import check_splits, cut
 from e2e.data.store import PatchStore
@@ -23,7 +23,8 @@ from e2e.errors import UserError, listing
 from e2e.files import write_atomically
 from e2e.heads.base import HEADS
 from e2e.model import MILModel
-from e2e.parallel import autocast_dtype
+from e2e.parallel import Strategy, autocast_dtype
+from e2e.parallel import build_strategy as named_strategy
 from e2e.tasks.base import TASKS, Task
 from e2e.trainer import Schedule
 
@@ -65,7 +66,7 @@ def build_model(settings: Settings, task: Task, device: torch.device, *, trained
         batch_norm=policy,
         # Folded weights are made of whole ones, which these strategies do not keep; a compiled
         # encoder fuses by itself.
-        fold=engine.fold and not engine.compile and engine.strategy not in ("fsdp2", "deepspeed"),
+        fold=engine.fold and not engine.compile and engine.strategy in ("auto", "ddp"),
         train_encoder=settings.optim.train_encoder,
         autocast=autocast_dtype(engine.precision, device),
         keep_graphs=engine.keep_graphs,
@@ -74,6 +75,16 @@ def build_model(settings: Settings, task: Task, device: torch.device, *, trained
     if engine.compile:
         model.compile()
     return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def build_strategy(engine: Engine, device: torch.device) -> Strategy:
+    """Where and over how many processes the run goes."""
+    return named_strategy(
+        device,
+        engine.strategy,
+        deepspeed=CONFIGS.parent / engine.deepspeed,
+        timeout=60 * engine.timeout,
+    )
 
 
 def _check_policy(engine: Engine, policy: str) -> None:
@@ -91,16 +102,14 @@ def _check_policy(engine: Engine, policy: str) -> None:
 
 
 def build_loader(
-    settings: Settings, items: Sequence[LabelledSlide], decoder: Decoder, policy: str
+    settings: Settings, items: Sequence[LabelledSlide], view: View, model: MILModel
 ) -> TrainingLoader:
-    """The bags of the training slides; ``policy`` is the model's BatchNorm policy."""
+    """The bags of the training slides; ``view`` is that of evaluation."""
     engine, bag = settings.engine, settings.bag
-    over = {"slide": None, "bag": 0, "auto": engine.shard_over}[engine.shard]
     return TrainingLoader(
         items=items,
-        view=View(
-            decoder,
-            size=bag.size,
+        view=replace(
+            view,
             augment=Augment(flip=bag.flip, crop=bag.crop, size=bag.size),
             seed=settings.run.seed,
             bag_size=bag.patches,
@@ -108,19 +117,26 @@ def build_loader(
         ),
         bags=settings.optim.bags,
         chunk=engine.chunk,
-        shard_over=over,
+        shard_over={"slide": None, "bag": 0, "auto": engine.shard_over}[engine.shard],
         full=engine.compile,
-        one_piece=policy == "sync",
+        one_piece=model.batch_norm.one_piece,
     )
 
 
-def build_schedule(optim: Optim, select: Select, save_every: int) -> Schedule:
-    """What the trainer needs of the settings."""
+def judged_weights(optim: Optim, select: Select) -> str:
+    """Whose validation selects the epoch, and whose predictions count: ``model`` or ``ema``."""
     judged = select.weights
     if judged == "auto":
         judged = "ema" if optim.ema else "model"
     if judged == "ema" and not optim.ema:
         raise UserError("select.weights=ema needs optim.ema over 0")
+    return judged
+
+
+def build_schedule(
+    optim: Optim, select: Select, *, save_every: int, max_bad_steps: int
+) -> Schedule:
+    """What the trainer needs of the settings."""
     return Schedule(
         lr=optim.lr,
         encoder_lr=optim.encoder_lr,
@@ -133,8 +149,9 @@ def build_schedule(optim: Optim, select: Select, save_every: int) -> Schedule:
         validate_every=select.every,
         patience=select.patience,
         min_epochs=select.min_epochs,
-        judged=judged,
+        judged=judged_weights(optim, select),
         save_every=save_every,
+        max_bad_steps=max_bad_steps,
     )
 
 

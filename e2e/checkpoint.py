@@ -51,38 +51,22 @@ def part(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
     return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Load a whole state dict; UserError naming what does not fit."""
-    wanted = model.state_dict()
+Shapes = dict[str, torch.Size]
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    """Names and shapes of a whole model's weights."""
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
+def check_weights(wanted: Shapes, weights: Mapping[str, Tensor], source: Path) -> None:
+    """UserError naming what of ``weights`` does not fit a model of the ``wanted`` shapes."""
     faults = [f"missing: {k}" for k in wanted.keys() - weights.keys()]
     faults += [f"unknown: {k}" for k in weights.keys() - wanted.keys()]
     faults += [
-        f"{k}: {tuple(weights[k].shape)} in the file, {tuple(wanted[k].shape)} in the model"
+        f"{k}: {tuple(weights[k].shape)} in the file, {tuple(wanted[k])} in the model"
         for k in wanted.keys() & weights.keys()
-        if weights[k].shape != wanted[k].shape
+        if weights[k].shape != wanted[k]
     ]
     if faults:
         raise UserError(f"{source} does not fit the model\n{listing(sorted(faults))}")
-    model.load_state_dict(dict(weights))
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> Tensors:
-    """The optimiser's state by parameter name."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[id(parameter)]}.{slot}": value
-        for parameter, slots in optimizer.state.items()
-        for slot, value in slots.items()
-    }
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Tensors) -> None:
-    """Put back what :func:`optimizer_tensors` gave."""
-    parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
-        name, slot = key.rsplit(".", 1)
-        parameter = parameters[name]
-        # AdamW keeps its moments beside the parameter, its step counter there too if it is fused.
-        beside = slot != "step" or optimizer.defaults.get("fused")
-        place = value.to(parameter.device) if beside else value
-        optimizer.state[parameter][slot] = place

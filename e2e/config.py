@@ -154,9 +154,11 @@ class Engine:
     )
     verify: bool = setting(False, "compare the features of the two passes over a chunk")
     device: str = setting("auto", "cpu | cuda; auto: the GPU if there is one")
-    strategy: str = setting("auto", "single | ddp | fsdp2 | deepspeed; auto: ddp on many processes")
+    strategy: str = setting("auto", "ddp | fsdp | deepspeed; auto: one process, or ddp on many")
     deepspeed: str = setting("configs/deepspeed/zero2.json", "DeepSpeed's own settings")
-    shard: str = setting("auto", "bag: every large bag over all ranks; slide: none; auto: shard_over")
+    shard: str = setting(
+        "auto", "bag: every large bag over all ranks; slide: none; auto: shard_over"
+    )
     shard_over: int = setting(4096, "shard=auto: bags of more patches go over all ranks")
     max_bad_steps: int = setting(10, "stop after so many steps without a finite gradient")
     timeout: float = setting(30.0, "minutes to wait for another rank")
@@ -170,7 +172,7 @@ class Engine:
             ("keep", ("jpeg", "uint8", "float")),
             ("batch_norm", ("auto", "frozen", "chunk", "sync")),
             ("precision", ("auto", "fp32", "tf32", "bf16")),
-            ("strategy", ("auto", "single", "ddp", "fsdp2", "deepspeed")),
+            ("strategy", ("auto", "ddp", "fsdp", "deepspeed")),
             ("shard", ("auto", "slide", "bag")),
         ):
             value = getattr(self, name)
@@ -357,6 +359,21 @@ def dump_settings(settings: Settings) -> str:
         elif section.name != "names":
             tree[section.name] = dataclasses.asdict(value)
     return OmegaConf.to_yaml(OmegaConf.create(tree))
+
+
+def flat_settings(settings: Settings) -> dict[str, str]:
+    """Dotted name -> value of every setting, as text."""
+    flat: dict[str, str] = {}
+
+    def walk(path: str, node: Any) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(f"{path}.{key}" if path else str(key), value)
+        else:
+            flat[path] = str(node)
+
+    walk("", yaml.safe_load(dump_settings(settings)))
+    return flat
 
 
 def _build(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
-from e2e.checkpoint import load_checkpoint, load_weights, part
+from e2e.checkpoint import Shapes, check_weights, load_checkpoint, part
 from e2e.data.decode import Decoder
 from e2e.data.loader import LabelledSlide, View, whole_bag
 from e2e.files import write_atomically
@@ -98,20 +96,6 @@ def write_json(path: Path, content: object) -> None:
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-@contextmanager
-def with_weights(model: MILModel, weights: dict[str, Tensor] | None) -> Iterator[None]:
-    """The model with other weights inside, and its own again after; None changes nothing."""
-    if weights is None:
-        yield
-        return
-    own = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(weights)
-    try:
-        yield
-    finally:
-        model.load_state_dict(own)
-
-
 def metric_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows for the screen: a row a metric, a column a split and kind of weights."""
     columns = {
@@ -135,6 +119,7 @@ def metric_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
 
 def evaluate_run(
     model: MILModel,
+    shapes: Shapes,
     best: Path,
     items: Sequence[LabelledSlide],
     *,
@@ -149,6 +134,9 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Judge a run's best epoch on validation and test, and write what it says.
 
+    Args:
+        model: set up on ``strategy``, of weights of these ``shapes``.
+
     Writes to ``out``: predictions.csv and heatmaps/ by the ``judged`` weights (``model`` or
     ``ema``), metrics.json for both. Returns the content of metrics.json.
     """
@@ -160,7 +148,7 @@ def evaluate_run(
         weights = part(name, tensors)
         if not weights:
             continue
-        load_weights(model, weights, best)
+        check_weights(shapes, weights, best)
         for split in ("val", "test"):
             chosen = [item for item in items if item.slide.split == split]
             if not chosen:
@@ -168,15 +156,16 @@ def evaluate_run(
             draw = None
             if name == judged and split == "test":
                 draw = heatmap_drawer(task, view.decoder, out / "heatmaps", chosen[:heatmaps])
-            found = predict(
-                model,
-                chosen,
-                task=task,
-                view=view,
-                strategy=strategy,
-                screen=screen,
-                draw=draw,
-            )
+            with strategy.whole_parameters(strategy.scatter(weights)):
+                found = predict(
+                    model,
+                    chosen,
+                    task=task,
+                    view=view,
+                    strategy=strategy,
+                    screen=screen,
+                    draw=draw,
+                )
             report.setdefault(split, {"slides": len(chosen)})[name] = score(
                 found, task, draws=draws
             )

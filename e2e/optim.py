@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -97,32 +97,31 @@ def learning_rate(step: int, *, peak: float, warmup: int, steps: int, final: flo
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale all gradients to a joint L2 norm of at most ``max_norm``; returns the norm before."""
-    limit = math.inf if max_norm is None else max_norm
-    return torch.nn.utils.clip_grad_norm_(list(parameters), limit)
-
-
 class WeightAverage:
     """Exponential moving average of parameters and float buffers, moved once an optimiser step.
 
     The decay warms up as min(decay, (1 + t) / (10 + t)): a fixed 0.9999 over 100 steps would still
     be the start weights.
+
+    Args:
+        state: names -> tensors to be averaged; a rank may give its pieces of them.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, state: Mapping[str, Tensor], decay: float) -> None:
         self.decay = decay
-        self.state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.state = {name: value.detach().clone() for name, value in state.items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move towards ``model`` after its optimiser step number ``step`` (0-based)."""
+    def update(self, state: Mapping[str, Tensor], step: int, good: Tensor) -> None:
+        """Move towards ``state`` after optimiser step number ``step`` (0-based), if it was ``good``.
+
+        ``good`` is a 0-d bool on the device, so that the host need not wait for it.
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
-        ours, theirs = [], []
-        for name, value in model.state_dict().items():
-            if value.is_floating_point():
-                ours.append(self.state[name])
-                theirs.append(value.detach())
-            else:
-                self.state[name].copy_(value)
-        torch._foreach_lerp_(ours, theirs, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        floats = [name for name, value in state.items() if value.is_floating_point()]
+        for name in state.keys() - set(floats):
+            self.state[name].copy_(state[name])
+        ours = [self.state[name] for name in floats]
+        moves = torch._foreach_sub([state[name] for name in floats], ours)  # pyright: ignore
+        torch._foreach_mul_(moves, (1 - decay) * good.to(torch.float32))  # pyright: ignore
+        torch._foreach_add_(ours, moves)  # pyright: ignore

@@ -3,18 +3,21 @@ but build.py, which makes the parts."""
 
 from __future__ import annotations
 
-import os
+import hashlib
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from e2e import build
 from e2e.build import REGISTRIES as REGISTRIES
-from e2e.checkpoint import load_checkpoint, load_weights, part
-from e2e.config import Settings, dump_settings
+from e2e.checkpoint import Shapes, check_weights, load_checkpoint, part, shapes_of
+from e2e.config import Settings, dump_settings, flat_settings
 from e2e.data.cohort import Slide
-from e2e.data.decode import Decoder, build_decoder
+from e2e.data.decode import build_decoder
 from e2e.data.loader import LabelledSlide, View
 from e2e.data.pack import Progress, Row, pack
 from e2e.data.sources import SlideFiles, read_mpp
@@ -25,49 +28,64 @@ from e2e.evaluate import predict as predict_slides
 from e2e.files import write_atomically
 from e2e.log import MetricsLog, Screen, clock
 from e2e.model import MILModel
-from e2e.parallel import Strategy, build_strategy, pick_device
+from e2e.parallel import Strategy, pick_device
 from e2e.tasks.base import Task
 from e2e.trainer import Trainer
 from e2e.wsi.slide import find_slides
 from e2e.wsi.tiling import Tiling
 
+T = TypeVar("T")
+
 PARTLY_DONE = 3
 """Exit code: the work is done but for some slides, which are named."""
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a run is made of, before a strategy has its hands on the model."""
+
+    task: Task
+    items: list[LabelledSlide]
+    view: View
+    """Of evaluation."""
+    model: MILModel
+    shapes: Shapes
+
+    def of_split(self, split: str) -> list[LabelledSlide]:
+        """The slides of one split."""
+        return [item for item in self.items if item.slide.split == split]
 
 
 def train(settings: Settings, folder: Path, *, resume: bool) -> None:
     """Train in ``folder`` (new, or with ``resume`` a stopped run's), then evaluate the best epoch.
 
     Raises:
-        UserError: the folder is in use, or data, weights or settings are not as they must be.
+        UserError: the folder is in use, or data, weights or settings are not as they must be, or not
+            the same on all ranks.
+        LostRankError: another process of the run died or hangs.
     """
-    leads = os.environ.get("RANK", "0") == "0"
-    if leads and not resume and folder.exists() and any(folder.iterdir()):
-        raise UserError(
-            f"the run folder {folder} exists\n"
-            f"  go on with it: --resume {folder}; or choose another: run.out=FOLDER"
-        )
-    task = build.build_task(settings.task)
-    items = _load_items(settings, task, folder if leads else None, new=not resume)
-    decoder = build_decoder(settings.data.decoder)
-    device = pick_device(settings.engine.device)
-    model = build.build_model(settings, task, device, trained=resume)
-    strategy = build_strategy(device)
+    strategy = build.build_strategy(settings.engine, pick_device(settings.engine.device))
     screen = Screen(strategy.leads)
-    log = MetricsLog(
-        folder / "metrics.jsonl" if strategy.leads else None,
-        wandb={"settings": dump_settings(settings)} if settings.run.wandb else None,
-    )
+    log = MetricsLog(None)
     try:
-        _greet(screen, settings, task, items, model, strategy)
-        trainer = _trainer(settings, folder, items, task, decoder, model, strategy, log, screen)
-        if resume:
-            trainer.resume()
-        started = time.monotonic()
-        trainer.fit()
-        screen.say(f"trained in {clock(time.monotonic() - started)}")
-        _evaluate(settings, folder, folder, items, task, decoder, model, strategy, screen)
-        screen.say(f"results: {folder}/metrics.json, predictions.csv, heatmaps/")
+        with strategy.watch():
+            parts = _on_every_rank(
+                strategy,
+                lambda: _prepare(settings, strategy, folder, new=not resume, trained=resume),
+            )
+            strategy.agree(_facts(settings, parts.items))
+            if strategy.leads:
+                wandb = {"settings": dump_settings(settings)} if settings.run.wandb else None
+                log = MetricsLog(folder / "metrics.jsonl", wandb=wandb)
+            _greet(screen, settings, parts, strategy)
+            trainer = _trainer(settings, folder, parts, strategy, log, screen)
+            if resume:
+                trainer.resume()
+            started = time.monotonic()
+            trainer.fit()
+            screen.say(f"trained in {clock(time.monotonic() - started)}")
+            _evaluate(settings, folder, folder, parts, strategy, screen)
+            screen.say(f"results: {folder}/metrics.json, predictions.csv, heatmaps/")
     finally:
         screen.pause()
         log.close()
@@ -76,20 +94,60 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
 
 def evaluate(settings: Settings, folder: Path, out: Path) -> None:
     """Evaluate a run's best epoch again, into ``out``."""
-    task = build.build_task(settings.task)
-    items = _load_items(settings, task, None, new=False)
-    decoder = build_decoder(settings.data.decoder)
-    device = pick_device(settings.engine.device)
-    model = build.build_model(settings, task, device, trained=True)
-    strategy = build_strategy(device)
+    strategy = build.build_strategy(settings.engine, pick_device(settings.engine.device))
     screen = Screen(strategy.leads)
-    out.mkdir(parents=True, exist_ok=True)
     try:
-        _evaluate(settings, folder, out, items, task, decoder, model, strategy, screen)
-        screen.say(f"results: {out}/metrics.json, predictions.csv, heatmaps/")
+        with strategy.watch():
+            parts = _on_every_rank(
+                strategy, lambda: _prepare(settings, strategy, None, new=False, trained=True)
+            )
+            strategy.setup(parts.model, None, clip=None)
+            out.mkdir(parents=True, exist_ok=True)
+            _evaluate(settings, folder, out, parts, strategy, screen)
+            screen.say(f"results: {out}/metrics.json, predictions.csv, heatmaps/")
     finally:
         screen.pause()
         strategy.close()
+
+
+def _prepare(
+    settings: Settings, strategy: Strategy, folder: Path | None, *, new: bool, trained: bool
+) -> _Parts:
+    """Data and model; the rank that leads also looks after a training run's ``folder``."""
+    ours = folder if strategy.leads else None
+    if new and ours is not None and ours.exists() and any(ours.iterdir()):
+        raise UserError(
+            f"the run folder {ours} exists\n"
+            f"  go on with it: --resume {ours}; or choose another: run.out=FOLDER"
+        )
+    task = build.build_task(settings.task)
+    items = _load_items(settings, task, ours, new=new)
+    view = View(build_decoder(settings.data.decoder), settings.bag.size)
+    model = build.build_model(settings, task, strategy.device, trained=trained)
+    return _Parts(task, items, view, model, shapes_of(model))
+
+
+def _on_every_rank(strategy: Strategy, prepare: Callable[[], T]) -> T:
+    """What ``prepare`` makes; a UserError on one rank ends all of them with its message."""
+    made: list[T] = []
+    fault: str | None = None
+    try:
+        made.append(prepare())
+    except UserError as error:
+        fault = str(error)
+    faults = strategy.gather(fault)
+    ranks = [rank for rank, text in enumerate(faults) if text is not None]
+    if ranks:
+        where = "" if len(ranks) == len(faults) else f"\n  (on rank {ranks[0]} of {len(faults)})"
+        raise UserError(f"{faults[ranks[0]]}{where}")
+    return made[0]
+
+
+def _facts(settings: Settings, items: list[LabelledSlide]) -> dict[str, str]:
+    """What all ranks must have alike, as short texts."""
+    cohort = [(item.slide, item.store.count(item.slide.id), item.target.tolist()) for item in items]
+    digest = hashlib.sha256(repr(cohort).encode()).hexdigest()[:12]
+    return {"torch": torch.__version__, "cohort": digest, **flat_settings(settings)}
 
 
 def predict(
@@ -119,8 +177,10 @@ def predict(
     task = build.build_task(settings.task)
     strategy = Strategy(pick_device(settings.engine.device))
     model = build.build_model(settings, task, strategy.device, trained=True)
-    judged = build.build_schedule(settings.optim, settings.select, 0).judged
-    load_weights(model, part(judged, tensors), best)
+    weights = part(build.judged_weights(settings.optim, settings.select), tensors)
+    check_weights(shapes_of(model), weights, best)
+    strategy.setup(model, None, clip=None)
+    strategy.load(weights)
     store = PatchStore(store_path)
     unknown = torch.tensor(float("nan"))
     items = [
@@ -176,35 +236,33 @@ def _load_items(
 def _trainer(
     settings: Settings,
     folder: Path,
-    items: list[LabelledSlide],
-    task: Task,
-    decoder: Decoder,
-    model: MILModel,
+    parts: _Parts,
     strategy: Strategy,
     log: MetricsLog,
     screen: Screen,
 ) -> Trainer:
-    validation = [item for item in items if item.slide.split == "val"]
-
-    def validate() -> dict[str, float | None]:
+    def validate(model: MILModel) -> dict[str, float | None]:
         found = predict_slides(
             model,
-            validation,
-            task=task,
-            view=View(decoder, settings.bag.size),
+            parts.of_split("val"),
+            task=parts.task,
+            view=parts.view,
             strategy=strategy,
             screen=screen,
         )
-        return {name: m["value"] for name, m in score(found, task, draws=0).items()}
+        return {name: m["value"] for name, m in score(found, parts.task, draws=0).items()}
 
-    training = [item for item in items if item.slide.split == "train"]
-    loader = build.build_loader(settings, training, decoder, model.batch_norm)
     return Trainer(
-        model,
-        task=task,
-        loader=loader,
+        parts.model,
+        task=parts.task,
+        loader=build.build_loader(settings, parts.of_split("train"), parts.view, parts.model),
         strategy=strategy,
-        schedule=build.build_schedule(settings.optim, settings.select, settings.run.save_every),
+        schedule=build.build_schedule(
+            settings.optim,
+            settings.select,
+            save_every=settings.run.save_every,
+            max_bad_steps=settings.engine.max_bad_steps,
+        ),
         validate=validate,
         folder=folder,
         log=log,
@@ -216,20 +274,18 @@ def _evaluate(
     settings: Settings,
     folder: Path,
     out: Path,
-    items: list[LabelledSlide],
-    task: Task,
-    decoder: Decoder,
-    model: MILModel,
+    parts: _Parts,
     strategy: Strategy,
     screen: Screen,
 ) -> None:
     evaluate_run(
-        model,
+        parts.model,
+        parts.shapes,
         folder / "best.safetensors",
-        items,
-        task=task,
-        view=View(decoder, settings.bag.size),
-        judged=build.build_schedule(settings.optim, settings.select, 0).judged,
+        parts.items,
+        task=parts.task,
+        view=parts.view,
+        judged=build.judged_weights(settings.optim, settings.select),
         draws=settings.run.bootstrap,
         heatmaps=settings.run.heatmaps,
         out=out,
@@ -238,26 +294,23 @@ def _evaluate(
     )
 
 
-def _greet(
-    screen: Screen,
-    settings: Settings,
-    task: Task,
-    items: list[LabelledSlide],
-    model: MILModel,
-    strategy: Strategy,
-) -> None:
+def _greet(screen: Screen, settings: Settings, parts: _Parts, strategy: Strategy) -> None:
     """What is about to run, in a few lines."""
     for split in ("train", "val", "test"):
-        chosen = [item for item in items if item.slide.split == split]
+        chosen = parts.of_split(split)
         patches = sum(item.store.count(item.slide.id) for item in chosen)
         screen.say(
             f"{split:5}  {len(chosen)} slides, {patches:,} patches: "
-            f"{task.describe([item.target for item in chosen])}"
+            f"{parts.task.describe([item.target for item in chosen])}"
         )
+    model = parts.model
     counts = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.encoder, model.head)]
+    learning = sum(p.numel() for p in model.encoder.parameters() if p.requires_grad) / 1e6
     bag = settings.bag.patches or "all"
     screen.say(
-        f"{settings.encoder.name} ({counts[0]:.2f} M) + {settings.head.name} ({counts[1]:.2f} M) on "
-        f"{strategy.world_size} x {strategy.device}; {settings.optim.bags} bags an update of {bag} "
-        f"patches; BatchNorm {model.batch_norm}, {model.autocast or torch.float32}"
+        f"{settings.encoder.name} ({counts[0]:.2f} M, {learning:.2f} M learn) + {settings.head.name} "
+        f"({counts[1]:.2f} M) on {strategy.world_size} x {strategy.device} "
+        f"({type(strategy).__name__}); {settings.optim.bags} bags an update of {bag} patches, "
+        f"chunks of {model.chunk}; {type(model.batch_norm).__name__}, "
+        f"{model.autocast or settings.engine.precision}"
     )

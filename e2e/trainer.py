@@ -7,31 +7,30 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from e2e.bag import Bag
 from e2e.checkpoint import (
+    Tensors,
+    check_weights,
     load_checkpoint,
-    load_optimizer,
-    load_weights,
-    optimizer_tensors,
     part,
     prefixed,
     save_checkpoint,
+    shapes_of,
 )
 from e2e.data.loader import TrainingLoader
-from e2e.errors import UserError
-from e2e.evaluate import with_weights
+from e2e.errors import UserError, listing
+from e2e.heads.base import Head
 from e2e.log import MetricsLog, Screen
 from e2e.model import MILModel
-from e2e.optim import WeightAverage, build_optimizer, clip_gradients, learning_rate
+from e2e.optim import WeightAverage, build_optimizer, learning_rate
 from e2e.parallel import Strategy
 from e2e.tasks.base import Task
 
-Validate = Callable[[], dict[str, float | None]]
+Validate = Callable[[MILModel], dict[str, float | None]]
 
 
 @dataclass
@@ -44,13 +43,17 @@ class Progress:
     step: int = 0
     """Optimiser steps done in all."""
     loss_sum: float = 0.0
-    """Of this epoch's updates."""
+    """Of this epoch's good updates."""
+    losses: int = 0
+    """How many those are."""
     best: tuple[float, float] | None = None
     """(metric, minus the tie-break) of the best validation."""
     best_epoch: int | None = None
     stale: int = 0
     """Validations since the best one."""
     finished: bool = False
+    bad_steps: int = 0
+    """Steps that were skipped because loss or gradient was not finite."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,22 @@ class Schedule:
     save_every: int
     encoder_lr: float | None = None
     layer_decay: float = 1.0
+    max_bad_steps: int = 10
+
+
+@dataclass(frozen=True)
+class _Step:
+    """An update that is on its way; its figures are read when the next one is on its way too."""
+
+    number: int
+    """Steps done, this one among them."""
+    epoch: int
+    lr: float
+    rate: float
+    """Patches a second in this epoch so far."""
+    slides: tuple[str, ...]
+    figures: Callable[[], list[float]]
+    """Mean loss over all bags, gradient norm, whether it was good, then the loss of each own bag."""
 
 
 class Trainer:
@@ -105,16 +124,19 @@ class Trainer:
         self.log = log
         self.screen = screen
         self.progress = Progress()
-        self.wrapped = strategy.wrap(model)
-        self.optimizer = build_optimizer(
-            model,
-            lr=schedule.lr,
-            weight_decay=schedule.weight_decay,
-            encoder_lr=schedule.encoder_lr,
-            layer_decay=schedule.layer_decay,
-        )
-        self.average = WeightAverage(model, schedule.ema) if schedule.ema else None
+        self._shapes = shapes_of(model)
+        strategy.setup(model, self._make_optimizer, clip=schedule.clip)
+        self.average = WeightAverage(strategy.shards(), schedule.ema) if schedule.ema else None
         self._started, self._patches = time.monotonic(), 0
+
+    def _make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(
+            model,
+            lr=self.schedule.lr,
+            weight_decay=self.schedule.weight_decay,
+            encoder_lr=self.schedule.encoder_lr,
+            layer_decay=self.schedule.layer_decay,
+        )
 
     def fit(self) -> Progress:
         """Train to the last epoch, or until validation has not improved for long enough."""
@@ -129,6 +151,7 @@ class Trainer:
                 epoch=epoch + 1,
                 update=0,
                 loss_sum=0.0,
+                losses=0,
                 finished=last or self._should_stop(epoch + 1),
             )
             self._save("last")
@@ -142,11 +165,12 @@ class Trainer:
             self.progress = Progress(**state)
             if self.progress.best is not None:
                 self.progress.best = (self.progress.best[0], self.progress.best[1])
-            load_weights(self.model, part("model", tensors), path)
-            load_optimizer(self.optimizer, self.model, part("optimizer", tensors))
+            weights = part("model", tensors)
+            check_weights(self._shapes, weights, path)
+            self.strategy.load(weights)
+            self.strategy.load_optimizer(part("optimizer", tensors))
             if self.average is not None:
-                device = self.strategy.device
-                self.average.state = {k: v.to(device) for k, v in part("ema", tensors).items()}
+                self.average.state = self.strategy.scatter(part("ema", tensors))
         if self.strategy.leads:
             self.log.forget_after(self.progress.step)
 
@@ -161,38 +185,90 @@ class Trainer:
             world_size=strategy.world_size,
             first=self.progress.update,
         )
+        before: _Step | None = None
         for bag, count in bags:
-            lr = self._set_learning_rate(total)
-            loss, norm = self._update(bag, count)
-            progress = self.progress
-            progress.update += 1
-            progress.step += 1
-            progress.loss_sum += loss
-            self._tell(bag, loss, norm, lr, total)
-            every = self.schedule.save_every
+            step = self._update(bag, count, total)
+            self._read(before)
+            before = step
+            progress, every = self.progress, self.schedule.save_every
             if every and progress.step % every == 0 and progress.update < total:
+                self._read(before)
+                before = None
                 self._save("last")
+        self._read(before)
         self.screen.pause()
 
-    def _update(self, bag: Bag, count: int) -> tuple[float, float]:
-        """One optimiser step on ``count`` slides over all ranks; returns (mean loss, grad norm)."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = batch_loss(self.wrapped, self.model, bag, self.task, self.strategy.device) / count
-        self.strategy.backward(loss)
-        norm = clip_gradients(self.model.parameters(), self.schedule.clip)
-        mean = loss.detach().clone()
-        self.strategy.sum(mean)
-        if not torch.isfinite(norm) or not torch.isfinite(mean):
-            raise UserError(
-                f"training diverged at step {self.progress.step}: loss {mean.item():.4g}, gradient "
-                f"norm {norm.item():.4g}\n  lower optim.lr, or set optim.clip, and start anew"
-            )
-        self.optimizer.step()
-        self.model.statistics.commit(self.strategy.sum)
-        self.model.head.after_step()
+    def _update(self, bag: Bag, count: int, total: int) -> _Step:
+        """Start one optimiser step on ``count`` slides over all ranks, ``total`` steps an epoch."""
+        strategy, progress = self.strategy, self.progress
+        lr = self._set_learning_rate(total)
+        losses = bag_losses(strategy, bag, self.task)
+        loss = losses.sum() / count
+        strategy.backward(loss)
+        norm, good = strategy.step()
+        self.model.batch_norm.commit(strategy.sum, good)
+        self.model.head.after_step(good)
         if self.average is not None:
-            self.average.update(self.model, self.progress.step)
-        return mean.item(), norm.item()
+            self.average.update(strategy.shards(), progress.step, good)
+        mean = loss.detach().clone()
+        strategy.sum(mean)
+        progress.update += 1
+        progress.step += 1
+        self._patches += bag.num_patches * strategy.world_size
+        rate = self._patches / max(1e-9, time.monotonic() - self._started)
+        figures = torch.cat([torch.stack([mean, norm.to(mean), good.to(mean)]), losses.detach()])
+        return _Step(
+            progress.step,
+            progress.epoch,
+            lr,
+            rate,
+            bag.slides,
+            to_host(figures),
+        )
+
+    def _read(self, step: _Step | None) -> None:
+        """Take in the figures of a step, tell them, and look after a bad one."""
+        if step is None:
+            return
+        loss, norm, good, *losses = step.figures()
+        if good:
+            self.progress.loss_sum += loss
+            self.progress.losses += 1
+        else:
+            self._count_bad(step, losses, norm)
+        total = self.schedule.epochs * self.loader.updates()
+        self.screen.step(
+            step.number,
+            total,
+            f"epoch {step.epoch + 1}/{self.schedule.epochs}  loss {loss:.4f}  lr {step.lr:.2e}  "
+            f"{step.rate:,.0f} patches/s",
+        )
+        if self.strategy.leads:
+            self.log.write(
+                step=step.number,
+                epoch=step.epoch,
+                loss=loss if math.isfinite(loss) else None,
+                grad_norm=norm if math.isfinite(norm) else None,
+                lr=step.lr,
+                skipped=not good,
+                patches_per_s=round(step.rate, 1),
+            )
+
+    def _count_bad(self, step: _Step, losses: list[float], norm: float) -> None:
+        """Every rank comes here for the same step: say which slides, stop when it is too much."""
+        guilty = [s for s, v in zip(step.slides, losses, strict=True) if not math.isfinite(v)]
+        found = [s for part in self.strategy.gather(guilty) for s in part]
+        every = [s for part in self.strategy.gather(step.slides) for s in part]
+        whose = "loss not finite" if found else f"gradient norm {norm}, every loss finite"
+        said = f"step {step.number} skipped: {whose}\n{listing(sorted(set(found or every)))}"
+        self.progress.bad_steps += 1
+        if self.progress.bad_steps < self.schedule.max_bad_steps:
+            self.screen.say(said)
+            return
+        raise UserError(
+            f"training diverged: {self.progress.bad_steps} bad steps (engine.max_bad_steps), the last:\n"
+            f"{said}\n  lower optim.lr, set optim.clip, or look at these slides; then start anew"
+        )
 
     def _set_learning_rate(self, updates: int) -> float:
         lr = learning_rate(
@@ -201,36 +277,16 @@ class Trainer:
             warmup=round(self.schedule.warmup_epochs * updates),
             steps=self.schedule.epochs * updates,
         )
-        for group in self.optimizer.param_groups:
+        for group in self.strategy.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         return lr
 
-    def _tell(self, bag: Bag, loss: float, norm: float, lr: float, total: int) -> None:
-        progress = self.progress
-        self._patches += bag.num_patches * self.strategy.world_size
-        rate = self._patches / max(1e-9, time.monotonic() - self._started)
-        epochs = self.schedule.epochs
-        self.screen.step(
-            progress.step,
-            epochs * total,
-            f"epoch {progress.epoch + 1}/{epochs}  loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} patches/s",
-        )
-        if self.strategy.leads:
-            self.log.write(
-                step=progress.step,
-                epoch=progress.epoch,
-                loss=loss,
-                grad_norm=norm,
-                lr=lr,
-                patches_per_s=round(rate, 1),
-            )
-
     def _validate(self) -> None:
         """Judge weights and their average on the validation split; keep the best epoch."""
-        found = {"model": self.validate()}
-        if self.average is not None:
-            with with_weights(self.model, self.average.state):
-                found["ema"] = self.validate()
+        found = {}
+        for name, shards in self._weights().items():
+            with self.strategy.whole_parameters(shards):
+                found[name] = self.validate(self.model)
         progress = self.progress
         judged = self._judge(found[self.schedule.judged])
         if progress.best is None or judged > progress.best:
@@ -238,7 +294,7 @@ class Trainer:
             self._save("best")
         else:
             progress.stale += 1
-        loss = progress.loss_sum / max(1, progress.update)
+        loss = progress.loss_sum / max(1, progress.losses)
         shown = "  ".join(f"{k} {_text(v[self.task.monitor])}" for k, v in found.items())
         mark = "  *" if progress.stale == 0 else ""
         self.screen.say(
@@ -246,6 +302,11 @@ class Trainer:
         )
         if self.strategy.leads:
             self.log.write(step=progress.step, epoch=progress.epoch, train_loss=loss, val=found)
+
+    def _weights(self) -> dict[str, Tensors | None]:
+        """What is judged and saved: the model's own weights (None), and their average."""
+        average = {} if self.average is None else {"ema": self.average.state}
+        return {"model": None, **average}
 
     def _judge(self, found: Mapping[str, float | None]) -> tuple[float, float]:
         """What epochs are compared by: the monitored metric, and among equals the tie-break."""
@@ -259,30 +320,46 @@ class Trainer:
         return self.progress.stale >= patience
 
     def _save(self, name: str) -> None:
-        if not self.strategy.leads:
-            return
-        tensors = prefixed("model", self.model.state_dict())
-        if self.average is not None:
-            tensors |= prefixed("ema", self.average.state)
-        state: dict[str, Any] = asdict(self.progress)
+        """Every rank gives its pieces; the one that leads writes them."""
+        tensors: Tensors = {}
+        for kind, shards in self._weights().items():
+            whole = self.strategy.whole(self.strategy.shards() if shards is None else shards)
+            tensors |= prefixed(kind, whole)
         if name == "last":
-            tensors |= prefixed("optimizer", optimizer_tensors(self.optimizer, self.model))
-        save_checkpoint(self.folder / f"{name}.safetensors", tensors, state)
+            tensors |= prefixed("optimizer", self.strategy.optimizer_tensors())
+        if self.strategy.leads:
+            save_checkpoint(self.folder / f"{name}.safetensors", tensors, asdict(self.progress))
 
 
-def batch_loss(
-    wrapped: nn.Module, model: MILModel, bag: Bag, task: Task, device: torch.device
-) -> Tensor:
-    """Sum over this rank's bags of task loss and the head's own loss, float32."""
-    outputs = wrapped(bag, device)
-    target, weight = bag.target.to(device), bag.weight.to(device)
+def bag_losses(strategy: Strategy, bag: Bag, task: Task) -> Tensor:
+    """(B,) weighted loss of each of this rank's bags, task and head together.
+
+    The gradient of the sum over bags and ranks, over the number of bags on all ranks, is the
+    update's: a mean of ranks' means would be wrong on ragged batches.
+    """
+    outputs = strategy.module(bag, strategy.device, strategy)
+    target, weight = bag.target.to(strategy.device), bag.weight.to(strategy.device)
     losses = task.loss(torch.cat([output.logits for output in outputs]), target)
+    head: Head = strategy.model.head  # pyright: ignore[reportAssignmentType]
     extra = [
-        model.head.aux_loss(output, target[number : number + 1])
-        for number, output in enumerate(outputs)
+        head.aux_loss(output, target[number : number + 1]) for number, output in enumerate(outputs)
     ]
-    parts = [weight[k] * e for k, e in enumerate(extra) if e is not None]
-    return (losses * weight).sum() + sum(parts, losses.new_zeros(()))
+    added = [losses.new_zeros(()) if e is None else e for e in extra]
+    return (losses + torch.stack(added)) * weight
+
+
+def to_host(values: Tensor) -> Callable[[], list[float]]:
+    """Start copying to the host; the function that is returned waits for it."""
+    if values.device.type != "cuda":
+        return values.tolist
+    copied, done = values.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record()
+
+    def read() -> list[float]:
+        done.synchronize()
+        return copied.tolist()
+
+    return read
 
 
 def _text(value: float | None) -> str:

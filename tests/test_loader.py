@@ -190,7 +190,9 @@ def test_one_piece_is_one_chunk_a_rank_or_an_error_that_says_why(items):
 
 
 @pytest.mark.parametrize("keep", ["jpeg", "uint8", "float"])
-def test_what_is_kept_spares_the_second_pass_its_work_and_changes_no_pixel(items, keep, monkeypatch):
+def test_what_is_kept_spares_the_second_pass_its_work_and_changes_no_pixel(
+    items, keep, monkeypatch
+):
     read, decoded = [], []
     store, decoder = PatchStore.read, type(DECODER).decode
     monkeypatch.setattr(PatchStore, "read", lambda *given: read.append(1) or store(*given))

@@ -179,7 +179,9 @@ def make_bag(
         for entry in entries
     }
     parts = [
-        _Part(items[e.slide], chosen[e.slide][e.start : e.stop], mix(view.seed, epoch, names[e.slide]))
+        _Part(
+            items[e.slide], chosen[e.slide][e.start : e.stop], mix(view.seed, epoch, names[e.slide])
+        )
         for e in entries
     ]
     ends = np.cumsum([0] + [chunk.rows for chunk in chunks]).tolist()

@@ -77,9 +77,7 @@ def cut_update(sizes: Sequence[int], chunk: int, *, full: bool = False) -> list[
             groups.append([PlannedChunk(0, pieces)])
         else:
             cuts = (full_cuts if full else balanced_cuts)(sizes[group[0]], chunk)
-            groups.append(
-                [PlannedChunk(k, (Piece(group[0], *cut),)) for k, cut in enumerate(cuts)]
-            )
+            groups.append([PlannedChunk(k, (Piece(group[0], *cut),)) for k, cut in enumerate(cuts)])
     return groups
 
 

@@ -55,6 +55,16 @@ class Encoder(nn.Module):
         """Names of parameters without weight decay, besides the vectors and scalars."""
         return set()
 
+    def checkpoint_blocks(self) -> None:
+        """Keep only the inputs of the network's blocks for the backward, where it knows how to.
+
+        Raises:
+            UserError: it does not.
+        """
+        raise UserError(
+            f"engine.checkpoint_blocks=true: {type(self).__name__} has no checkpointing of its own"
+        )
+
     def freeze(self, stages: int) -> None:
         """Take the first ``stages`` coarse layers out of the training for good.
 

@@ -80,6 +80,15 @@ class TimmEncoder(Encoder):
         if lora_rank:
             add_lora(self.net, rank=lora_rank, alpha=lora_alpha, targets=lora_targets)
 
+    def checkpoint_blocks(self) -> None:
+        """See :class:`Encoder`; timm's own checkpointing, which is non-reentrant."""
+        try:
+            self.net.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
+        except (AttributeError, AssertionError) as error:
+            raise UserError(
+                f"engine.checkpoint_blocks=true: timm has no checkpointing for {self.model}"
+            ) from error
+
     def features(self, images: Tensor) -> Tensor:
         """See :class:`Encoder`."""
         self._check_size(images)

@@ -53,8 +53,11 @@ class Head(nn.Module):
         """Mean over bags of the extra loss some methods need. Has no parameters of its own."""
         return None
 
-    def after_step(self) -> None:
-        """Move on what is no parameter (queues, teachers), once per optimiser step."""
+    def after_step(self, good: Tensor) -> None:
+        """Move on what is no parameter (queues, teachers), once per optimiser step.
+
+        ``good`` (0-d bool on the device): False where the step was skipped and nothing may move.
+        """
 
 
 HEADS: Registry[Head] = Registry("head")

@@ -128,6 +128,10 @@ class Strategy:
         """
         return rows
 
+    def total(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks; its gradient is the sum over ranks of the gradients."""
+        return tensor
+
     def sum(self, tensor: Tensor) -> None:
         """Sum over ranks, in place."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from e2e.errors import LostRankError, UserError, listing
@@ -52,6 +53,10 @@ class Group(Strategy):
             raise ValueError(f"rank {self.rank} has {len(rows)} rows; counts are {counts}")
         gathered: Tensor = _GatherRows.apply(rows, self.rank, counts)  # pyright: ignore[reportAssignmentType]
         return gathered
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """See :class:`Strategy`."""
+        return all_reduce(tensor)
 
     def sum(self, tensor: Tensor) -> None:
         """See :class:`Strategy`."""
