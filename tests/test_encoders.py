@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,14 @@ from huggingface_hub import constants as hub
 from safetensors.torch import save_file
 from torch import nn
 
-import e2e.encoders  # noqa: F401  (registers them)
+import e2e.encoders
+import e2e.heads  # noqa: F401  (registers them)
+from e2e.bag import Bag
 from e2e.encoders.base import ENCODERS, Encoder
 from e2e.errors import UserError
+from e2e.heads.base import HEADS
+from e2e.model import MILModel
+from e2e.optim import build_optimizer, learning_rate
 
 
 def build(name: str, seed: int = 0, **options) -> Encoder:
@@ -141,6 +147,216 @@ def test_an_option_that_the_network_does_not_have_is_a_users_mistake(name, optio
         build(name, **options)
 
 
+@pytest.mark.parametrize("name", ["r18", "r50", "r50v2"])
+def test_the_short_names_take_every_option(name):
+    ours, any_timm = ENCODERS.options(name), ENCODERS.options("resnet18")
+    assert ours == {**any_timm, "stage": (int | None, 3)}
+
+
+def test_patches_of_another_size_than_the_network_was_made_for():
+    encoder = build("vit_tiny_patch16_224", img_size=32).eval()
+    assert encoder.net.pos_embed.shape == (1, 1 + 4, 192)
+    with torch.no_grad():
+        assert encoder(images(2, 32)).shape == (2, 192)
+    with pytest.raises(UserError, match=r"32 x 32 pixels, found 48 x 48\n.*img_size=48"):
+        encoder(images(1, 48))
+    with pytest.raises(UserError, match="224 x 224 pixels, found 64 x 64"):
+        build("vit_tiny_patch16_224", stage=1)(images(1, 64))
+    with pytest.raises(UserError, match=r"img_size=64: .*\n.*leave encoder.img_size out"):
+        build("r18", img_size=64)
+
+
+# --- layers ---
+
+FAMILIES = [
+    ("r18", {}),
+    ("r50", {}),
+    ("resnet50", {}),
+    ("convnext_tiny", {}),
+    ("convnext_tiny", {"stage": 2}),
+    ("swin_tiny_patch4_window7_224", {}),
+    ("swin_tiny_patch4_window7_224", {"stage": 1}),
+    ("vit_tiny_patch16_224", {}),
+    ("vit_base_patch16_224", {}),
+    ("vit_small_patch14_dinov2", {"stage": 7}),
+    ("tf_efficientnet_lite0", {}),
+    ("tf_efficientnet_lite0", {"stage": 2}),
+    ("mobilenetv3_small_050", {"stage": 2}),
+    ("densenet121", {"stage": 2}),
+    ("regnety_002", {}),
+    ("poolformer_s12", {}),  # which timm does not group
+    ("poolformer_s12", {"stage": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), FAMILIES)
+@pytest.mark.parametrize("coarse", [False, True])
+def test_layers_follow_one_another_as_the_patches_go_through_them(name, options, coarse):
+    with torch.device("meta"):  # nothing is computed
+        encoder = build(name, **options)
+    layers = encoder.layers(coarse=coarse)
+    names = sorted(n for n, _ in encoder.named_parameters())
+    assert sorted(n for layer in layers for n in layer) == names
+    assert len(layers) > 2
+    called: dict[str, int] = {}
+    for path, module in encoder.named_modules():
+        module.register_forward_pre_hook(
+            lambda *_, path=path: (called.setdefault(path, len(called)), None)[1]
+        )
+    side = encoder.net.pretrained_cfg["input_size"][-1]
+    features = encoder(torch.empty(2, 3, side, side, device="meta"))
+    paths = [{n.rpartition(".")[0] for n in layer} & called.keys() for layer in layers]
+    first = [min(called[path] for path in layer) for layer in paths]
+    assert first == sorted(set(first))
+    features.sum().backward()  # a cut network has nothing that its features do not need
+    assert [n for n, p in encoder.named_parameters() if p.grad is None] == []
+
+
+def test_the_layers_of_a_cut_residual_network_by_hand():
+    fine = [{".".join(n.split(".")[1:3]) for n in layer} for layer in build("r18").layers()]
+    blocks = [{f"layer{k}.{b}"} for k in (1, 2, 3) for b in (0, 1)]
+    assert fine == [{"conv1.weight", "bn1.weight", "bn1.bias"}, *blocks]
+    coarse = [{n.split(".")[1] for n in layer} for layer in build("r18").layers(coarse=True)]
+    assert coarse == [{"conv1", "bn1"}, {"layer1"}, {"layer2"}, {"layer3"}]
+
+
+def test_without_a_word_an_encoder_is_one_layer_of_which_all_is_decayed():
+    class Plain(Encoder):
+        def __init__(self) -> None:
+            super().__init__([0.0] * 3, [1.0] * 3)
+            self.net = nn.Linear(2, 2)
+
+    assert Plain().layers() == Plain().layers(coarse=True) == [["net.weight", "net.bias"]]
+    assert Plain().undecayed() == set()
+
+
+# --- frozen stages ---
+
+
+def bag_of(pixels: torch.Tensor, sizes: tuple[int, ...]) -> Bag:
+    offsets = [0]
+    for size in sizes:
+        offsets.append(offsets[-1] + size)
+    return Bag(
+        offsets=tuple(offsets),
+        coords=torch.zeros(len(pixels), 2, dtype=torch.int32),
+        pixels=lambda start, stop, device: pixels[start:stop],
+        target=torch.arange(len(sizes)) % 2,
+        slides=tuple(f"s{k}" for k in range(len(sizes))),
+        seeds=tuple(range(len(sizes))),
+        weight=torch.ones(len(sizes)),
+        groups=tuple(range(len(sizes))),
+    )
+
+
+def fine_tune(
+    encoder: Encoder, *, side: int, lr: float, layer_decay: float = 1.0, steps: int = 3, **options
+) -> tuple[list[float], MILModel, set[str]]:
+    """Train on two bags; returns the loss before each step, the model, and which tensors moved."""
+    torch.manual_seed(1)
+    head = HEADS.build("abmil", encoder.dim, 2, embed_dim=16, dropout=0.0)
+    model = MILModel(encoder, head, chunk=4, **options).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = build_optimizer(model, lr=lr, weight_decay=0.0, layer_decay=layer_decay)
+    bag, losses = bag_of(images(7, side), (5, 2)), []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            rate = learning_rate(step, peak=lr, warmup=0, steps=2 * steps)
+            group["lr"] = rate * group["lr_scale"]
+        logits = torch.cat([output.logits for output in model(bag, torch.device("cpu"))])
+        loss = nn.functional.cross_entropy(logits, bag.target)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.statistics.commit(lambda tensor: None)
+    after = model.state_dict()
+    return losses, model, {k for k, v in before.items() if not torch.equal(v, after[k])}
+
+
+@pytest.mark.parametrize("policy", ["chunk", "frozen"])
+def test_frozen_stages_stay_bit_by_bit_as_they_were(policy):
+    encoder = build("r18", freeze=3)
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)  # timm starts each residual branch at zero
+    _, model, moved = fine_tune(encoder, side=32, lr=1e-3, batch_norm=policy)
+    state = model.encoder.net.state_dict()
+    learns = {f"encoder.net.{n}" for n in state if n.startswith("layer3.")}
+    statistics = {n for n in learns if "running" in n or "tracked" in n}
+    expected = learns if policy == "chunk" else learns - statistics
+    assert {name for name in moved if name.startswith("encoder.")} == expected
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    assert all(n.split(".")[2] in ("conv1", "bn1", "layer1", "layer2") for n in frozen)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_frozen_stages_are_in_eval_mode_whoever_says_train():
+    encoder = build("vit_tiny_patch16_224", img_size=32, freeze=3, drop_path=0.5)
+    model = MILModel(encoder, HEADS.build("mean", encoder.dim, 2))
+    for _ in range(2):
+        model.train()
+        frozen = [encoder.net.patch_embed, encoder.net.blocks[0], encoder.net.blocks[1]]
+        assert not any(m.training for part in frozen for m in part.modules())
+        assert all(m.training for m in encoder.net.blocks[2].modules())
+        assert encoder.training
+        model.eval()
+        assert not any(m.training for m in model.modules())
+
+
+def saved_bytes(encoder: Encoder, pixels: torch.Tensor) -> int:
+    """What the graph of one pass holds, the weights not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+    held: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        features = encoder(pixels)
+    assert features.requires_grad
+    return sum(held.values())
+
+
+def test_frozen_stages_keep_no_activations():
+    pixels = images(2)
+    sizes = [saved_bytes(build("r18", freeze=n).train(), pixels) for n in (0, 1, 2, 3)]
+    assert sizes == sorted(sizes, reverse=True)
+    # Only the third stage is left: a sixteenth of the stem's pixels, four times its channels.
+    assert sizes[3] < 0.15 * sizes[0]
+
+
+def test_what_cannot_be_frozen_is_a_users_mistake():
+    assert not any(p.requires_grad for p in build("r18", freeze=3).net.layer2.parameters())
+    for stages in (4, -1):
+        with pytest.raises(UserError) as error:
+            build("r18", freeze=stages)
+        assert f"encoder.freeze must be 0 to 3, found {stages}" in str(error.value)
+        assert "optim.train_encoder=false" in str(error.value)
+
+
+# --- a large ViT, end to end ---
+
+
+def test_a_large_vit_is_fine_tuned_end_to_end():
+    encoder = build("vit_base_patch16_224", img_size=32, freeze=2)
+    losses, model, moved = fine_tune(encoder, side=32, lr=1e-3, layer_decay=0.5)
+    assert losses[0] > losses[1] > losses[2]
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert {n.split(".")[2] for n in frozen} == {"patch_embed", "pos_embed", "cls_token", "blocks"}
+    assert {n.split(".")[3] for n in frozen if ".blocks." in n} == {"0"}
+    learns = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert moved == learns
+    start = build("vit_base_patch16_224", img_size=32).net
+    pairs = [(start.blocks[k], model.encoder.net.blocks[k]) for k in (2, 5, 8, 11)]
+    steps = [(b.mlp.fc1.weight - a.mlp.fc1.weight).abs().max().item() for a, b in pairs]
+    ratios = [low / high for low, high in pairwise(steps)]
+    assert ratios == pytest.approx([0.5**3] * 3, rel=0.2)  # three layers apart
+
+
 # --- weights ---
 
 
@@ -162,6 +378,43 @@ def test_a_whole_networks_weights_fit_its_first_stages(tmp_path, name):
     encoder = build("r18", weights=str(path))
     assert bool((encoder.net.state_dict()["conv1.weight"] == 0.25).all())
     assert encoder.pretrained
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "stage"), [("convnext_atto", 1), ("tf_efficientnet_lite0", 2), ("convnext_atto", None)]
+)
+def test_a_whole_networks_weights_fit_what_timm_names_anew(tmp_path, name, stage):
+    torch.manual_seed(3)
+    whole = timm.create_model(name).eval()
+    torch.save(whole.state_dict(), tmp_path / "w.pt")
+    encoder = build(name, weights=str(tmp_path / "w.pt"), stage=stage).eval()
+    normal = (images().float() / 255 - encoder.mean) / encoder.std
+    if stage is None:
+        expected = whole.forward_head(whole.forward_features(normal), pre_logits=True)
+    else:
+        maps = whole.forward_intermediates(normal, indices=[stage], intermediates_only=True)
+        expected = maps[0].mean(dim=(2, 3))
+    torch.testing.assert_close(encoder(images()), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [None, 3])
+def test_a_vits_position_embeddings_are_resampled(tmp_path, stage):
+    whole = timm.create_model("vit_tiny_patch16_224")
+    ramp = torch.linspace(0, 1, 14).view(1, 1, 14, 1).expand(1, 14, 14, 192)
+    weights = whole.state_dict()
+    weights["pos_embed"] = torch.cat([torch.full((1, 1, 192), 7.0), ramp.reshape(1, 196, 192)], 1)
+    torch.save(weights, tmp_path / "w.pt")
+    encoder = build(
+        "vit_tiny_patch16_224", weights=str(tmp_path / "w.pt"), img_size=64, stage=stage
+    )
+    found = getattr(encoder.net, "model", encoder.net).pos_embed.detach()
+    assert found.shape == (1, 1 + 16, 192)
+    assert bool((found[0, 0] == 7).all())  # the class token's stays
+    table = found[0, 1:, 0].view(4, 4)
+    torch.testing.assert_close(table, table[:1].expand(4, 4))
+    # Each of the four stands for a quarter of the ramp: its middle.
+    torch.testing.assert_close(table[0], torch.linspace(1, 7, 4) / 8, atol=0.03, rtol=0)
 
 
 def test_weights_that_do_not_fit_name_the_keys(tmp_path):

@@ -137,3 +137,21 @@ def test_resuming_restores_optimiser_average_and_counters(tmp_path):
         assert torch.equal(value, again.average.state[name]), name
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_every_group_follows_the_schedule_at_its_own_share(tmp_path):
+    runs = both((0.5, 0.5))
+    training = trainer(tmp_path, runs, lr=1e-2, encoder_lr=1e-3, warmup_epochs=1)
+    training.fit()  # two steps of warm-up: half the peak, then the peak
+    encoder = {id(p) for p in training.model.encoder.parameters()}
+    rates = {
+        id(p) in encoder: g["lr"] for g in training.optimizer.param_groups for p in g["params"]
+    }
+    assert rates == {True: pytest.approx(1e-3), False: pytest.approx(1e-2)}
+    assert training._set_learning_rate(2) == pytest.approx(1e-2)
+    training.progress.step = 0
+    training._set_learning_rate(2)
+    rates = {
+        id(p) in encoder: g["lr"] for g in training.optimizer.param_groups for p in g["params"]
+    }
+    assert rates == {True: pytest.approx(5e-4), False: pytest.approx(5e-3)}
