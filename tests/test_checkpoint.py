@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from e2e.checkpoint import (
+    check_weights,
     load_checkpoint,
-    load_optimizer,
-    load_weights,
-    optimizer_tensors,
     part,
     prefixed,
     save_checkpoint,
+    shapes_of,
 )
 from e2e.errors import DamagedDataError, UserError
 from e2e.optim import build_optimizer
+from e2e.parallel import Strategy
 from tests.conftest import ROOT
 
 
@@ -32,12 +33,19 @@ def net(seed: int = 0) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def set_up(model: nn.Module) -> Strategy:
+    strategy = Strategy(torch.device("cpu"))
+    strategy.setup(model, partial(build_optimizer, lr=0.01, weight_decay=0.1), clip=None)
+    return strategy
+
+
+def train(strategy: Strategy, steps: range) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
-        optimizer.zero_grad()
-        model(torch.randn(5, 3, 4, 4, generator=generator)).square().mean().backward()
-        optimizer.step()
+        strategy.backward(
+            strategy.module(torch.randn(5, 3, 4, 4, generator=generator)).square().mean()
+        )
+        strategy.step()
 
 
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
@@ -66,22 +74,20 @@ def test_what_is_saved_is_loaded_to_the_bit(tmp_path):
 
 
 def test_training_goes_on_to_the_bit(tmp_path):
-    model, path = net(), tmp_path / "x.safetensors"
-    optimizer = build_optimizer(model, lr=0.01, weight_decay=0.1)
-    train(model, optimizer, range(3))
-    tensors = prefixed("model", model.state_dict())
-    tensors |= prefixed("optimizer", optimizer_tensors(optimizer, model))
+    one, path = set_up(net()), tmp_path / "x.safetensors"
+    train(one, range(3))
+    tensors = prefixed("model", one.whole(one.shards()))
+    tensors |= prefixed("optimizer", one.optimizer_tensors())
     save_checkpoint(path, tensors, {})
-    train(model, optimizer, range(3, 6))
+    train(one, range(3, 6))
 
-    other = net(seed=1)
-    resumed = build_optimizer(other, lr=0.01, weight_decay=0.1)
+    resumed = set_up(net(seed=1))
     loaded, _ = load_checkpoint(path)
-    load_weights(other, part("model", loaded), path)
-    load_optimizer(resumed, other, part("optimizer", loaded))
-    train(other, resumed, range(3, 6))
-    assert same(dict(other.state_dict()), dict(model.state_dict()))
-    assert same(optimizer_tensors(resumed, other), optimizer_tensors(optimizer, model))
+    resumed.load(part("model", loaded))
+    resumed.load_optimizer(part("optimizer", loaded))
+    train(resumed, range(3, 6))
+    assert same(resumed.model.state_dict(), one.model.state_dict())
+    assert same(resumed.optimizer_tensors(), one.optimizer_tensors())
 
 
 def test_without_the_optimisers_state_training_goes_on_otherwise(tmp_path):
@@ -182,7 +188,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     model = net(seed=1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UserError) as error:
-        load_weights(model, weights, tmp_path / "x.safetensors")
+        check_weights(shapes_of(model), weights, tmp_path / "x.safetensors")
     assert str(error.value).splitlines() == [
         f"{tmp_path / 'x.safetensors'} does not fit the model",
         "  0.bias: (5,) in the file, (4,) in the model",

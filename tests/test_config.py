@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e2e.build import REGISTRIES, build_augment, build_schedule, build_task
+from e2e.build import REGISTRIES, build_schedule, build_task
 from e2e.config import (
     CONFIGS,
     PLAIN,
@@ -182,9 +182,15 @@ WRONG = {
     "data.splits.train=dev": ("setting data.splits must be train, val or test, found 'dev'",),
     "data.unmatched=skip": ("setting data.unmatched must be error or drop, found 'skip'",),
     "engine.chunk=0": ("setting engine.chunk must be at least 1, found 0",),
-    "engine.batch_norm=foo": ("setting engine.batch_norm must be auto or frozen or chunk",),
-    "engine.batch_norm=sync": ("cannot be had chunk by chunk", "use chunk"),
-    "engine.precision=fp16": ("setting engine.precision must be auto or fp32 or bf16",),
+    "engine.batch_norm=foo": ("setting engine.batch_norm must be auto or frozen or chunk or sync",),
+    "engine.precision=fp16": ("setting engine.precision must be auto or fp32 or tf32 or bf16",),
+    "engine.keep_graphs=lots": (
+        "engine.keep_graphs must be auto, none, all or a size such as 8GiB",
+    ),
+    "engine.keep=png": ("setting engine.keep must be jpeg or uint8 or float",),
+    "engine.shard=yes": ("setting engine.shard must be auto or slide or bag",),
+    "engine.strategy=fsdp1": ("setting engine.strategy must be auto or ddp or fsdp or deepspeed",),
+    "engine.max_bad_steps=0": ("setting engine.max_bad_steps must be at least 1, found 0",),
     "select.weights=best": ("setting select.weights must be auto or model or ema",),
     "select.patience=0": ("setting select.patience must be over 0 or null, found 0",),
     "optim.lr": ("'optim.lr' is no setting; write section.key=value",),
@@ -378,8 +384,8 @@ def test_every_model_builds(path):
     head = REGISTRIES["head"].build(settings.head.name, 256, 6, **options)
     assert sum(p.numel() for p in head.parameters()) > 0
     assert settings.encoder.name in path.stem
-    build_augment(settings.bag)
-    assert build_schedule(settings.optim, settings.select, 0).epochs == settings.optim.epochs
+    schedule = build_schedule(settings.optim, settings.select, save_every=0, max_bad_steps=3)
+    assert schedule.epochs == settings.optim.epochs
     assert load("encoder.pretrained=false", model=path.stem).encoder.options["pretrained"] is False
 
 

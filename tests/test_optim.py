@@ -18,7 +18,6 @@ from e2e.model import MILModel
 from e2e.optim import (
     WeightAverage,
     build_optimizer,
-    clip_gradients,
     learning_rate,
     learning_rate_scales,
 )
@@ -236,62 +235,49 @@ def test_the_rate_rises_then_falls_and_never_passes_its_peak(warmup, steps):
     assert falling == sorted(falling, reverse=True)
 
 
-def with_gradients(*values: float) -> list[nn.Parameter]:
-    parameters = [nn.Parameter(torch.zeros(())) for _ in values]
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.grad = torch.tensor(value)
-    return parameters
-
-
-def grads(parameters: list[nn.Parameter]) -> list[float]:
-    return [float(p.grad) for p in parameters if p.grad is not None]
-
-
-def test_clipping_scales_all_gradients_together():
-    parameters = with_gradients(3.0, 4.0)
-    assert float(clip_gradients(parameters, 1.0)) == pytest.approx(5.0)
-    assert grads(parameters) == pytest.approx([0.6, 0.8], abs=1e-5)
-
-
-@pytest.mark.parametrize("limit", [None, 6.0])
-def test_gradients_under_the_limit_or_without_one_are_left_alone(limit):
-    parameters = with_gradients(3.0, 4.0)
-    parameters.append(nn.Parameter(torch.zeros(())))  # one that has no gradient
-    assert float(clip_gradients(iter(parameters), limit)) == pytest.approx(5.0)
-    assert grads(parameters) == [3.0, 4.0]
+GOOD = torch.tensor(True)
 
 
 def test_the_average_warms_up_by_hand():
     net = nn.Linear(1, 1, bias=False)
     nn.init.constant_(net.weight, 0.0)
-    average = WeightAverage(net, decay=0.2)
+    average = WeightAverage(net.state_dict(), decay=0.2)
     nn.init.constant_(net.weight, 1.0)
-    average.update(net, 0)  # decay min(0.2, 1/10): 0 * 0.1 + 1 * 0.9
+    average.update(net.state_dict(), 0, GOOD)  # decay min(0.2, 1/10): 0 * 0.1 + 1 * 0.9
     assert float(average.state["weight"]) == pytest.approx(0.9)
     nn.init.constant_(net.weight, 2.0)
-    average.update(net, 1)  # min(0.2, 2/11): 0.9 * 2/11 + 2 * 9/11
+    average.update(net.state_dict(), 1, GOOD)  # min(0.2, 2/11): 0.9 * 2/11 + 2 * 9/11
     assert float(average.state["weight"]) == pytest.approx((1.8 + 18) / 11)
     average.state["weight"].fill_(1.0)
-    average.update(net, 1000)  # 0.2 by then
+    average.update(net.state_dict(), 1000, GOOD)  # 0.2 by then
     assert float(average.state["weight"]) == pytest.approx(0.2 * 1 + 0.8 * 2)
 
 
 def test_buffers_are_averaged_too_and_counters_copied():
     net = Net()
-    average = WeightAverage(net, decay=0.5)
+    average = WeightAverage(net.state_dict(), decay=0.5)
     net.norm.running_mean.fill_(4.0)
     net.norm.num_batches_tracked.fill_(7)
-    average.update(net, 10**6)
+    average.update(net.state_dict(), 10**6, GOOD)
     assert average.state["norm.running_mean"].tolist() == [2.0] * 4
     assert int(average.state["norm.num_batches_tracked"]) == 7
 
 
 def test_the_average_is_no_part_of_the_model():
     net = nn.Linear(2, 2)
-    average = WeightAverage(net, decay=0.5)
+    average = WeightAverage(net.state_dict(), decay=0.5)
     start = {name: value.clone() for name, value in average.state.items()}
     nn.init.constant_(net.weight, 9.0)
     assert all(torch.equal(average.state[name], start[name]) for name in start)
-    average.update(net, 10**6)
+    average.update(net.state_dict(), 10**6, GOOD)
     assert bool((net.weight == 9.0).all())
     assert not average.state["weight"].requires_grad
+
+
+def test_the_average_stays_where_it_is_after_a_skipped_step():
+    net = Net()
+    average = WeightAverage(net.state_dict(), decay=0.5)
+    nn.init.constant_(net.norm.running_mean, 4.0)
+    before = {name: value.clone() for name, value in average.state.items()}
+    average.update(net.state_dict(), 10, torch.tensor(False))
+    assert all(torch.equal(average.state[name], value) for name, value in before.items())

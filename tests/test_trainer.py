@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from e2e.bag import Bag
 from e2e.checkpoint import load_checkpoint, part
 from e2e.errors import UserError
 from e2e.log import MetricsLog, Screen
+from e2e.model import MILModel
 from e2e.parallel import Strategy
 from e2e.tasks.base import TASKS
 from e2e.trainer import Schedule, Trainer
@@ -21,8 +23,9 @@ from tests.test_model import make_bag, make_model
 class TwoUpdates:
     """A loader of two updates an epoch over one bag."""
 
-    def __init__(self, poison_epoch: int | None = None) -> None:
-        self.poison_epoch = poison_epoch
+    def __init__(self, poisoned: set[tuple[int, int]], one_update: bool) -> None:
+        self.one_update = one_update
+        self.poisoned = poisoned  # (epoch, update)
 
     def updates(self) -> int:
         return 2
@@ -30,18 +33,27 @@ class TwoUpdates:
     def epoch(
         self, epoch: int, *, rank: int, world_size: int, first: int = 0
     ) -> Iterator[tuple[Bag, int]]:
-        for _ in range(first, 2):
+        for update in range(first, 2):
             bag = make_bag((5, 3))
-            if epoch == self.poison_epoch:
-                bag.pixels.pixels.fill_(float("nan"))
+            if self.one_update and update:
+                return
+            if (epoch, update) in self.poisoned:
+                bag.pixels.pixels[5:].fill_(float("nan"))  # the second slide
             yield bag, 2
 
 
-def trainer(folder: Path, scores: list[dict[str, tuple[float, float]]], **schedule) -> Trainer:
+def trainer(
+    folder: Path,
+    scores: list[dict[str, tuple[float, float]]],
+    log: MetricsLog | None = None,
+    screen: Screen | None = None,
+    one_update: bool = False,
+    **schedule,
+) -> Trainer:
     """Trains a small model; validation gives the given (auc, log_loss) of model and ema in turn."""
     answers = (pair for epoch in scores for pair in epoch.values())
 
-    def validate() -> dict[str, float | None]:
+    def validate(model: MILModel) -> dict[str, float | None]:
         auc, loss = next(answers)
         return {"auc": auc, "log_loss": loss}
 
@@ -53,13 +65,13 @@ def trainer(folder: Path, scores: list[dict[str, tuple[float, float]]], **schedu
     return Trainer(
         make_model(4, batch_norm="chunk"),
         task=TASKS.build("classification", classes=["a", "b"]),
-        loader=TwoUpdates(schedule.pop("poison_epoch", None)),  # type: ignore[arg-type]
+        loader=TwoUpdates(schedule.pop("poisoned", set()), one_update),  # type: ignore[arg-type]
         strategy=Strategy(torch.device("cpu")),
         schedule=Schedule(**(settings | schedule)),
         validate=validate,
         folder=folder,
-        log=MetricsLog(None),
-        screen=Screen(leads=False),
+        log=log or MetricsLog(None),
+        screen=screen or Screen(leads=False),
     )
 
 
@@ -101,9 +113,26 @@ def test_an_undefined_metric_is_worse_than_any_other(tmp_path):
     assert run.fit().best_epoch == 1
 
 
-def test_a_step_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path):
-    run = trainer(tmp_path, both((0.5, 1.0), (0.5, 1.0)), poison_epoch=1)
-    with pytest.raises(UserError, match=r"diverged at step 2: loss nan.*\n.*lower optim.lr"):
+def test_a_bad_step_is_skipped_and_counted_and_its_slide_is_named(tmp_path, capsys):
+    run = trainer(tmp_path, both((0.5, 1.0)), poisoned={(0, 1)}, screen=Screen(leads=True))
+    progress = run.fit()
+    assert (progress.step, progress.bad_steps) == (2, 1)
+    alone = trainer(tmp_path, both((0.5, 1.0)), one_update=True)
+    alone.fit()
+    for name, value in alone.model.state_dict().items():  # BatchNorm statistics too
+        assert torch.equal(run.model.state_dict()[name], value), name
+    for name, value in alone.average.state.items():
+        assert torch.equal(run.average.state[name], value), name
+    said = capsys.readouterr().out
+    assert "step 2 skipped: loss not finite\n  s1\n" in said
+
+
+def test_too_many_bad_steps_stop_the_run_and_spare_the_checkpoint(tmp_path):
+    poisoned = {(1, 0), (1, 1)}
+    run = trainer(tmp_path, both((0.5, 1.0), (0.5, 1.0)), poisoned=poisoned, max_bad_steps=2)
+    with pytest.raises(
+        UserError, match=r"2 bad steps .*\n.*step 4 skipped.*\n  s1\n.*lower optim.lr"
+    ):
         run.fit()
     tensors, state = load_checkpoint(tmp_path / "last.safetensors")
     assert state["step"] == 2
@@ -113,10 +142,24 @@ def test_a_step_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_p
         assert torch.equal(value, model[name]), name
 
 
+def test_the_log_says_which_steps_were_skipped_in_numbers_that_are_json(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    trainer(tmp_path, both((0.5, 1.0)), poisoned={(0, 0)}, log=log).fit()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line, parse_constant=refuse) for line in lines][:2]
+    assert [(step["step"], step["skipped"]) for step in steps] == [(1, True), (2, False)]
+    assert steps[0]["loss"] is None
+    assert steps[1]["loss"] > 0
+
+
 def test_the_learning_rate_reaches_zero_at_the_last_step(tmp_path):
     run = trainer(tmp_path, both((0.5, 1.0), (0.5, 1.0)))
     run.fit()
-    assert all(group["lr"] == 0 for group in run.optimizer.param_groups)
+    assert all(group["lr"] == 0 for group in run.strategy.optimizer.param_groups)
 
 
 def test_resuming_restores_optimiser_average_and_counters(tmp_path):
@@ -124,7 +167,7 @@ def test_resuming_restores_optimiser_average_and_counters(tmp_path):
     (tmp_path / "a").mkdir()
     whole.fit()
     (tmp_path / "b").mkdir()
-    broken = trainer(tmp_path / "b", both(*[(0.5, 1.0)] * 4), poison_epoch=2)
+    broken = trainer(tmp_path / "b", both(*[(0.5, 1.0)] * 4), poisoned={(2, 0)}, max_bad_steps=1)
     with pytest.raises(UserError):
         broken.fit()
     again = trainer(tmp_path / "b", both(*[(0.5, 1.0)] * 4))
