@@ -262,7 +262,9 @@ class Strategy:
             self.optimizer.state[parameter][slot] = placed
 
     def _slot_of(self, parameter: nn.Parameter, piece: Tensor) -> Tensor:
-        return piece
+        # In the parameter's own order of memory (channels_last, say): a fused kernel goes through
+        # parameter and slots side by side and does not look.
+        return torch.empty_like(parameter.detach(), dtype=piece.dtype).copy_(piece)
 
 
 @torch.no_grad()
