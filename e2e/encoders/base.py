@@ -23,6 +23,9 @@ class Encoder(nn.Module):
     pretrained: bool
     """Whether the weights were trained: decides the default BatchNorm policy."""
 
+    memory_format = torch.channels_last
+    """In which the network gets its images: faster for convolutions, no matter to a ViT."""
+
     mean: Tensor
     std: Tensor
 
@@ -37,7 +40,7 @@ class Encoder(nn.Module):
         if not pixels.is_floating_point():
             scaled = scaled / 255
         normalised = (scaled - self.mean) / self.std
-        return self.features(normalised.contiguous(memory_format=torch.channels_last))
+        return self.features(normalised.contiguous(memory_format=self.memory_format))
 
     def features(self, images: Tensor) -> Tensor:
         """(n,3,H,W) normalised -> (n, dim)."""
