@@ -201,7 +201,7 @@ def test_a_crash_ends_with_another_code_and_its_traceback(cohort, tmp_path):
         (["data.columns.case=patient"], ["lacks column(s) patient", "it has: case, slide"]),
         (["task.classes=[bright,pale]"], ["label 'dark'", "bright, pale"]),
         (["encoder.weights=nowhere.pt"], ["no weights at nowhere.pt"]),
-        (["engine.batch_norm=sync"], ["chunk by chunk"]),
+        (["engine.batch_norm=sync"], ["in one piece", "engine.chunk is 6"]),
         (["select.weights=ema", "optim.ema=0"], ["optim.ema over 0"]),
     ],
 )

@@ -4,7 +4,7 @@
   tools/bench_step.py --compare exact naive exact       # a ratio, refused where the gradients differ
   tools/bench_step.py --compare recipe fp32:precision=fp32 bf16:precision=bf16
   tools/bench_step.py --patches 4096 --size 224 --chunk 256 --encoder r50 --device cuda
-  tools/bench_step.py --check [--long]                  # the figures the engine must show, exit 1 short of one
+  tools/bench_step.py --check [--long]                  # all that the engine must show; exit 1 if short
 
 A way is NAME, or NAME:key=value,... with the fields of ``Way``. Patches are JPEGs in a real store, read,
 decoded and augmented by the training loader. All ways run in one process in ABBA order; medians. Every
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import e2e.encoders
@@ -161,7 +161,7 @@ def bag_of(store: PatchStore, sizes: Sequence[int], work: Work, way: Way) -> Bag
 def build_model(work: Work, way: Way) -> MILModel:
     """Encoder and head with random weights, and statistics that suit them."""
     torch.manual_seed(0)
-    options = {"pretrained": False}
+    options: dict[str, Any] = {"pretrained": False}
     if way.drop_path:
         options["drop_path"] = way.drop_path
     encoder = ENCODERS.build(work.encoder, **options)
@@ -194,11 +194,10 @@ def _calibrate(model: MILModel, work: Work) -> None:
     noise = torch.rand(16, 3, work.size, work.size, generator=torch.Generator().manual_seed(0))
     norms = model.batch_norm.modules
     for norm in norms:
-        norm.momentum = 1.0
+        norm.momentum = None  # the mean over all batches, which is this one
+        norm.reset_running_stats()
     model.encoder.train()
     model.encoder(noise.to(work.device))
-    for norm in norms:
-        norm.momentum = 0.1
 
 
 def gradients(model: MILModel, bag: Bag, way: Way, device: torch.device) -> Gradients:

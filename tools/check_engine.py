@@ -1,0 +1,434 @@
+"""The figures that the engine must show, a row each: what, bar, measured, control. Run by bench_step.py.
+
+A control is the same measurement of something broken on purpose, or of the plain way: a check that
+could not fail would say nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import bench_step as bench
+import torch
+import torch.multiprocessing as mp
+from bench_step import Way, Work
+from torch.nn.functional import cross_entropy
+
+from e2e.data.augment import Augment
+from e2e.data.cohort import Slide
+from e2e.data.decode import build_decoder
+from e2e.data.loader import LabelledSlide, View, make_bag
+from e2e.data.plan import cut_update
+from e2e.data.store import PatchStore
+from e2e.errors import UserError
+from e2e.heads.base import HEADS
+from e2e.model import MILModel
+from e2e.parallel import build_strategy
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the report; ``good`` None: nothing to hold, a figure for the record."""
+
+    what: str
+    bar: str
+    measured: str
+    control: str
+    good: bool | None
+
+    def __str__(self) -> str:
+        mark = {True: "ok  ", False: "FAIL", None: "    "}[self.good]
+        return f"{mark} {self.what} | bar {self.bar} | measured {self.measured} | control {self.control}"
+
+
+def gradient(folder: Path) -> Iterator[Row]:
+    """Recomputed against kept graphs, every head, dropout and stochastic depth on."""
+    sizes = (23, 1, 17)
+    store = bench.write_store(folder, sizes, 64)
+    for dtype, bound in (("float64", 1e-12), ("float32", 1e-5)):
+        for policy in ("frozen", "chunk"):
+            worst, broken = ("", -1.0), float("inf")
+            for head in HEADS.names():
+                work = Work(head=head, chunk=6)
+                way = Way("x", batch_norm=policy, dropout=0.25, drop_path=0.2, dtype=dtype)
+                gap = _exact_against_naive(store, sizes, work, way)
+                worst = max(worst, (head, gap), key=lambda pair: pair[1])
+                if dtype == "float32" and policy == "frozen":
+                    with mock.patch.object(MILModel, "_draws", return_value=nullcontext()):
+                        broken = min(broken, _exact_against_naive(store, sizes, work, way))
+            control = f"dropout replay off: {broken:.1e}" if broken < 1e9 else "see float32, frozen"
+            good = worst[1] <= bound and broken > 100 * bound
+            what = f"gradient against naive, {len(HEADS.names())} heads, {policy}, {dtype}"
+            yield Row(what, f"<= {bound:g}", f"{worst[1]:.1e} ({worst[0]})", control, good)
+
+
+def _exact_against_naive(store: PatchStore, sizes: Sequence[int], work: Work, way: Way) -> float:
+    found = []
+    for keep in ("none", "all"):
+        way = dataclasses.replace(way, keep_graphs=keep)
+        model = bench.build_model(work, way)
+        found.append(bench.gradients(model, bench.bag_of(store, sizes, work, way), way, CPU))
+    return bench.apart(*found)
+
+
+def bf16(folder: Path) -> Iterator[Row]:
+    """The gradient of 256 chunks under bf16 autocast, against fp32."""
+    store = bench.write_store(folder, [256], 64)
+
+    def error(chunk: int, cached: bool = False) -> float:
+        work, way = Work(chunk=chunk), Way("x", precision="bf16")
+        found = []
+        for one in (way, dataclasses.replace(way, precision="fp32")):
+            model = bench.build_model(work, one)
+            with _autocast_cache(one.precision == "bf16" and cached):
+                found.append(
+                    bench.gradients(model, bench.bag_of(store, [256], work, one), one, CPU)
+                )
+        return bench.apart(*found)
+
+    chunked, naive, cached = error(1), error(256), error(1, cached=True)
+    yield Row(
+        "bf16 gradient against fp32, 256 chunks",
+        f"<= 1.25 x one piece ({naive:.4f})",
+        f"{chunked:.4f}",
+        f"autocast cache on: {cached:.4f}",
+        chunked <= 1.25 * naive < cached,
+    )
+
+
+@contextmanager
+def _autocast_cache(on: bool) -> Iterator[None]:
+    """One cached low-precision copy of each weight for all chunks, as autocast has by default."""
+    if not on:
+        yield
+        return
+    with (
+        mock.patch.object(MILModel, "_autocast", return_value=nullcontext()),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        yield
+
+
+def memory(folder: Path) -> Iterator[Row]:
+    """Peak memory against the number of patches, JPEG bytes taken off."""
+    sizes, small = (256, 1024, 4096, 8192), (64, 256)
+    store = bench.write_store(folder, (*sizes, *small), 64)
+
+    def growth(way: Way, counts: Sequence[int]) -> float:
+        points = []
+        for count in counts:
+            found = bench.memory_of(Work(patches=count), way, store, threads=1)
+            points.append((count, found["peak"] - found["jpeg_bytes"] * count))
+        return bench.slope(points)
+
+    exact = growth(bench.KNOWN["exact"], sizes)
+    naive = growth(bench.KNOWN["naive"], small)
+    yield Row(
+        "memory a patch, N = 256 to 8,192 at 64 px, r18",
+        "<= 8 KB",
+        f"{exact / 1000:.2f} KB",
+        f"naive, N = 64 to 256: {naive / 1000:,.0f} KB",
+        exact <= 8000 < naive,
+    )
+
+
+def speed(folder: Path) -> Iterator[Row]:
+    """Time against naive, the same mathematics, one thread, median CPU seconds in ABBA order."""
+    work = Work(patches=256, chunk=32)
+    store = bench.write_store(folder, [256], 64)
+    ways = [
+        Way("naive", mode="naive"),
+        Way("recomputed", fold=False),
+        Way("kept", fold=False, keep_graphs="64GiB"),
+    ]
+    found = bench.time_ways(ways, work, store, rounds=8)
+    naive = found["naive"]["cpu_seconds"]
+    for name, bar in (("recomputed", 1.45), ("kept", 1.05)):
+        ratio = found[name]["cpu_seconds"] / naive
+        control = f"naive {work.patches / naive:.0f} patches/s; theory for recomputing: 4/3"
+        yield Row(
+            f"time, {name} over naive, fp32", f"<= {bar}x", f"{ratio:.3f}x", control, ratio <= bar
+        )
+
+
+def layout(folder: Path) -> Iterator[Row]:
+    """Folding and channels_last, each alone and together; bf16 where the processor has it."""
+    work = Work(patches=128, chunk=32)
+    store = bench.write_store(folder, [128], 64)
+    ways = [
+        Way("plain", fold=False, channels_last=False),
+        Way("folded", channels_last=False),
+        Way("channels_last", fold=False),
+        Way("both"),
+    ]
+    if has_amx():
+        ways.append(Way("both, bf16", precision="bf16"))
+    found = bench.time_ways(ways, work, store, rounds=6)
+    reference = bench.gradients(
+        bench.build_model(work, ways[0]), bench.bag_of(store, [128], work, ways[0]), ways[0], CPU
+    )
+    for way in ways[1:]:
+        ratio = found[way.name]["cpu_seconds"] / found["plain"]["cpu_seconds"]
+        model = bench.build_model(work, way)
+        gap = bench.apart(
+            bench.gradients(model, bench.bag_of(store, [128], work, way), way, CPU), reference
+        )
+        same = way.precision != "fp32" or gap <= 1e-5
+        control = f"gradient differs by {gap:.1e}"
+        yield Row(
+            f"time, {way.name} over plain",
+            "reported",
+            f"{ratio:.3f}x",
+            control,
+            None if same else False,
+        )
+    if not has_amx():
+        yield Row(
+            "time, bf16 over fp32", "reported", "skipped: this processor has no AMX", "-", None
+        )
+
+
+def has_amx() -> bool:
+    """Whether bf16 matrix products have an engine of their own."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def sharded(folder: Path) -> Iterator[Row]:
+    """1,000 patches over two ranks, 437 and 563, against one process; and what each rank holds."""
+    bench.write_store(folder, [1000, 8], 64)
+    mp.spawn(_one_rank, args=(folder, _free_port()), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    two = torch.load(folder / "rank0.pt", weights_only=True)
+    other = torch.load(folder / "rank1.pt", weights_only=True)
+    way = Way("x")
+    work = Work(patches=1000, chunk=63)
+    store = PatchStore(folder / "bench.lmdb")
+    one = bench.gradients(
+        bench.build_model(work, way), bench.bag_of(store, [1000], work, way), way, CPU
+    )
+    gap, broken = bench.apart(two["good"], one), bench.apart(two["broken"], one)
+    what = "a bag of 1,000 over 2 ranks (437 + 563), fp32"
+    control = f"own rows not times world_size: {broken:.1e}"
+    yield Row(what, "<= 1e-6", f"{gap:.1e}", control, gap <= 1e-6 < broken)
+    held = [float(found["held"]) / 2**20 for found in (two, other)]
+    ratio, want = held[0] / held[1], 437 / 563
+    yield Row(
+        "memory of the two ranks, graphs kept",
+        f"ratio {want:.2f} within 15 %",
+        f"{held[0]:.0f} and {held[1]:.0f} MiB: {ratio:.2f}",
+        "an even split: 1.00",
+        abs(ratio / want - 1) <= 0.15,
+    )
+
+
+def _one_rank(rank: int, folder: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    strategy = build_strategy(CPU)
+    store = PatchStore(folder / "bench.lmdb")
+    work, way = Work(patches=1000, chunk=63), Way("x", keep_graphs="all")
+    model = bench.build_model(work, way)
+    bench.gradients(model, bench.bag_of(store, [8], work, way), way, CPU)
+    strategy.setup(model, lambda m: torch.optim.SGD(m.parameters(), lr=0.0), clip=None)
+    chunks = [chunk for group in cut_update([1000], 63) for chunk in group]
+    item = LabelledSlide(Slide("n1000", "n1000", "train", {}), store, torch.tensor(0))
+    view = View(build_decoder(), augment=Augment(), keep="jpeg")
+    found: dict[str, Any] = {}
+    for name in ("good", "broken"):
+        model.zero_grad(set_to_none=True)
+        before = bench.resident()
+        Path("/proc/self/clear_refs").write_text("5")
+        bag = make_bag([item], view, [chunks[:7], chunks[7:]], rank=rank)
+        assert bag.num_patches == (437, 563)[rank]
+        if name == "broken":
+            strategy.gather_rows = partial(_gather_without_factor, strategy.gather_rows)
+        outputs = strategy.module(bag, CPU, strategy)
+        loss = cross_entropy(outputs[0].logits, bag.target, reduction="none") * bag.weight
+        strategy.backward(loss.sum())
+        found[name] = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+        if name == "good":
+            found["held"] = torch.tensor(bench.resident()["VmHWM"] - before["VmRSS"])
+    torch.save(found, folder / f"rank{rank}.pt")
+    strategy.close()
+
+
+def _gather_without_factor(
+    gather: Callable[..., torch.Tensor], rows: torch.Tensor, counts: Sequence[int]
+) -> torch.Tensor:
+    """The same rows, with half the gradient."""
+    return gather(rows / 2 + rows.detach() / 2, counts)
+
+
+def strategies(folder: Path) -> Iterator[Row]:
+    """Five SGD steps of every strategy at two ranks; the tests measure, this reports."""
+    name = "tests/test_strategies.py"
+    tests = ("test_two_ranks_take_the_steps_of_one_process", "test_a_broken_reduction_is_seen")
+    cases = _pytest(ROOT, folder, [f"{name}::{test}" for test in tests])
+    found: dict[str, tuple[float, float, bool]] = {}
+    broken: dict[str, float] = {}
+    for case in cases:
+        told = {p.attrib["name"]: p.attrib["value"] for p in case.iter("property")}
+        if "broken" in told:
+            broken[told["kind"]] = float(told["broken"])
+        elif "apart" in told:
+            worst, bar, good = found.get(told["kind"], (0.0, 0.0, True))
+            worst = max(worst, float(told["apart"]))
+            found[told["kind"]] = worst, float(told["bar"]), good and _passed(case)
+    if not found:
+        raise UserError(f"{name} reported nothing; run it by itself")
+    for kind, (worst, bar, good) in found.items():
+        control = f"reduction broken: {broken[kind]:.1e}" if kind in broken else "as for the others"
+        good = good and worst <= bar < broken.get(kind, float("inf"))
+        yield Row(f"{kind}, 2 ranks, 5 SGD steps", f"<= {bar:g}", f"{worst:.1e}", control, good)
+
+
+CONTROLS = (
+    (
+        "mask ignored",
+        "e2e/heads/base.py",
+        '.masked_fill(~mask.unsqueeze(1), float("-inf"))',
+        "",
+        "tests/test_heads.py::test_padding_changes_nothing",
+    ),
+    (
+        "dropout replay off",
+        "e2e/model.py",
+        "return seeded(seed, device) if self.training else nullcontext()",
+        "return nullcontext()",
+        "tests/test_model.py::test_recomputed_gradients_are_those_of_kept_graphs",
+    ),
+    (
+        "reduction off",
+        "e2e/parallel/ddp.py",
+        "(loss * self.world_size).backward()",
+        "loss.backward()",
+        "tests/test_strategies.py::test_two_ranks_take_the_steps_of_one_process",
+    ),
+    (
+        "BatchNorm merge off",
+        "e2e/batchnorm.py",
+        "        total(flat)\n",
+        "",
+        "tests/test_strategies.py::test_two_ranks_take_the_steps_of_one_process",
+    ),
+)
+"""What is broken, in which file, this text, into this text, and the test that must turn red."""
+
+
+def controls(folder: Path) -> Iterator[Row]:
+    """Each break, in a copy of the code, turns its named test red; unbroken they are green."""
+    for what, file, old, new, test in CONTROLS:
+        copy = folder / what.replace(" ", "_")
+        copy.mkdir()
+        for name in ("e2e", "tests", "configs", "launch", "tools"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        text = (copy / file).read_text()
+        if text.count(old) != 1:
+            raise UserError(f"check_engine.CONTROLS: {file} holds {text.count(old)} times {old!r}")
+        green = [_passed(case) for case in _pytest(copy, folder, [test])]
+        (copy / file).write_text(text.replace(old, new))
+        red = [not _passed(case) for case in _pytest(copy, folder, [test])]
+        measured = f"{sum(red)} of {len(red)} cases red"
+        control = f"unbroken: {len(green) - sum(green)} red"
+        yield Row(
+            f"{what}: {test.split('::')[1]}", "red", measured, control, any(red) and all(green)
+        )
+
+
+def _pytest(root: Path, folder: Path, tests: Sequence[str]) -> list[ElementTree.Element]:
+    report = folder / "report.xml"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+    ]
+    subprocess.run(
+        [*command, *tests],
+        cwd=root,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    return list(ElementTree.parse(report).iter("testcase"))
+
+
+def _passed(case: ElementTree.Element) -> bool:
+    return all(case.find(kind) is None for kind in ("failure", "error", "skipped"))
+
+
+def long(folder: Path) -> Iterator[Row]:
+    """A slide of 20,000 patches at 224 px, one step on all of them, twice."""
+    count, threads = 20_000, os.cpu_count() or 1
+    store = bench.write_store(folder, [count, 64], 224)
+    work, norms = Work(patches=count, size=224, chunk=64), []
+    for name, keep in (("nothing kept", "none"), ("again, 4 GiB of graphs kept", "4GiB")):
+        way = Way(name, keep_graphs=keep, precision="bf16" if has_bf16() else "fp32")
+        found = bench.memory_of(work, way, store, threads=threads)
+        norms.append(found["gradient_norm"])
+        gap = abs(norms[-1] / norms[0] - 1)
+        yield Row(
+            f"20,000 patches at 224 px, r18, {way.precision}, {threads} threads, {name}",
+            "reported; gradient norm alike to 1e-4",
+            f"{found['peak'] / 2**20:,.0f} MiB peak, {found['seconds'] / 60:.1f} min",
+            f"gradient norm {norms[-1]:.6g}, differs by {gap:.1e}",
+            gap <= 1e-4,
+        )
+
+
+def has_bf16() -> bool:
+    """Whether this processor multiplies bf16."""
+    return any(word in Path("/proc/cpuinfo").read_text() for word in ("avx512_bf16", "amx_bf16"))
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+ROWS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    f.__name__: f for f in (gradient, bf16, memory, speed, layout, sharded, strategies, controls)
+}
+
+
+def check(names: Sequence[str] | None, *, long: bool) -> int:
+    """Print every row; 1 where one falls short."""
+    rows = dict(ROWS) | ({"long": globals()["long"]} if long else {})
+    unknown = [name for name in names or () if name not in rows]
+    if unknown:
+        raise UserError(f"no row {', '.join(unknown)}; known: {', '.join(rows)}")
+    began, short = time.monotonic(), 0
+    for name in names or rows:
+        with tempfile.TemporaryDirectory() as folder:
+            for row in rows[name](Path(folder)):
+                print(row, flush=True)
+                short += row.good is False
+    print(f"{short} short of the bar; {(time.monotonic() - began) / 60:.1f} minutes")
+    return 1 if short else 0
