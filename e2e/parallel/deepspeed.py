@@ -249,7 +249,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"no DeepSpeed configuration {path}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no JSON: {error}") from error
-    stage = asked.get("zero_optimization", {}).get("stage") if isinstance(asked, dict) else None
+    zero = asked.get("zero_optimization") if isinstance(asked, dict) else None
+    stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, found {stage!r}")
     return asked

@@ -25,6 +25,7 @@ class FSDP2(Group):
     def _wrap(self, make_optimizer: MakeOptimizer) -> None:
         sharded = fully_shard(self.model, reshard_after_forward=False)
         sharded.set_gradient_divide_factor(1.0)  # the sum over ranks, not the mean
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
         self.module = self.model
         self.optimizer = make_optimizer(self.model)
 
