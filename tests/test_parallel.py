@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from e2e.errors import UserError
+from e2e.errors import LostRankError, UserError
 from e2e.parallel import Strategy, autocast_dtype, pick_device
+from e2e.parallel.ddp import Group
 from e2e.parallel.deepspeed import complete_config, read_config
 
 CPU = torch.device("cpu")
@@ -100,6 +103,31 @@ def test_precision_is_what_was_asked_for():
     assert autocast_dtype("fp32", cpu) is None
     assert autocast_dtype("auto", cpu) is None
     assert autocast_dtype("bf16", cpu) is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "said", ["Connection closed by peer [127.0.0.1]:403", "Timed out waiting 5000ms for recv"]
+)
+def test_a_backend_that_lost_a_rank_is_told_from_other_errors(said):
+    with pytest.raises(LostRankError, match=r"rank 0 lost contact .*: " + said[:10]), lost(said):
+        pass
+    with (
+        pytest.raises(RuntimeError, match="cannot restore the shape"),
+        lost("cannot restore the shape"),
+    ):
+        pass
+
+
+def lost(said: str) -> AbstractContextManager[None]:
+    """``watch()`` around an error of these words, without a process group."""
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        with Group.watch(Strategy(CPU)):  # pyright: ignore[reportArgumentType]
+            yield
+            raise RuntimeError(f"[/pytorch/gloo/pair.cc:561] {said}. Check the logs")
+
+    return around()
 
 
 # DeepSpeed's JSON
