@@ -33,7 +33,7 @@ RESUME=no
 [[ ! -f $RUN/settings.yaml ]] || RESUME=yes
 export RUN PYTHON RESUME
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 exec srun --kill-on-bad-exit=1 --ntasks-per-node=1 "$PYTHON" launch/torchrun.py \
     --nnodes "$SLURM_JOB_NUM_NODES" \
     --nproc-per-node "${PROCESSES:-gpu}" \
