@@ -124,6 +124,7 @@ def test_ranks_that_disagree_are_told_what_and_which(found):
 def test_any_strategy_loads_what_any_other_saved(found, source, kind, optimizer):
     saved, back = found[optimizer, source], found[optimizer, source, kind]
     assert all(len(saved[what]) for what in ("weights", "average", "optimizer"))
+    assert saved["shapes"] == {name: value.shape for name, value in saved["weights"].items()}
     for what in ("weights", "average", "optimizer"):
         assert same(saved[what], back[what]), what
     if optimizer == "sgd_momentum":  # and goes on as if never stopped

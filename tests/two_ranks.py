@@ -286,6 +286,7 @@ def train_and_save(kind: str, make_optimizer: Callable[[nn.Module], Optimizer]) 
         "weights": strategy.whole(strategy.shards()),
         "average": strategy.whole(average),
         "optimizer": strategy.optimizer_tensors(),
+        "shapes": strategy.shapes,
     }
     strategy.backward(loss_of(strategy, UPDATES[3]))
     strategy.step()

@@ -34,6 +34,8 @@ class Strategy:
     model: nn.Module
     module: nn.Module
     optimizer: Optimizer
+    shapes: dict[str, torch.Size]
+    """Of the plain model's state dict, whatever pieces the ranks hold."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -58,6 +60,7 @@ class Strategy:
             clip: largest joint L2 norm of the gradients; None for no limit.
         """
         self.model, self.clip = model.to(self.device), clip
+        self.shapes = {name: value.shape for name, value in model.state_dict().items()}
         if make_optimizer is None:
             self.module = self.model
         else:
