@@ -58,7 +58,8 @@ def dtype_of(kind: str) -> torch.dtype:
 
 
 def new_model(policy: str = "chunk", dtype: torch.dtype = torch.float32) -> MILModel:
-    return make_model(CHUNK, dropout=0.3, batch_norm=policy).to(dtype)
+    model = make_model(CHUNK, dropout=0.3, batch_norm=policy).to(dtype)
+    return model.to(memory_format=torch.channels_last)
 
 
 def part_of(share: list[list[int]], counts: bool, dtype: torch.dtype) -> Bag:
@@ -295,11 +296,15 @@ def train_and_save(kind: str, make_optimizer: Callable[[nn.Module], Optimizer]) 
 
 def load_and_train(strategy: Strategy, saved: dict[str, Any]) -> dict[str, Any]:
     """What comes back of a checkpoint that another strategy wrote, and its third step."""
-    strategy.load(saved["weights"])
-    strategy.load_optimizer(saved["optimizer"])
+    weights, average, optimizer = (
+        {name: value.contiguous() for name, value in saved[what].items()}  # as a file gives them
+        for what in ("weights", "average", "optimizer")
+    )
+    strategy.load(weights)
+    strategy.load_optimizer(optimizer)
     found = {
         "weights": strategy.whole(strategy.shards()),
-        "average": strategy.whole(strategy.scatter(saved["average"])),
+        "average": strategy.whole(strategy.scatter(average)),
         "optimizer": strategy.optimizer_tensors(),
     }
     strategy.backward(loss_of(strategy, UPDATES[3]))

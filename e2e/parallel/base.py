@@ -182,7 +182,8 @@ class Strategy:
         return {name: self._cut(state[name], value) for name, value in whole.items()}
 
     def _cut(self, like: Tensor, value: Tensor) -> Tensor:
-        return value.to(self.device, copy=True)
+        # Laid out in memory as the model's own (channels_last): fused optimisers go by address.
+        return torch.empty_like(like, device=self.device, requires_grad=False).copy_(value)
 
     @torch.no_grad()
     def load(self, whole: Mapping[str, Tensor]) -> None:
@@ -262,6 +263,12 @@ class Strategy:
 
     def _slot_of(self, parameter: nn.Parameter, piece: Tensor) -> Tensor:
         return piece
+
+
+def lay_out_plainly(model: nn.Module) -> None:
+    """Contiguous parameters: what cuts them into pieces cannot cut those in channels_last."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
 
 
 @torch.no_grad()

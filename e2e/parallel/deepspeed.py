@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from e2e.errors import UserError, listing
-from e2e.parallel.base import STEP, MakeOptimizer, Tensors
+from e2e.parallel.base import STEP, MakeOptimizer, Tensors, lay_out_plainly
 from e2e.parallel.ddp import Group
 
 OURS = {
@@ -62,6 +62,7 @@ class DeepSpeed(Group):
         wide = {n for n, p in self.model.named_parameters() if p.dtype != torch.float32}
         if wide:
             raise UserError(f"DeepSpeed needs float32 weights; these are not\n{listing(wide)}")
+        lay_out_plainly(self.model)
         config = complete_config(
             self._asked, self._config_file, clip=self.clip, world_size=self.world_size
         )
