@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW
 
 from e2e.errors import LostRankError, UserError
 from e2e.parallel import Strategy, autocast_dtype, pick_device
+from e2e.parallel.base import lay_out_plainly
 from e2e.parallel.ddp import Group
 from e2e.parallel.deepspeed import complete_config, read_config
 
@@ -96,6 +97,16 @@ def test_other_weights_are_there_inside_and_gone_after():
     with pytest.raises(RuntimeError), strategy.whole_parameters(other) as plain:
         plain(torch.ones(1, 3))
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_in_channels_last_are_laid_out_plainly_even_of_a_1x1_convolution():
+    model = nn.Sequential(nn.Conv2d(4, 3, 3), nn.Conv2d(3, 5, 1)).to(
+        memory_format=torch.channels_last
+    )
+    values = [parameter.detach().clone() for parameter in model.parameters()]
+    lay_out_plainly(model)
+    assert [p.stride() for p in model.parameters()] == [(36, 9, 3, 1), (1,), (3, 1, 1, 1), (1,)]
+    assert all(map(torch.equal, model.parameters(), values))
 
 
 def test_precision_is_what_was_asked_for():

@@ -266,9 +266,12 @@ class Strategy:
 
 
 def lay_out_plainly(model: nn.Module) -> None:
-    """Contiguous parameters: what cuts them into pieces cannot cut those in channels_last."""
+    """Contiguous parameters: what cuts them into pieces cannot cut those in channels_last.
+
+    Not by ``contiguous()``, which leaves a 1x1 convolution its strange strides.
+    """
     for parameter in model.parameters():
-        parameter.data = parameter.data.contiguous()
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
