@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from e2e.errors import LostRankError, UserError
-from e2e.parallel import Strategy, autocast_dtype, pick_device
+from e2e.parallel import Strategy, autocast_dtype, build_strategy, pick_device
 from e2e.parallel.base import lay_out_plainly
 from e2e.parallel.ddp import Group
 from e2e.parallel.deepspeed import complete_config, read_config
@@ -142,6 +142,12 @@ def lost(said: str) -> AbstractContextManager[None]:
 
 
 # DeepSpeed's JSON
+
+
+def test_deepspeed_without_a_file_is_refused_before_any_process_group():
+    with pytest.raises(UserError, match=r"zero2\.json"):
+        build_strategy(CPU, "deepspeed")
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -299,6 +299,7 @@ def _advice(key: str, ours: Mapping[str, Any]) -> str:
 
 def _import_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # one process, not under torchrun
     with _quiet():
         import deepspeed
         import deepspeed.ops
