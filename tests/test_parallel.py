@@ -1,123 +1,112 @@
-"""Two processes take the step that one takes. Compared with SGD in float64: after AdamW, weights
-say little, because it turns the rounding noise of a zero gradient into a whole step."""
+"""What needs no second process: the single strategy, devices, precision, DeepSpeed's JSON."""
 
 from __future__ import annotations
 
-import os
-import socket
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from torch import Tensor
-from torch.optim import SGD
+from torch import nn
+from torch.optim import SGD, AdamW
 
-from e2e.bag import Bag
-from e2e.data.sampler import group_bags, rank_share
-from e2e.optim import clip_gradients
+from e2e.errors import LostRankError, UserError
 from e2e.parallel import Strategy, autocast_dtype, build_strategy, pick_device
-from e2e.tasks.base import TASKS
-from e2e.trainer import batch_loss
-from tests.test_model import make_model
+from e2e.parallel.base import lay_out_plainly
+from e2e.parallel.ddp import Group
+from e2e.parallel.deepspeed import complete_config, read_config
 
-SIZES = (7, 1, 12, 5, 9)
-CHUNK = 8
-CASES = [("frozen", None), ("chunk", 0.05)]
-
-
-def part_of(share: list[list[int]], counts: bool) -> Bag:
-    """The bags of some groups of slides, each with its own pixels and seed wherever it lies."""
-    slides = [slide for group in share for slide in group]
-    pieces = []
-    for slide in slides:
-        generator = torch.Generator().manual_seed(slide)
-        pieces.append(torch.rand(SIZES[slide], 3, 8, 8, generator=generator, dtype=torch.float64))
-    pixels = torch.cat(pieces)
-    return Bag(
-        offsets=tuple(np.cumsum([0, *(len(piece) for piece in pieces)]).tolist()),
-        coords=torch.zeros(len(pixels), 2, dtype=torch.int32),
-        pixels=lambda start, stop, device: pixels[start:stop],
-        target=torch.tensor(slides) % 2,
-        slides=tuple(map(str, slides)),
-        seeds=tuple(100 + slide for slide in slides),
-        weight=torch.full((len(slides),), float(counts)),
-        groups=tuple(number for number, group in enumerate(share) for _ in group),
-    )
-
-
-def take_steps(strategy: Strategy, policy: str, clip: float | None) -> dict[str, Tensor]:
-    """The state after three updates over five ragged bags; the last update has one bag."""
-    model = make_model(CHUNK, dropout=0.3, batch_norm=policy)
-    wrapped = strategy.wrap(model)
-    task = TASKS.build("classification", classes=["a", "b"])
-    optimizer = SGD(model.parameters(), lr=0.1)
-    for update in ([0, 1, 2], [3, 4, 0], [2]):
-        model.train()
-        positions = group_bags([SIZES[slide] for slide in update], CHUNK)
-        groups = [[update[position] for position in group] for group in positions]
-        share, counts = rank_share(groups, strategy.rank, strategy.world_size)
-        optimizer.zero_grad()
-        loss = batch_loss(wrapped, model, part_of(share, counts), task, strategy.device)
-        strategy.backward(loss / len(update))
-        clip_gradients(model.parameters(), clip)
-        optimizer.step()
-        model.statistics.commit(strategy.sum)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    for other in strategy.gather(state):
-        for name in state:  # every rank holds the same model
-            assert torch.equal(other[name], state[name]), name
-    return state
-
-
-def one_of_two(rank: int, port: int, out: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    strategy = build_strategy(torch.device("cpu"))
-    for policy, clip in CASES:
-        state = take_steps(strategy, policy, clip)
-        if strategy.leads:
-            torch.save(state, out / f"{policy}.pt")
-    strategy.close()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("two_ranks")
-    mp.spawn(one_of_two, args=(free_port(), out), nprocs=2)
-    return out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("policy", "clip"), CASES)
-def test_two_ranks_take_the_step_of_one(two_ranks, policy, clip):
-    start = make_model(CHUNK, dropout=0.3, batch_norm=policy).state_dict()
-    one = take_steps(Strategy(torch.device("cpu")), policy, clip)
-    two = torch.load(two_ranks / f"{policy}.pt", weights_only=True)
-    moved = sum((one[k] - start[k]).double().norm() ** 2 for k in one) ** 0.5
-    apart = sum((one[k] - two[k]).double().norm() ** 2 for k in one) ** 0.5
-    assert moved > 1e-3
-    assert apart / moved < 1e-9
+CPU = torch.device("cpu")
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "deepspeed"
 
 
 def test_one_process_needs_no_process_group():
-    strategy = Strategy(torch.device("cpu"))
+    strategy = Strategy(CPU)
     value = torch.ones(2)
     strategy.sum(value)
     assert strategy.leads
     assert strategy.gather("x") == ["x"]
     assert value.tolist() == [1, 1]
+    assert strategy.gather_rows(value, [2]) is value
+    strategy.agree({"settings": "abc"})
     assert not torch.distributed.is_initialized()
+
+
+def test_without_an_optimiser_the_model_is_only_placed():
+    strategy, model = Strategy(CPU), nn.Linear(2, 1)
+    strategy.setup(model, None, clip=None)
+    with strategy.whole_parameters() as plain:
+        assert plain is model
+    assert not hasattr(strategy, "optimizer")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_step_leaves_weights_and_state_alone(fused, bad):
+    torch.manual_seed(0)
+    strategy, model = Strategy(CPU), nn.Linear(3, 1)
+    strategy.setup(model, lambda m: AdamW(m.parameters(), lr=0.1, fused=fused), clip=1.0)
+
+    def step(extra: float) -> bool:
+        strategy.backward(model(torch.ones(1, 3)).square().sum() + extra)
+        return bool(strategy.step()[1])
+
+    assert step(0.0)
+    before = strategy.whole(strategy.shards()) | strategy.optimizer_tensors()
+    assert not step(bad)
+    after = strategy.whole(strategy.shards()) | strategy.optimizer_tensors()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert before["weight.step"] == 1
+    assert step(0.0)
+    assert strategy.optimizer_tensors()["weight.step"] == 2
+
+
+def test_the_host_does_not_wait_for_a_fused_step():
+    strategy, model = Strategy(CPU), nn.Linear(3, 1)
+    strategy.setup(model, lambda m: AdamW(m.parameters(), lr=0.1, fused=True), clip=1.0)
+    read = torch.Tensor.__bool__
+    try:
+        torch.Tensor.__bool__ = lambda self: pytest.fail("a tensor was read")  # pyright: ignore
+        strategy.backward(model(torch.ones(1, 3)).sum())
+        _, good = strategy.step()
+    finally:
+        torch.Tensor.__bool__ = read
+    assert good
+
+
+def test_gradients_are_clipped_jointly_and_the_norm_is_that_before():
+    strategy, model = Strategy(CPU), nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    strategy.setup(model, lambda m: SGD(m.parameters(), lr=1.0), clip=1.0)
+    strategy.backward(model(torch.tensor([[3.0, 4.0]])).sum())
+    norm, _ = strategy.step()
+    assert norm.item() == pytest.approx(5.0)
+    assert model.weight.tolist()[0] == pytest.approx([-0.6, -0.8], rel=1e-5)
+    assert model.weight.grad is None
+
+
+def test_other_weights_are_there_inside_and_gone_after():
+    strategy, model = Strategy(CPU), nn.Linear(2, 1)
+    strategy.setup(model, lambda m: SGD(m.parameters(), lr=1.0), clip=None)
+    own = strategy.whole(strategy.shards())
+    other = {name: torch.full_like(value, 7.0) for name, value in own.items()}
+    with strategy.whole_parameters(other) as plain:
+        assert plain(torch.ones(1, 2)).item() == 21.0
+    with pytest.raises(RuntimeError), strategy.whole_parameters(other) as plain:
+        plain(torch.ones(1, 3))
+    assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_in_channels_last_are_laid_out_plainly_even_of_a_1x1_convolution():
+    model = nn.Sequential(nn.Conv2d(4, 3, 3), nn.Conv2d(3, 5, 1)).to(
+        memory_format=torch.channels_last
+    )
+    values = [parameter.detach().clone() for parameter in model.parameters()]
+    lay_out_plainly(model)
+    assert [p.stride() for p in model.parameters()] == [(36, 9, 3, 1), (1,), (3, 1, 1, 1), (1,)]
+    assert all(map(torch.equal, model.parameters(), values))
 
 
 def test_precision_is_what_was_asked_for():
@@ -125,3 +114,115 @@ def test_precision_is_what_was_asked_for():
     assert autocast_dtype("fp32", cpu) is None
     assert autocast_dtype("auto", cpu) is None
     assert autocast_dtype("bf16", cpu) is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "said", ["Connection closed by peer [127.0.0.1]:403", "Timed out waiting 5000ms for recv"]
+)
+def test_a_backend_that_lost_a_rank_is_told_from_other_errors(said):
+    with pytest.raises(LostRankError, match=r"rank 0 lost contact .*: " + said[:10]), lost(said):
+        pass
+    with (
+        pytest.raises(RuntimeError, match="cannot restore the shape"),
+        lost("cannot restore the shape"),
+    ):
+        pass
+
+
+def lost(said: str) -> AbstractContextManager[None]:
+    """``watch()`` around an error of these words, without a process group."""
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        with Group.watch(Strategy(CPU)):  # pyright: ignore[reportArgumentType]
+            yield
+            raise RuntimeError(f"[/pytorch/gloo/pair.cc:561] {said}. Check the logs")
+
+    return around()
+
+
+# DeepSpeed's JSON
+
+
+def test_deepspeed_without_a_file_is_refused_before_any_process_group():
+    with pytest.raises(UserError, match=r"zero2\.json"):
+        build_strategy(CPU, "deepspeed")
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_json_that_comes_along_takes_our_clipping_and_accumulation(stage):
+    path = CONFIGS / f"zero{stage}.json"
+    made = complete_config(read_config(path), path, clip=0.5, world_size=4)
+    assert made["zero_optimization"]["stage"] == stage
+    assert made["gradient_clipping"] == 0.5
+    assert made["gradient_accumulation_steps"] == 1
+    assert made["train_batch_size"] == 4 * made["train_micro_batch_size_per_gpu"]
+
+
+def test_no_clipping_is_written_down_because_deepspeed_clips_when_told_nothing():
+    path = CONFIGS / "zero2.json"
+    assert complete_config(read_config(path), path, clip=None, world_size=1)[
+        "gradient_clipping"
+    ] == (0.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("gradient_clipping", 1.0, "optim.clip"),
+        ("gradient_accumulation_steps", 4, "optim.bags"),
+        ("train_batch_size", 32, "optim.bags"),
+        ("train_micro_batch_size_per_gpu", 8, "optim.bags"),
+        ("optimizer", {"type": "AdamW"}, "optim."),
+        ("scheduler", {"type": "WarmupLR"}, "optim.lr"),
+        ("fp16", {"enabled": True}, "engine.precision"),
+        ("bf16", {"enabled": True}, "engine.precision"),
+        ("amp", {"enabled": True}, "engine.precision"),
+    ],
+)
+def test_a_json_that_contradicts_the_settings_is_refused_by_key(tmp_path, key, value, told):
+    path = tmp_path / "ours.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, key: value}))
+    with pytest.raises(UserError) as error:
+        complete_config(read_config(path), path, clip=0.5, world_size=2)
+    message = str(error.value)
+    for part in (str(path), key, repr(value), told):
+        assert part in message
+
+
+def test_a_json_that_agrees_or_leaves_it_to_us_is_taken(tmp_path):
+    path = tmp_path / "ours.json"
+    asked = {
+        "zero_optimization": {"stage": 1, "overlap_comm": True},
+        "gradient_clipping": 0.5,
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "fp16": {"enabled": False},
+        "comms_logger": {"enabled": False},
+    }
+    path.write_text(json.dumps(asked))
+    made = complete_config(read_config(path), path, clip=0.5, world_size=2)
+    assert made["zero_optimization"]["overlap_comm"] is True
+    assert made["comms_logger"] == {"enabled": False}
+    assert made["train_batch_size"] == 2
+    assert "fp16" not in made
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "no DeepSpeed configuration"),
+        ("{", "no JSON"),
+        ("[]", "stage must be"),
+        ('{"zero_optimization": {"stage": 4}}', "found 4"),
+        ("{}", "found None"),
+        ('{"zero_optimization": 2}', "stage must be"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, told):
+    path = tmp_path / "zero.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=told):
+        read_config(path)

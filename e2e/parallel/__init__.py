@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from e2e.errors import UserError
 from e2e.parallel.base import MakeOptimizer as MakeOptimizer
 from e2e.parallel.base import Strategy as Strategy
 from e2e.parallel.ddp import DDP as DDP
@@ -49,7 +50,10 @@ def build_strategy(
     if name == "deepspeed":
         from e2e.parallel.deepspeed import DeepSpeed
 
-        assert deepspeed is not None
+        if deepspeed is None:
+            raise UserError(
+                "DeepSpeed needs its configuration file, such as configs/deepspeed/zero2.json"
+            )
         return DeepSpeed(device, deepspeed, timeout=timeout)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return DDP(device, timeout=timeout)

@@ -34,6 +34,8 @@ class Strategy:
     model: nn.Module
     module: nn.Module
     optimizer: Optimizer
+    shapes: dict[str, torch.Size]
+    """Of the plain model's state dict, whatever pieces the ranks hold."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -58,6 +60,7 @@ class Strategy:
             clip: largest joint L2 norm of the gradients; None for no limit.
         """
         self.model, self.clip = model.to(self.device), clip
+        self.shapes = {name: value.shape for name, value in model.state_dict().items()}
         if make_optimizer is None:
             self.module = self.model
         else:
@@ -183,7 +186,8 @@ class Strategy:
         return {name: self._cut(state[name], value) for name, value in whole.items()}
 
     def _cut(self, like: Tensor, value: Tensor) -> Tensor:
-        return value.to(self.device, copy=True)
+        # Laid out in memory as the model's own (channels_last): fused optimisers go by address.
+        return torch.empty_like(like, device=self.device, requires_grad=False).copy_(value)
 
     @torch.no_grad()
     def load(self, whole: Mapping[str, Tensor]) -> None:
@@ -265,6 +269,15 @@ class Strategy:
         # In the parameter's own order of memory (channels_last, say): a fused kernel goes through
         # parameter and slots side by side and does not look.
         return torch.empty_like(parameter.detach(), dtype=piece.dtype).copy_(piece)
+
+
+def lay_out_plainly(model: nn.Module) -> None:
+    """Contiguous parameters: what cuts them into pieces cannot cut those in channels_last.
+
+    Not by ``contiguous()``, which leaves a 1x1 convolution its strange strides.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()

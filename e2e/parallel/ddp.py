@@ -19,8 +19,7 @@ from e2e.errors import LostRankError, UserError, listing
 from e2e.parallel.base import MakeOptimizer, Strategy
 
 LOST = re.compile(
-    r"Connection (closed|reset)|Timed out|timed out|Broken pipe|Socket|gloo|NCCL|"
-    r"collective operation|store",
+    r"Connection (closed|reset|refused)|Read error|Broken pipe|timed out|timeout|remote (process|error)",
     re.IGNORECASE,
 )
 """What backends say when another rank is gone, or does not answer."""
@@ -99,11 +98,11 @@ class Group(Strategy):
         try:
             yield
         except RuntimeError as error:
-            if not (isinstance(error, dist.DistError) or LOST.search(str(error))):
+            said = re.sub(r"^\[\S*\] ", "", str(error)).splitlines()[0] if str(error) else ""
+            if not LOST.search(str(error)):
                 raise
-            said = str(error).strip().splitlines()[0]
             raise LostRankError(
-                f"rank {self.rank} lost contact with another rank: {said}\n"
+                f"rank {self.rank} lost contact with another rank: {said.partition('. ')[0]}\n"
                 "  the log of the rank that failed first says why; the others stop here\n"
                 "  go on from the last checkpoint: --resume RUN"
             ) from error

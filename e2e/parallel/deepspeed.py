@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from e2e.errors import UserError, listing
-from e2e.parallel.base import STEP, MakeOptimizer, Tensors
+from e2e.parallel.base import STEP, MakeOptimizer, Tensors, lay_out_plainly
 from e2e.parallel.ddp import Group
 
 OURS = {
@@ -62,6 +62,7 @@ class DeepSpeed(Group):
         wide = {n for n, p in self.model.named_parameters() if p.dtype != torch.float32}
         if wide:
             raise UserError(f"DeepSpeed needs float32 weights; these are not\n{listing(wide)}")
+        lay_out_plainly(self.model)
         config = complete_config(
             self._asked, self._config_file, clip=self.clip, world_size=self.world_size
         )
@@ -249,7 +250,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"no DeepSpeed configuration {path}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no JSON: {error}") from error
-    stage = asked.get("zero_optimization", {}).get("stage") if isinstance(asked, dict) else None
+    zero = asked.get("zero_optimization") if isinstance(asked, dict) else None
+    stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, found {stage!r}")
     return asked
@@ -297,6 +299,7 @@ def _advice(key: str, ours: Mapping[str, Any]) -> str:
 
 def _import_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # one process, not under torchrun
     with _quiet():
         import deepspeed
         import deepspeed.ops

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from e2e.parallel.base import MakeOptimizer, Tensors
+from e2e.parallel.base import MakeOptimizer, Tensors, lay_out_plainly
 from e2e.parallel.ddp import Group
 
 
@@ -23,8 +23,10 @@ class FSDP2(Group):
     """
 
     def _wrap(self, make_optimizer: MakeOptimizer) -> None:
+        lay_out_plainly(self.model)
         sharded = fully_shard(self.model, reshard_after_forward=False)
         sharded.set_gradient_divide_factor(1.0)  # the sum over ranks, not the mean
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
         self.module = self.model
         self.optimizer = make_optimizer(self.model)
 
@@ -59,9 +61,9 @@ class FSDP2(Group):
         return found
 
     def _cut(self, like: Tensor, value: Tensor) -> Tensor:
-        value = super()._cut(like, value)
         if not isinstance(like, DTensor):
-            return value
+            return super()._cut(like, value)
+        value = value.to(self.device, like.dtype).contiguous()
         full = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
         return full.to_local().clone()
 
