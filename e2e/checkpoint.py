@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from e2e.errors import DamagedDataError, UserError, listing
 from e2e.files import write_atomically
@@ -51,15 +51,9 @@ def part(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
     return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
 
 
-Shapes = dict[str, torch.Size]
-
-
-def shapes_of(model: nn.Module) -> Shapes:
-    """Names and shapes of a whole model's weights."""
-    return {name: value.shape for name, value in model.state_dict().items()}
-
-
-def check_weights(wanted: Shapes, weights: Mapping[str, Tensor], source: Path) -> None:
+def check_weights(
+    wanted: Mapping[str, torch.Size], weights: Mapping[str, Tensor], source: Path
+) -> None:
     """UserError naming what of ``weights`` does not fit a model of the ``wanted`` shapes."""
     faults = [f"missing: {k}" for k in wanted.keys() - weights.keys()]
     faults += [f"unknown: {k}" for k in weights.keys() - wanted.keys()]

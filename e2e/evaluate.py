@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from e2e.checkpoint import Shapes, check_weights, load_checkpoint, part
+from e2e.checkpoint import check_weights, load_checkpoint, part
 from e2e.data.decode import Decoder
 from e2e.data.loader import LabelledSlide, View, whole_bag
 from e2e.files import write_atomically
@@ -119,7 +119,6 @@ def metric_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
 
 def evaluate_run(
     model: MILModel,
-    shapes: Shapes,
     best: Path,
     items: Sequence[LabelledSlide],
     *,
@@ -134,9 +133,6 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Judge a run's best epoch on validation and test, and write what it says.
 
-    Args:
-        model: set up on ``strategy``, of weights of these ``shapes``.
-
     Writes to ``out``: predictions.csv and heatmaps/ by the ``judged`` weights (``model`` or
     ``ema``), metrics.json for both. Returns the content of metrics.json.
     """
@@ -148,7 +144,7 @@ def evaluate_run(
         weights = part(name, tensors)
         if not weights:
             continue
-        check_weights(shapes, weights, best)
+        check_weights(strategy.shapes, weights, best)
         for split in ("val", "test"):
             chosen = [item for item in items if item.slide.split == split]
             if not chosen:

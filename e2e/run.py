@@ -14,7 +14,7 @@ import torch
 
 from e2e import build
 from e2e.build import REGISTRIES as REGISTRIES
-from e2e.checkpoint import Shapes, check_weights, load_checkpoint, part, shapes_of
+from e2e.checkpoint import check_weights, load_checkpoint, part
 from e2e.config import Settings, dump_settings, flat_settings
 from e2e.data.cohort import Slide
 from e2e.data.decode import build_decoder
@@ -49,7 +49,6 @@ class _Parts:
     view: View
     """Of evaluation."""
     model: MILModel
-    shapes: Shapes
 
     def of_split(self, split: str) -> list[LabelledSlide]:
         """The slides of one split."""
@@ -124,7 +123,7 @@ def _prepare(
     items = _load_items(settings, task, ours, new=new)
     view = View(build_decoder(settings.data.decoder), settings.bag.size)
     model = build.build_model(settings, task, strategy.device, trained=trained)
-    return _Parts(task, items, view, model, shapes_of(model))
+    return _Parts(task, items, view, model)
 
 
 def _on_every_rank(strategy: Strategy, prepare: Callable[[], T]) -> T:
@@ -178,8 +177,8 @@ def predict(
     strategy = Strategy(pick_device(settings.engine.device))
     model = build.build_model(settings, task, strategy.device, trained=True)
     weights = part(build.judged_weights(settings.optim, settings.select), tensors)
-    check_weights(shapes_of(model), weights, best)
     strategy.setup(model, None, clip=None)
+    check_weights(strategy.shapes, weights, best)
     strategy.load(weights)
     store = PatchStore(store_path)
     unknown = torch.tensor(float("nan"))
@@ -280,7 +279,6 @@ def _evaluate(
 ) -> None:
     evaluate_run(
         parts.model,
-        parts.shapes,
         folder / "best.safetensors",
         parts.items,
         task=parts.task,

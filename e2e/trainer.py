@@ -19,7 +19,6 @@ from e2e.checkpoint import (
     part,
     prefixed,
     save_checkpoint,
-    shapes_of,
 )
 from e2e.data.loader import TrainingLoader
 from e2e.errors import UserError, listing
@@ -124,7 +123,6 @@ class Trainer:
         self.log = log
         self.screen = screen
         self.progress = Progress()
-        self._shapes = shapes_of(model)
         strategy.setup(model, self._make_optimizer, clip=schedule.clip)
         self.average = WeightAverage(strategy.shards(), schedule.ema) if schedule.ema else None
         self._started, self._patches = time.monotonic(), 0
@@ -166,7 +164,7 @@ class Trainer:
             if self.progress.best is not None:
                 self.progress.best = (self.progress.best[0], self.progress.best[1])
             weights = part("model", tensors)
-            check_weights(self._shapes, weights, path)
+            check_weights(self.strategy.shapes, weights, path)
             self.strategy.load(weights)
             self.strategy.load_optimizer(part("optimizer", tensors))
             if self.average is not None:

@@ -20,7 +20,6 @@ from e2e.checkpoint import (
     part,
     prefixed,
     save_checkpoint,
-    shapes_of,
 )
 from e2e.errors import DamagedDataError, UserError
 from e2e.optim import build_optimizer
@@ -187,7 +186,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     model = net(seed=1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UserError) as error:
-        check_weights(shapes_of(model), weights, tmp_path / "x.safetensors")
+        check_weights(set_up(model).shapes, weights, tmp_path / "x.safetensors")
     assert str(error.value).splitlines() == [
         f"{tmp_path / 'x.safetensors'} does not fit the model",
         "  0.bias: (5,) in the file, (4,) in the model",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests import two_ranks
-from tests.two_ranks import BROKEN, CASES, CPU, KINDS, dtype_of, new_model, part_of
+from tests.two_ranks import BROKEN, CASES, CPU, KINDS, bag_of, dtype_of, new_model
 
 pytestmark = pytest.mark.slow
 
@@ -48,28 +48,36 @@ def apart(state: dict[str, Tensor], reference: dict[str, Tensor], policy: str) -
     return distance(trained(state), trained(reference)) / moved
 
 
-def one_process(kind: str, policy: str, clip: float | None) -> dict[str, Any]:
-    return two_ranks.take_steps(two_ranks.build("single"), policy, clip, dtype_of(kind))
+def one_process(kind: str, *case: Any) -> dict[str, Any]:
+    return two_ranks.take_steps(two_ranks.build("single"), *case, dtype_of(kind))
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize(("policy", "clip"), CASES)
+@pytest.mark.parametrize(("policy", "clip", "shard_over"), CASES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_take_the_steps_of_one_process(found, kind, policy, clip):
-    one, two = one_process(kind, policy, clip), found[kind, policy]
-    assert apart(two["weights"], one["weights"], policy) < bar(kind)
+def test_two_ranks_take_the_steps_of_one_process(
+    found, kind, policy, clip, shard_over, record_property
+):
+    one, two = one_process(kind, policy, clip, shard_over), found[kind, policy, clip, shard_over]
+    gap = apart(two["weights"], one["weights"], policy)
+    for name, value in (("kind", kind), ("apart", gap), ("bar", bar(kind))):
+        record_property(name, value)
+    assert gap < bar(kind)
     torch.testing.assert_close(two["norms"], one["norms"], rtol=bar(kind), atol=0)
     for what in ("weights", "average"):  # buffers too
         torch.testing.assert_close(two[what], one[what], rtol=0, atol=10 * bar(kind))
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_reduction_is_seen(found, kind):
-    one, two = one_process(kind, "frozen", None), found[kind, "broken"]
-    assert apart(two["weights"], one["weights"], "frozen") > 100 * bar(kind)
+def test_a_broken_reduction_is_seen(found, kind, record_property):
+    one, two = one_process(kind, "frozen", None, None), found[kind, "broken"]
+    gap = apart(two["weights"], one["weights"], "frozen")
+    record_property("kind", kind)
+    record_property("broken", gap)
+    assert gap > 100 * bar(kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,7 +111,7 @@ def test_each_rank_may_judge_other_bags_with_other_weights_and_train_on(found, k
         model.load_state_dict(weights)
         for slide in range(5):
             if (number, slide) in story["judged"]:
-                logits = model(part_of([[slide]], True, torch.float32), CPU)[0].logits
+                logits = model(bag_of([slide], torch.float32), CPU)[0].logits
                 torch.testing.assert_close(story["judged"][number, slide], logits)
     assert len(story["judged"]) == 8
     assert not torch.equal(

@@ -14,21 +14,25 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.multiprocessing as mp
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from e2e.bag import Bag
-from e2e.data.sampler import group_bags, rank_share
+from e2e.data.cohort import Slide
+from e2e.data.loader import LabelledSlide, View, make_bag
+from e2e.data.plan import cut_update, in_one_piece, share_update
 from e2e.errors import UserError, exit_code
 from e2e.model import MILModel
 from e2e.parallel import Strategy, build_strategy
 from e2e.tasks.base import TASKS
-from e2e.trainer import batch_loss
+from e2e.trainer import bag_losses
 from tests.test_model import make_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,8 +41,8 @@ KINDS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
 SIZES = (7, 1, 12, 5, 21)
 CHUNK = 8
 UPDATES = ([0, 1, 2], [3, 4, 0], [2], [1, 2, 3, 4, 0], [0, 4])
-CASES = [("frozen", None), ("chunk", 0.5)]
-"""Policy of BatchNorm, clipping."""
+CASES = [("frozen", None, None), ("chunk", 0.5, None), ("chunk", None, 10), ("sync", None, None)]
+"""Policy of BatchNorm, clipping, size over which bags are sharded."""
 BROKEN = ("ddp", "fsdp", "zero2")
 DECAY = 0.5
 
@@ -58,45 +62,73 @@ def dtype_of(kind: str) -> torch.dtype:
 
 
 def new_model(policy: str = "chunk", dtype: torch.dtype = torch.float32) -> MILModel:
-    model = make_model(CHUNK, dropout=0.3, batch_norm=policy).to(dtype)
+    # Draws are a chunk's, and one piece is another chunk on each rank.
+    dropout = 0.0 if policy == "sync" else 0.3
+    model = make_model(CHUNK, dropout=dropout, batch_norm=policy).to(dtype)
     return model.to(memory_format=torch.channels_last)
 
 
-def part_of(share: list[list[int]], counts: bool, dtype: torch.dtype) -> Bag:
-    """The bags of some groups of slides, each with its own pixels and seed wherever it lies."""
-    slides = [slide for group in share for slide in group]
-    pieces = []
-    for slide in slides:
-        generator = torch.Generator().manual_seed(slide)
-        pieces.append(torch.rand(SIZES[slide], 3, 8, 8, generator=generator, dtype=torch.float64))
-    pixels = torch.cat(pieces).to(dtype)
-    return Bag(
-        offsets=tuple(np.cumsum([0, *(len(piece) for piece in pieces)]).tolist()),
-        coords=torch.zeros(len(pixels), 2, dtype=torch.int32),
-        pixels=lambda start, stop, device: pixels[start:stop],
-        target=torch.tensor(slides) % 2,
-        slides=tuple(map(str, slides)),
-        seeds=tuple(100 + slide for slide in slides),
-        weight=torch.full((len(slides),), float(counts)),
-        groups=tuple(number for number, group in enumerate(share) for _ in group),
-    )
+class DrawnSlides:
+    """In the place of a store and its decoder: five slides of random pixels."""
+
+    path = Path("drawn")
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def count(self, slide: str) -> int:
+        return SIZES[int(slide)]
+
+    def record(self, slide: str) -> SimpleNamespace:
+        return SimpleNamespace(coords=np.zeros((self.count(slide), 2), np.int32))
+
+    def read(self, slide: str, indices: NDArray[np.int64]) -> Tensor:
+        generator = torch.Generator().manual_seed(int(slide))
+        whole = torch.rand(self.count(slide), 3, 8, 8, generator=generator, dtype=torch.float64)
+        return whole[indices].to(self.dtype)
+
+    def decode(self, pixels: Tensor, device: torch.device) -> Tensor:
+        return pixels
 
 
-def own_bags(strategy: Strategy, update: list[int], dtype: torch.dtype) -> Bag:
-    positions = group_bags([SIZES[slide] for slide in update], CHUNK)
-    groups = [[update[position] for position in group] for group in positions]
-    share, counts = rank_share(groups, strategy.rank, strategy.world_size)
-    return part_of(share, counts, dtype)
+def bag_of(
+    update: list[int],
+    dtype: torch.dtype,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    shard_over: int | None = None,
+    one_piece: bool = False,
+) -> Bag:
+    """What a rank has of an update, made by the training loader's own function."""
+    drawn: Any = DrawnSlides(dtype)
+    items = [
+        LabelledSlide(Slide(str(s), str(s), "train", {}), drawn, torch.tensor(s % 2))
+        for s in update
+    ]
+    groups = cut_update([SIZES[slide] for slide in update], CHUNK)
+    shares = share_update(groups, world_size, shard_over=shard_over)
+    if one_piece:
+        shares = [in_one_piece(share) for share in shares]
+    return make_bag(items, View(drawn), shares, rank=rank)
 
 
-def loss_of(strategy: Strategy, update: list[int]) -> Tensor:
+def loss_of(strategy: Strategy, update: list[int], shard_over: int | None = None) -> Tensor:
     """This rank's share of the update's loss."""
     model = strategy.model
     assert isinstance(model, MILModel)
     model.train()
-    bag = own_bags(strategy, update, model.encoder.net[0].weight.dtype)  # pyright: ignore
+    dtype = model.encoder.net[0].weight.dtype  # pyright: ignore
+    bag = bag_of(
+        update,
+        dtype,
+        rank=strategy.rank,
+        world_size=strategy.world_size,
+        shard_over=shard_over,
+        one_piece=model.batch_norm.one_piece,
+    )
     task = TASKS.build("classification", classes=["a", "b"])
-    return batch_loss(strategy.module, model, bag, task, CPU) / len(update)
+    return bag_losses(strategy, bag, task).sum() / len(update)
 
 
 def sgd(model: nn.Module) -> Optimizer:
@@ -120,7 +152,11 @@ def adamw(model: nn.Module) -> Optimizer:
 
 
 def take_steps(
-    strategy: Strategy, policy: str, clip: float | None, dtype: torch.dtype
+    strategy: Strategy,
+    policy: str,
+    clip: float | None,
+    shard_over: int | None,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Weights, their average and the norms after updates over ragged bags."""
     model = new_model(policy, dtype)
@@ -128,11 +164,11 @@ def take_steps(
     average = {name: shard.clone() for name, shard in strategy.shards().items()}
     norms = []
     for update in UPDATES:
-        strategy.backward(loss_of(strategy, update))
+        strategy.backward(loss_of(strategy, update, shard_over))
         norm, good = strategy.step()
         assert good
         norms.append(norm.double())
-        model.statistics.commit(strategy.sum)
+        model.batch_norm.commit(strategy.sum, good)
         for name, shard in strategy.shards().items():
             if shard.is_floating_point():
                 average[name].lerp_(shard, 1 - DECAY)
@@ -159,7 +195,7 @@ def with_broken_reduction(kind: str) -> dict[str, Any]:
             strategy._backward = module.backward
 
     strategy._wrap = wrap_and_break
-    return take_steps(strategy, "frozen", None, dtype_of(kind))
+    return take_steps(strategy, "frozen", None, None, dtype_of(kind))
 
 
 def skip_a_bad_step(kind: str, make_optimizer: Callable[[nn.Module], Optimizer]) -> dict[str, Any]:
@@ -203,7 +239,7 @@ def evaluate_unevenly(kind: str) -> dict[str, Any]:
         for number, weights in enumerate((None, other)):
             with strategy.whole_parameters(weights) as plain:
                 for slide in slides:
-                    bag = part_of([[slide]], True, torch.float32)
+                    bag = bag_of([slide], torch.float32)
                     judged[number, slide] = plain(bag, CPU)[0].logits.clone()
     after = strategy.whole(strategy.shards())
     strategy.backward(loss_of(strategy, [3, 4, 0]))
@@ -264,8 +300,8 @@ def world(strategy: Strategy) -> dict[Any, Any]:
     """All that the tests look at: the same by every strategy, in the same two processes."""
     found: dict[Any, Any] = {"disagree": disagree(strategy), **exchange(strategy)}
     for kind in KINDS:
-        for policy, clip in CASES:
-            found[kind, policy] = take_steps(build(kind), policy, clip, dtype_of(kind))
+        for case in CASES:
+            found[kind, *case] = take_steps(build(kind), *case, dtype_of(kind))
         found[kind, "uneven"] = evaluate_unevenly(kind)
         found[kind, "sharded"] = shard_a_bag(build(kind), dtype_of(kind))
         for optimizer in (sgd_momentum, adamw):
