@@ -23,7 +23,7 @@ from e2e.errors import UserError, listing
 from e2e.files import write_atomically
 from e2e.heads.base import HEADS
 from e2e.model import MILModel
-from e2e.parallel import Strategy, autocast_dtype
+from e2e.parallel import Strategy, allow_tf32, autocast_dtype
 from e2e.parallel import build_strategy as named_strategy
 from e2e.tasks.base import TASKS, Task
 from e2e.trainer import Schedule
@@ -78,11 +78,13 @@ def build_model(settings: Settings, task: Task, device: torch.device, *, trained
 
 
 def build_strategy(engine: Engine, device: torch.device) -> Strategy:
-    """Where and over how many processes the run goes."""
+    """Where, over how many processes and in which float32 arithmetic the run goes."""
+    allow_tf32(engine.precision)
+    file = Path(engine.deepspeed)
     return named_strategy(
         device,
         engine.strategy,
-        deepspeed=CONFIGS.parent / engine.deepspeed,
+        deepspeed=file if file.is_file() else CONFIGS.parent / file,
         timeout=60 * engine.timeout,
     )
 

@@ -137,14 +137,23 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_weights(finished, cohort
 
 
 @pytest.mark.slow
-def test_torchrun_with_two_ranks_reports_the_losses_of_one(finished, cohort, tmp_path):
+@pytest.mark.parametrize(
+    "engine",
+    [
+        ["engine.strategy=ddp"],
+        ["engine.strategy=fsdp", "engine.shard=bag"],
+        ["engine.strategy=deepspeed", "engine.deepspeed=configs/deepspeed/zero3.json"],
+    ],
+    ids=lambda engine: engine[0],
+)
+def test_torchrun_with_two_ranks_reports_the_losses_of_one(finished, cohort, tmp_path, engine):
     out = tmp_path / "two"
     command = [
         BIN / "torchrun",
         "--nproc-per-node",
         "2",
         "launch/train.py",
-        *arguments(cohort, out),
+        *arguments(cohort, out, *engine),
     ]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.count("val auc") == 3  # one rank speaks

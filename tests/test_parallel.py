@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from e2e.errors import LostRankError, UserError
-from e2e.parallel import Strategy, autocast_dtype, build_strategy, pick_device
+from e2e.parallel import Strategy, allow_tf32, autocast_dtype, build_strategy, pick_device
 from e2e.parallel.base import lay_out_plainly
 from e2e.parallel.ddp import Group
 from e2e.parallel.deepspeed import complete_config, read_config
@@ -113,6 +113,7 @@ def test_precision_is_what_was_asked_for():
     cpu = pick_device("cpu")
     assert autocast_dtype("fp32", cpu) is None
     assert autocast_dtype("auto", cpu) is None
+    assert autocast_dtype("tf32", cpu) is None
     assert autocast_dtype("bf16", cpu) is torch.bfloat16
 
 
@@ -226,3 +227,12 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, told):
         path.write_text(text)
     with pytest.raises(UserError, match=told):
         read_config(path)
+
+
+def test_float32_products_are_rounded_unless_fp32_is_asked_for():
+    kinds = []
+    for precision in ("auto", "fp32", "tf32"):
+        allow_tf32(precision)
+        kinds.append(torch.backends.cuda.matmul.fp32_precision)
+        assert torch.backends.cudnn.conv.fp32_precision == kinds[-1]
+    assert kinds == ["tf32", "ieee", "tf32"]

@@ -61,8 +61,15 @@ def build_strategy(
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """``auto``: bfloat16 on a GPU that has it, else float32; ``bf16`` and ``fp32`` as they say."""
+    """``auto``: bfloat16 on a GPU that has it, else none; ``bf16``, ``tf32`` and ``fp32`` as they say."""
     if precision == "bf16":
         return torch.bfloat16
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if precision == "auto" and has_bf16 else None
+
+
+def allow_tf32(precision: str) -> None:
+    """Let a GPU round the factors of float32 products to TF32, unless ``fp32`` is asked for."""
+    kind = "ieee" if precision == "fp32" else "tf32"
+    torch.backends.cuda.matmul.fp32_precision = kind
+    torch.backends.cudnn.conv.fp32_precision = kind  # pyright: ignore[reportAttributeAccessIssue]

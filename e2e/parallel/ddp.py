@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from e2e.errors import LostRankError, UserError, listing
@@ -55,7 +54,8 @@ class Group(Strategy):
 
     def total(self, tensor: Tensor) -> Tensor:
         """See :class:`Strategy`."""
-        return all_reduce(tensor)
+        summed: Tensor = _Total.apply(tensor)  # pyright: ignore[reportAssignmentType]
+        return summed
 
     def sum(self, tensor: Tensor) -> None:
         """See :class:`Strategy`."""
@@ -141,6 +141,20 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         return gradients[0][ctx.own] * ctx.ranks, None, None
+
+
+class _Total(torch.autograd.Function):
+    """Sum over ranks, forwards and backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        summed = tensor.clone()
+        dist.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _Total.forward(ctx, gradients[0])
 
 
 def _numbers(ranks: list[int]) -> str:
