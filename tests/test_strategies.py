@@ -22,7 +22,13 @@ OTHERS = [(a, b) for a, b in itertools.product(KINDS, KINDS) if a != b]
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[Any, Any]:
     """What two ranks did together; see two_ranks.py."""
-    return two_ranks.run_world(tmp_path_factory.mktemp("two_ranks"))
+    return two_ranks.run(two_ranks.all_else, tmp_path_factory.mktemp("two_ranks"))
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory) -> dict[Any, Any]:
+    """The steps that two ranks took."""
+    return two_ranks.run(two_ranks.all_steps, tmp_path_factory.mktemp("steps"))
 
 
 def bar(kind: str) -> float:
@@ -59,9 +65,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize(("policy", "clip", "shard_over"), CASES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_take_the_steps_of_one_process(
-    found, kind, policy, clip, shard_over, record_property
+    steps, kind, policy, clip, shard_over, record_property
 ):
-    one, two = one_process(kind, policy, clip, shard_over), found[kind, policy, clip, shard_over]
+    one, two = one_process(kind, policy, clip, shard_over), steps[kind, policy, clip, shard_over]
     gap = apart(two["weights"], one["weights"], policy)
     for name, value in (("kind", kind), ("apart", gap), ("bar", bar(kind))):
         record_property(name, value)
@@ -72,8 +78,8 @@ def test_two_ranks_take_the_steps_of_one_process(
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_reduction_is_seen(found, kind, record_property):
-    one, two = one_process(kind, "frozen", None, None), found[kind, "broken"]
+def test_a_broken_reduction_is_seen(steps, kind, record_property):
+    one, two = one_process(kind, "frozen", None, None), steps[kind, "broken"]
     gap = apart(two["weights"], one["weights"], "frozen")
     record_property("kind", kind)
     record_property("broken", gap)

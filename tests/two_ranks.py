@@ -1,7 +1,7 @@
 """What two processes do together in the tests of strategies; no tests here.
 
-Processes are slow to start: :func:`world` does all of it in one pair, and the tests look at what it
-found. What a rank alone holds (``single``) is made in the test's own process.
+Processes are slow to start: a pair does much at once, and the tests look at what it found. What a
+rank alone holds (``single``) is made in the test's own process.
 """
 
 from __future__ import annotations
@@ -296,18 +296,24 @@ def disagree(strategy: Strategy) -> list[str]:
     return ["nothing"]
 
 
-def world(strategy: Strategy) -> dict[Any, Any]:
-    """All that the tests look at: the same by every strategy, in the same two processes."""
+def all_steps(strategy: Strategy) -> dict[Any, Any]:
+    """The steps of every strategy in every case, and with a broken reduction."""
+    found: dict[Any, Any] = {
+        (kind, *case): take_steps(build(kind), *case, dtype_of(kind))
+        for kind in KINDS
+        for case in CASES
+    }
+    return found | {(kind, "broken"): with_broken_reduction(kind) for kind in BROKEN}
+
+
+def all_else(strategy: Strategy) -> dict[Any, Any]:
+    """All else that the tests look at, by every strategy in the same two processes."""
     found: dict[Any, Any] = {"disagree": disagree(strategy), **exchange(strategy)}
     for kind in KINDS:
-        for case in CASES:
-            found[kind, *case] = take_steps(build(kind), *case, dtype_of(kind))
         found[kind, "uneven"] = evaluate_unevenly(kind)
         found[kind, "sharded"] = shard_a_bag(build(kind), dtype_of(kind))
         for optimizer in (sgd_momentum, adamw):
             found[kind, "bad", optimizer.__name__] = skip_a_bad_step(kind, optimizer)
-    for kind in BROKEN:
-        found[kind, "broken"] = with_broken_reduction(kind)
     return found
 
 
@@ -364,7 +370,10 @@ def exchange(strategy: Strategy) -> dict[str, Any]:
     return found
 
 
-def _rank(rank: int, port: int, out: Path) -> None:
+World = Callable[[Strategy], dict[Any, Any]]
+
+
+def _rank(rank: int, port: int, out: Path, world: World) -> None:
     with as_rank(rank, port):
         warnings.simplefilter("error")
         strategy = build("ddp", timeout=60)
@@ -391,10 +400,10 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def run_world(folder: Path) -> dict[Any, Any]:
-    """What :func:`world` returns on rank 0."""
+def run(world: World, folder: Path) -> dict[Any, Any]:
+    """What ``world`` returns on rank 0 of two."""
     out = folder / "found.pt"
-    mp.spawn(_rank, args=(free_port(), out), nprocs=2)  # pyright: ignore
+    mp.spawn(_rank, args=(free_port(), out, world), nprocs=2)  # pyright: ignore
     return torch.load(out, weights_only=False)
 
 
