@@ -314,7 +314,8 @@ def measure_memory(spec: dict[str, Any]) -> dict[str, Any]:
         after = resident()
         peak = (after["VmHWM"] - before["VmRSS"]) - (after["RssFile"] - before["RssFile"])
     norm = float(sum(g.double().square().sum() for g in found.values()) ** 0.5)
-    jpeg = sum(map(len, store.read(f"n{work.patches}", range(64)))) / 64
+    jpegs = store.read(f"n{work.patches}", range(min(64, work.patches)))
+    jpeg = sum(map(len, jpegs)) / len(jpegs)
     return {"peak": peak, "seconds": seconds, "jpeg_bytes": jpeg, "gradient_norm": norm}
 
 

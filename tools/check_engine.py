@@ -323,7 +323,7 @@ CONTROLS = (
         "e2e/heads/base.py",
         '.masked_fill(~mask.unsqueeze(1), float("-inf"))',
         "",
-        "tests/test_heads.py::test_padding_changes_nothing",
+        "tests/test_heads.py::test_what_padding_holds_changes_nothing",
     ),
     (
         "dropout replay off",
@@ -381,6 +381,8 @@ def _pytest(root: Path, folder: Path, tests: Sequence[str]) -> list[ElementTree.
         "-p",
         "no:cacheprovider",
         f"--junitxml={report}",
+        "-o",
+        "junit_family=xunit1",
     ]
     subprocess.run(
         [*command, *tests],
