@@ -438,7 +438,7 @@ def main() -> int:
     if args.check:
         from check_engine import check
 
-        return check(args.rows, long=args.long)
+        return check(args.rows, long=args.long, threads=args.threads)
     work = Work(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Work)})
     ways = [parse_way(text) for text in args.ways]
     if work.device == "cuda" and not torch.cuda.is_available():
