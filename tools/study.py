@@ -1,4 +1,4 @@
-"""Does training end to end on all patches of a slide learn more? Four arms, paired over cases.
+"""Does training end to end on all patches of a slide learn more? Arms paired over cases.
 
   python tools/study.py --datasets lung_detection --out study encoder.weights=FILE
   python tools/study.py --datasets mine.yaml --out study --epochs 20 --lr all=1e-4 optim.bags=4
@@ -88,15 +88,10 @@ def plan(
 def paired(
     scores: Mapping[str, Array], positive: np.ndarray, cases: Sequence[str], *, draws: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """AUC of each arm, and how much higher that of ``all`` is, over the same resamples of cases.
+    """AUC of each arm, meaned over seeds, and how much higher that of ``all`` is, with intervals.
 
-    Args:
-        scores: arm -> (seeds, n) scores of the same n slides.
-        positive: (n,) bool.
-        cases: of each slide; a case is drawn with all its slides.
-
-    Returns:
-        Arm -> mean AUC over seeds, and other arm -> AUC(all) - AUC(other), with intervals.
+    ``scores`` are (seeds, n) of the same n slides for each arm, ``positive`` is (n,) bool. A case is
+    drawn with all its slides; a resample is the same for all arms and seeds.
     """
     weights = case_weights(cases, draws, seed=0)
     means = {k: np.mean([auc(s, positive, weights) for s in rows], 0) for k, rows in scores.items()}
@@ -117,20 +112,21 @@ class Study:
         given = {"files": args.config, "overrides": args.overrides, "registries": build.REGISTRIES}
         self.settings = config.load_settings(datasets=args.datasets, model=args.model, **given)
         self.task = build.build_task(self.settings.task)
-        self.labels = Path(self.settings.data.labels).resolve()
         times = self.out / "times.json"
         self.seconds = json.loads(times.read_text()) if times.is_file() else {}
 
     def prepare(self) -> list[int]:
-        """Write the label table without test slides; returns the patches of each training slide."""
+        """Cut the label table into that of training and of test; patches of each training slide."""
         data = self.settings.data
         if data.columns.split is None or len(self.task.output_names) != 2:
             raise UserError("a study needs a cohort of two classes with a split column")
         items, _ = build.load_cohort(data, self.task, name="study", seed=0, problems_file=None)
-        table = pd.read_csv(self.labels, sep=None, engine="python", dtype=str)
+        table = pd.read_csv(data.labels, sep=None, engine="python", dtype=str)
         tests = [word for word, split in data.splits.items() if split == "test"]
-        kept = table[~table[data.columns.split].isin(tests)]
-        write_atomically(self.out / "labels_without_test.csv", kept.to_csv(index=False).encode())
+        apart = table[data.columns.split].isin(tests)
+        for name, rows in (("without_test", table[~apart]), ("test", table[apart])):
+            content = rows.to_csv(index=False).encode()
+            write_atomically(self.out / f"labels_{name}.csv", content)
         return [item.record.count for item in items if item.slide.split == "train"]
 
     def keep_to(self, arms: Mapping[str, Arm]) -> None:
@@ -156,14 +152,13 @@ class Study:
         return {k: report["val"][report["judged"]][k]["value"] for k in ("auc", "log_loss")}
 
     def test(self, arm: Arm, lr: float, seed: int) -> Any:
-        """The rows of the test slides in a run's predictions.csv, in order of the slides."""
+        """What a run predicts for the test slides, in their order."""
         folder = self.folder(arm, lr, seed)
         if not (folder / "test" / "metrics.json").is_file():
-            asked = [str(folder), "--out", str(folder / "test"), f"data.labels={self.labels}"]
-            asked += [f"data.unmatched={self.settings.data.unmatched}"]
+            asked = [str(folder), "--out", str(folder / "test")]
+            asked += [f"data.labels={self.out}/labels_test.csv"]
             self.step("launch/evaluate.py", asked, f"{folder.name}_test")
-        table = pd.read_csv(folder / "test" / "predictions.csv", dtype={"case": str, "slide": str})
-        return table[table["split"] == "test"].reset_index(drop=True)
+        return pd.read_csv(folder / "test" / "predictions.csv", dtype={"case": str, "slide": str})
 
     def folder(self, arm: Arm, lr: float, seed: int) -> Path:
         """Where a run lives."""
@@ -203,7 +198,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--frozen-epochs", type=int, help="of the frozen arms (default: --epochs)")
     add("--bag", type=int, default=16, help="random patches a bag of the sampling arms")
     add("--lr", action="append", default=[], metavar="ARM=LR[,LR]", help="an arm's candidates")
-    add("--validations", type=int, default=4, help="an arm's run: equal chances to pick an epoch")
+    add("--validations", type=int, default=4, help="of a run: every arm can pick an epoch as often")
     add("--draws", type=int, default=2000, help="resamples of the cases")
     add("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
@@ -294,8 +289,6 @@ def main() -> None:
     )
     study.keep_to(arms)
     wanted = [arms[name] for name in args.rates]
-    for arm in wanted:
-        print(f"{arm.name}: {arm.epochs} epochs, {arm.steps} steps, {arm.patches:,} patches")
     chosen = {a.name: choose(study, a, args.rates[a.name], args.seeds[0]) for a in wanted}
     for done, seed in enumerate(args.seeds, start=1):
         for arm in wanted:
