@@ -123,8 +123,10 @@ class Study:
         items, _ = build.load_cohort(data, self.task, name="study", seed=0, problems_file=None)
         table = pd.read_csv(data.labels, sep=None, engine="python", dtype=str)
         tests = [word for word, split in data.splits.items() if split == "test"]
-        apart = table[data.columns.split].isin(tests)
-        for name, rows in (("without_test", table[~apart]), ("test", table[apart])):
+        rest = table[~table[data.columns.split].isin(tests)]
+        # A cohort has training and validation slides: one of each comes with those of test.
+        some = pd.concat([rest.drop_duplicates([data.columns.split]), table.drop(rest.index)])
+        for name, rows in (("without_test", rest), ("test", some)):
             content = rows.to_csv(index=False).encode()
             write_atomically(self.out / f"labels_{name}.csv", content)
         return [item.record.count for item in items if item.slide.split == "train"]
@@ -158,7 +160,8 @@ class Study:
             asked = [str(folder), "--out", str(folder / "test")]
             asked += [f"data.labels={self.out}/labels_test.csv"]
             self.step("launch/evaluate.py", asked, f"{folder.name}_test")
-        return pd.read_csv(folder / "test" / "predictions.csv", dtype={"case": str, "slide": str})
+        table = pd.read_csv(folder / "test" / "predictions.csv", dtype={"case": str, "slide": str})
+        return table[table["split"] == "test"].reset_index(drop=True)
 
     def folder(self, arm: Arm, lr: float, seed: int) -> Path:
         """Where a run lives."""
