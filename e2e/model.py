@@ -4,7 +4,7 @@ A batch is cut into chunks. A chunk is encoded under non-reentrant activation ch
 forward keeps its features alone, the backward asks the bag for the same pixels and encodes them again
 with gradients. So the memory is that of one chunk, however many patches a bag has, and the gradients
 are those of the whole bag. Chunks whose graphs the memory budget holds are encoded once. The mechanism
-stands inside one forward of one module, as DDP, FSDP and DeepSpeed need it (spec: one reduction a step).
+stands inside one forward of one module, so that DDP, FSDP and DeepSpeed reduce once a step.
 """
 
 from __future__ import annotations

@@ -120,10 +120,22 @@ def _prepare(
             f"  go on with it: --resume {ours}; or choose another: run.out=FOLDER"
         )
     task = build.build_task(settings.task)
-    items = _load_items(settings, task, ours, new=new)
+    items, problems = build.load_cohort(
+        settings.data,
+        task,
+        name=settings.names.get("datasets", ""),
+        seed=settings.run.seed,
+        problems_file=ours.with_name(f"{ours.name}.problems.csv") if ours else None,
+    )
     view = View(build_decoder(settings.data.decoder), settings.bag.size)
     model = build.build_model(settings, task, strategy.device, trained=trained)
-    return _Parts(task, items, view, model)
+    parts = _Parts(task, items, view, model)
+    build.build_loader(settings, parts.of_split("train"), view, model).check(strategy.world_size)
+    if new and ours is not None:
+        ours.mkdir(parents=True, exist_ok=True)
+        build.write_cohort(items, problems, ours / "cohort.csv")
+        write_atomically(ours / "settings.yaml", dump_settings(settings).encode())
+    return parts
 
 
 def _on_every_rank(strategy: Strategy, prepare: Callable[[], T]) -> T:
@@ -212,24 +224,6 @@ class _Told(Progress):
     def finished(self, row: Row) -> None:
         """See the base class."""
         self._screen.say(f"{row.slide}: {row.status}, {row.patches} patches {row.reason}".rstrip())
-
-
-def _load_items(
-    settings: Settings, task: Task, folder: Path | None, *, new: bool
-) -> list[LabelledSlide]:
-    """The cohort; on the rank that has the ``folder``, a ``new`` run's first files are written."""
-    items, problems = build.load_cohort(
-        settings.data,
-        task,
-        name=settings.names.get("datasets", ""),
-        seed=settings.run.seed,
-        problems_file=folder.with_name(f"{folder.name}.problems.csv") if folder else None,
-    )
-    if folder is not None and new:
-        folder.mkdir(parents=True, exist_ok=True)
-        build.write_cohort(items, problems, folder / "cohort.csv")
-        write_atomically(folder / "settings.yaml", dump_settings(settings).encode())
-    return items
 
 
 def _trainer(

@@ -257,6 +257,12 @@ class TrainingLoader:
         """Optimiser steps in an epoch."""
         return -(-len(self.items) // self.bags)
 
+    def check(self, world_size: int) -> None:
+        """UserError where a rank's share must be one chunk and is not, in the first epoch."""
+        sizes = [self.view.count(item) for item in self.items]
+        for update in plan_epoch(len(sizes), self.bags, seed=self.view.seed, epoch=0):
+            self._shares([sizes[i] for i in update], world_size)
+
     def epoch(
         self, epoch: int, *, rank: int, world_size: int, first: int = 0
     ) -> Iterator[tuple[Bag, int]]:
