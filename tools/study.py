@@ -14,7 +14,6 @@ launch/evaluate.py judges only the runs with the chosen rates.
 Every run is one of the commands a user would type, with its output in OUT/runs/*.log. Run it again
 to go on after a stop: finished runs are kept. OUT/study.json and study.md are written after every
 seed: test AUC a seed, and the paired differences to `all` with 95 % percentile intervals over cases.
-Settings (section.key=value, as for launch/train.py) hold for every arm.
 """
 
 import argparse
@@ -124,17 +123,16 @@ class Study:
         table = pd.read_csv(data.labels, sep=None, engine="python", dtype=str)
         tests = [word for word, split in data.splits.items() if split == "test"]
         rest = table[~table[data.columns.split].isin(tests)]
-        # A cohort has training and validation slides: one of each comes with those of test.
-        some = pd.concat([rest.drop_duplicates([data.columns.split]), table.drop(rest.index)])
+        # One slide of each other split goes with those of test: a cohort without is refused.
+        some = pd.concat([rest.groupby(data.columns.split).head(1), table.drop(rest.index)])
         for name, rows in (("without_test", rest), ("test", some)):
-            content = rows.to_csv(index=False).encode()
-            write_atomically(self.out / f"labels_{name}.csv", content)
+            write_atomically(self.out / f"labels_{name}.csv", rows.to_csv(index=False).encode())
         return [item.record.count for item in items if item.slide.split == "train"]
 
     def keep_to(self, arms: Mapping[str, Arm]) -> None:
         """Runs of another plan or other settings in this folder are no part of this study."""
-        listed = {name: asdict(arm) for name, arm in arms.items()}
-        file, asked = self.out / "plan.json", {"command": self.command, "arms": listed}
+        file, asked = self.out / "plan.json", {k: asdict(arm) for k, arm in arms.items()}
+        asked |= {"command": self.command, "validations": self.validations}
         if file.is_file() and json.loads(file.read_text()) != asked:
             raise UserError(f"{file} is another plan than this command's\n  choose another --out")
         write_json(file, asked)
@@ -203,16 +201,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", action="append", default=[], metavar="ARM=LR[,LR]", help="an arm's candidates")
     add("--validations", type=int, default=4, help="of a run: every arm can pick an epoch as often")
     add("--draws", type=int, default=2000, help="resamples of the cases")
-    add("overrides", nargs="*", metavar="section.key=value")
+    add("overrides", nargs="*", metavar="section.key=value", help="settings, for every arm")
     args = parser.parse_intermixed_args(argv)
     args.config = args.config or [str(ROOT / "configs" / "study.yaml")]
-    names = args.arms.split(",")
     try:
         args.seeds = [int(word) for word in args.seeds.split(",")]
         given = dict(word.split("=") for word in args.lr)
         rates = RATES | {k: tuple(map(float, text.split(","))) for k, text in given.items()}
     except ValueError as error:
         raise UserError(f"--seeds or --lr cannot be read: {error}") from error
+    names = args.arms.split(",")
     if unknown := {*names, *rates} - RATES.keys():
         raise UserError(f"no arm {', '.join(sorted(unknown))}\n  there are: {', '.join(RATES)}")
     args.rates = {name: rates[name] for name in names}
@@ -257,13 +255,12 @@ def report(
 def as_text(result: Mapping[str, Any]) -> str:
     """The table as Markdown, and how each learning rate was chosen."""
     span = "{value:.3f} [{low:.3f}, {high:.3f}]"
+    head = "{slides} test slides of {cases} cases; 95 % intervals over {draws} resamples of cases"
     lines = [
-        "{slides} test slides of {cases} cases; 95 % intervals over {draws} resamples of the cases",
-        "",
+        head.format(**result["test"]) + f"; seeds {str(result['seeds'])[1:-1]}\n",
         "| arm | bag | lr | steps | patches seen | min a run | test AUC a seed | mean | all - this |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    lines[0] = lines[0].format(**result["test"]) + f"; seeds {str(result['seeds'])[1:-1]}"
     for arm in result["arms"]:
         other, each = arm["all_minus_this"], ", ".join(f"{value:.3f}" for value in arm["test_auc"])
         lines.append(
