@@ -54,7 +54,7 @@ class GraphBudget:
         self.chunk = chunk
         self.given = None if keep in ("all", "none", "auto") else parse_bytes(keep)
         self._row: float | None = None
-        self._head_row = 0.0
+        self._head_row: float | None = None
         self._free: float | None = None
 
     def first_kept(self, rows: Sequence[int], model: nn.Module, device: torch.device) -> int:
@@ -76,7 +76,7 @@ class GraphBudget:
 
     def measure_heads(self, rows: int, model: nn.Module) -> AbstractContextManager[None]:
         """Around the heads of a batch with so many patches: the first time, theirs are measured."""
-        if self._head_row or self.keep != "auto":
+        if self._head_row is not None or self.keep != "auto":
             return nullcontext()
         return self._measure_heads(rows, model)
 
@@ -90,7 +90,7 @@ class GraphBudget:
             self._free = free_memory(device)
         gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         # One more chunk's worth, for what the backward of a chunk makes besides.
-        head = self._head_row * rows
+        head = (self._head_row or 0.0) * rows
         return self.SHARE[device.type] * self._free - gradients - head - self._row * self.chunk
 
     @contextmanager
