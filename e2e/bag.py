@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-PixelSource = Callable[[int, int, torch.device], Tensor]
-"""``pixels(start, stop, device)`` -> rows start..stop of this rank's patches, (n,3,H,W) on ``device``.
 
-uint8, or float in 0..1. It gives the same pixels every time it is asked: the second pass of the
-engine decodes and augments again instead of keeping them.
-"""
+class PixelSource(Protocol):
+    """Where the pixels of a rank's patches come from.
+
+    It gives the same ones every time it is asked: the second pass of the engine decodes and augments
+    again instead of keeping them.
+    """
+
+    def __call__(
+        self, start: int, stop: int, device: torch.device, *, again: bool = False
+    ) -> Tensor:
+        """Rows start..stop as (n,3,H,W) on ``device``: uint8, or float in 0..1.
+
+        ``again`` says that these rows will be asked for once more.
+        """
+        ...
 
 
 class Chunk(NamedTuple):
@@ -60,7 +70,8 @@ class Bag:
 
     def __post_init__(self) -> None:
         sizes = self.sizes
-        if not self.slides or self.offsets[0] != 0 or min(sizes) < 1:
+        falls = any(a > b for a, b in pairwise(self.offsets))
+        if not self.slides or self.offsets[0] != 0 or falls or min(sizes) < 1:
             raise ValueError(f"offsets must start at 0 and rise; got {self.offsets}")
         parts = (self.coords, self.target, self.seeds, self.weight, self.shards, sizes)
         lengths = {len(part) for part in parts}

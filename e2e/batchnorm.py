@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from e2e.errors import UserError
+
 Around = Callable[[int, bool], AbstractContextManager[None]]
 """``around(rows, again)``: the context to encode a chunk in. ``rows`` is its weight in the
 statistics, ``again`` says that it is the second pass over it."""
@@ -140,9 +142,13 @@ class ChunkBatchNorm(FrozenBatchNorm):
         for module in modules:
             mean, square = next(moments), next(moments)
             running_mean, running_var, count = _running(module)
-            momentum = 0.1 if module.momentum is None else module.momentum
+            # Without a momentum PyTorch takes the mean over all steps.
+            momentum = module.momentum
+            if momentum is None:
+                momentum = 1 / (count + 1).to(running_mean.dtype)
             for old, new in ((running_mean, mean), (running_var, square - mean**2)):
-                old.copy_(torch.where(good, old.lerp(new.to(old.dtype), momentum), old))
+                moved = old.lerp(new.to(old.dtype), momentum)
+                old.copy_(torch.where(good, moved, old))
             count += good
 
 
@@ -247,7 +253,8 @@ def _watch(encoder: nn.Module, images: Tensor) -> list[tuple[nn.Module, _BatchNo
             hooks.append(module.register_forward_pre_hook(before))
     try:
         encoder(images)
-    except RuntimeError:  # an encoder that wants images of another size stays as it is
+    except (RuntimeError, AssertionError, ValueError, UserError):
+        # An encoder that wants images of another size stays as it is.
         return []
     finally:
         for hook in hooks:
@@ -293,14 +300,18 @@ def _normalise_over_ranks(
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     size = float(x.numel() // x.shape[1]) if counts else 0.0
     dims = [d for d in range(x.ndim) if d != 1]
-    sums = torch.cat([wide.sum(dims), wide.square().sum(dims)]) * float(counts)
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    # About the running mean: squares of large means would leave nothing of the variance.
+    near, _, _ = _running(module)
+    away = wide - near.view(shape)
+    sums = torch.cat([away.sum(dims), away.square().sum(dims)]) * float(counts)
     totals = total(torch.cat([sums, sums.new_tensor([size])]))
-    mean, square = (totals[:-1] / totals[-1]).chunk(2)
-    variance = (square - mean**2).clamp_min(0)
+    shift, square = (totals[:-1] / totals[-1]).chunk(2)
+    variance = (square - shift**2).clamp_min(0)
+    mean = shift + near
     # As in PyTorch: the running variance is the unbiased one.
     unbiased = variance.detach() * totals[-1].detach() / (totals[-1].detach() - 1).clamp_min(1)
     seen[module] = mean.detach().double(), unbiased.double()
-    shape = [1, -1] + [1] * (x.ndim - 2)
     scale = torch.rsqrt(variance + module.eps)
     if module.weight is not None:
         scale = scale * module.weight

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import e2e.encoders
 import e2e.heads
@@ -54,9 +55,11 @@ def build_model(settings: Settings, task: Task, device: torch.device, *, trained
             settings.head.name, encoder.dim, task.num_outputs, **settings.head.options
         )
     policy = engine.batch_norm
+    has_norms = any(isinstance(module, _BatchNorm) for module in encoder.modules())
     if policy == "auto":
-        policy = "frozen" if pretrained else "chunk"
-    _check_policy(engine, policy)
+        policy = "frozen" if pretrained or not has_norms else "chunk"
+    if has_norms:
+        _check_policy(engine, policy)
     if engine.checkpoint_blocks:
         encoder.checkpoint_blocks()
     model = MILModel(
@@ -64,9 +67,12 @@ def build_model(settings: Settings, task: Task, device: torch.device, *, trained
         head,
         chunk=engine.chunk,
         batch_norm=policy,
-        # Folded weights are made of whole ones, which these strategies do not keep; a compiled
-        # encoder fuses by itself.
-        fold=engine.fold and not engine.compile and engine.strategy in ("auto", "ddp"),
+        # Not where weights may lie in pieces; a compiled encoder fuses by itself; blocks that are
+        # checkpointed are encoded again when the folded weights are gone.
+        fold=engine.fold
+        and not engine.compile
+        and not engine.checkpoint_blocks
+        and engine.strategy in ("auto", "ddp"),
         train_encoder=settings.optim.train_encoder,
         autocast=autocast_dtype(engine.precision, device),
         keep_graphs=engine.keep_graphs,

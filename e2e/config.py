@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
@@ -118,9 +119,9 @@ class Optim:
     train_encoder: bool = setting(True, "false leaves the encoder as it is")
 
     def __post_init__(self) -> None:
-        _check(self.lr > 0, "optim.lr", self.lr, "over 0")
+        _check(0 < self.lr < math.inf, "optim.lr", self.lr, "over 0 and finite")
         _check(
-            self.encoder_lr is None or self.encoder_lr > 0,
+            self.encoder_lr is None or 0 < self.encoder_lr < math.inf,
             "optim.encoder_lr",
             self.encoder_lr,
             "over 0 or null (optim.train_encoder=false leaves the encoder as it is)",

@@ -16,10 +16,14 @@ class UserError(Exception):
     on_every_rank = False
 
 
-class DamagedDataError(UserError):
-    """A slide, patch or store that cannot be read. Often met by one rank alone: that one prints it."""
+class OneRankError(UserError):
+    """A mistake that one rank may meet while the others do not: that one prints it."""
 
     on_every_rank = True
+
+
+class DamagedDataError(OneRankError):
+    """A slide, patch or store that cannot be read."""
 
 
 class LostRankError(Exception):

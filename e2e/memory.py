@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from e2e.errors import UserError
+from e2e.errors import OneRankError
 
 UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -42,7 +42,7 @@ class GraphBudget:
         chunk: most patches in a chunk.
 
     Raises:
-        UserError: (while measuring) the size given holds not one chunk.
+        OneRankError: (while measuring) the size given holds not one chunk.
     """
 
     SHARE: ClassVar = {"cuda": 0.85, "cpu": 0.5}
@@ -54,6 +54,7 @@ class GraphBudget:
         self.chunk = chunk
         self.given = None if keep in ("all", "none", "auto") else parse_bytes(keep)
         self._row: float | None = None
+        self._measured = 0
         self._head_row: float | None = None
         self._free: float | None = None
 
@@ -69,8 +70,13 @@ class GraphBudget:
         return 0 if room >= 0 else last
 
     def measure_chunk(self, rows: int, model: nn.Module) -> AbstractContextManager[None]:
-        """Around the last chunk: the first time, its graph is measured."""
-        if self._row is not None or self.keep in ("all", "none"):
+        """Around the last chunk: its graph is measured, if none so large was before.
+
+        Part of a graph is the same for a chunk of any size (low-precision copies of weights), so a
+        small chunk's says too much of a patch.
+        """
+        known = rows <= self._measured or not torch.is_grad_enabled()
+        if known or self.keep in ("all", "none"):
             return nullcontext()
         return self._measure_chunk(rows, model)
 
@@ -97,11 +103,12 @@ class GraphBudget:
     def _measure_chunk(self, rows: int, model: nn.Module) -> Iterator[None]:
         with saved_bytes(model) as sizes:
             yield
-        self._row = sum(sizes.values()) / rows
-        if self.given is not None and self.given < self._row * self.chunk:
-            raise UserError(
-                f"engine.keep_graphs={self.keep} holds not one chunk: the graph of {self.chunk} patches "
-                f"(engine.chunk) takes {show_bytes(self._row * self.chunk)}\n"
+        held = sum(sizes.values())
+        self._row, self._measured = held / rows, rows
+        if self.given is not None and self.given < held:
+            raise OneRankError(
+                f"engine.keep_graphs={self.keep} holds not one chunk: the graph of {rows} patches "
+                f"(engine.chunk={self.chunk}) takes {show_bytes(held)}\n"
                 "  give more, lower engine.chunk, or set engine.keep_graphs=auto or none"
             )
 
@@ -116,10 +123,12 @@ class GraphBudget:
 @contextmanager
 def saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
     """Bytes that autograd saves inside, by storage; those of parameters and buffers left out."""
-    own = {t.untyped_storage().data_ptr() for t in _tensors(model)}
+    own: set[int] = set()
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
+        if not own:  # not before: folded weights stand in for parameters while a chunk is encoded
+            own.update(t.untyped_storage().data_ptr() for t in _tensors(model))
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             sizes[storage.data_ptr()] = storage.nbytes()

@@ -144,7 +144,7 @@ class MILModel(nn.Module):
         self, bag: Bag, number: int, around: Around, device: torch.device, *, keep: bool
     ) -> Tensor:
         chunk = bag.chunks[number]
-        encode = self._encode(bag, chunk, around, device)
+        encode = self._encode(bag, chunk, around, device, twice=not keep)
         if not keep:
             features = checkpoint(
                 encode,
@@ -160,9 +160,12 @@ class MILModel(nn.Module):
         return encode()
 
     def _encode(
-        self, bag: Bag, chunk: Chunk, around: Around, device: torch.device
+        self, bag: Bag, chunk: Chunk, around: Around, device: torch.device, *, twice: bool = False
     ) -> Callable[[], Tensor]:
-        """A function that encodes the chunk; from its second call on, as the second pass."""
+        """A function that encodes the chunk; from its second call on, as the second pass.
+
+        ``twice`` says that there will be one.
+        """
         rows = chunk.stop - chunk.start if chunk.counts else 0
         passes = 0
         first: Tensor | None = None
@@ -170,7 +173,8 @@ class MILModel(nn.Module):
         def encode() -> Tensor:
             nonlocal passes, first
             passes += 1
-            pixels = bag.pixels(chunk.start, chunk.stop, device)
+            again = twice and passes == 1
+            pixels = bag.pixels(chunk.start, chunk.stop, device, again=again)
             with (
                 self._draws(chunk.seed, device),
                 self._autocast(device),

@@ -130,7 +130,8 @@ def _prepare(
     view = View(build_decoder(settings.data.decoder), settings.bag.size)
     model = build.build_model(settings, task, strategy.device, trained=trained)
     parts = _Parts(task, items, view, model)
-    build.build_loader(settings, parts.of_split("train"), view, model).check(strategy.world_size)
+    loader = build.build_loader(settings, parts.of_split("train"), view, model)
+    loader.check(strategy.world_size, settings.optim.epochs)
     if new and ours is not None:
         ours.mkdir(parents=True, exist_ok=True)
         build.write_cohort(items, problems, ours / "cohort.csv")
@@ -304,5 +305,5 @@ def _greet(screen: Screen, settings: Settings, parts: _Parts, strategy: Strategy
         f"({counts[1]:.2f} M) on {strategy.world_size} x {strategy.device} "
         f"({type(strategy).__name__}); {settings.optim.bags} bags an update of {bag} patches, "
         f"chunks of {model.chunk}; {type(model.batch_norm).__name__}, "
-        f"{model.autocast or settings.engine.precision}"
+        f"{model.autocast or torch.float32}"
     )

@@ -84,11 +84,10 @@ class _Step:
     """Steps done, this one among them."""
     epoch: int
     lr: float
-    rate: float
-    """Patches a second in this epoch so far."""
     slides: tuple[str, ...]
     figures: Callable[[], list[float]]
-    """Mean loss over all bags, gradient norm, whether it was good, then the loss of each own bag."""
+    """Mean loss over all bags, patches on all ranks, gradient norm, whether it was good; then the
+    loss of each own bag."""
 
 
 class Trainer:
@@ -208,18 +207,16 @@ class Trainer:
         self.model.head.after_step(good)
         if self.average is not None:
             self.average.update(strategy.shards(), progress.step, good)
-        mean = loss.detach().clone()
-        strategy.sum(mean)
+        rows = sum(chunk.stop - chunk.start for chunk in bag.chunks if chunk.counts)
+        told = torch.stack([loss.detach().double(), loss.new_tensor(rows, dtype=torch.float64)])
+        strategy.sum(told)
         progress.update += 1
         progress.step += 1
-        self._patches += bag.num_patches * strategy.world_size
-        rate = self._patches / max(1e-9, time.monotonic() - self._started)
-        figures = torch.cat([torch.stack([mean, norm.to(mean), good.to(mean)]), losses.detach()])
+        figures = torch.cat([told, norm.view(1), good.view(1), losses.detach()])
         return _Step(
             progress.step,
             progress.epoch,
             lr,
-            rate,
             bag.slides,
             to_host(figures),
         )
@@ -228,7 +225,9 @@ class Trainer:
         """Take in the figures of a step, tell them, and look after a bad one."""
         if step is None:
             return
-        loss, norm, good, *losses = step.figures()
+        loss, rows, norm, good, *losses = step.figures()
+        self._patches += rows
+        rate = self._patches / max(1e-9, time.monotonic() - self._started)
         if good:
             self.progress.loss_sum += loss
             self.progress.losses += 1
@@ -239,7 +238,7 @@ class Trainer:
             step.number,
             total,
             f"epoch {step.epoch + 1}/{self.schedule.epochs}  loss {loss:.4f}  lr {step.lr:.2e}  "
-            f"{step.rate:,.0f} patches/s",
+            f"{rate:,.0f} patches/s",
         )
         if self.strategy.leads:
             self.log.write(
@@ -249,7 +248,7 @@ class Trainer:
                 grad_norm=norm if math.isfinite(norm) else None,
                 lr=step.lr,
                 skipped=not good,
-                patches_per_s=round(step.rate, 1),
+                patches_per_s=round(rate, 1),
             )
 
     def _count_bad(self, step: _Step, losses: list[float], norm: float) -> None:
@@ -281,6 +280,7 @@ class Trainer:
 
     def _validate(self) -> None:
         """Judge weights and their average on the validation split; keep the best epoch."""
+        self._check_finite()
         found = {}
         for name, shards in self._weights().items():
             with self.strategy.whole_parameters(shards):
@@ -300,6 +300,17 @@ class Trainer:
         )
         if self.strategy.leads:
             self.log.write(step=progress.step, epoch=progress.epoch, train_loss=loss, val=found)
+
+    def _check_finite(self) -> None:
+        """UserError, on all ranks, when the last step made weights that are not finite."""
+        values = [v for v in self.strategy.shards().values() if v.is_floating_point()]
+        bad = torch.stack([~value.isfinite().all() for value in values]).sum().double()
+        self.strategy.sum(bad)
+        if bad:
+            raise UserError(
+                f"training diverged: weights are not finite after epoch {self.progress.epoch + 1}\n"
+                "  lower optim.lr or set optim.clip, and start anew"
+            )
 
     def _weights(self) -> dict[str, Tensors | None]:
         """What is judged and saved: the model's own weights (None), and their average."""

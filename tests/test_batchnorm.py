@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from e2e.bag import Bag
-from e2e.batchnorm import ChunkBatchNorm, fold_into, foldable_pairs
+from e2e.batchnorm import ChunkBatchNorm, FrozenBatchNorm, SyncBatchNorm, fold_into, foldable_pairs
 from e2e.data.plan import balanced_cuts
 from e2e.encoders.base import ENCODERS
 from tests.test_model import CPU, apart, gradients, make_bag, make_model
@@ -206,3 +206,42 @@ class Picky(Reused):
 @pytest.mark.parametrize("network", [Reused, Twice, Picky])
 def test_what_cannot_be_folded_exactly_is_left_as_it_is(network):
     assert foldable_pairs(network()) == []
+
+
+def test_rows_that_do_not_count_are_not_in_the_statistics_of_sync():
+    norm = nn.BatchNorm2d(3)
+    sums = []
+    with SyncBatchNorm(norm).training(lambda t: sums.append(t) or t + 1)(0, False):
+        norm(torch.rand(4, 3, 2, 2))
+    assert torch.equal(sums[0], torch.zeros(7))
+
+
+def test_sync_keeps_the_variance_of_values_far_from_zero():
+    torch.manual_seed(0)
+    norm, own = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    norm.running_mean.fill_(999.0)
+    x = 1000 + torch.randn(64, 3, 4, 4) / 2
+    with SyncBatchNorm(norm).training(None)(64, False):
+        torch.testing.assert_close(norm(x), own(x), atol=2e-3, rtol=1e-3)
+
+
+def test_a_batchnorm_without_running_statistics_is_left_to_itself():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
+    assert FrozenBatchNorm(net).modules == []
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_the_running_statistics_move_by_the_modules_own_momentum(momentum):
+    model, plain = make_model(20, batch_norm="chunk"), make_model(20, batch_norm="chunk")
+    bag = make_bag((12,), chunk=20)
+    for m in (model, plain):
+        m.encoder.net[1].momentum = momentum
+    for _ in range(2):
+        gradients(model, bag)
+        model.batch_norm.commit(stay, GOOD)
+        plain.encoder(bag.pixels(0, 12, CPU))
+    assert apart(model.encoder.state_dict(), plain.encoder.state_dict()) <= 1e-12
+
+
+def test_a_network_of_one_image_size_is_not_folded_and_no_crash():
+    assert foldable_pairs(ENCODERS.build("visformer_tiny", pretrained=False)) == []

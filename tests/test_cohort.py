@@ -238,3 +238,11 @@ def test_the_made_cohorts_tables_are_read(table, columns, row):
     assert problems == []
     expected = dict(zip(columns.split(","), row.split(","), strict=True))
     assert slides == [Slide("case001-s000", "case001", "train", expected)]
+
+
+def test_a_slide_without_patches_is_a_problem_of_its_store(tmp_path):
+    store = write_store(tmp_path / "one.lmdb", {"a": 1, "empty": 0})
+    slides = [Slide(name, name, "train", {}) for name in ("a", "empty")]
+    where, problems = match_stores(slides, [store])
+    assert list(where) == ["a"]
+    assert list(map(str, problems)) == ["empty: has no patches (one.lmdb)"]

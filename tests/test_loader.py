@@ -186,8 +186,8 @@ def test_one_piece_is_one_chunk_a_rank_or_an_error_that_says_why(items):
     assert sum(bag.num_patches for bag in bags) == sum(COUNTS.values())
     small = loader_of(items, bags=5, chunk=30, bag_size=None, one_piece=True)
     with pytest.raises(UserError, match=r"one has 34 patches, engine.chunk is 30"):
-        small.check(world_size=2)
-    loader.check(world_size=2)
+        small.check(world_size=2, epochs=1)
+    loader.check(world_size=2, epochs=3)
 
 
 @pytest.mark.parametrize("keep", ["jpeg", "uint8", "float"])
@@ -201,7 +201,10 @@ def test_what_is_kept_spares_the_second_pass_its_work_and_changes_no_pixel(
         type(DECODER), "decode", lambda *given: decoded.append(1) or decoder(*given)
     )
     bag = bag_of(items[:2], augment=Augment(crop=0.3, size=16), keep=keep)
-    passes = [[bag.pixels(c.start, c.stop, CPU) for c in bag.chunks] for _ in range(2)]
+    passes = [
+        [bag.pixels(c.start, c.stop, CPU, again=again) for c in bag.chunks]
+        for again in (True, False)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*passes, strict=True))
     work = {"jpeg": (1, 2), "uint8": (1, 1), "float": (1, 1)}[keep]
     once = sum(len(bag.pixels._rows(c.start, c.stop)) for c in bag.chunks)
@@ -209,8 +212,8 @@ def test_what_is_kept_spares_the_second_pass_its_work_and_changes_no_pixel(
     assert bag.pixels._kept == {}  # nothing is held longer than it is wanted
 
 
-def test_evaluation_keeps_nothing_of_a_slide_it_has_seen(items):
-    bag = whole_bag(items[1], View(DECODER), chunk=8)
+def test_nothing_is_kept_of_rows_that_are_asked_for_once(items):
+    bag = whole_bag(items[1], View(DECODER, keep="float"), chunk=8)
     for chunk in bag.chunks:
         bag.pixels(chunk.start, chunk.stop, CPU)
     assert bag.pixels._kept == {}
@@ -276,3 +279,25 @@ def test_a_patch_that_is_missing_is_named(make_store, tmp_path):
     bag = bag_of([labelled(PatchStore(path))], bag_size=None)
     with pytest.raises(DamagedDataError, match="slide 's' lacks patch 3 of 5"):
         bag.pixels(0, 5, CPU)
+
+
+def test_a_share_of_exactly_one_chunk_is_one_piece(items):
+    loader = loader_of(items, bags=5, chunk=65, bag_size=None, one_piece=True)
+    bag, _ = next(loader.epoch(0, rank=0, world_size=1))
+    assert [(c.start, c.stop) for c in bag.chunks] == [(0, 65)]
+
+
+def test_one_piece_is_looked_after_in_every_epoch_before_the_first(items):
+    loader = loader_of(items, bags=2, chunk=40, bag_size=None, one_piece=True)
+    with pytest.raises(UserError, match=r"engine.chunk is 40"):  # 30 + 17 meet in some epoch
+        loader.check(world_size=1, epochs=50)
+
+
+def test_head_draws_differ_between_epochs(items):
+    assert set(bag_of(items, epoch=1).seeds).isdisjoint(bag_of(items, epoch=2).seeds)
+
+
+def test_chunks_for_a_compiled_encoder_are_full_but_a_bags_last(items):
+    loader = TrainingLoader(items[1:2], View(DECODER), 1, 8, full=True)
+    bag, _ = next(loader.epoch(0, rank=0, world_size=1))
+    assert [c.stop - c.start for c in bag.chunks] == [8, 8, 8, 6]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import e2e.heads  # noqa: F401  (registers the heads)
 from e2e.bag import Bag, Chunk
 from e2e.data.plan import cut_update
-from e2e.encoders.base import Encoder
+from e2e.encoders.base import ENCODERS, Encoder
 from e2e.errors import UserError
 from e2e.heads.base import HEADS
 from e2e.memory import parse_bytes
@@ -50,7 +50,9 @@ class CountedPixels:
         self.pixels = pixels
         self.asked: list[tuple[int, int]] = []
 
-    def __call__(self, start: int, stop: int, device: torch.device) -> Tensor:
+    def __call__(
+        self, start: int, stop: int, device: torch.device, *, again: bool = False
+    ) -> Tensor:
         self.asked.append((start, stop))
         return self.pixels[start:stop]
 
@@ -198,7 +200,9 @@ def test_auto_keeps_what_the_free_memory_holds(monkeypatch):
 
 def test_a_budget_that_holds_no_chunk_is_refused_with_the_size_of_one():
     model = make_model(keep_graphs="1KiB")
-    with pytest.raises(UserError, match=r"keep_graphs=1KiB holds not one chunk: .* 5 patches"):
+    with pytest.raises(
+        UserError, match=r"keep_graphs=1KiB holds not one chunk: .* 4 patches .engine.chunk=5."
+    ):
         gradients(model, make_bag())
 
 
@@ -343,3 +347,73 @@ def test_the_gradient_of_256_bf16_chunks_is_as_good_as_that_of_one_piece():
 def test_a_bag_whose_parts_do_not_fit_is_refused(change):
     with pytest.raises(ValueError, match=r"offsets|coords|bags|chunks"):
         Bag(**{**vars(make_bag()), **change})
+
+
+def test_every_bag_of_a_batch_has_head_draws_of_its_own_seed():
+    model, bag = make_model(dropout=0.5, batch_norm="frozen"), make_bag()
+    first = [output.logits for output in model(bag, CPU)]
+    moved = Bag(**vars(bag) | {"seeds": (bag.seeds[0], 1, 2)})
+    again = [output.logits for output in model(moved, CPU)]
+    assert [torch.equal(a, b) for a, b in zip(first, again, strict=True)] == [True, False, False]
+
+
+def test_a_compiled_encoder_sees_one_shape_and_gives_the_same_gradients(monkeypatch):
+    shapes = []
+
+    def compiled(function, **options):
+        def run(pixels: Tensor) -> Tensor:
+            shapes.append(len(pixels))
+            return function(pixels)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)  # the real one takes minutes on a CPU
+    model = make_model(batch_norm="frozen", fold=False, verify=True)
+    want = gradients(model, make_bag())
+    model.compile()
+    assert apart(gradients(model, make_bag()), want) <= 1e-12
+    assert set(shapes) == {5}
+
+
+def test_features_that_are_not_finite_are_no_replay_error():
+    model, bag = make_model(batch_norm="frozen", verify=True), make_bag((12,))
+    bag.pixels.pixels[0] = float("nan")
+    found = gradients(model, bag)
+    assert not all(gradient.isfinite().all() for gradient in found.values())
+
+
+@pytest.mark.parametrize("keep", ["none", "all"])
+def test_block_checkpointing_gives_the_gradient_of_a_frozen_network(keep):
+    def found(*, blocks: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        encoder = ENCODERS.build("test_resnet", pretrained=False)
+        if blocks:
+            encoder.checkpoint_blocks()
+        head = HEADS.build("mean", encoder.dim, 2)
+        model = MILModel(encoder, head, chunk=5, keep_graphs=keep, fold=not blocks)
+        bag = make_bag((12,), dtype=torch.float32)
+        bag.pixels.pixels = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        return gradients(model.train(), bag)
+
+    assert apart(found(blocks=True), found(blocks=False)) <= 1e-5
+
+
+def test_a_small_last_chunk_says_nothing_of_a_larger_one_that_follows():
+    model = make_model(keep_graphs="1GiB", batch_norm="frozen")
+    gradients(model, make_bag((10, 1)))
+    assert model.budget._measured == 1
+    gradients(model, make_bag((10,)))
+    gradients(model, make_bag((10, 2)))
+    assert model.budget._measured == 5
+    other = make_model(keep_graphs="1GiB", batch_norm="frozen")
+    gradients(other, make_bag((10,)))
+    assert model.budget._row == other.budget._row
+
+
+def test_folded_weights_are_not_counted_as_part_of_a_chunks_graph():
+    rows = {}
+    for fold in (True, False):
+        model = make_model(1, keep_graphs="1GiB", batch_norm="frozen", fold=fold)
+        gradients(model, make_bag((1,), chunk=1))
+        rows[fold] = model.budget._row
+    assert rows[True] <= rows[False]

@@ -111,3 +111,9 @@ def test_one_piece_is_the_whole_share():
     (piece,) = in_one_piece(share)
     assert piece.rows == 21
     assert in_one_piece([]) == []
+
+
+def test_a_chunk_goes_to_the_rank_that_wants_most_of_it():
+    # Rank 0 has 5 already, so it wants 9 of the 23 and rank 1 wants 14: 7 and 16, not 15 and 8.
+    shares = share_update(cut_update([5, 23], 8), 2, shard_over=8)
+    assert [rows_of(share, 1) for share in shares] == [(0, 7), (7, 23)]

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from e2e.bag import Bag
 from e2e.checkpoint import load_checkpoint, part
 from e2e.errors import UserError
+from e2e.heads.base import HeadOutput
 from e2e.log import MetricsLog, Screen
 from e2e.model import MILModel
 from e2e.parallel import Strategy
 from e2e.tasks.base import TASKS
-from e2e.trainer import Schedule, Trainer
+from e2e.trainer import Schedule, Trainer, bag_losses
 from tests.test_model import make_bag, make_model
 
 
@@ -48,6 +50,7 @@ def trainer(
     log: MetricsLog | None = None,
     screen: Screen | None = None,
     one_update: bool = False,
+    head: nn.Module | None = None,
     **schedule,
 ) -> Trainer:
     """Trains a small model; validation gives the given (auc, log_loss) of model and ema in turn."""
@@ -62,8 +65,10 @@ def trainer(
         "ema": 0.9, "validate_every": 1, "patience": None, "min_epochs": 0, "judged": "ema",
         "save_every": 0,
     }  # fmt: skip
+    model = make_model(4, batch_norm="chunk")
+    model.head = head or model.head
     return Trainer(
-        make_model(4, batch_norm="chunk"),
+        model,
         task=TASKS.build("classification", classes=["a", "b"]),
         loader=TwoUpdates(schedule.pop("poisoned", set()), one_update),  # type: ignore[arg-type]
         strategy=Strategy(torch.device("cpu")),
@@ -188,13 +193,64 @@ def test_every_group_follows_the_schedule_at_its_own_share(tmp_path):
     training.fit()  # two steps of warm-up: half the peak, then the peak
     encoder = {id(p) for p in training.model.encoder.parameters()}
     rates = {
-        id(p) in encoder: g["lr"] for g in training.optimizer.param_groups for p in g["params"]
+        id(p) in encoder: g["lr"]
+        for g in training.strategy.optimizer.param_groups
+        for p in g["params"]
     }
     assert rates == {True: pytest.approx(1e-3), False: pytest.approx(1e-2)}
     assert training._set_learning_rate(2) == pytest.approx(1e-2)
     training.progress.step = 0
     training._set_learning_rate(2)
     rates = {
-        id(p) in encoder: g["lr"] for g in training.optimizer.param_groups for p in g["params"]
+        id(p) in encoder: g["lr"]
+        for g in training.strategy.optimizer.param_groups
+        for p in g["params"]
     }
     assert rates == {True: pytest.approx(5e-4), False: pytest.approx(5e-3)}
+
+
+def test_weights_that_a_last_step_blew_up_end_the_run_before_they_are_judged(tmp_path):
+    run = trainer(tmp_path, both((0.5, 1.0)))
+    run._train_epoch()
+    with torch.no_grad():
+        run.model.encoder.net[0].weight[0, 0, 0, 0] = float("inf")
+    with pytest.raises(UserError, match="weights are not finite after epoch 1"):
+        run._validate()
+    assert not (tmp_path / "best.safetensors").exists()
+
+
+def test_the_loss_is_the_sum_over_bags_over_their_number_on_all_ranks(tmp_path):
+    run = trainer(tmp_path, both((0.5, 1.0)))
+    run.model.train()
+    losses = bag_losses(run.strategy, make_bag((5, 3)), run.task)
+    assert losses.shape == (2,)
+    step = run._update(make_bag((5, 3)), 4, total=2)
+    assert step.figures()[0] == pytest.approx(float(losses.detach().sum()) / 4)
+    assert step.figures()[1] == 8  # patches
+
+
+class Nosy(nn.Module):
+    """A head with a loss of its own, which remembers what it is told after a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classify, self.told = nn.Linear(6, 2).double(), []
+
+    def forward(self, features, mask, coords=None) -> HeadOutput:
+        return HeadOutput(self.classify(features.mean(1)))
+
+    def aux_loss(self, output, target) -> torch.Tensor:
+        return output.logits.new_ones(()) * 100
+
+    def after_step(self, good) -> None:
+        self.told.append(bool(good))
+
+
+def test_a_heads_own_loss_is_weighed_as_its_bag_and_it_hears_of_bad_steps(tmp_path):
+    run = trainer(tmp_path, both((0.5, 1.0)), poisoned={(0, 1)}, head=Nosy())
+    run.model.train()
+    losses = bag_losses(run.strategy, make_bag((5, 3), weight=[1.0, 0.0]), run.task)
+    assert losses[0] > 100
+    assert losses[1] == 0
+    run.fit()
+    assert run.model.head.told == [True, False]

@@ -107,6 +107,8 @@ class Work:
 
     encoder: str = "r18"
     head: str = "abmilx"
+    embed_dim: int = 512
+    """Width inside the head; 0: none, it works on the features."""
     patches: int = 256
     size: int = 64
     chunk: int = 32
@@ -165,10 +167,11 @@ def build_model(work: Work, way: Way) -> MILModel:
     if way.drop_path:
         options["drop_path"] = way.drop_path
     encoder = ENCODERS.build(work.encoder, **options)
-    dropout = {"dropout": way.dropout} if "dropout" in HEADS.options(work.head) else {}
+    asked = {"dropout": way.dropout, "embed_dim": work.embed_dim or None}
+    known = HEADS.options(work.head)
     model = MILModel(
         encoder,
-        HEADS.build(work.head, encoder.dim, 2, **dropout),
+        HEADS.build(work.head, encoder.dim, 2, **{k: v for k, v in asked.items() if k in known}),
         chunk=work.chunk,
         batch_norm=way.batch_norm,
         fold=way.fold and way.mode == "exact" and not way.compile,
@@ -242,9 +245,9 @@ def apart(a: Gradients, b: Gradients) -> float:
 def timed_pixels(bag: Bag, spent: list[float]) -> Iterator[Bag]:
     """A bag whose pixels count the seconds that the step waits for them."""
 
-    def pixels(start: int, stop: int, device: torch.device) -> Tensor:
+    def pixels(start: int, stop: int, device: torch.device, *, again: bool = False) -> Tensor:
         began = time.perf_counter()
-        found = bag.pixels(start, stop, device)
+        found = bag.pixels(start, stop, device, again=again)
         spent.append(time.perf_counter() - began)
         return found
 

@@ -112,7 +112,12 @@ def match_stores(
         for slide, store in where.items()
         if slide not in named
     ]
-    return {slide: store for slide, store in where.items() if slide in named}, problems
+    empty = {slide for slide, store in where.items() if slide in named and not store.count(slide)}
+    problems += [
+        Problem(slide, where[slide].path.name, "has no patches") for slide in sorted(empty)
+    ]
+    whole = {slide: store for slide, store in where.items() if slide in named - empty}
+    return whole, problems
 
 
 def write_problems(problems: Sequence[Problem], path: Path) -> None:

@@ -49,8 +49,8 @@ class _Part:
 class StoredPixels:
     """The pixel source of a bag: reads, decodes and augments rows on demand, always alike.
 
-    What ``view.keep`` names stays in memory from the first time that rows are asked for to the
-    second: ``jpeg``, ``uint8`` (decoded) or ``float`` (as the encoder gets them); None: nothing.
+    Of rows that will be asked for ``again``, what ``view.keep`` names stays in memory until then:
+    ``jpeg``, ``uint8`` (decoded) or ``float`` (as the encoder gets them); None: nothing.
     """
 
     def __init__(self, parts: Sequence[_Part], view: View) -> None:
@@ -59,23 +59,34 @@ class StoredPixels:
         self._view = view
         self._kept: dict[tuple[int, int], Any] = {}
 
-    def __call__(self, start: int, stop: int, device: torch.device) -> Tensor:
+    def __call__(
+        self, start: int, stop: int, device: torch.device, *, again: bool = False
+    ) -> Tensor:
         """Rows start..stop as (n,3,H,W); DamagedDataError names the slide and patch at fault."""
+
+        def once(what: str, make: Callable[[], T]) -> T:
+            """What ``make`` gives; from memory, if it was kept the time before."""
+            if what != self._view.keep:
+                return make()
+            made = self._kept.pop((start, stop)) if (start, stop) in self._kept else make()
+            if again:
+                self._kept[start, stop] = made
+            return made
 
         def jpegs() -> list[list[bytes]]:
             return [part.item.store.read(part.item.slide.id, indices) for part, indices in rows]
 
         def decoded() -> list[Tensor]:
-            found = self._once("jpeg", start, stop, jpegs)
+            found = once("jpeg", jpegs)
             return [self._decode(*row, j, device) for row, j in zip(rows, found, strict=True)]
 
         def seen() -> Tensor:
-            found = self._once("uint8", start, stop, decoded)
+            found = once("uint8", decoded)
             pieces = [self._augment(*row, p) for row, p in zip(rows, found, strict=True)]
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
         rows = self._rows(start, stop)
-        return self._once("float", start, stop, seen)
+        return once("float", seen)
 
     def _rows(self, start: int, stop: int) -> list[tuple[_Part, NDArray[np.int64]]]:
         found = []
@@ -84,15 +95,6 @@ class StoredPixels:
             if low < high:
                 found.append((part, part.indices[low:high]))
         return found
-
-    def _once(self, what: str, start: int, stop: int, make: Callable[[], T]) -> T:
-        """What ``make`` gives; if it is of the kind that is kept, every second time from memory."""
-        if what != self._view.keep:
-            return make()
-        if (start, stop) in self._kept:
-            return self._kept.pop((start, stop))
-        self._kept[start, stop] = made = make()
-        return made
 
     def _decode(
         self,
@@ -257,11 +259,12 @@ class TrainingLoader:
         """Optimiser steps in an epoch."""
         return -(-len(self.items) // self.bags)
 
-    def check(self, world_size: int) -> None:
-        """UserError where a rank's share must be one chunk and is not, in the first epoch."""
+    def check(self, world_size: int, epochs: int) -> None:
+        """UserError where a rank's share must be one chunk and is not, in any epoch."""
         sizes = [self.view.count(item) for item in self.items]
-        for update in plan_epoch(len(sizes), self.bags, seed=self.view.seed, epoch=0):
-            self._shares([sizes[i] for i in update], world_size)
+        for epoch in range(epochs if self.one_piece else 0):
+            for update in plan_epoch(len(sizes), self.bags, seed=self.view.seed, epoch=epoch):
+                self._shares([sizes[i] for i in update], world_size)
 
     def epoch(
         self, epoch: int, *, rank: int, world_size: int, first: int = 0

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from e2e.encoders.base import ENCODERS, Encoder
 from e2e.encoders.lora import add_lora
-from e2e.errors import UserError, listing
+from e2e.errors import OneRankError, UserError, listing
 
 
 class TimmEncoder(Encoder):
@@ -148,7 +148,7 @@ class TimmEncoder(Encoder):
             return
         found, side = tuple(images.shape[-2:]), getattr(embed, "img_size", None)
         if side is not None and found != tuple(side):
-            raise UserError(
+            raise OneRankError(
                 f"the encoder '{self.model}' is built for patches of {side[0]} x {side[1]} pixels, "
                 f"found {found[0]} x {found[1]}\n"
                 f"  set encoder.img_size={found[0]}, or bag.size={side[0]}"

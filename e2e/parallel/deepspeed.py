@@ -246,8 +246,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """The JSON file; UserError when it is none, or says what the settings say."""
     try:
         asked = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"no DeepSpeed configuration {path}") from None
+    except OSError as error:
+        raise UserError(f"no DeepSpeed configuration {path}: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no JSON: {error}") from error
     zero = asked.get("zero_optimization") if isinstance(asked, dict) else None
