@@ -138,8 +138,8 @@ def memory(folder: Path) -> Iterator[Row]:
     With the plain mean of the features, which shows what the engine holds; what heads hold besides is
     for the record.
     """
-    sizes, small = (256, 1024, 4096, 8192), (64, 256)
-    store = bench.write_store(folder, (*sizes, *small), 64)
+    sizes, small, few = (256, 1024, 4096, 8192), (64, 256), (1024, 2048)
+    store = bench.write_store(folder, (*sizes, *small, *few), 64)
 
     def growth(way: Way, work: Work, counts: Sequence[int]) -> float:
         points = []
@@ -160,8 +160,8 @@ def memory(folder: Path) -> Iterator[Row]:
         exact <= 8 < naive,
     )
     for head in ("abmil", "abmilx"):
-        more = growth(bench.KNOWN["exact"], Work(head=head), sizes[1:3])
-        what = f"memory a patch with {head}, 512 wide, N = 1,024 to 4,096"
+        more = growth(bench.KNOWN["exact"], Work(head=head), few)
+        what = f"memory a patch with {head}, 512 wide, N = 1,024 to 2,048"
         yield Row(what, "reported", f"{more:.2f} KB", "the head's own graph", None)
 
 
