@@ -20,6 +20,7 @@ from e2e.errors import UserError
 from e2e.heads.base import HEADS
 from e2e.model import MILModel
 from e2e.optim import build_optimizer, learning_rate
+from tests.test_model import make_bag
 
 
 def build(name: str, seed: int = 0, **options) -> Encoder:
@@ -233,20 +234,10 @@ def test_without_a_word_an_encoder_is_one_layer_of_which_all_is_decayed():
 # --- frozen stages ---
 
 
-def bag_of(pixels: torch.Tensor, sizes: tuple[int, ...]) -> Bag:
-    offsets = [0]
-    for size in sizes:
-        offsets.append(offsets[-1] + size)
-    return Bag(
-        offsets=tuple(offsets),
-        coords=torch.zeros(len(pixels), 2, dtype=torch.int32),
-        pixels=lambda start, stop, device: pixels[start:stop],
-        target=torch.arange(len(sizes)) % 2,
-        slides=tuple(f"s{k}" for k in range(len(sizes))),
-        seeds=tuple(range(len(sizes))),
-        weight=torch.ones(len(sizes)),
-        groups=tuple(range(len(sizes))),
-    )
+def bag_of(pixels: torch.Tensor, sizes: tuple[int, ...], chunk: int = 4) -> Bag:
+    bag = make_bag(sizes, chunk=chunk)
+    bag.pixels.pixels = pixels
+    return bag
 
 
 def fine_tune(
@@ -269,7 +260,7 @@ def fine_tune(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        model.statistics.commit(lambda tensor: None)
+        model.batch_norm.commit(lambda tensor: None, torch.tensor(True))
     after = model.state_dict()
     return losses, model, {k for k, v in before.items() if not torch.equal(v, after[k])}
 

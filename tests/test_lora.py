@@ -189,7 +189,7 @@ def test_recomputed_chunks_give_the_gradient_of_one_piece():
         torch.manual_seed(0)
         head = HEADS.build("abmil", encoder.dim, 2, embed_dim=16, dropout=0.0)
         model = MILModel(encoder, head, chunk=chunk, **options).double().train()
-        bag = bag_of(images(7, 32), (7,))
+        bag = bag_of(images(7, 32), (7,), chunk)
         model(bag, torch.device("cpu"))[0].logits.square().sum().backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
