@@ -36,6 +36,7 @@ class FrozenBatchNorm:
             so they are those of the unfolded network up to rounding.
     """
 
+    name = "frozen"
     one_piece = False
     """Whether a rank must encode all its patches of a step in one chunk."""
 
@@ -83,6 +84,8 @@ class ChunkBatchNorm(FrozenBatchNorm):
     cannot touch the running ones either. A BatchNorm that a frozen part of the encoder holds in
     eval mode is left alone.
     """
+
+    name = "chunk"
 
     def __init__(self, encoder: nn.Module, *, fold: bool = True) -> None:
         super().__init__(encoder, fold=fold)
@@ -155,6 +158,7 @@ class ChunkBatchNorm(FrozenBatchNorm):
 class SyncBatchNorm(ChunkBatchNorm):
     """Statistics of all patches of a step, over all ranks; each rank encodes one piece."""
 
+    name = "sync"
     one_piece = True
 
     def training(self, total: Total | None) -> Around:
@@ -183,9 +187,7 @@ class SyncBatchNorm(ChunkBatchNorm):
 
 
 POLICIES: Mapping[str, type[FrozenBatchNorm]] = {
-    "frozen": FrozenBatchNorm,
-    "chunk": ChunkBatchNorm,
-    "sync": SyncBatchNorm,
+    policy.name: policy for policy in (FrozenBatchNorm, ChunkBatchNorm, SyncBatchNorm)
 }
 
 

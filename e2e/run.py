@@ -304,6 +304,6 @@ def _greet(screen: Screen, settings: Settings, parts: _Parts, strategy: Strategy
         f"{settings.encoder.name} ({counts[0]:.2f} M, {learning:.2f} M learn) + {settings.head.name} "
         f"({counts[1]:.2f} M) on {strategy.world_size} x {strategy.device} "
         f"({type(strategy).__name__}); {settings.optim.bags} bags an update of {bag} patches, "
-        f"chunks of {model.chunk}; {type(model.batch_norm).__name__}, "
+        f"chunks of {model.chunk}; BatchNorm {model.batch_norm.name}, "
         f"{model.autocast or torch.float32}"
     )

@@ -68,6 +68,14 @@ def call(main, monkeypatch, capsys, *argv: object) -> tuple[int, str]:
     return code, capsys.readouterr().err
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Every run sums in the same order: torchrun gives its processes one thread, a shell does not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 @pytest.fixture(scope="module")
 def finished(cohort, tmp_path_factory) -> Path:
     """A run trained to its end by ``python launch/train.py``."""
