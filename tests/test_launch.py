@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from e2e.data.store import PatchStore, StoreWriter
@@ -70,10 +71,16 @@ def call(main, monkeypatch, capsys, *argv: object) -> tuple[int, str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Every run sums in the same order: torchrun gives its processes one thread, a shell does not."""
+    """Every run sums in the same order: torchrun gives its processes one thread, a shell does not.
+
+    The variable is for the processes the tests start; this one read it when torch was imported.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
