@@ -72,11 +72,9 @@ def test_the_input_is_left_as_it_was(encoder):
         assert torch.equal(pixels, before)
 
 
-def test_every_parameter_is_trained():
-    encoder = build("r18").train()
-    for module in encoder.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.ones_(module.weight)  # timm starts each residual branch at zero
+@pytest.mark.parametrize("name", ["r18", "regnety_002"])
+def test_every_parameter_is_trained_from_the_first_step(name):
+    encoder = build(name).train()
     encoder(images()).square().mean().backward()
     lost = [n for n, p in encoder.named_parameters() if p.grad is None or not p.grad.any()]
     assert lost == []

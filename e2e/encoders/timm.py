@@ -75,6 +75,8 @@ class TimmEncoder(Encoder):
         self.dim = net.feature_info.channels()[-1] if self.cut else net.head_hidden_size  # pyright: ignore
         if weights is not None:
             load_weights(self, Path(weights))
+        elif not pretrained:
+            _open_residuals(net)
         if freeze:
             self.freeze(freeze)
         if lora_rank:
@@ -184,6 +186,18 @@ def load_weights(encoder: TimmEncoder, path: Path) -> None:
     if faults:
         raise UserError(f"{path} does not fit the encoder '{encoder.model}'\n{listing(faults)}")
     net.load_state_dict({k: found.get(k, wanted[k]) for k in wanted})
+
+
+def _open_residuals(net: nn.Module) -> None:
+    """Start every residual branch with its last norm at 1, as torchvision does; timm starts it at 0.
+
+    At 0 the branches are closed, and a small run from random weights is spent on opening them.
+    """
+    for block in net.modules():
+        if hasattr(block, "zero_init_last"):
+            for norm in block.modules():
+                if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.affine:
+                    nn.init.ones_(norm.weight)
 
 
 def _resampled(table: Tensor, wanted: Tensor, net: nn.Module) -> Tensor:
