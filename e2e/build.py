@@ -116,12 +116,14 @@ def build_loader(
     engine, bag = settings.engine, settings.bag
     return TrainingLoader(
         items=items,
-        view=replace(
-            view,
-            augment=Augment(flip=bag.flip, crop=bag.crop, size=bag.size),
+        view=View(
+            replace(
+                view.look,
+                augment=Augment(flip=bag.flip, crop=bag.crop, size=bag.size),
+                keep=engine.keep,
+            ),
             seed=settings.run.seed,
             bag_size=bag.patches,
-            keep=engine.keep,
         ),
         bags=settings.optim.bags,
         chunk=engine.chunk,

@@ -15,6 +15,7 @@ import torch
 from e2e.checkpoint import check_weights, load_checkpoint, part
 from e2e.data.decode import Decoder
 from e2e.data.loader import LabelledSlide, View, whole_bag
+from e2e.data.stream import ahead
 from e2e.files import write_atomically
 from e2e.heads.base import HeadOutput
 from e2e.heatmap import draw_heatmap, patch_scores
@@ -58,8 +59,9 @@ def predict(
     model.eval()
     ours: list[Prediction] = []
     share = items[strategy.rank :: strategy.world_size]
-    for done, item in enumerate(share):
-        output = model(whole_bag(item, view, model.chunk), strategy.device)[0]
+    bags = ((whole_bag(item, view, model.chunk), item) for item in share)
+    for done, (bag, item) in enumerate(ahead(bags, strategy.device)):
+        output = model(bag, strategy.device)[0]
         probabilities = task.probabilities(output.logits)[0].cpu().double().tolist()
         target = float(item.target) if torch.isfinite(item.target.float()).all() else None
         slide = item.slide
@@ -151,7 +153,7 @@ def evaluate_run(
                 continue
             draw = None
             if name == judged and split == "test":
-                draw = heatmap_drawer(task, view.decoder, out / "heatmaps", chosen[:heatmaps])
+                draw = heatmap_drawer(task, view.look.decoder, out / "heatmaps", chosen[:heatmaps])
             with strategy.whole_parameters(strategy.scatter(weights)):
                 found = predict(
                     model,

@@ -20,6 +20,7 @@ from e2e.data.cohort import Slide
 from e2e.data.decode import build_decoder
 from e2e.data.loader import LabelledSlide, View
 from e2e.data.pack import Progress, Row, pack
+from e2e.data.pixels import Look
 from e2e.data.sources import SlideFiles, read_mpp
 from e2e.data.store import PatchStore
 from e2e.errors import UserError
@@ -127,7 +128,7 @@ def _prepare(
         seed=settings.run.seed,
         problems_file=ours.with_name(f"{ours.name}.problems.csv") if ours else None,
     )
-    view = View(build_decoder(settings.data.decoder), settings.bag.size)
+    view = View(Look(build_decoder(settings.data.decoder), settings.bag.size))
     model = build.build_model(settings, task, strategy.device, trained=trained)
     parts = _Parts(task, items, view, model)
     loader = build.build_loader(settings, parts.of_split("train"), view, model)
@@ -204,7 +205,7 @@ def predict(
         model,
         items,
         task=task,
-        view=View(decoder, settings.bag.size),
+        view=View(Look(decoder, settings.bag.size)),
         strategy=strategy,
         screen=screen,
         draw=heatmap_drawer(task, decoder, out / "heatmaps", items),

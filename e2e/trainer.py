@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from e2e.checkpoint import (
     save_checkpoint,
 )
 from e2e.data.loader import TrainingLoader
+from e2e.data.stream import Waiting, ahead
 from e2e.errors import UserError, listing
 from e2e.heads.base import Head
 from e2e.log import MetricsLog, Screen
@@ -28,6 +30,9 @@ from e2e.model import MILModel
 from e2e.optim import WeightAverage, build_optimizer, learning_rate
 from e2e.parallel import Strategy
 from e2e.tasks.base import Task
+
+MUCH_WAITING = 0.05
+"""Share of the time spent waiting for pixels from which on the screen says so."""
 
 Validate = Callable[[MILModel], dict[str, float | None]]
 
@@ -124,7 +129,7 @@ class Trainer:
         self.progress = Progress()
         strategy.setup(model, self._make_optimizer, clip=schedule.clip)
         self.average = WeightAverage(strategy.shards(), schedule.ema) if schedule.ema else None
-        self._started, self._patches = time.monotonic(), 0
+        self._waiting = Waiting()
 
     def _make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(
@@ -137,8 +142,9 @@ class Trainer:
 
     def fit(self) -> Progress:
         """Train to the last epoch, or until validation has not improved for long enough."""
+        bags = self._bags()
         while not self.progress.finished:
-            self._train_epoch()
+            self._train_epoch(bags)
             epoch = self.progress.epoch
             last = epoch + 1 == self.schedule.epochs
             if (epoch + 1) % self.schedule.validate_every == 0 or last:
@@ -171,19 +177,22 @@ class Trainer:
         if self.strategy.leads:
             self.log.forget_after(self.progress.step)
 
-    def _train_epoch(self) -> None:
-        self.model.train()
-        loader, strategy = self.loader, self.strategy
-        total = loader.updates()
-        self._started, self._patches = time.monotonic(), 0
-        bags = loader.epoch(
-            self.progress.epoch,
-            rank=strategy.rank,
-            world_size=strategy.world_size,
-            first=self.progress.update,
+    def _bags(self) -> Iterator[tuple[Bag, int]]:
+        """All updates to come; an epoch's first bag is made while the one before ends."""
+        where = {"rank": self.strategy.rank, "world_size": self.strategy.world_size}
+        start, first = self.progress.epoch, self.progress.update
+        epochs = (
+            self.loader.epoch(epoch, first=first if epoch == start else 0, **where)
+            for epoch in range(start, self.schedule.epochs)
         )
+        return ahead(chain.from_iterable(epochs), self.strategy.device, self._waiting)
+
+    def _train_epoch(self, bags: Iterator[tuple[Bag, int]]) -> None:
+        self.model.train()
+        total = self.loader.updates()
+        self._started, self._patches, self._waiting.seconds = time.monotonic(), 0, 0.0
         before: _Step | None = None
-        for bag, count in bags:
+        for bag, count in islice(bags, total - self.progress.update):
             step = self._update(bag, count, total)
             self._read(before)
             before = step
@@ -227,7 +236,8 @@ class Trainer:
             return
         loss, rows, norm, good, *losses = step.figures()
         self._patches += rows
-        rate = self._patches / max(1e-9, time.monotonic() - self._started)
+        seconds = max(1e-9, time.monotonic() - self._started)
+        rate, waiting = self._patches / seconds, self._waiting.seconds / seconds
         if good:
             self.progress.loss_sum += loss
             self.progress.losses += 1
@@ -238,7 +248,8 @@ class Trainer:
             step.number,
             total,
             f"epoch {step.epoch + 1}/{self.schedule.epochs}  loss {loss:.4f}  lr {step.lr:.2e}  "
-            f"{rate:,.0f} patches/s",
+            f"{rate:,.0f} patches/s"
+            + (f"  waiting {waiting:.0%}" if waiting > MUCH_WAITING else ""),
         )
         if self.strategy.leads:
             self.log.write(
@@ -249,6 +260,7 @@ class Trainer:
                 lr=step.lr,
                 skipped=not good,
                 patches_per_s=round(rate, 1),
+                waiting=round(waiting, 4),
             )
 
     def _count_bad(self, step: _Step, losses: list[float], norm: float) -> None:

@@ -18,6 +18,7 @@ from e2e.data.loader import (
     make_bag,
     whole_bag,
 )
+from e2e.data.pixels import Look, cut_rows
 from e2e.data.plan import cut_update, share_update
 from e2e.data.sampler import sample_patches
 from e2e.data.store import PatchStore, StoreWriter
@@ -40,8 +41,13 @@ def items(make_store):
     )
 
 
+def view_of(**options) -> View:
+    look = {key: options.pop(key) for key in ("size", "augment", "keep") if key in options}
+    return View(Look(DECODER, **look), **options)
+
+
 def bag_of(items, epoch=2, **changes):
-    view = View(DECODER, **({"seed": 3, "bag_size": 8} | changes))
+    view = view_of(**({"seed": 3, "bag_size": 8} | changes))
     shares = share_update(cut_update([view.count(item) for item in items], 5), 1)
     return make_bag(items, view, shares, epoch=epoch)
 
@@ -49,7 +55,7 @@ def bag_of(items, epoch=2, **changes):
 def loader_of(items, *, bags=2, chunk=4, **changes) -> TrainingLoader:
     options = {key: changes.pop(key) for key in list(changes) if key in ("shard_over", "one_piece")}
     view = {"seed": 0, "bag_size": 4, "size": 16, "augment": Augment(crop=0.5, size=16)}
-    return TrainingLoader(items, View(DECODER, **(view | changes)), bags, chunk, **options)
+    return TrainingLoader(items, view_of(**(view | changes)), bags, chunk, **options)
 
 
 def test_slides_are_in_the_order_of_their_ids_with_their_targets(items):
@@ -207,13 +213,13 @@ def test_what_is_kept_spares_the_second_pass_its_work_and_changes_no_pixel(
     ]
     assert all(torch.equal(a, b) for a, b in zip(*passes, strict=True))
     work = {"jpeg": (1, 2), "uint8": (1, 1), "float": (1, 1)}[keep]
-    once = sum(len(bag.pixels._rows(c.start, c.stop)) for c in bag.chunks)
-    assert (len(read), len(decoded)) == (work[0] * once, work[1] * once)
+    once = sum(len(cut_rows(bag.pixels._rows, c.start, c.stop)) for c in bag.chunks)
+    assert (len(read), len(decoded)) == (work[0] * once, work[1] * len(bag.chunks))
     assert bag.pixels._kept == {}  # nothing is held longer than it is wanted
 
 
 def test_nothing_is_kept_of_rows_that_are_asked_for_once(items):
-    bag = whole_bag(items[1], View(DECODER, keep="float"), chunk=8)
+    bag = whole_bag(items[1], view_of(keep="float"), chunk=8)
     for chunk in bag.chunks:
         bag.pixels(chunk.start, chunk.stop, CPU)
     assert bag.pixels._kept == {}
@@ -298,6 +304,6 @@ def test_head_draws_differ_between_epochs(items):
 
 
 def test_chunks_for_a_compiled_encoder_are_full_but_a_bags_last(items):
-    loader = TrainingLoader(items[1:2], View(DECODER), 1, 8, full=True)
+    loader = TrainingLoader(items[1:2], view_of(), 1, 8, full=True)
     bag, _ = next(loader.epoch(0, rank=0, world_size=1))
     assert [c.stop - c.start for c in bag.chunks] == [8, 8, 8, 6]

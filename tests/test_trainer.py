@@ -211,7 +211,7 @@ def test_every_group_follows_the_schedule_at_its_own_share(tmp_path):
 
 def test_weights_that_a_last_step_blew_up_end_the_run_before_they_are_judged(tmp_path):
     run = trainer(tmp_path, both((0.5, 1.0)))
-    run._train_epoch()
+    run._train_epoch(run._bags())
     with torch.no_grad():
         run.model.encoder.net[0].weight[0, 0, 0, 0] = float("inf")
     with pytest.raises(UserError, match="weights are not finite after epoch 1"):

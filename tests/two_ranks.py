@@ -27,6 +27,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from e2e.bag import Bag
 from e2e.data.cohort import Slide
 from e2e.data.loader import LabelledSlide, View, make_bag
+from e2e.data.pixels import Look
 from e2e.data.plan import cut_update, in_one_piece, share_update
 from e2e.errors import UserError, exit_code
 from e2e.model import MILModel
@@ -80,15 +81,16 @@ class DrawnSlides:
         return SIZES[int(slide)]
 
     def record(self, slide: str) -> SimpleNamespace:
-        return SimpleNamespace(coords=np.zeros((self.count(slide), 2), np.int32))
+        count = self.count(slide)
+        return SimpleNamespace(count=count, coords=np.zeros((count, 2), np.int32), patch_px=8)
 
     def read(self, slide: str, indices: NDArray[np.int64]) -> Tensor:
         generator = torch.Generator().manual_seed(int(slide))
         whole = torch.rand(self.count(slide), 3, 8, 8, generator=generator, dtype=torch.float64)
         return whole[indices].to(self.dtype)
 
-    def decode(self, pixels: Tensor, device: torch.device) -> Tensor:
-        return pixels
+    def decode(self, pixels: list[Tensor], device: torch.device) -> Tensor:
+        return torch.stack(pixels)
 
 
 def bag_of(
@@ -110,7 +112,7 @@ def bag_of(
     shares = share_update(groups, world_size, shard_over=shard_over)
     if one_piece:
         shares = [in_one_piece(share) for share in shares]
-    return make_bag(items, View(drawn), shares, rank=rank)
+    return make_bag(items, View(Look(drawn)), shares, rank=rank)
 
 
 def loss_of(strategy: Strategy, update: list[int], shard_over: int | None = None) -> Tensor:

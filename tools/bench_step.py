@@ -45,6 +45,7 @@ from e2e.data.augment import Augment
 from e2e.data.cohort import Slide
 from e2e.data.decode import build_decoder
 from e2e.data.loader import LabelledSlide, View, make_bag
+from e2e.data.pixels import Look
 from e2e.data.plan import cut_update, share_update
 from e2e.data.store import PatchStore, SlideRecord, StoreWriter
 from e2e.encoders.base import ENCODERS
@@ -155,7 +156,7 @@ def bag_of(store: PatchStore, sizes: Sequence[int], work: Work, way: Way) -> Bag
         LabelledSlide(Slide(f"n{n}", f"n{n}", "train", {}), store, torch.tensor(k % 2))
         for k, n in enumerate(sizes)
     ]
-    view = View(build_decoder(), augment=Augment(), keep=way.keep)
+    view = View(Look(build_decoder(), augment=Augment(), keep=way.keep))
     groups = cut_update(sizes, work.chunk, full=way.compile)
     return make_bag(items, view, share_update(groups, 1))
 

@@ -1,26 +1,22 @@
-"""From slides and stores to bags. Nothing is decoded here before the engine asks for the pixels."""
+"""From slides and stores to bags: which patches of which slides make an update."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.bag import Bag, Chunk
-from e2e.data.augment import Augment, resize
 from e2e.data.cohort import Slide
-from e2e.data.decode import Decoder, UndecodableError
+from e2e.data.pixels import Look, Rows, StoredPixels, cut_rows
 from e2e.data.plan import Piece, PlannedChunk, cut_update, in_one_piece, rows_of, share_update
-from e2e.data.sampler import mix, patch_seeds, plan_epoch, sample_patches
+from e2e.data.sampler import mix, plan_epoch, sample_patches
 from e2e.data.store import PatchStore, SlideRecord
-from e2e.errors import DamagedDataError, UserError
-
-T = TypeVar("T")
+from e2e.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -38,106 +34,26 @@ class LabelledSlide:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The chosen patches of one slide."""
-
-    item: LabelledSlide
-    indices: NDArray[np.int64]
-    seed: int
-
-
-class StoredPixels:
-    """The pixel source of a bag: reads, decodes and augments rows on demand, always alike.
-
-    Of rows that will be asked for ``again``, what ``view.keep`` names stays in memory until then:
-    ``jpeg``, ``uint8`` (decoded) or ``float`` (as the encoder gets them); None: nothing.
-    """
-
-    def __init__(self, parts: Sequence[_Part], view: View) -> None:
-        self._parts = parts
-        self._starts = np.cumsum([0] + [len(part.indices) for part in parts])
-        self._view = view
-        self._kept: dict[tuple[int, int], Any] = {}
-
-    def __call__(
-        self, start: int, stop: int, device: torch.device, *, again: bool = False
-    ) -> Tensor:
-        """Rows start..stop as (n,3,H,W); DamagedDataError names the slide and patch at fault."""
-
-        def once(what: str, make: Callable[[], T]) -> T:
-            """What ``make`` gives; from memory, if it was kept the time before."""
-            if what != self._view.keep:
-                return make()
-            made = self._kept.pop((start, stop)) if (start, stop) in self._kept else make()
-            if again:
-                self._kept[start, stop] = made
-            return made
-
-        def jpegs() -> list[list[bytes]]:
-            return [part.item.store.read(part.item.slide.id, indices) for part, indices in rows]
-
-        def decoded() -> list[Tensor]:
-            found = once("jpeg", jpegs)
-            return [self._decode(*row, j, device) for row, j in zip(rows, found, strict=True)]
-
-        def seen() -> Tensor:
-            found = once("uint8", decoded)
-            pieces = [self._augment(*row, p) for row, p in zip(rows, found, strict=True)]
-            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-        rows = self._rows(start, stop)
-        return once("float", seen)
-
-    def _rows(self, start: int, stop: int) -> list[tuple[_Part, NDArray[np.int64]]]:
-        found = []
-        for first, part in zip(self._starts, self._parts, strict=False):
-            low, high = max(start - first, 0), min(stop - first, len(part.indices))
-            if low < high:
-                found.append((part, part.indices[low:high]))
-        return found
-
-    def _decode(
-        self,
-        part: _Part,
-        indices: NDArray[np.int64],
-        jpegs: Sequence[bytes],
-        device: torch.device,
-    ) -> Tensor:
-        store, slide = part.item.store, part.item.slide.id
-        try:
-            return self._view.decoder.decode(jpegs, device)
-        except UndecodableError as error:
-            raise DamagedDataError(
-                f"{store.path}: slide '{slide}' patch {indices[error.index]} {error}\n"
-                "  tools/inspect_lmdb.py --verify lists all of them; pack the slide again"
-            ) from error
-
-    def _augment(self, part: _Part, indices: NDArray[np.int64], pixels: Tensor) -> Tensor:
-        if self._view.augment is None:
-            return resize(pixels, self._view.size)
-        return self._view.augment(pixels, patch_seeds(part.seed, indices))
-
-
-@dataclass(frozen=True)
 class View:
-    """Which patches stand for a slide, and how they become pixels.
+    """Which patches stand for a slide, and what the encoder sees of them."""
 
-    ``augment`` None is the view of evaluation: the patches as stored, at ``size``.
-    """
-
-    decoder: Decoder
-    size: int | None = None
-    augment: Augment | None = None
+    look: Look
     seed: int = 0
     bag_size: int | None = None
     """Random patches a slide; None: all."""
-    keep: str | None = None
-    """See :class:`StoredPixels`."""
 
     def count(self, item: LabelledSlide) -> int:
         """Patches that stand for the slide."""
         count = item.store.count(item.slide.id)
         return count if self.bag_size is None else min(count, self.bag_size)
+
+    def rows(self, item: LabelledSlide, epoch: int) -> tuple[list[Rows], Tensor]:
+        """The patches that stand for the slide in this epoch, and their (n,2) coords."""
+        slide, store = item.slide.id, item.store
+        record = store.record(slide)
+        indices = sample_patches(slide, record.count, self.bag_size, seed=self.seed, epoch=epoch)
+        rows = Rows(store, slide, indices, record.patch_px, mix(self.seed, epoch, slide))
+        return [rows], torch.from_numpy(record.coords[indices])
 
 
 class _Entry(NamedTuple):
@@ -170,31 +86,23 @@ def make_bag(
         chunks, counts = [next(chunk for share in shares for chunk in share)], False
         entries += [_Entry(*piece, weight=0.0) for piece in chunks[0].pieces]
     names = [item.slide.id for item in items]
-    chosen = {
-        entry.slide: sample_patches(
-            names[entry.slide],
-            items[entry.slide].store.count(names[entry.slide]),
-            view.bag_size,
-            seed=view.seed,
-            epoch=epoch,
-        )
-        for entry in entries
-    }
-    parts = [
-        _Part(
-            items[e.slide], chosen[e.slide][e.start : e.stop], mix(view.seed, epoch, names[e.slide])
-        )
-        for e in entries
-    ]
+    chosen = {e.slide: view.rows(items[e.slide], epoch) for e in entries}
     ends = np.cumsum([0] + [chunk.rows for chunk in chunks]).tolist()
     return Bag(
-        offsets=tuple(np.cumsum([0] + [len(part.indices) for part in parts]).tolist()),
+        offsets=tuple(np.cumsum([0] + [e.stop - e.start for e in entries]).tolist()),
         chunks=tuple(
             Chunk(start, start + chunk.rows, _chunk_seed(view.seed, epoch, names, chunk), counts)
             for start, chunk in zip(ends, chunks, strict=False)
         ),
-        coords=tuple(_coords(items[e.slide], e, chosen[e.slide]) for e in entries),
-        pixels=StoredPixels(parts, view),
+        # The head sees the whole of a bag that is sharded.
+        coords=tuple(
+            coords if e.shards else coords[e.start : e.stop]
+            for e, (_, coords) in ((e, chosen[e.slide]) for e in entries)
+        ),
+        pixels=StoredPixels(
+            [part for e in entries for part in cut_rows(chosen[e.slide][0], e.start, e.stop)],
+            view.look,
+        ),
         target=torch.stack([items[e.slide].target for e in entries]),
         slides=tuple(names[e.slide] for e in entries),
         seeds=tuple(mix(view.seed, epoch, names[e.slide], "head") for e in entries),
@@ -219,12 +127,6 @@ def _entries(shares: Sequence[Sequence[PlannedChunk]], rank: int) -> list[_Entry
         elif bag in ranges[rank]:
             entries.append(_Entry(bag, start, stop, 1.0))
     return entries
-
-
-def _coords(item: LabelledSlide, entry: _Entry, chosen: NDArray[np.int64]) -> Tensor:
-    """Of the rows here, or of the whole bag where it is sharded: the head sees all of it."""
-    rows = chosen if entry.shards else chosen[entry.start : entry.stop]
-    return torch.from_numpy(item.record.coords[rows])
 
 
 def _chunk_seed(seed: int, epoch: int, names: Sequence[str], chunk: PlannedChunk) -> int:

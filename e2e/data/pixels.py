@@ -1,0 +1,143 @@
+"""The pixels of a bag: rows are read, decoded and augmented when they are asked for, always alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from e2e.data.augment import Augment, resize
+from e2e.data.decode import Decoder, UndecodableError
+from e2e.data.sampler import patch_seeds
+from e2e.data.store import PatchStore
+from e2e.errors import DamagedDataError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Patches of one slide in one store."""
+
+    store: PatchStore
+    slide: str
+    indices: NDArray[np.int64]
+    side: int
+    """Of the stored JPEGs, in pixels."""
+    seed: int
+    """With its index it gives each patch its draws."""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Rows ``start`` to ``stop`` of these."""
+        return replace(self, indices=self.indices[start:stop])
+
+    def seeds(self) -> NDArray[np.uint64]:
+        """(n,) the seed of each patch."""
+        return patch_seeds(self.seed, self.indices)
+
+
+@dataclass(frozen=True)
+class Look:
+    """How JPEG bytes become what the encoder sees.
+
+    ``augment`` None is the look of evaluation: the patches as stored, at ``size``.
+    """
+
+    decoder: Decoder
+    size: int | None = None
+    augment: Augment | None = None
+    keep: str | None = None
+    """What :class:`StoredPixels` keeps of rows it is asked for again."""
+
+
+def cut_rows(rows: Sequence[Rows], start: int, stop: int) -> list[Rows]:
+    """Rows ``start`` to ``stop`` of all of them together."""
+    found, first = [], 0
+    for part in rows:
+        low, high = max(start - first, 0), min(stop - first, len(part))
+        if low < high:
+            found.append(part.part(low, high))
+        first += len(part)
+    return found
+
+
+class StoredPixels:
+    """The pixel source of a bag.
+
+    Of rows that will be asked for ``again``, what ``look.keep`` names stays in memory until then:
+    ``jpeg``, ``uint8`` (decoded) or ``float`` (as the encoder gets them); None: nothing.
+    """
+
+    def __init__(self, rows: Sequence[Rows], look: Look) -> None:
+        self._rows, self._look = rows, look
+        self._kept: dict[tuple[int, int], Any] = {}
+
+    def __call__(
+        self, start: int, stop: int, device: torch.device, *, again: bool = False
+    ) -> Tensor:
+        """Rows start..stop as (n,3,H,W); DamagedDataError names the slide and patch at fault."""
+
+        def once(what: str, make: Callable[[], T]) -> T:
+            """What ``make`` gives; from memory, if it was kept the time before."""
+            if what != self._look.keep:
+                return make()
+            made = self._kept.pop((start, stop)) if (start, stop) in self._kept else make()
+            if again:
+                self._kept[start, stop] = made
+            return made
+
+        def jpegs() -> list[list[bytes]]:
+            return [part.store.read(part.slide, part.indices) for part in rows]
+
+        def decoded() -> list[Tensor]:
+            return list(self._decode(rows, once("jpeg", jpegs), device))
+
+        def seen() -> Tensor:
+            pieces = [
+                self._augment(p, part)
+                for p, part in zip(once("uint8", decoded), _by_side(rows), strict=True)
+            ]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+        rows = cut_rows(self._rows, start, stop)
+        return once("float", seen)
+
+    def forget(self, start: int, stop: int) -> None:
+        """These rows will not be asked for again after all."""
+        self._kept.pop((start, stop), None)
+
+    def _decode(
+        self, rows: Sequence[Rows], jpegs: Sequence[list[bytes]], device: torch.device
+    ) -> Iterator[Tensor]:
+        """A tensor for each group of :func:`_by_side`."""
+        taken = iter(jpegs)
+        for group in _by_side(rows):
+            together = [jpeg for _ in group for jpeg in next(taken)]
+            try:
+                yield self._look.decoder.decode(together, device)
+            except UndecodableError as error:
+                at = cut_rows(group, error.index, error.index + 1)[0]
+                raise DamagedDataError(
+                    f"{at.store.path}: slide '{at.slide}' patch {at.indices[0]} {error}\n"
+                    "  tools/inspect_lmdb.py --verify lists all of them; pack the slide again"
+                ) from error
+
+    def _augment(self, pixels: Tensor, rows: Sequence[Rows]) -> Tensor:
+        look = self._look
+        if look.augment is None:
+            return resize(pixels, look.size)
+        return look.augment(pixels, np.concatenate([part.seeds() for part in rows]))
+
+
+def _by_side(rows: Sequence[Rows]) -> list[list[Rows]]:
+    """Neighbours whose patches have one size, which are decoded and augmented together."""
+    return [list(group) for _, group in groupby(rows, key=lambda part: part.side)]

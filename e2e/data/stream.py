@@ -1,0 +1,161 @@
+"""Pixels ahead of the engine: the next chunks are made in the background while one is computed.
+
+Two threads make chunks (read, decode, augment), and the decoder spreads each over threads of its own:
+JPEG decoding lets go of the interpreter, so no process has to be started, nothing is pickled, and
+nothing passes through shared memory. On a GPU each maker has a stream of its own.
+
+Memory of a process: the pixels of :data:`AHEAD` chunks besides the one that is computed, and what a
+pixel source keeps for a second pass.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from e2e.bag import Bag, Chunk, PixelSource
+
+AHEAD = 2
+"""Chunks that are made before they are asked for: one is ready while another is in work."""
+
+T = TypeVar("T")
+Span = tuple[int, int]
+
+
+class Waiting:
+    """Seconds that the computation stood still for pixels."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+
+class PixelsAhead:
+    """A pixel source over another one that knows which chunk comes next.
+
+    The engine asks for the chunks of a bag first to last, then for those that it encodes twice last
+    to first; after that comes the next bag (``then``). Whatever is asked for out of this order is
+    made on the spot.
+    """
+
+    def __init__(
+        self, source: PixelSource, chunks: Sequence[Chunk], device: torch.device, waiting: Waiting
+    ) -> None:
+        self._source, self._device, self._waiting = source, device, waiting
+        self._first: list[Span] = [(chunk.start, chunk.stop) for chunk in chunks]
+        self._second: list[Span] = []
+        self._made: dict[Span, Future[_Made]] = {}
+        self._lock = threading.Lock()  # a backward on a GPU asks from a thread of its own
+        self.then: Callable[[int], None] | None = None
+
+    def start(self, most: int = AHEAD) -> None:
+        """Begin with the first chunks."""
+        with self._lock:
+            self._begin(self._first[:most])
+
+    def __call__(
+        self, start: int, stop: int, device: torch.device, *, again: bool = False
+    ) -> Tensor:
+        """See :class:`PixelSource`; waits for what is not ready yet."""
+        span = (start, stop)
+        if device != self._device or span not in (*self._first[:1], *self._first, *self._second):
+            return self._source(start, stop, device, again=again)
+        began = time.perf_counter()
+        with self._lock:
+            self._begin([span])
+            future = self._made.pop(span)
+            coming = self._after(span, again=again)
+            self._begin(coming[:AHEAD])
+        if len(coming) < AHEAD and self.then is not None:
+            self.then(AHEAD - len(coming))
+        pixels = future.result().here()
+        if not again and hasattr(self._source, "forget"):
+            self._source.forget(start, stop)  # pyright: ignore[reportAttributeAccessIssue]
+        self._waiting.seconds += time.perf_counter() - began
+        return pixels
+
+    def _after(self, span: Span, *, again: bool) -> list[Span]:
+        """What follows ``span``; notes whether it will come a second time."""
+        if span in self._first:
+            position = self._first.index(span)
+            following = self._first[position + 1 :]
+            self._first = following
+            if again:
+                self._second.append(span)
+        else:
+            self._second.remove(span)
+            following = []
+        return [*following, *reversed(self._second)]
+
+    def _begin(self, spans: Iterable[Span]) -> None:
+        for span in spans:
+            if span not in self._made:
+                self._made[span] = _makers().submit(_make, self._source, span, self._device)
+
+
+def ahead(
+    bags: Iterable[tuple[Bag, T]], device: torch.device, waiting: Waiting | None = None
+) -> Iterator[tuple[Bag, T]]:
+    """The same bags, whose pixels come from the background; each begins before the last is done."""
+    waiting = waiting or Waiting()
+    before: tuple[tuple[Bag, T], PixelsAhead] | None = None
+    for bag, more in bags:
+        source = PixelsAhead(bag.pixels, bag.chunks, device, waiting)
+        if before is None:
+            source.start()
+        else:
+            before[1].then = source.start
+            yield before[0]
+        before = (replace(bag, pixels=source), more), source
+    if before is not None:
+        yield before[0]
+
+
+class _Made(NamedTuple):
+    pixels: Tensor
+    ready: torch.cuda.Event | None
+
+    def here(self) -> Tensor:
+        """The pixels, for the stream of the one who asks."""
+        if self.ready is not None:
+            stream = torch.cuda.current_stream(self.pixels.device)
+            stream.wait_event(self.ready)
+            self.pixels.record_stream(stream)  # else their memory is given away while it is read
+        return self.pixels
+
+
+def _make(source: PixelSource, span: Span, device: torch.device) -> _Made:
+    if device.type != "cuda":
+        return _Made(source(*span, device, again=True), None)
+    with torch.cuda.device(device), torch.cuda.stream(_side_stream(device)):
+        pixels = source(*span, device, again=True)
+        ready = torch.cuda.Event()
+        ready.record()
+    return _Made(pixels, ready)
+
+
+@cache
+def _makers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(AHEAD, thread_name_prefix="pixels")
+
+
+# A forked process has the pool but none of its threads, and would wait for them for ever.
+os.register_at_fork(after_in_child=_makers.cache_clear)
+
+_STREAMS = threading.local()
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of this thread and device."""
+    streams: dict[Any, torch.cuda.Stream] = _STREAMS.__dict__
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    return streams[device]
