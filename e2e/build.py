@@ -16,13 +16,15 @@ import e2e.tasks  # noqa: F401  (each import registers its plug-ins)
 from e2e.config import CONFIGS, Columns, Data, Engine, Optim, Plugin, Select, Settings
 from e2e.data.augment import Augment
 from e2e.data.cohort import Problem, Slide, match_stores, read_table, write_problems
-from e2e.data.loader import LabelledSlide, TrainingLoader, View, label_slides
+from e2e.data.loader import LabelledSlide, TrainingLoader, View, label_slides, some_slides
+from e2e.data.pixels import PixelCache
 from e2e.data.splits import check_splits, cut
 from e2e.data.store import PatchStore
 from e2e.encoders.base import ENCODERS
 from e2e.errors import UserError, listing
 from e2e.files import write_atomically
 from e2e.heads.base import HEADS
+from e2e.memory import parse_bytes
 from e2e.model import MILModel
 from e2e.parallel import Strategy, allow_tf32, autocast_dtype
 from e2e.parallel import build_strategy as named_strategy
@@ -131,6 +133,16 @@ def build_loader(
         full=engine.compile,
         one_piece=model.batch_norm.one_piece,
     )
+
+
+def build_validation(
+    settings: Settings, items: Sequence[LabelledSlide], view: View
+) -> tuple[list[LabelledSlide], View]:
+    """What the epochs are compared on: slides of validation, and what is seen of them each time."""
+    select, seed = settings.select, settings.run.seed
+    cache = PixelCache(parse_bytes(select.cache))
+    seen = replace(view, seed=seed, bag_size=select.patches, cache=cache)
+    return some_slides(items, select.slides, seed=seed), seen
 
 
 def judged_weights(optim: Optim, select: Select) -> str:

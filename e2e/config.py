@@ -39,6 +39,13 @@ def _check(ok: bool, path: str, found: object, need: str) -> None:
         raise UserError(f"setting {path} must be {need}, found {found!r}")
 
 
+def _check_bytes(path: str, found: str, others: str = "") -> None:
+    try:
+        parse_bytes(found)
+    except ValueError:
+        _check(False, path, found, f"{others}a size such as 8GiB")
+
+
 @dataclass(frozen=True)
 class Columns:
     """The label table's own names for what every cohort has."""
@@ -179,11 +186,7 @@ class Engine:
             value = getattr(self, name)
             _check(value in known, f"engine.{name}", value, " or ".join(known))
         if self.keep_graphs not in ("auto", "none", "all"):
-            try:
-                parse_bytes(self.keep_graphs)
-            except ValueError:
-                need = "auto, none, all or a size such as 8GiB"
-                _check(False, "engine.keep_graphs", self.keep_graphs, need)
+            _check_bytes("engine.keep_graphs", self.keep_graphs, "auto, none, all or ")
 
 
 @dataclass(frozen=True)
@@ -194,15 +197,16 @@ class Select:
     patience: int | None = setting(None, "stop after so many validations without a better one")
     min_epochs: int = setting(0, "never stop before this epoch")
     weights: str = setting("auto", "model | ema: which is judged; auto: ema where there is one")
+    slides: int | None = setting(None, "validate on so many slides, always the same; null: all")
+    patches: int | None = setting(None, "validate on so many patches a slide, always the same")
+    cache: str = setting("1GiB", "memory for decoded patches of validation, each rank; 0: none")
 
     def __post_init__(self) -> None:
         _check(self.every > 0, "select.every", self.every, "at least 1")
-        _check(
-            self.patience is None or self.patience > 0,
-            "select.patience",
-            self.patience,
-            "over 0 or null",
-        )
+        for name in ("patience", "slides", "patches"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, f"select.{name}", value, "over 0 or null")
+        _check_bytes("select.cache", self.cache)
         known = ("auto", "model", "ema")
         _check(self.weights in known, "select.weights", self.weights, " or ".join(known))
 

@@ -236,12 +236,14 @@ def _trainer(
     log: MetricsLog,
     screen: Screen,
 ) -> Trainer:
+    items, view = build.build_validation(settings, parts.of_split("val"), parts.view)
+
     def validate(model: MILModel) -> dict[str, float | None]:
         found = predict_slides(
             model,
-            parts.of_split("val"),
+            items,
             task=parts.task,
-            view=parts.view,
+            view=view,
             strategy=strategy,
             screen=screen,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import lmdb
 import numpy as np
 import pytest
@@ -16,9 +18,10 @@ from e2e.data.loader import (
     View,
     label_slides,
     make_bag,
+    some_slides,
     whole_bag,
 )
-from e2e.data.pixels import Look, cut_rows
+from e2e.data.pixels import Look, PixelCache, cut_rows
 from e2e.data.plan import cut_update, share_update
 from e2e.data.sampler import sample_patches
 from e2e.data.store import PatchStore, StoreWriter
@@ -307,3 +310,35 @@ def test_chunks_for_a_compiled_encoder_are_full_but_a_bags_last(items):
     loader = TrainingLoader(items[1:2], view_of(), 1, 8, full=True)
     bag, _ = next(loader.epoch(0, rank=0, world_size=1))
     assert [c.stop - c.start for c in bag.chunks] == [8, 8, 8, 6]
+
+
+def test_cached_pixels_are_decoded_once_and_only_as_many_as_fit(items, monkeypatch):
+    decoded = []
+    decoder = type(DECODER).decode
+    monkeypatch.setattr(
+        type(DECODER), "decode", lambda *a: decoded.append(len(a[1])) or decoder(*a)
+    )
+    patch_bytes = 3 * 32 * 32
+    cache = PixelCache(20 * patch_bytes)  # two of the slide's four chunks of 7 or 8
+    view = replace(view_of(), cache=cache)
+    seen = []
+    for _ in range(2):
+        bag = whole_bag(items[1], view, chunk=8)
+        seen.append(torch.cat([bag.pixels(c.start, c.stop, CPU) for c in bag.chunks]))
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], whole_bag(items[1], view_of(), 30).pixels(0, 30, CPU))
+    assert decoded == [7, 8, 7, 8, 7, 8, 30]
+    assert cache.held == 15 * patch_bytes
+
+
+def test_a_few_slides_are_the_same_each_time_and_of_every_label():
+    cohort = [
+        LabelledSlide(Slide(f"s{n}", f"s{n}", "val", {}), None, torch.tensor(n % 5 == 0).int())
+        for n in range(40)
+    ]
+    few = some_slides(cohort, 6, seed=1)
+    assert [int(i.target) for i in few].count(1) == 3
+    assert [i.slide.id for i in few] == [i.slide.id for i in some_slides(cohort[::-1], 6, seed=1)]
+    assert few == sorted(few, key=lambda item: item.slide.id)
+    assert some_slides(cohort, 6, seed=2) != few
+    assert len(some_slides(cohort, None, seed=1)) == len(some_slides(cohort, 99, seed=1)) == 40

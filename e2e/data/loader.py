@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from e2e.bag import Bag, Chunk
 from e2e.data.cohort import Slide
-from e2e.data.pixels import Look, Rows, StoredPixels, cut_rows
+from e2e.data.pixels import Look, PixelCache, Rows, StoredPixels, cut_rows
 from e2e.data.plan import Piece, PlannedChunk, cut_update, in_one_piece, rows_of, share_update
 from e2e.data.sampler import mix, plan_epoch, sample_patches
 from e2e.data.store import PatchStore, SlideRecord
@@ -41,6 +42,8 @@ class View:
     seed: int = 0
     bag_size: int | None = None
     """Random patches a slide; None: all."""
+    cache: PixelCache | None = None
+    """Of :func:`whole_bag`."""
 
     def count(self, item: LabelledSlide) -> int:
         """Patches that stand for the slide."""
@@ -135,7 +138,10 @@ def _chunk_seed(seed: int, epoch: int, names: Sequence[str], chunk: PlannedChunk
 
 def whole_bag(item: LabelledSlide, view: View, chunk: int) -> Bag:
     """One slide by itself, in chunks of at most ``chunk`` patches."""
-    return make_bag([item], view, share_update(cut_update([view.count(item)], chunk), 1))
+    bag = make_bag([item], view, share_update(cut_update([view.count(item)], chunk), 1))
+    if view.cache is None:
+        return bag
+    return replace(bag, pixels=view.cache.over(bag.pixels, item.slide.id))
 
 
 @dataclass(frozen=True)
@@ -193,6 +199,19 @@ class TrainingLoader:
                 " engine.batch_norm=chunk or frozen"
             )
         return shares
+
+
+def some_slides(
+    items: Sequence[LabelledSlide], most: int | None, *, seed: int
+) -> list[LabelledSlide]:
+    """At most ``most`` slides, always the same ones, of each label as many as can be."""
+    drawn = sorted(items, key=lambda item: mix(seed, item.slide.id, "some"))
+    groups: dict[str, list[LabelledSlide]] = {}
+    for item in drawn:
+        groups.setdefault(str(item.target), []).append(item)
+    turns = chain.from_iterable(zip_longest(*(groups[key] for key in sorted(groups))))
+    chosen = [item for item in turns if item is not None][:most]
+    return sorted(chosen, key=lambda item: item.slide.id)
 
 
 def label_slides(

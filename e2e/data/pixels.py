@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from e2e.bag import PixelSource
 from e2e.data.augment import Augment, resize
 from e2e.data.decode import Decoder, UndecodableError
 from e2e.data.sampler import patch_seeds
@@ -136,6 +138,35 @@ class StoredPixels:
         if look.augment is None:
             return resize(pixels, look.size)
         return look.augment(pixels, np.concatenate([part.seeds() for part in rows]))
+
+
+class PixelCache:
+    """Pixels of slides that are seen again and again, as validation's are, up to a number of bytes.
+
+    What no longer fits is made anew each time. Kept in main memory, as the encoder gets them.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.held = most, 0
+        self._lock = threading.Lock()  # chunks are made in several threads
+        self._found: dict[tuple[str, int, int], Tensor] = {}
+
+    def over(self, source: PixelSource, slide: str) -> PixelSource:
+        """``source``, the only bag of ``slide``, through the cache."""
+
+        def pixels(start: int, stop: int, device: torch.device, *, again: bool = False) -> Tensor:
+            found = self._found.get((slide, start, stop))
+            if found is not None:
+                return found.to(device)
+            made = source(start, stop, device, again=again)
+            with self._lock:
+                fits = self.held + made.nbytes <= self.most
+                self.held += made.nbytes if fits else 0
+            if fits:
+                self._found[slide, start, stop] = made.cpu()
+            return made
+
+        return pixels
 
 
 def _by_side(rows: Sequence[Rows]) -> list[list[Rows]]:
