@@ -48,6 +48,7 @@ from e2e.data.loader import LabelledSlide, View, make_bag
 from e2e.data.pixels import Look
 from e2e.data.plan import cut_update, share_update
 from e2e.data.store import PatchStore, SlideRecord, StoreWriter
+from e2e.data.stream import ahead
 from e2e.encoders.base import ENCODERS
 from e2e.errors import UserError, exit_code
 from e2e.heads.base import HEADS
@@ -151,14 +152,15 @@ def write_store(folder: Path, counts: Sequence[int], size: int) -> PatchStore:
 
 
 def bag_of(store: PatchStore, sizes: Sequence[int], work: Work, way: Way) -> Bag:
-    """An update of slides of these sizes, as the training loader makes it for one process."""
+    """An update of slides of these sizes, as training has it: made in the background."""
     items = [
         LabelledSlide(Slide(f"n{n}", f"n{n}", "train", {}), store, torch.tensor(k % 2))
         for k, n in enumerate(sizes)
     ]
     view = View(Look(build_decoder(), augment=Augment(), keep=way.keep))
     groups = cut_update(sizes, work.chunk, full=way.compile)
-    return make_bag(items, view, share_update(groups, 1))
+    bags = [(make_bag(items, view, share_update(groups, 1)), None)]
+    return next(ahead(bags, torch.device(work.device)))[0]
 
 
 def build_model(work: Work, way: Way) -> MILModel:
