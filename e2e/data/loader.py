@@ -15,8 +15,9 @@ from e2e.bag import Bag, Chunk
 from e2e.data.augment import Augment, resize
 from e2e.data.cohort import Slide
 from e2e.data.decode import Decoder, UndecodableError
+from e2e.data.order import plan_epoch
 from e2e.data.plan import Piece, PlannedChunk, cut_update, in_one_piece, rows_of, share_update
-from e2e.data.sampler import mix, patch_seeds, plan_epoch, sample_patches
+from e2e.data.sampler import mix, patch_seeds, sample_patches
 from e2e.data.store import PatchStore, SlideRecord
 from e2e.errors import DamagedDataError, UserError
 
