@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.bag import Bag, Chunk
 from e2e.data.cohort import Slide
-from e2e.data.pixels import Look, PixelCache, Rows, StoredPixels, cut_rows
+from e2e.data.order import plan_epoch, turns
+from e2e.data.pixels import Look, PixelCache, Rows, StoredPixels, cut_rows, share_draws
 from e2e.data.plan import Piece, PlannedChunk, cut_update, in_one_piece, rows_of, share_update
-from e2e.data.sampler import mix, plan_epoch, sample_patches
+from e2e.data.sampler import RandomSampler, Sampler, mix, pad_with_copies, scale_quotas
 from e2e.data.store import PatchStore, SlideRecord
 from e2e.errors import UserError
 
 
 @dataclass(frozen=True)
 class LabelledSlide:
-    """A slide with its store and the number the task made of its label."""
+    """A slide with its stores and the number the task made of its label."""
 
     slide: Slide
     store: PatchStore
     target: Tensor
+    more: tuple[PatchStore, ...] = ()
+    """Its patches at other magnifications; evaluation does without them."""
 
     @property
     def record(self) -> SlideRecord:
@@ -41,22 +45,72 @@ class View:
     look: Look
     seed: int = 0
     bag_size: int | None = None
-    """Random patches a slide; None: all."""
+    """Patches drawn for a slide; None: all."""
+    sampler: Sampler = RandomSampler()
+    """Which ones."""
+    shares: tuple[float, ...] = ()
+    """Parts of a bag from each of a slide's stores (MRIS); empty: all from the first."""
+    copies: bool = False
+    """Fill short bags up with copies of their own patches."""
+    scores: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Slide -> what the patches of its first store are worth, for samplers that ask."""
+    shared_crops: int = 0
+    """Crop rectangles that all of a rank's patches of an update share, neighbours the same one; 0: each
+    patch has its own."""
     cache: PixelCache | None = None
     """Of :func:`whole_bag`."""
 
     def count(self, item: LabelledSlide) -> int:
         """Patches that stand for the slide."""
-        count = item.store.count(item.slide.id)
-        return count if self.bag_size is None else min(count, self.bag_size)
+        return sum(self.quotas(item))
 
-    def rows(self, item: LabelledSlide, epoch: int) -> tuple[list[Rows], Tensor]:
-        """The patches that stand for the slide in this epoch, and their (n,2) coords."""
-        slide, store = item.slide.id, item.store
-        record = store.record(slide)
-        indices = sample_patches(slide, record.count, self.bag_size, seed=self.seed, epoch=epoch)
-        rows = Rows(store, slide, indices, record.patch_px, mix(self.seed, epoch, slide))
-        return [rows], torch.from_numpy(record.coords[indices])
+    def quotas(self, item: LabelledSlide) -> tuple[int, ...]:
+        """Of each of its stores."""
+        counts = [store.count(item.slide.id) for store in self._stores(item)]
+        if self.copies and self.bag_size is not None:
+            counts = [self.bag_size] * len(counts)
+        return scale_quotas(self.bag_size, self.shares or (1,), counts)
+
+    def rows(
+        self, item: LabelledSlide, epoch: int, turn: int = 0
+    ) -> tuple[list[Rows], Tensor | None]:
+        """The patches that stand for the slide in this epoch, and their (n,2) coords, if known.
+
+        ``turn`` is how often the slide came before in the epoch.
+        """
+        slide, rows, coords = item.slide.id, [], []
+        when = {"seed": self.seed, "epoch": epoch, "turn": turn}
+        for scale, (store, quota) in enumerate(
+            zip(self._stores(item), self.quotas(item), strict=True)
+        ):
+            if quota == 0:  # a share too small for one patch
+                continue
+            record = store.record(slide)
+            indices = self.sampler.choose(
+                slide,
+                record.count,
+                quota,
+                scale=scale,
+                coords=record.coords if self.sampler.uses_coords else None,
+                scores=None if scale else self.scores.get(slide),
+                **when,
+            )
+            if self.copies:
+                indices = pad_with_copies(indices, quota, slide=slide, scale=scale, **when)
+            seed = mix(self.seed, epoch, _key(slide, turn), *(("scale", scale) if scale else ()))
+            rows.append(Rows(store, slide, indices, record.patch_px, seed))
+            coords.append(None if record.coords is None else record.coords[indices])
+        if any(places is None for places in coords):
+            return rows, None
+        return rows, torch.from_numpy(np.concatenate(coords))
+
+    def _stores(self, item: LabelledSlide) -> tuple[PatchStore, ...]:
+        return (item.store, *item.more)[: len(self.shares) or 1]
+
+
+def _key(slide: str, turn: int) -> str:
+    """What draws go by: another one each time that the slide comes in an epoch."""
+    return slide if turn == 0 else f"{slide}\x1f{turn}"
 
 
 class _Entry(NamedTuple):
@@ -74,6 +128,7 @@ def make_bag(
     view: View,
     shares: Sequence[Sequence[PlannedChunk]],
     *,
+    turns: Sequence[int] | None = None,
     rank: int = 0,
     epoch: int = 0,
 ) -> Bag:
@@ -81,6 +136,7 @@ def make_bag(
 
     Args:
         shares: the chunks of each rank, as :func:`e2e.data.plan.share_update` gives them.
+        turns: how often each slide came before in this epoch; None: never.
     """
     chunks, counts = shares[rank], True
     entries = _entries(shares, rank)
@@ -88,27 +144,28 @@ def make_bag(
         # A rank without patches encodes a chunk that counts nothing: it takes part in collectives.
         chunks, counts = [next(chunk for share in shares for chunk in share)], False
         entries += [_Entry(*piece, weight=0.0) for piece in chunks[0].pieces]
-    names = [item.slide.id for item in items]
-    chosen = {e.slide: view.rows(items[e.slide], epoch) for e in entries}
+    turns = turns or [0] * len(items)
+    keys = [_key(item.slide.id, turn) for item, turn in zip(items, turns, strict=True)]
+    chosen = {e.slide: view.rows(items[e.slide], epoch, turns[e.slide]) for e in entries}
+    rows = [part for e in entries for part in cut_rows(chosen[e.slide][0], e.start, e.stop)]
+    if view.shared_crops:
+        rows = share_draws(rows, view.shared_crops, mix(view.seed, epoch, keys[0], "crop"))
     ends = np.cumsum([0] + [chunk.rows for chunk in chunks]).tolist()
     return Bag(
         offsets=tuple(np.cumsum([0] + [e.stop - e.start for e in entries]).tolist()),
         chunks=tuple(
-            Chunk(start, start + chunk.rows, _chunk_seed(view.seed, epoch, names, chunk), counts)
+            Chunk(start, start + chunk.rows, _chunk_seed(view.seed, epoch, keys, chunk), counts)
             for start, chunk in zip(ends, chunks, strict=False)
         ),
         # The head sees the whole of a bag that is sharded.
         coords=tuple(
-            coords if e.shards else coords[e.start : e.stop]
+            coords if e.shards or coords is None else coords[e.start : e.stop]
             for e, (_, coords) in ((e, chosen[e.slide]) for e in entries)
         ),
-        pixels=StoredPixels(
-            [part for e in entries for part in cut_rows(chosen[e.slide][0], e.start, e.stop)],
-            view.look,
-        ),
+        pixels=StoredPixels(rows, view.look),
         target=torch.stack([items[e.slide].target for e in entries]),
-        slides=tuple(names[e.slide] for e in entries),
-        seeds=tuple(mix(view.seed, epoch, names[e.slide], "head") for e in entries),
+        slides=tuple(items[e.slide].slide.id for e in entries),
+        seeds=tuple(mix(view.seed, epoch, keys[e.slide], "head") for e in entries),
         weight=torch.tensor([e.weight for e in entries]),
         shards=tuple(e.shards for e in entries),
     )
@@ -132,8 +189,8 @@ def _entries(shares: Sequence[Sequence[PlannedChunk]], rank: int) -> list[_Entry
     return entries
 
 
-def _chunk_seed(seed: int, epoch: int, names: Sequence[str], chunk: PlannedChunk) -> int:
-    return mix(seed, epoch, names[chunk.pieces[0].bag], "chunk", chunk.number)
+def _chunk_seed(seed: int, epoch: int, keys: Sequence[str], chunk: PlannedChunk) -> int:
+    return mix(seed, epoch, keys[chunk.pieces[0].bag], "chunk", chunk.number)
 
 
 def whole_bag(item: LabelledSlide, view: View, chunk: int) -> Bag:
@@ -153,6 +210,7 @@ class TrainingLoader:
         shard_over: bags of more patches are spread over the ranks; None: none.
         full: all chunks but a bag's last have exactly ``chunk`` patches.
         one_piece: a rank's patches are a single chunk, for statistics over the whole batch.
+        groups: a number for each slide; groups are drawn equally often. None: each slide once.
     """
 
     items: Sequence[LabelledSlide]
@@ -162,6 +220,7 @@ class TrainingLoader:
     shard_over: int | None = None
     full: bool = False
     one_piece: bool = False
+    groups: Sequence[int] | None = None
 
     def updates(self) -> int:
         """Optimiser steps in an epoch."""
@@ -171,18 +230,23 @@ class TrainingLoader:
         """UserError where a rank's share must be one chunk and is not, in any epoch."""
         sizes = [self.view.count(item) for item in self.items]
         for epoch in range(epochs if self.one_piece else 0):
-            for update in plan_epoch(len(sizes), self.bags, seed=self.view.seed, epoch=epoch):
+            for update in self._plan(epoch):
                 self._shares([sizes[i] for i in update], world_size)
 
     def epoch(
         self, epoch: int, *, rank: int, world_size: int, first: int = 0
     ) -> Iterator[tuple[Bag, int]]:
         """From update ``first`` on: this rank's bag, and the number of slides on all ranks."""
-        plan = plan_epoch(len(self.items), self.bags, seed=self.view.seed, epoch=epoch)
-        for update in plan[first:]:
+        plan = self._plan(epoch)
+        for update, came in list(zip(plan, turns(plan), strict=True))[first:]:
             slides = [self.items[i] for i in update]
             shares = self._shares([self.view.count(item) for item in slides], world_size)
-            yield make_bag(slides, self.view, shares, rank=rank, epoch=epoch), len(update)
+            where = {"turns": came, "rank": rank, "epoch": epoch}
+            yield make_bag(slides, self.view, shares, **where), len(update)
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        where = {"seed": self.view.seed, "epoch": epoch}
+        return plan_epoch(len(self.items), self.bags, groups=self.groups, **where)
 
     def _shares(self, sizes: Sequence[int], world_size: int) -> list[list[PlannedChunk]]:
         if not self.one_piece:
@@ -216,11 +280,12 @@ def some_slides(
 
 def label_slides(
     slides: Sequence[Slide],
-    stores: Mapping[str, PatchStore],
+    stores: Mapping[str, Sequence[PatchStore]],
     encode: Callable[[Mapping[str, str]], Tensor],
 ) -> list[LabelledSlide]:
     """Slides with their stores and encoded targets, by id: the order every run has."""
     return [
-        LabelledSlide(slide, stores[slide.id], encode(slide.target))
+        LabelledSlide(slide, store, encode(slide.target), tuple(more))
         for slide in sorted(slides, key=lambda slide: slide.id)
+        for store, *more in [stores[slide.id]]
     ]

@@ -34,13 +34,16 @@ class Rows:
     """Of the stored JPEGs, in pixels."""
     seed: int
     """With its index it gives each patch its draws."""
+    shared: NDArray[np.uint64] | None = None
+    """(n,) seeds of the crops alone, where patches share them."""
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def part(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop`` of these."""
-        return replace(self, indices=self.indices[start:stop])
+        shared = None if self.shared is None else self.shared[start:stop]
+        return replace(self, indices=self.indices[start:stop], shared=shared)
 
     def seeds(self) -> NDArray[np.uint64]:
         """(n,) the seed of each patch."""
@@ -70,6 +73,17 @@ def cut_rows(rows: Sequence[Rows], start: int, stop: int) -> list[Rows]:
             found.append(part.part(low, high))
         first += len(part)
     return found
+
+
+def share_draws(rows: Sequence[Rows], rectangles: int, seed: int) -> list[Rows]:
+    """All rows in so many runs of neighbours, each of one crop, as the ABMILX project has them."""
+    total = sum(map(len, rows))
+    run = np.arange(total) * rectangles // max(1, total)
+    seeds = patch_seeds(seed, run)
+    ends = np.cumsum([len(part) for part in rows])[:-1]
+    return [
+        replace(part, shared=own) for part, own in zip(rows, np.split(seeds, ends), strict=True)
+    ]
 
 
 class StoredPixels:
@@ -137,7 +151,9 @@ class StoredPixels:
         look = self._look
         if look.augment is None:
             return resize(pixels, look.size)
-        return look.augment(pixels, np.concatenate([part.seeds() for part in rows]))
+        seeds = np.concatenate([part.seeds() for part in rows])
+        shared = [part.shared for part in rows if part.shared is not None]
+        return look.augment(pixels, seeds, np.concatenate(shared) if shared else None)
 
 
 class PixelCache:
