@@ -200,7 +200,7 @@ def test_what_is_no_jpeg_is_named(tmp_path):
     path = write_seed(tmp_path / "x.lmdb", {"a": 3})
     put(path, {"a-1": pickle.dumps(b"no picture at all, but bytes")})
     assert list(SeedStore(path).damage("a")) == [
-        f"{path}: slide 'a' patch 1 is no JPEG of 28 bytes"
+        f"{path}: slide 'a' patch 1 is no JPEG: 28 other bytes"
     ]
     put(other := write_seed(tmp_path / "y.lmdb", {"a": 3}), {"a-0": pickle.dumps(b"no picture")})
     with pytest.raises(DamagedDataError, match="patch 0 is no JPEG"):

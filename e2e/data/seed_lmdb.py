@@ -28,7 +28,6 @@ from e2e.data.store import (
     PatchStore,
     PlacelessRecord,
     SlideRecord,
-    Store,
     get,
     lacking,
     read_ahead,
@@ -97,6 +96,11 @@ class SeedStore:
         """Ids of the slides; of those that have no count, ``count`` raises."""
         return [*self._counts, *self._uncounted]
 
+    @property
+    def has_coords(self) -> bool:
+        """Whether records say where the patches lie."""
+        return self._places is not None
+
     def count(self, slide: str) -> int:
         """Number of patches; DamagedDataError where the file names the slide but no number."""
         if slide in self._uncounted:
@@ -123,7 +127,7 @@ class SeedStore:
         known: dict[str, Any] = {
             "slide": slide,
             "mpp": None,
-            "patch_px": jpeg_size(self, slide, 0)[0] if count else 0,
+            "patch_px": self._size(slide, 0)[0] if count else 0,
             "source": self.path.name,
             "source_bytes": self.path.stat().st_size,
         }
@@ -157,9 +161,13 @@ class SeedStore:
             return
         for index in range(record.count):
             try:
-                jpeg_size(self, slide, index)
+                self._size(slide, index)
             except DamagedDataError as error:
                 yield str(error).splitlines()[0]
+
+    def _size(self, slide: str, index: int) -> tuple[int, int]:
+        [jpeg] = self.read(slide, [index])
+        return jpeg_size(jpeg, self.path, slide, index)
 
     def _jpeg(self, slide: str, index: int, count: int, value: Any) -> bytes:
         try:
@@ -219,15 +227,14 @@ class SeedStore:
         return {"coords": coords, "level0_px": found.level0_px, "width": width, "height": height}
 
 
-def jpeg_size(store: Store, slide: str, index: int) -> tuple[int, int]:
-    """Width and height of a patch, from its header; DamagedDataError where there is none."""
-    [jpeg] = store.read(slide, [index])
+def jpeg_size(jpeg: bytes, path: Path, slide: str, index: int) -> tuple[int, int]:
+    """Width and height by a JPEG's header; DamagedDataError, with the place given, if it has none."""
     try:
         with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
             return image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DamagedDataError(
-            f"{store.path}: slide '{slide}' patch {index} is no JPEG of {len(jpeg)} bytes"
+            f"{path}: slide '{slide}' patch {index} is no JPEG: {len(jpeg)} other bytes"
         ) from error
 
 
