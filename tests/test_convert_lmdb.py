@@ -86,7 +86,7 @@ def test_slides_that_cannot_be_converted_are_named_and_the_others_go_on(tmp_path
         "text": "patch 1 is no JPEG",
         "evil": "patch 1 is refused: its pickle would call 'os system'",
         "short": "fewer patches than the 5",
-        "zero": "patch 0 has zero bytes",
+        "zero": "patch 0 is of zero bytes",
         "lost": "is in __slide__, but __pn__ does not say",
         "none": "it has no patches",
     }

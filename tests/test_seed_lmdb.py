@@ -173,8 +173,8 @@ def test_lists_of_another_kind_are_refused(tmp_path, meta):
 @pytest.mark.parametrize(
     ("value", "fault"),
     [
-        (b"", "patch 1 has zero bytes"),
-        (pickle.dumps(b""), "patch 1 has zero bytes"),
+        (b"", "patch 1 is of zero bytes"),
+        (pickle.dumps(b""), "patch 1 is of zero bytes"),
         (jpeg(), "patch 1 is refused"),  # no pickle around it
         (pickle.dumps(jpeg())[:-100], "patch 1 is refused"),
         (pickle.dumps("text"), "patch 1 is refused: it holds something else"),

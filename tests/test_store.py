@@ -398,9 +398,9 @@ def test_a_value_of_zero_bytes_is_named(tmp_path):
         txn.put(b"p" + struct.pack(">II", 0, 9), b"")
     store = PatchStore(path)
     for indices in ([9], range(20), range(9, 20), [0, 19, 9]):
-        with pytest.raises(DamagedDataError, match="slide 'a' patch 9 has zero bytes"):
+        with pytest.raises(DamagedDataError, match="slide 'a' patch 9 is of zero bytes"):
             store.read("a", indices)
-    assert list(store.damage("a")) == ["slide 'a' patch 9: has zero bytes"]
+    assert list(store.damage("a")) == ["slide 'a' patch 9: is of zero bytes"]
 
 
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])

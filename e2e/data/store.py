@@ -196,7 +196,7 @@ class PatchStore:
                 yield f"slide '{slide}' patch {index}: {error}"
                 continue
             if not value:
-                fault = "missing" if value is None else "has zero bytes"
+                fault = "missing" if value is None else "is of zero bytes"
                 yield f"slide '{slide}' patch {index}: {fault}"
             elif zlib.crc32(value) != checksums[index]:
                 yield f"slide '{slide}' patch {index}: checksum differs"
@@ -456,7 +456,7 @@ def _read_patches(
 
 def lacking(path: Path, slide: str, index: int, count: int, *, empty: bool) -> DamagedDataError:
     """The error of a patch that is not there, or has no bytes."""
-    fault = f"patch {index} has zero bytes" if empty else f"lacks patch {index} of {count}"
+    fault = f"patch {index} is of zero bytes" if empty else f"lacks patch {index} of {count}"
     return DamagedDataError(
         f"{path}: slide '{slide}' {fault}\n  pack it again, or see tools/inspect_lmdb.py --verify"
     )
