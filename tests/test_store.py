@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import multiprocessing
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import lmdb
@@ -18,8 +22,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from e2e.data.store import LONGEST_ID, PatchStore, StoreWriter
-from e2e.errors import DamagedDataError, UserError
+from e2e.data import store as store_module
+from e2e.data.store import LONGEST_ID, PatchStore, PlacelessRecord, StoreWriter, get, snapshot
+from e2e.errors import DamagedDataError, OneRankError, UserError
 from tests.conftest import RECIPE, ROOT, jpeg, patches, record, write_store
 
 IDS = [
@@ -85,7 +90,7 @@ def test_patches_come_in_the_order_asked_for(make_store):
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    values=st.lists(st.binary(max_size=9000), max_size=8),
+    values=st.lists(st.binary(min_size=1, max_size=9000), max_size=8),
     corner=st.lists(st.tuples(*[st.integers(-(2**31), 2**31 - 1)] * 2), min_size=8, max_size=8),
 )
 def test_any_bytes_and_any_coords_survive(tmp_path_factory, values, corner):
@@ -199,9 +204,9 @@ def test_a_file_that_is_no_lmdb_is_refused_and_left_alone(tmp_path, content):
 
 
 def test_a_newer_store_is_refused(tmp_path):
-    header = json.dumps({"format": "e2e patch store", "version": 2, "recipe": {}})
+    header = json.dumps({"format": "e2e patch store", "version": 3, "recipe": {}})
     path = put(tmp_path / "x.lmdb", header=header.encode())
-    with pytest.raises(UserError, match="store version 2; this program reads up to 1"):
+    with pytest.raises(UserError, match="store version 3; this program reads up to 2"):
         PatchStore(path)
 
 
@@ -360,6 +365,163 @@ def test_a_full_disk_is_one_message_and_what_is_there_stays(tmp_path, limit):
         path,
     )
     assert last.stdout == "[] True\n", last.stderr
+
+
+def test_a_slide_may_lack_places(tmp_path):
+    path = tmp_path / "x.lmdb"
+    known = {k: v for k, v in vars(record("b", 1)).items() if k not in ("slide", "coords")}
+    with StoreWriter(path, RECIPE) as writer:
+        writer.add(record("a", 3), patches("a", 3))
+    assert b'"version": 1' in get(path, b"header")  # programs of before still read it
+    with StoreWriter(copy := shutil.copy(path, tmp_path / "y.lmdb"), RECIPE) as writer:
+        bare = PlacelessRecord(slide="b", coords=None, patches=2, **known)
+        with pytest.raises(ValueError, match="3 JPEGs for coords of shape"):
+            writer.add(bare, patches("b", 3))
+        writer.add(bare, patches("b", 2))
+        assert writer.record("b") == bare
+        assert writer.read("b", [1]) == [patches("b", 2)[1]]
+        assert writer.read("a", [2]) == [patches("a", 3)[2]]
+    store = PatchStore(copy)
+    assert b'"version": 2' in get(copy, b"header")  # which they refuse by its number
+    assert (store.record("b"), store.record("b").count, store.count("b")) == (bare, 2, 2)
+    assert store.record("a").count == 3
+    assert store.read("b", [1, 0]) == patches("b", 2)[::-1]
+    assert [*store.damage("a"), *store.damage("b")] == []
+    change(copy, b'"coords": false', b'"coords": f@lse')
+    with pytest.raises(DamagedDataError):
+        PatchStore(copy).record("b")
+
+
+def test_a_value_of_zero_bytes_is_named(tmp_path):
+    path = Path(shutil.copy(write_store(tmp_path / "x.lmdb", {"a": 20}).path, tmp_path / "y.lmdb"))
+    with lmdb.open(str(path), subdir=False, map_size=1 << 24) as env, env.begin(write=True) as txn:
+        txn.put(b"p" + struct.pack(">II", 0, 9), b"")
+    store = PatchStore(path)
+    for indices in ([9], range(20), range(9, 20), [0, 19, 9]):
+        with pytest.raises(DamagedDataError, match="slide 'a' patch 9 is of zero bytes"):
+            store.read("a", indices)
+    assert list(store.damage("a")) == ["slide 'a' patch 9: is of zero bytes"]
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(indices=st.lists(st.integers(0, 59), max_size=40))
+def test_however_patches_are_asked_for_they_are_the_right_ones(sixty, indices):
+    store, values = sixty
+    for wanted in (indices, sorted(indices), range(min(indices, default=0), 60)):
+        assert store.read("b", wanted) == [values[i] for i in wanted]
+
+
+@pytest.fixture(scope="module")
+def sixty(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sixty") / "x.lmdb"
+    return write_store(path, {"a": 3, "b": 60, "c": 3}), patches("b", 60)
+
+
+def resident(path: Path) -> list[bool]:
+    """Which pages of a file are in memory."""
+    size = path.stat().st_size
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as view:
+        pages = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
+        address = np.frombuffer(view, np.uint8).ctypes.data
+        mincore = ctypes.CDLL(None).mincore
+        mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+        assert mincore(address, size, pages.ctypes.data) == 0
+    return (pages & 1).astype(bool).tolist()
+
+
+@pytest.mark.parametrize(("indices", "share"), [(range(0, 200, 4), 0.9), ([5, 150], 0.3)])
+def test_a_cold_slide_is_read_at_once_where_much_of_it_is_wanted(tmp_path, indices, share):
+    path, values = tmp_path / "x.lmdb", [os.urandom(16_000) for _ in range(200)]
+    with StoreWriter(path, RECIPE) as writer:
+        writer.add(record("a", 200), values)
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    store = PatchStore(path)
+    if np.mean(resident(path)) > 0.1:
+        pytest.skip("this file system keeps all files in memory")
+    assert store.read("a", indices) == [values[i] for i in indices]
+    deadline = time.monotonic() + 10  # the disk may still be at work
+    while share > 0.5 and np.mean(resident(path)) < share and time.monotonic() < deadline:
+        pass
+    found = np.mean(resident(path))
+    assert found > share if share > 0.5 else found < share, found
+
+
+WRITE = """
+    import sys
+    from e2e.data.store import PlacelessRecord, StoreWriter
+    from tests.conftest import RECIPE, record
+    with StoreWriter(sys.argv[1], RECIPE) as writer:
+        print("open", flush=True)
+        for number in range(int(sys.argv[2])):
+            name = f"{number:05}"
+            writer.add(record(name, 20), [name.encode() * (50 + k) for k in range(20)])
+"""
+
+
+def test_a_store_that_grows_while_it_is_read_shows_whole_slides_only(tmp_path):
+    path, slides = tmp_path / "x.lmdb", 300
+    command = [sys.executable, "-c", textwrap.dedent(WRITE), str(path), str(slides)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        seen, refused, first = set(), 0, PatchStore(path)
+        while (running := writer.poll() is None) or len(seen) < 2:
+            try:
+                store = PatchStore(path)
+                for slide in store.slides[-3:]:
+                    expected = [slide.encode() * (50 + k) for k in range(20)]
+                    assert store.read(slide, range(20)) == expected
+                    assert store.record(slide).count == 20
+            except UserError as error:
+                assert "being written faster" in str(error)  # noqa: PT017
+                refused += 1
+            seen.add(len(store.slides))
+            assert running or len(store.slides) == slides
+        assert writer.returncode == 0
+    assert sorted(seen)[-1] == slides
+    assert len(seen) > 3  # it was read while it grew
+    for slide in first.slides:
+        assert len(first.read(slide, range(20))) == 20
+
+
+COMMIT_TWICE = """
+    import sys, lmdb
+    with lmdb.open(sys.argv[1], subdir=False, map_size=1 << 24) as env:
+        for value in (b"1", b"2"):
+            with env.begin(write=True) as txn:
+                txn.put(b"key", value)
+"""
+
+
+def test_a_snapshot_that_was_overwritten_is_taken_again(tmp_path):
+    path = put(tmp_path / "x.lmdb", key=b"0")
+    snapshots = []
+
+    def disturbed(times):
+        def work(txn):
+            snapshots.append(txn.id())
+            if len(snapshots) <= times:
+                assert run(COMMIT_TWICE, path).returncode == 0
+                raise lmdb.CorruptedError("what overwritten pages may look like")
+            return bytes(txn.get(b"key"))
+
+        return work
+
+    assert snapshot(path, disturbed(2)) == b"2"
+    assert snapshots == [1, 3, 5]
+    with pytest.raises(OneRankError, match="written faster than it can be read"):
+        snapshot(path, disturbed(99))
+
+
+def test_a_file_that_outgrew_its_map_is_told_apart_from_damage(tmp_path, monkeypatch):
+    path = Path(shutil.copy(write_store(tmp_path / "x.lmdb", {"a": 1}).path, tmp_path / "y.lmdb"))
+    monkeypatch.setattr(store_module, "GROWTH", 0)
+    store = PatchStore(path)
+    assert run(FILL.replace("1000", "1, 3"), path, 1 << 30).returncode == 0
+    with pytest.raises(OneRankError, match="has grown by more than"):
+        store.read("a", [0])
 
 
 def read_in_child(store: PatchStore) -> list[bytes]:

@@ -5,34 +5,46 @@ Layout of the file (``subdir=False``; no pickle anywhere):
 - ``header``: JSON ``{"format", "version", "recipe"}``; the recipe says how the patches were cut.
 - ``s:<slide id>``: one line of JSON, then coords (N,2) int32 little-endian, then CRC-32 of every
   JPEG (N,) uint32 little-endian. It is written last, in the transaction of the slide's patches:
-  a slide is in the store whole or not at all.
+  a slide is in the store whole or not at all. A slide whose places nobody knows says
+  ``"coords": false`` and has the CRCs alone; the first of these makes the store's version 2, which
+  programs that know version 1 refuse by that number.
 - ``p<number><index>`` (both big-endian uint32): a patch as raw JPEG bytes. Fixed-width keys keep a
   slide's patches together and in order, so reading a slide walks the file forwards.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import mmap
 import os
 import struct
+import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from e2e.errors import DamagedDataError, UserError, listing
+from e2e.errors import DamagedDataError, OneRankError, UserError, listing
+
+T = TypeVar("T")
 
 FORMAT = "e2e patch store"
-VERSION = 1
+VERSION = 2
 MAP_SIZE = 1 << 40  # address space, not disk: the file grows as it fills
+GROWTH = 1 << 36  # how far a file may grow while it is open for reading; address space again
 LONGEST_ID = 500  # bytes; LMDB's keys end at 511
+ATTEMPTS = 5  # at a snapshot that a writer keeps overwriting
+SPARSE = 8  # reading ahead pays where one patch of so many is wanted, measured on a virtual disk
+PIECE = (
+    1 << 17
+)  # bytes; Linux cuts what is asked for at once to the disk's readahead, this at least
 
 _HEADER = b"header"
 _SLIDE = b"s:"
@@ -43,10 +55,11 @@ class SlideRecord:
     """All that a store knows of a slide but the pixels."""
 
     slide: str
-    coords: NDArray[np.int32]
-    """(N,2) x, y of each patch's upper left corner, level-0 pixels."""
+    coords: NDArray[np.int32] | None
+    """(N,2) x, y of each patch's upper left corner, level-0 pixels. None in a
+    :class:`PlacelessRecord` only."""
     level0_px: float
-    """Side of a patch in level-0 pixels."""
+    """Side of a patch in level-0 pixels; 0 when unknown."""
     mpp: float | None
     """um per pixel of the stored patches; None where a folder of patches did not say."""
     patch_px: int
@@ -61,7 +74,60 @@ class SlideRecord:
     @property
     def count(self) -> int:
         """Number of patches."""
+        assert self.coords is not None, "a record without coords is a PlacelessRecord"
         return len(self.coords)
+
+
+@dataclass(frozen=True)
+class PlacelessRecord(SlideRecord):
+    """Of a slide whose patches lie nobody knows where: ``coords`` is None."""
+
+    patches: int
+    """Number of patches; ``count`` elsewhere."""
+
+    @property
+    def count(self) -> int:
+        """Number of patches."""
+        return self.patches
+
+
+class Store(Protocol):
+    """What slides are read from: :class:`PatchStore`, and the files of others read in place.
+
+    It can be copied into other processes, and read from several threads.
+    """
+
+    path: Path
+    """The LMDB file."""
+    recipe: dict[str, Any]
+    """How the patches were made, as far as known."""
+
+    @property
+    def slides(self) -> list[str]:
+        """Ids of the slides."""
+        ...
+
+    def __contains__(self, slide: str) -> bool: ...
+
+    def count(self, slide: str) -> int:
+        """Number of patches of a slide."""
+        ...
+
+    def record(self, slide: str) -> SlideRecord:
+        """What is known of a slide; DamagedDataError when it cannot be read."""
+        ...
+
+    def read(self, slide: str, indices: Sequence[int] | NDArray[np.int64]) -> list[bytes]:
+        """JPEG bytes of the given patches, in the order asked for.
+
+        Raises:
+            DamagedDataError: names the slide and the patch that is missing, empty or unreadable.
+        """
+        ...
+
+    def damage(self, slide: str) -> Iterator[str]:
+        """Check every value of a slide; yields a line per fault."""
+        ...
 
 
 class PatchStore:
@@ -75,12 +141,15 @@ class PatchStore:
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"no patch store at {self.path}\n  make it with tools/pack_lmdb.py")
-        self._numbers: dict[str, tuple[int, int]] = {}
-        with _reading(self.path) as txn:
-            self.recipe: dict[str, Any] = _read_header(txn, self.path)["recipe"]
-            for slide, value in _slide_values(txn):
-                meta = _metadata(value)
-                self._numbers[slide] = (meta["number"], meta["count"])
+
+        def contents(txn: lmdb.Transaction) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+            recipe = _read_header(txn, self.path)["recipe"]
+            metas = {slide: _metadata(value) for slide, value in _slide_values(txn)}
+            return recipe, {slide: (m["number"], m["count"]) for slide, m in metas.items()}
+
+        self.recipe: dict[str, Any]
+        self._numbers: dict[str, tuple[int, int]]
+        self.recipe, self._numbers = snapshot(self.path, contents)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__
@@ -102,19 +171,15 @@ class PatchStore:
         return self._read_record(slide)[0]
 
     def read(self, slide: str, indices: Sequence[int] | NDArray[np.int64]) -> list[bytes]:
-        """JPEG bytes of the given patches, in the order asked for."""
+        """JPEG bytes of the given patches, in the order asked for.
+
+        Raises:
+            DamagedDataError: names the slide and the patch that is missing or empty.
+        """
         number, count = self._numbers[slide]
-        jpegs = []
-        with _reading(self.path) as txn:
-            for index in indices:
-                value = txn.get(_patch_key(number, int(index)))
-                if value is None:
-                    raise DamagedDataError(
-                        f"{self.path}: slide '{slide}' lacks patch {index} of {count}\n"
-                        "  pack it again, or see tools/inspect_lmdb.py --verify"
-                    )
-                jpegs.append(bytes(value))
-        return jpegs
+        return snapshot(
+            self.path, lambda txn: _read_patches(txn, self.path, slide, number, count, indices)
+        )
 
     def damage(self, slide: str) -> Iterator[str]:
         """Compare every value of ``slide`` with its checksum; yields a line per fault."""
@@ -126,20 +191,18 @@ class PatchStore:
         number, _ = self._numbers[slide]
         for index in range(record.count):
             try:
-                with _reading(self.path) as txn:
-                    value = txn.get(_patch_key(number, index))
-                    found = None if value is None else zlib.crc32(value)
+                value = get(self.path, _patch_key(number, index))
             except DamagedDataError as error:
                 yield f"slide '{slide}' patch {index}: {error}"
                 continue
-            if found is None:
-                yield f"slide '{slide}' patch {index}: missing"
-            elif found != checksums[index]:
+            if not value:
+                fault = "missing" if value is None else "is of zero bytes"
+                yield f"slide '{slide}' patch {index}: {fault}"
+            elif zlib.crc32(value) != checksums[index]:
                 yield f"slide '{slide}' patch {index}: checksum differs"
 
     def _read_record(self, slide: str) -> tuple[SlideRecord, NDArray[np.uint32]]:
-        with _reading(self.path) as txn:
-            return _unpack_record(txn, self.path, slide)
+        return snapshot(self.path, lambda txn: _unpack_record(txn, self.path, slide))
 
 
 class StoreWriter:
@@ -177,8 +240,7 @@ class StoreWriter:
     def _begin(self, existed: bool) -> None:
         with self._env.begin(write=True) as txn:
             if txn.stat()["entries"] == 0:
-                header = {"format": FORMAT, "version": VERSION, "recipe": self.recipe}
-                txn.put(_HEADER, json.dumps(header).encode())
+                txn.put(_HEADER, _pack_header(self.recipe, version=1))
             found = _read_header(txn, self.path)["recipe"]
             if existed and found != self.recipe:
                 keys = sorted(found.keys() | self.recipe.keys())
@@ -213,12 +275,18 @@ class StoreWriter:
         with self._env.begin(buffers=True) as txn:
             return _unpack_record(txn, self.path, slide)[0]
 
+    def read(self, slide: str, indices: Sequence[int] | NDArray[np.int64]) -> list[bytes]:
+        """As :meth:`PatchStore.read`."""
+        with self._env.begin(buffers=True) as txn:
+            meta = _metadata(txn.get(_SLIDE + slide.encode()))
+            return _read_patches(txn, self.path, slide, meta["number"], meta["count"], indices)
+
     def add(self, record: SlideRecord, jpegs: Iterable[bytes]) -> None:
         """Put one slide in, whole or not at all. ``jpegs`` is consumed as it is written.
 
         Raises:
             UserError: the disk is full, another process writes too, or the id cannot be a key.
-            ValueError: the number of JPEGs is not that of the coords, or the slide is there.
+            ValueError: the number of JPEGs is not that of the record, or the slide is there.
         """
         key = _SLIDE + record.slide.encode()
         if not record.slide or len(record.slide.encode()) > LONGEST_ID:
@@ -234,6 +302,8 @@ class StoreWriter:
                         raise UserError(f"another process is writing to {self.path}; stop one")
                     checksums.append(zlib.crc32(jpeg))
                 txn.put(key, _pack_record(record, number, checksums))
+                if record.coords is None:
+                    txn.put(_HEADER, _pack_header(self.recipe, version=2))
         except lmdb.Error as error:  # a full disk is a DiskError, or an "Input/output error"
             raise UserError(
                 f"cannot write slide '{record.slide}' to {self.path}: {error}\n"
@@ -242,36 +312,154 @@ class StoreWriter:
         self._done.add(record.slide)
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[lmdb.Transaction]:
-    """A read transaction; what lmdb and json make of damaged bytes is a DamagedDataError."""
-    try:
-        with _environment(path).begin(buffers=True) as txn:
-            yield txn
-    except (lmdb.Error, ValueError, KeyError) as error:  # ValueError: also of json and of unicode
-        raise DamagedDataError(
-            f"{path} is damaged: {error}\n  copy it again, or pack it anew"
-        ) from error
+def get(path: Path, key: bytes) -> bytes | None:
+    """A copy of one value of an LMDB file; errors as of :func:`snapshot`."""
+
+    def value(txn: lmdb.Transaction) -> bytes | None:
+        found = txn.get(key)
+        return None if found is None else bytes(found)
+
+    return snapshot(path, value)
+
+
+def snapshot(path: Path, work: Callable[[lmdb.Transaction], T]) -> T:
+    """What ``work`` makes of a read transaction of the LMDB file ``path``.
+
+    Keys and values come as buffers that end with the transaction. ``work`` may be called again:
+    files are read without a lock (on a read-only or network disk there is none), so a writer may
+    overwrite pages of a snapshot from the second commit after it on. What was read then is dropped.
+
+    Raises:
+        UserError: what ``work`` raises; not an LMDB file; cut short; written too fast to be read.
+        DamagedDataError: what lmdb, json and text decoding make of damaged bytes.
+    """
+    environment = _environment(path)
+    for _ in range(ATTEMPTS):
+        began = environment.info()["last_txnid"]
+        result: Any = None
+        fault: Exception | None = None
+        try:
+            with environment.begin(buffers=True) as txn:
+                began = txn.id()
+                result = work(txn)
+        except lmdb.MapResizedError as error:
+            raise OneRankError(
+                f"{path} has grown by more than {GROWTH >> 30} GiB since it was opened\n"
+                "  start again"
+            ) from error
+        except (lmdb.Error, ValueError, KeyError, UserError) as error:  # ValueError: json, unicode
+            fault = error
+        if environment.info()["last_txnid"] - began < 2:
+            if fault is None:
+                return result
+            if isinstance(fault, UserError):
+                raise fault
+            raise DamagedDataError(
+                f"{path} is damaged: {fault}\n  copy it again, or pack it anew"
+            ) from fault
+    raise OneRankError(
+        f"{path} is being written faster than it can be read\n  wait until the writer is done"
+    )
 
 
 _ENVIRONMENTS: dict[tuple[int, str], lmdb.Environment] = {}
-# A forked process must open the files anew, and lmdb refuses that while the parent's are at hand.
-os.register_at_fork(after_in_child=_ENVIRONMENTS.clear)
+_OPENING = threading.Lock()
+
+
+def _after_fork() -> None:
+    # The files must be opened anew, and lmdb refuses that while the parent's are at hand. The lock
+    # may have been held by a thread that is not here.
+    global _OPENING
+    _ENVIRONMENTS.clear()
+    _OPENING = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _environment(path: Path) -> lmdb.Environment:
     """The open file, one per process: LMDB must not be opened twice nor carried over a fork."""
     status = path.stat()
     key = (os.getpid(), f"{status.st_dev}:{status.st_ino}")
-    if key not in _ENVIRONMENTS:
-        try:
-            _check_length(path)
-            _ENVIRONMENTS[key] = lmdb.open(
-                str(path), subdir=False, readonly=True, lock=False, readahead=False, meminit=False
-            )
-        except lmdb.Error as error:
-            raise _open_error(path, error) from error
-    return _ENVIRONMENTS[key]
+    with _OPENING:
+        if key not in _ENVIRONMENTS:
+            try:
+                _check_length(path)
+                _ENVIRONMENTS[key] = lmdb.open(
+                    str(path),
+                    map_size=path.stat().st_size + GROWTH,
+                    subdir=False,
+                    readonly=True,
+                    lock=False,
+                    # For a few patches of many, the kernel's readahead reads what nobody wants.
+                    # For many of a slide, read_ahead asks for them all.
+                    readahead=False,
+                    meminit=False,
+                )
+            except lmdb.Error as error:
+                raise _open_error(path, error) from error
+        return _ENVIRONMENTS[key]
+
+
+def read_ahead(get: Callable[[int], Any], indices: Sequence[int]) -> None:
+    """Ask the kernel for a slide's values where ``indices`` want a good share of them.
+
+    A slide's values lie together and in order in the file. Read one by one, a cold one costs a
+    wait for each of its pages; asked for at once, the disk works at its full speed.
+
+    Args:
+        get: index -> value as a buffer of the map.
+        indices: the patches that will be read next.
+    """
+    if len(indices) < 8:
+        return
+    low, high = min(indices), max(indices)
+    first, last = get(low), get(high)
+    if (high - low) > SPARSE * len(indices) or not first or not last:
+        return
+    start, end = _address(first) & -mmap.PAGESIZE, _address(last) + len(last)
+    if not 0 < end - start <= 4 * (high - low + 1) * max(len(first), len(last)):
+        return  # not in order after all
+    for at in range(start, end, PIECE):
+        _LIBC.madvise(at, min(PIECE, end - at), mmap.MADV_WILLNEED)
+
+
+_LIBC = ctypes.CDLL(None)
+_LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def _address(value: Any) -> int:
+    return np.frombuffer(value, np.uint8).ctypes.data
+
+
+def _read_patches(
+    txn: lmdb.Transaction,
+    path: Path,
+    slide: str,
+    number: int,
+    count: int,
+    indices: Sequence[int] | NDArray[np.int64],
+) -> list[bytes]:
+    def value(index: int) -> Any:
+        return txn.get(_patch_key(number, index))
+
+    wanted = np.asarray(indices, np.int64).tolist()
+    read_ahead(value, wanted)
+    jpegs = []
+    for index in wanted:
+        jpeg = value(index)
+        if not jpeg:
+            raise lacking(path, slide, index, count, empty=jpeg is not None)
+        jpegs.append(bytes(jpeg))
+    return jpegs
+
+
+def lacking(path: Path, slide: str, index: int, count: int, *, empty: bool) -> DamagedDataError:
+    """The error of a patch that is not there, or has no bytes."""
+    fault = f"patch {index} is of zero bytes" if empty else f"lacks patch {index} of {count}"
+    return DamagedDataError(
+        f"{path}: slide '{slide}' {fault}\n  pack it again, or see tools/inspect_lmdb.py --verify"
+    )
 
 
 def _check_length(path: Path) -> None:
@@ -280,9 +468,9 @@ def _check_length(path: Path) -> None:
     Reading past the end of a mapped file kills the process with SIGBUS, so this is found here, from
     the two meta pages: magic 0xBEEFC0DE, version 1, ..., last used page.
     """
-    length = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(1 << 16)
+    length = path.stat().st_size  # after the meta pages: a writer lets the file grow before them
     if len(head) < 152 or struct.unpack_from("<I", head, 16)[0] != 0xBEEFC0DE:
         raise UserError(f"{path} is no patch store (not an LMDB file)")
     page = struct.unpack_from("<I", head, 16 + 24)[0]
@@ -307,6 +495,7 @@ def _read_header(txn: lmdb.Transaction, path: Path) -> dict[str, Any]:
     if value is None:
         foreign = txn.get(b"__pn__") is not None or txn.get(b"__keys__") is not None
         kind = "an LMDB of the ABMILX project" if foreign else "an LMDB of another kind"
+        kind = kind if txn.stat()["entries"] else "an LMDB with nothing in it"
         raise UserError(f"{path} is no patch store: {kind}\n  make one with tools/pack_lmdb.py")
     header = json.loads(bytes(value))
     if header.get("format") != FORMAT:
@@ -317,6 +506,10 @@ def _read_header(txn: lmdb.Transaction, path: Path) -> dict[str, Any]:
             "  update the program, or pack the slides again"
         )
     return header
+
+
+def _pack_header(recipe: dict[str, Any], version: int) -> bytes:
+    return json.dumps({"format": FORMAT, "version": version, "recipe": recipe}).encode()
 
 
 def _slide_values(txn: lmdb.Transaction) -> Iterator[tuple[str, Any]]:
@@ -348,34 +541,30 @@ def _unpack_record(
         raise DamagedDataError(f"{path} has no slide '{slide}'")
     meta = _metadata(value)
     arrays = value[value.index(b"\n") + 1 :]
-    count = meta["count"]
+    count, placed = meta["count"], meta.get("coords", True)
     checksum = meta.pop("checksum")
-    if len(arrays) != 12 * count or _checksum(meta, arrays) != checksum:
+    if len(arrays) != (12 if placed else 4) * count or _checksum(meta, arrays) != checksum:
         raise DamagedDataError(f"{path}: the record of slide '{slide}' is damaged")
+    checksums = np.frombuffer(arrays, "<u4", count, offset=len(arrays) - 4 * count)
+    known = {name: meta[name] for name in _KNOWN}
+    if not placed:
+        return PlacelessRecord(slide=slide, coords=None, patches=count, **known), checksums
     coords = np.frombuffer(arrays, "<i4", 2 * count).reshape(count, 2).astype(np.int32)
-    checksums = np.frombuffer(arrays, "<u4", count, offset=8 * count)
-    meta.pop("number")
-    meta.pop("count")
-    return SlideRecord(slide=slide, coords=coords, **meta), checksums
+    return SlideRecord(slide=slide, coords=coords, **known), checksums
+
+
+_KNOWN = ("level0_px", "mpp", "patch_px", "width", "height", "source", "source_bytes")
 
 
 def _pack_record(record: SlideRecord, number: int, checksums: list[int]) -> bytes:
-    coords = np.asarray(record.coords, "<i4")
-    if coords.shape != (len(checksums), 2):
-        raise ValueError(
-            f"slide '{record.slide}': {len(checksums)} JPEGs for coords of shape {coords.shape}"
-        )
-    arrays = coords.tobytes() + np.asarray(checksums, "<u4").tobytes()
-    meta = {
-        "number": number,
-        "count": len(checksums),
-        "level0_px": record.level0_px,
-        "mpp": record.mpp,
-        "patch_px": record.patch_px,
-        "width": record.width,
-        "height": record.height,
-        "source": record.source[-300:],  # the line must stay below 4,096 bytes, however escaped
-        "source_bytes": record.source_bytes,
-    }
+    count, coords = len(checksums), record.coords
+    shape = (record.count, 2) if coords is None else coords.shape
+    if shape != (count, 2):
+        raise ValueError(f"slide '{record.slide}': {count} JPEGs for coords of shape {shape}")
+    arrays = b"" if coords is None else np.asarray(coords, "<i4").tobytes()
+    arrays += np.asarray(checksums, "<u4").tobytes()
+    meta: dict[str, Any] = {"coords": False} if coords is None else {}
+    meta |= {"number": number, "count": count} | {name: getattr(record, name) for name in _KNOWN}
+    meta["source"] = record.source[-300:]  # the line must stay below 4,096 bytes, however escaped
     meta["checksum"] = _checksum(meta, arrays)
     return json.dumps(meta).encode() + b"\n" + arrays
