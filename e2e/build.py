@@ -121,7 +121,7 @@ def build_loader(
         view=View(
             replace(
                 view.look,
-                augment=Augment(flip=bag.flip, crop=bag.crop, size=bag.size),
+                augment=Augment(size=bag.size),
                 keep=engine.keep,
             ),
             seed=settings.run.seed,

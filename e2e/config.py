@@ -73,7 +73,11 @@ class Data:
     """The cohort: its table and stores."""
 
     labels: str = setting("", "label table, .csv or .tsv")
-    stores: list[str] = setting([], "patch stores that hold the slides")
+    stores: list[str] = setting([], "patch stores that hold the slides; files or globs")
+    scales: list[list[str]] = setting(
+        [], "patch stores of further magnifications, a list each; see bag.shares"
+    )
+    coords: str | None = setting(None, "folder of h5 coords, for stores that have none themselves")
     columns: Columns = field(default_factory=Columns)
     splits: dict[str, str] = setting(
         {"train": "train", "val": "val", "test": "test"}, "the table's word -> train, val or test"
@@ -82,6 +86,8 @@ class Data:
     slide_suffix: str = setting("", "taken off the end of the table's slide ids")
     unmatched: str = setting("error", "slides on one side only, bad rows: error, or drop and list")
     decoder: str = setting("auto", "JPEG decoder")
+    workers: int | None = setting(None, "threads that decode; null: a rank's share of the cores")
+    bgr: bool = setting(False, "blue and red swapped, as the ABMILX project's models saw them")
     source: str = setting("", "where the slides and labels come from (text, for messages)")
     pack: str = setting("", "options of tools/pack_lmdb.py for this cohort (text, for messages)")
 
@@ -91,23 +97,39 @@ class Data:
         )
         for word in self.splits.values():
             _check(word in ("train", "val", "test"), "data.splits", word, "train, val or test")
+        _check(
+            self.workers is None or self.workers > 0, "data.workers", self.workers, "over 0 or null"
+        )
 
 
 @dataclass(frozen=True)
 class BagSettings:
-    """Which patches stand for a slide in training, and how they are varied."""
+    """How many patches stand for a slide in training; the sampler says which."""
 
-    patches: int | None = setting(512, "random patches a bag in training; null: all")
+    patches: int | None = setting(512, "patches a bag in training; null: all")
     size: int | None = setting(None, "side in pixels the encoder sees; null: as stored")
-    flip: bool = setting(True, "mirror and turn each patch by right angles")
-    crop: float = setting(1.0, "least area of a random resized crop; 1: none")
+    shares: list[float] = setting(
+        [], "parts of a bag from data.stores and each of data.scales; empty: data.stores alone"
+    )
+    copies: bool = setting(False, "fill short bags up with copies of their own patches")
+    shared_crops: int = setting(0, "crop rectangles an update shares on a rank; 0: each patch its own")
+    rescore: int = setting(1, "sampler=attention: score the patches anew every so many epochs")
 
     def __post_init__(self) -> None:
         _check(
             self.patches is None or self.patches > 0, "bag.patches", self.patches, "over 0 or null"
         )
         _check(self.size is None or self.size > 0, "bag.size", self.size, "over 0 or null")
-        _check(0 < self.crop <= 1, "bag.crop", self.crop, "in (0, 1]")
+        for share in self.shares:
+            _check(0 < share < math.inf, "bag.shares", self.shares, "over 0 and finite")
+        _check(self.shared_crops >= 0, "bag.shared_crops", self.shared_crops, "at least 0")
+        _check(self.rescore > 0, "bag.rescore", self.rescore, "at least 1")
+        _check(
+            not self.copies or self.patches is not None,
+            "bag.copies",
+            self.copies,
+            "false where bag.patches is null: all patches make no bag short",
+        )
 
 
 @dataclass(frozen=True)
@@ -124,6 +146,7 @@ class Optim:
     clip: float | None = setting(1.0, "largest norm of all gradients; null: none")
     ema: float = setting(0.9997, "decay of the averaged weights (it warms up); 0: none")
     train_encoder: bool = setting(True, "false leaves the encoder as it is")
+    balance: bool = setting(False, "draw slides of each label equally often")
 
     def __post_init__(self) -> None:
         _check(0 < self.lr < math.inf, "optim.lr", self.lr, "over 0 and finite")
@@ -237,6 +260,8 @@ class Settings:
 
     data: Data
     bag: BagSettings
+    sampler: Plugin
+    augment: Plugin
     encoder: Plugin
     head: Plugin
     task: Plugin
@@ -257,6 +282,11 @@ PLAIN = {
     "run": Run,
 }
 Layer = tuple[str, dict[str, Any]]
+DEFAULTS: Layer = (
+    "defaults",
+    {"sampler": {"name": "random"}, "augment": {"name": "turns"}},
+)
+"""Below all layers: the plug-ins of a run that names none."""
 
 
 def train_parser(doc: str) -> argparse.ArgumentParser:
@@ -277,7 +307,8 @@ def train_parser(doc: str) -> argparse.ArgumentParser:
 
 def settings_help() -> str:
     """Every setting with its default and meaning."""
-    lines = ["settings (section.key=value), besides the options of encoder, head and task:"]
+    lines = ["settings (section.key=value), besides the options of the plug-ins, whose",
+        "names are encoder.name, head.name, task.name, sampler.name and augment.name:"]
 
     def walk(path: str, cls: Any) -> None:
         for item in dataclasses.fields(cls):
@@ -308,9 +339,9 @@ def load_settings(
         datasets, model: names in configs/, or paths of YAML files.
         files: further YAML files, later ones win.
         overrides: ``section.key=value``, strongest of all.
-        registries: of the plug-in sections: encoder, head, task.
+        registries: of the plug-in sections: encoder, head, task, sampler, augment.
     """
-    layers = [_layer_of("datasets", datasets), _model_layer(model)]
+    layers = [DEFAULTS, _layer_of("datasets", datasets), _model_layer(model)]
     layers += [_read_yaml(Path(path)) for path in files]
     layers += [_override_layer(text) for text in overrides]
     return _build(layers, registries, {"datasets": datasets, "model": model})
@@ -324,7 +355,7 @@ def saved_settings(
         raise UserError(f"{run} is no run folder: it has no settings.yaml")
     source, tree = _read_yaml(run / "settings.yaml")
     names = tree.pop("names", None) or {}
-    return _build([(source, tree), *map(_override_layer, overrides)], registries, names)
+    return _build([DEFAULTS, (source, tree), *map(_override_layer, overrides)], registries, names)
 
 
 def settings_of(

@@ -16,20 +16,19 @@ from torchvision.transforms.v2 import functional as tv
 
 import e2e.data.augment as augment_module
 from e2e.data.augment import (
+    AUGMENTS,
     BLUR,
     BLUR_SIGMA,
     BRIGHTNESS,
     CONTRAST,
     HUE,
     MOST,
-    PRESETS,
     SATURATION,
     STAIN,
     STAIN_SHIFT,
     Augment,
     flip_and_turn,
     motions,
-    preset,
     random_motion,
     random_resized_crop,
     random_windows,
@@ -96,14 +95,14 @@ EVERYTHING = Augment(
     blur=0.5,
 )
 ONE_BY_ONE = [
-    preset("none", **{name: value})
+    AUGMENTS.build("none", **{name: value})
     for name, value in (
         {"crop": 0.3, "translate": 0.5, "rotate": 90, "scale": 0.5, "shear": 20}
         | {"brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.5}
         | {"stain": 0.3, "stain_shift": 0.03, "blur": 0.5}
     ).items()
 ]
-ALL = [*ONE_BY_ONE, EVERYTHING, *map(preset, PRESETS)]
+ALL = [*ONE_BY_ONE, EVERYTHING, *map(AUGMENTS.build, AUGMENTS.names())]
 
 
 @settings(max_examples=30)
@@ -156,7 +155,7 @@ def test_the_input_is_left_as_it_was(augment):
 @pytest.mark.parametrize("augment", ALL, ids=repr)
 def test_bytes_stay_bytes_only_where_nothing_is_resampled_or_recoloured(augment):
     result = augment(patches(40), SEEDS[:40])
-    if augment == preset("none"):
+    if augment == AUGMENTS.build("none"):
         assert result.dtype == torch.uint8
     else:
         assert result.dtype == torch.float32
@@ -188,9 +187,9 @@ def test_a_gpu_gives_what_the_cpu_gives(augment):
 def test_the_old_draws_stay_as_they_are():
     # Digest and values of the first version: golden runs hang on them.
     pixels, seeds = patches(16), SEEDS[:16]
-    flipped = Augment(flip=True)(pixels, seeds)
+    flipped = Augment(flip="turns")(pixels, seeds)
     assert hashlib.sha256(flipped.numpy().tobytes()).hexdigest()[:16] == "df6ca3c25f002528"
-    window = Augment(flip=False, crop=0.3)(pixels, seeds)[:4, 0, 2, 3]
+    window = Augment(flip="none", crop=0.3)(pixels, seeds)[:4, 0, 2, 3]
     torch.testing.assert_close(
         window,
         torch.tensor(
@@ -201,9 +200,9 @@ def test_the_old_draws_stay_as_they_are():
 
 def test_without_flip_crop_and_size_nothing_changes():
     pixels = patches(5)
-    assert Augment(flip=False, crop=1.0, size=None)(pixels, SEEDS[:5]) is pixels
-    assert Augment(flip=False, crop=1.0, size=6)(pixels, SEEDS[:5]) is pixels
-    assert Augment(flip=True)(pixels, SEEDS[:5]).dtype == torch.uint8
+    assert Augment(flip="none", crop=1.0, size=None)(pixels, SEEDS[:5]) is pixels
+    assert Augment(flip="none", crop=1.0, size=6)(pixels, SEEDS[:5]) is pixels
+    assert Augment(flip="turns")(pixels, SEEDS[:5]).dtype == torch.uint8
 
 
 @given(seeds=seed_arrays, value=st.integers(0, 255), size=st.integers(1, 12))
@@ -306,7 +305,7 @@ def test_resizing_agrees_with_torch_and_stays_in_range(size):
 
 def test_mirrors_are_the_four_mirrorings_equally_likely_and_nothing_turns():
     patch = patches(1)[0]
-    results = Augment("mirrors")(patch.expand(400, -1, -1, -1), SEEDS)
+    results = Augment(flip="mirrors")(patch.expand(400, -1, -1, -1), SEEDS)
     mirrored = [patch, patch.flip(-1), patch.flip(-2), patch.flip((-2, -1))]
     counts = [sum(torch.equal(result, m) for result in results) for m in mirrored]
     assert sum(counts) == 400
@@ -316,10 +315,10 @@ def test_mirrors_are_the_four_mirrorings_equally_likely_and_nothing_turns():
 
 def test_true_turns_and_false_leaves():
     pixels, seeds = patches(30), SEEDS[:30]
-    assert torch.equal(Augment(True)(pixels, seeds), Augment("turns")(pixels, seeds))
-    assert not torch.equal(Augment(True)(pixels, seeds), Augment("mirrors")(pixels, seeds))
+    assert torch.equal(Augment(True)(pixels, seeds), Augment(flip="turns")(pixels, seeds))
+    assert not torch.equal(Augment(True)(pixels, seeds), Augment(flip="mirrors")(pixels, seeds))
     assert Augment(False)(pixels, seeds) is pixels
-    assert Augment("none")(pixels, seeds) is pixels
+    assert Augment(flip="none")(pixels, seeds) is pixels
 
 
 # Affine
@@ -378,7 +377,7 @@ def test_rotation_scale_and_shear_fill_their_ranges():
 def test_a_shift_then_a_crop_in_one_pass_is_what_two_passes_give():
     # Black from outside may enter the window, and the window repeats its patch's edge pixels.
     pixels, seeds = patches(60, 20, 20), SEEDS[:60]
-    found = Augment("none", crop=0.3, size=18, translate=100 / 256)(pixels, seeds)
+    found = Augment(flip="none", crop=0.3, size=18, translate=100 / 256)(pixels, seeds)
     motion = random_motion(seeds, (20, 20), 100 / 256, 0, 0, 0)
     shifts = np.round(-motion[:, :, 2] * 10).astype(int).tolist()
     moved = [
@@ -501,7 +500,7 @@ def turns(strength: float) -> list[float]:
     ],
 )
 def test_a_colour_jitter_is_torchvisions_by_the_drawn_factor(name, strength, adjust, values):
-    found = Augment("none", **{name: strength})(COLOURS, DRAWN)
+    found = Augment(flip="none", **{name: strength})(COLOURS, DRAWN)
     expected = one_by_one(adjust, COLOURS / 255, values)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert len(set(values)) == 40
@@ -543,7 +542,7 @@ def test_stain_jitter_is_skimages_deconvolution_scaled_shifted_and_put_together_
 def test_stain_jitter_draws_each_stain_of_each_patch_within_its_strength():
     made = torch.from_numpy(hed2rgb(np.full((40, 1, 1, 3), 0.04))).movedim(-1, 1)
     pixels = (made * 255).round().to(torch.uint8).expand(-1, -1, 4, 4)
-    found = Augment("none", stain=0.3, stain_shift=0.02)(pixels, DRAWN)
+    found = Augment(flip="none", stain=0.3, stain_shift=0.02)(pixels, DRAWN)
     scale = np.stack([1 - 0.3 + 0.6 * uniform(DRAWN, draw) for draw in STAIN], 1)
     shift = np.stack([0.02 * (2 * uniform(DRAWN, draw) - 1) for draw in STAIN_SHIFT], 1)
     stains = rgb2hed(to_skimage(pixels / 255).astype(np.float64))
@@ -562,7 +561,7 @@ def test_stain_jitter_of_no_strength_changes_no_colour_not_even_one_no_stain_mak
 def test_blur_is_torchvisions_gaussian_for_its_share_of_the_patches():
     pixels = patches(200, 16, 20)
     seeds = SEEDS[:200]
-    found = Augment("none", blur=0.3, blur_sigma=(0.5, 2.0))(pixels, seeds)
+    found = Augment(flip="none", blur=0.3, blur_sigma=(0.5, 2.0))(pixels, seeds)
     hit = torch.from_numpy(uniform(seeds, BLUR) < 0.3)
     assert 60 - 5 * 6.5 < hit.sum() < 60 + 5 * 6.5
     assert torch.equal(found[~hit], pixels[~hit] / 255)
@@ -575,7 +574,7 @@ def test_blur_is_torchvisions_gaussian_for_its_share_of_the_patches():
 @pytest.mark.parametrize("side", [1, 2, 5])
 def test_blur_of_a_patch_smaller_than_its_kernel_keeps_a_flat_colour(side):
     flat = torch.full((20, 3, side, side), 51, dtype=torch.uint8)
-    found = Augment("none", blur=1.0)(flat, SEEDS[:20])
+    found = Augment(flip="none", blur=1.0)(flat, SEEDS[:20])
     torch.testing.assert_close(found, torch.full_like(found, 0.2))
 
 
@@ -583,31 +582,33 @@ def test_blur_of_a_patch_smaller_than_its_kernel_keeps_a_flat_colour(side):
 
 
 def test_presets_are_the_published_ones():
-    assert preset("none") == Augment("none")
-    assert preset("weak", size=224) == Augment("none", crop=0.08, size=224)
-    assert preset("weak", crop=0.25) == Augment("none", crop=0.25)
-    assert preset("strong") == Augment("mirrors", crop=0.08)
-    assert preset("strong_v2") == Augment("mirrors", crop=0.08, translate=0.5)
-    assert preset("weak_strong") == Augment("none", crop=0.08, translate=100 / 256)
-    assert preset("strong", flip="turns", hue=0.1) == Augment("turns", crop=0.08, hue=0.1)
+    assert AUGMENTS.build("none") == Augment(flip="none")
+    assert AUGMENTS.build("weak", size=224) == Augment(flip="none", crop=0.08, size=224)
+    assert AUGMENTS.build("weak", crop=0.25) == Augment(flip="none", crop=0.25)
+    assert AUGMENTS.build("strong") == Augment(flip="mirrors", crop=0.08)
+    assert AUGMENTS.build("strong_v2") == Augment(flip="mirrors", crop=0.08, translate=0.5)
+    assert AUGMENTS.build("weak_strong") == Augment(flip="none", crop=0.08, translate=100 / 256)
+    assert AUGMENTS.build("strong", flip="turns", hue=0.1) == Augment(
+        flip="turns", crop=0.08, hue=0.1
+    )
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest_name():
     with pytest.raises(
-        UserError, match=r"called 'stong'; did you mean 'strong'\?\n  known: none, "
+        UserError, match=r"unknown augmentation 'stong'; did you mean 'strong'\?\n  known: none, "
     ):
-        preset("stong")
+        AUGMENTS.build("stong")
 
 
 def test_patches_with_one_shared_seed_share_the_rectangle_and_nothing_else():
     pixels, seeds = patches(40, 12, 12), SEEDS[:40]
     shared = patch_seeds(7, np.arange(4)).repeat(10)
-    found = Augment("turns", crop=0.2, size=12, brightness=0.5)(pixels, seeds, shared)
+    found = Augment(flip="turns", crop=0.2, size=12, brightness=0.5)(pixels, seeds, shared)
     cut = random_resized_crop(flip_and_turn(pixels, seeds), shared, 0.2, 12)
     expected = one_by_one(tv.adjust_brightness, cut, factors(BRIGHTNESS, 0.5))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert len(np.unique(random_windows(shared, 0.2), axis=0)) == 4
-    own = Augment("turns", crop=0.2, size=12)
+    own = Augment(flip="turns", crop=0.2, size=12)
     assert torch.equal(own(pixels, seeds, seeds), own(pixels, seeds))
 
 

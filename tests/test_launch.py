@@ -55,7 +55,7 @@ def arguments(cohort: Path, out: Path, *more: str) -> list[str]:
     return [
         "--datasets", f"{cohort}/cohort.yaml", "--model", "e2e_r18_abmilx",
         "encoder.name=test_resnet", "encoder.pretrained=false", "encoder.weights=null",
-        "head.embed_dim=16", "head.heads=2", "bag.patches=4", "bag.size=null", "bag.crop=0.5",
+        "head.embed_dim=16", "head.heads=2", "bag.patches=4", "bag.size=null", "augment.crop=0.5",
         "optim.epochs=3", "optim.bags=4", "optim.lr=1e-3", "select.patience=null",
         "engine.device=cpu", "engine.chunk=6", "engine.verify=true", "run.bootstrap=50",
         f"run.out={out}", *more,

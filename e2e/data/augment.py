@@ -6,11 +6,11 @@ is no part of it: each encoder does its own (:mod:`e2e.encoders.base`).
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from e2e.data.sampler import uniform
 from e2e.errors import UserError
-from e2e.registry import suggest
+from e2e.registry import Registry
 
 Seeds = NDArray[np.uint64]
 Floats = NDArray[np.float64]
@@ -49,11 +49,11 @@ class Augment:
     """What is done to training patches; every draw is made for each patch by itself, uniformly.
 
     Args:
+        size: side of the result in pixels; None leaves it as stored.
         flip: ``turns``: mirror and turn by right angles (the eight symmetries of the square,
             equally likely; a patch that is not square is mirrored only); ``mirrors``: left-right
-            and up-down, each for half of the patches; ``none``. True is ``turns``, False ``none``.
+            and up-down, each for half of the patches; ``none``.
         crop: least share of the area that a random resized crop keeps; 1 for no crop.
-        size: side of the result in pixels; None leaves it as stored.
         translate: most shift along each axis, as a share of the side; in whole pixels.
         rotate: most degrees to either side.
         scale: most zoom: by 1/(1+scale) to 1+scale, in and out equally likely.
@@ -73,9 +73,10 @@ class Augment:
         UserError: a value out of range.
     """
 
-    flip: Literal["turns", "mirrors", "none"] | bool = "turns"
-    crop: float = 1.0
     size: int | None = None
+    _: KW_ONLY
+    flip: str = "turns"
+    crop: float = 1.0
     translate: float = 0.0
     rotate: float = 0.0
     scale: float = 0.0
@@ -90,7 +91,7 @@ class Augment:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
 
     def __post_init__(self) -> None:
-        if self.flip not in (True, False, "turns", "mirrors", "none"):
+        if self.flip not in ("turns", "mirrors", "none"):
             _refuse("flip", self.flip, "turns, mirrors or none")
         if not 0 < self.crop <= 1:
             _refuse("crop", self.crop, "in (0, 1]")
@@ -115,7 +116,7 @@ class Augment:
         """
         if len(pixels) == 0:  # affine_grid refuses an empty batch: the shape, by an example
             return self(pixels.new_zeros(1, *pixels.shape[1:]), np.zeros(1, np.uint64))[:0]
-        if self.flip not in (False, "none"):
+        if self.flip != "none":
             pixels = flip_and_turn(pixels, seeds, turn=self.flip != "mirrors")
         pixels = self._place(pixels, seeds, seeds if shared is None else shared)
         return self._recolour(pixels, seeds)
@@ -171,30 +172,19 @@ class Augment:
         return image
 
 
-PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "none": {"flip": "none"},
-        "weak": {"flip": "none", "crop": 0.08},
-        "strong": {"flip": "mirrors", "crop": 0.08},
-        "strong_v2": {"flip": "mirrors", "crop": 0.08, "translate": 0.5},
-        "weak_strong": {"flip": "none", "crop": 0.08, "translate": 100 / 256},
-    }
-)
-"""The augmentations of the ABMILX project (https://arxiv.org/abs/2506.02408) by their names there.
+AUGMENTS: Registry[Augment] = Registry("augmentation")
+"""``turns`` and ``none``, and those of the ABMILX project (arXiv 2506.02408) by their names there, which
+crop to 224 pixels; the affine map comes before the crop."""
 
-They crop to 224 pixels, which ``size`` says; the affine map comes before the crop.
-"""
-
-
-def preset(name: str, **options: Any) -> Augment:
-    """The augmentation of that name in :data:`PRESETS`, with ``options`` in place of its own.
-
-    Raises:
-        UserError: no such name, or a value out of range.
-    """
-    if name not in PRESETS:
-        raise UserError(f"no augmentation is called '{name}'{suggest(name, PRESETS)}")
-    return Augment(**{**PRESETS[name], **options})
+for _name, _options in {
+    "turns": {},
+    "none": {"flip": "none"},
+    "weak": {"flip": "none", "crop": 0.08},
+    "strong": {"flip": "mirrors", "crop": 0.08},
+    "strong_v2": {"flip": "mirrors", "crop": 0.08, "translate": 0.5},
+    "weak_strong": {"flip": "none", "crop": 0.08, "translate": 100 / 256},
+}.items():
+    AUGMENTS.register(_name)(functools.partial(Augment, **_options))
 
 
 def _refuse(name: str, value: object, wanted: str) -> None:
