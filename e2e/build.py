@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,15 @@ import e2e.encoders
 import e2e.heads
 import e2e.tasks  # noqa: F401  (each import registers its plug-ins)
 from e2e.config import CONFIGS, Columns, Data, Engine, Optim, Plugin, Select, Settings
-from e2e.data.augment import Augment
-from e2e.data.cohort import Problem, Slide, match_stores, read_table, write_problems
+from e2e.data.augment import AUGMENTS
+from e2e.data.cluster import read_index
+from e2e.data.cohort import Problem, Slide, check_sides, match_scales, read_table, write_problems
 from e2e.data.loader import LabelledSlide, TrainingLoader, View, label_slides, some_slides
 from e2e.data.pixels import PixelCache
+from e2e.data.sampler import SAMPLERS
+from e2e.data.seed_lmdb import open_store
 from e2e.data.splits import check_splits, cut
-from e2e.data.store import PatchStore
+from e2e.data.store import Store
 from e2e.encoders.base import ENCODERS
 from e2e.errors import UserError, listing
 from e2e.files import write_atomically
@@ -31,7 +35,13 @@ from e2e.parallel import build_strategy as named_strategy
 from e2e.tasks.base import TASKS, Task
 from e2e.trainer import Schedule
 
-REGISTRIES = {"encoder": ENCODERS, "head": HEADS, "task": TASKS}
+REGISTRIES = {
+    "encoder": ENCODERS,
+    "head": HEADS,
+    "task": TASKS,
+    "sampler": SAMPLERS,
+    "augment": AUGMENTS,
+}
 
 
 def build_task(plugin: Plugin) -> Task:
@@ -112,7 +122,12 @@ def _check_policy(engine: Engine, policy: str) -> None:
 
 
 def build_loader(
-    settings: Settings, items: Sequence[LabelledSlide], view: View, model: MILModel
+    settings: Settings,
+    items: Sequence[LabelledSlide],
+    view: View,
+    *,
+    model: MILModel,
+    task: Task,
 ) -> TrainingLoader:
     """The bags of the training slides; ``view`` is that of evaluation."""
     engine, bag = settings.engine, settings.bag
@@ -121,17 +136,22 @@ def build_loader(
         view=View(
             replace(
                 view.look,
-                augment=Augment(size=bag.size),
+                augment=AUGMENTS.build(settings.augment.name, bag.size, **settings.augment.options),
                 keep=engine.keep,
             ),
             seed=settings.run.seed,
             bag_size=bag.patches,
+            sampler=SAMPLERS.build(settings.sampler.name, **settings.sampler.options),
+            shares=tuple(bag.shares),
+            copies=bag.copies,
+            shared_crops=bag.shared_crops,
         ),
         bags=settings.optim.bags,
         chunk=engine.chunk,
         shard_over={"slide": None, "bag": 0, "auto": engine.shard_over}[engine.shard],
         full=engine.compile,
         one_piece=model.batch_norm.one_piece,
+        groups=[task.group(item.target) for item in items] if settings.optim.balance else None,
     )
 
 
@@ -178,12 +198,19 @@ def build_schedule(
 
 
 def load_cohort(
-    data: Data, task: Task, *, name: str, seed: int, problems_file: Path | None
+    data: Data,
+    task: Task,
+    *,
+    name: str,
+    seed: int,
+    problems_file: Path | None,
+    size: int | None = None,
 ) -> tuple[list[LabelledSlide], list[Problem]]:
     """The cohort's slides, checked, split and matched with their patches.
 
     Args:
         problems_file: where the whole list of unusable rows goes; None on ranks that do not lead.
+        size: to which all patches are brought; None: they stay as stored.
 
     Returns:
         The slides, and what was left out under ``data.unmatched=drop``.
@@ -201,7 +228,9 @@ def load_cohort(
         slide_suffix=data.slide_suffix,
     )
     known, unknown = _with_known_labels(slides, task)
-    stores, unmatched = match_stores(known, [PatchStore(path) for path in data.stores])
+    scales = open_scales(data)
+    check_sides(scales, size)
+    stores, unmatched = match_scales(known, scales)
     problems += [*unknown, *unmatched]
     if problems and problems_file is not None:
         write_problems(problems, problems_file)
@@ -221,12 +250,33 @@ def load_cohort(
     return label_slides(kept, stores, task.encode), problems
 
 
+def open_scales(data: Data) -> list[list[Store]]:
+    """The stores of each magnification, ``data.stores`` first."""
+    return [
+        [open_store(path, data.coords) for entry in entries for path in store_files(entry)]
+        for entries in (data.stores, *data.scales)
+    ]
+
+
+def store_files(entry: str) -> list[Path]:
+    """The files that an entry of ``data.stores`` stands for: a file, a glob, or a pack's index."""
+    if any(sign in entry for sign in "*?["):
+        return sorted(Path(found) for found in glob.glob(entry, recursive=True))
+    path = Path(entry)
+    return read_index(path) if path.suffix == ".json" and path.is_file() else [path]
+
+
 def require_files(data: Data, name: str, targets: Sequence[str]) -> None:
     """UserError that says what the cohort needs, where it goes, and how it is made."""
-    needed = [("label table", data.labels), *(("patch store", store) for store in data.stores)]
+    stores = [entry for entries in (data.stores, *data.scales) for entry in entries]
+    needed = [("label table", data.labels), *(("patch store", store) for store in stores)]
     if not data.labels or not data.stores:
         raise UserError(f"cohort '{name}' needs data.labels=FILE.csv and data.stores=[FILE.lmdb]")
-    missing = [(kind, path) for kind, path in needed if not Path(path).is_file()]
+    missing = [
+        (kind, path)
+        for kind, path in needed
+        if not any(file.exists() for file in store_files(path))
+    ]
     if not missing:
         return
     lines = [f"the data of cohort '{name}' are not here"]

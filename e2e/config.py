@@ -112,7 +112,9 @@ class BagSettings:
         [], "parts of a bag from data.stores and each of data.scales; empty: data.stores alone"
     )
     copies: bool = setting(False, "fill short bags up with copies of their own patches")
-    shared_crops: int = setting(0, "crop rectangles an update shares on a rank; 0: each patch its own")
+    shared_crops: int = setting(
+        0, "crop rectangles an update shares on a rank; 0: each patch its own"
+    )
     rescore: int = setting(1, "sampler=attention: score the patches anew every so many epochs")
 
     def __post_init__(self) -> None:
@@ -307,8 +309,10 @@ def train_parser(doc: str) -> argparse.ArgumentParser:
 
 def settings_help() -> str:
     """Every setting with its default and meaning."""
-    lines = ["settings (section.key=value), besides the options of the plug-ins, whose",
-        "names are encoder.name, head.name, task.name, sampler.name and augment.name:"]
+    lines = [
+        "settings (section.key=value), besides the options of the plug-ins, whose",
+        "names are encoder.name, head.name, task.name, sampler.name and augment.name:",
+    ]
 
     def walk(path: str, cls: Any) -> None:
         for item in dataclasses.fields(cls):

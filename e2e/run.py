@@ -126,12 +126,13 @@ def _prepare(
         task,
         name=settings.names.get("datasets", ""),
         seed=settings.run.seed,
+        size=settings.bag.size,
         problems_file=ours.with_name(f"{ours.name}.problems.csv") if ours else None,
     )
     view = View(Look(build_decoder(settings.data.decoder), settings.bag.size))
     model = build.build_model(settings, task, strategy.device, trained=trained)
     parts = _Parts(task, items, view, model)
-    loader = build.build_loader(settings, parts.of_split("train"), view, model)
+    loader = build.build_loader(settings, parts.of_split("train"), view, model=model, task=task)
     loader.check(strategy.world_size, settings.optim.epochs)
     if new and ours is not None:
         ours.mkdir(parents=True, exist_ok=True)
@@ -252,7 +253,9 @@ def _trainer(
     return Trainer(
         parts.model,
         task=parts.task,
-        loader=build.build_loader(settings, parts.of_split("train"), parts.view, parts.model),
+        loader=build.build_loader(
+            settings, parts.of_split("train"), parts.view, model=parts.model, task=parts.task
+        ),
         strategy=strategy,
         schedule=build.build_schedule(
             settings.optim,

@@ -6,11 +6,12 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
 
-from e2e.data.store import PatchStore
+from e2e.data.store import Store
 from e2e.errors import UserError, listing
 from e2e.files import write_atomically
 
@@ -89,10 +90,10 @@ def read_table(
 
 
 def match_stores(
-    slides: Sequence[Slide], stores: Sequence[PatchStore]
-) -> tuple[dict[str, PatchStore], list[Problem]]:
+    slides: Sequence[Slide], stores: Sequence[Store]
+) -> tuple[dict[str, Store], list[Problem]]:
     """Which store holds each slide; what lies on one side only, or in two stores, is listed."""
-    where: dict[str, PatchStore] = {}
+    where: dict[str, Store] = {}
     problems: list[Problem] = []
     for store in stores:
         for slide in store.slides:
@@ -118,6 +119,49 @@ def match_stores(
     ]
     whole = {slide: store for slide, store in where.items() if slide in named - empty}
     return whole, problems
+
+
+def match_scales(
+    slides: Sequence[Slide], scales: Sequence[Sequence[Store]]
+) -> tuple[dict[str, list[Store]], list[Problem]]:
+    """The stores of each slide, one a scale; a slide that lacks patches at one of them is listed.
+
+    What the stores of further scales have besides the table's slides is no fault.
+    """
+    found: dict[str, list[Store]] = {slide.id: [] for slide in slides}
+    problems: list[Problem] = []
+    for number, stores in enumerate(scales):
+        where, wrong = match_stores(slides, stores)
+        named = {slide.id for slide in slides}
+        at = f" (data.scales[{number - 1}])" if number else ""
+        problems += [
+            Problem(p.slide, p.where, p.problem + at)
+            for p in wrong
+            if not number or p.slide in named
+        ]
+        found = {k: [*before, where[k]] for k, before in found.items() if k in where}
+    return found, problems
+
+
+def check_sides(scales: Sequence[Sequence[Store]], size: int | None) -> None:
+    """UserError unless the stores of a scale hold patches of one size, and all scales do or are resized.
+
+    Args:
+        size: to which all patches are brought; None: they stay as stored.
+    """
+    sides: dict[int, Path] = {}
+    for stores in scales:
+        if size is not None:
+            sides = {}
+        for store in stores:
+            filled = (slide for slide in store.slides if store.count(slide))
+            sides |= {store.record(slide).patch_px: store.path for slide in islice(filled, 1)}
+        if len(sides) > 1:
+            raise UserError(
+                "stores hold patches of different sizes\n"
+                + listing(f"{path}: {side} px" for side, path in sides.items())
+                + "\n  pack the stores of a scale alike; set bag.size=PX where scales differ"
+            )
 
 
 def write_problems(problems: Sequence[Problem], path: Path) -> None:

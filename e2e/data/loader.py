@@ -18,7 +18,7 @@ from e2e.data.order import plan_epoch, turns
 from e2e.data.pixels import Look, PixelCache, Rows, StoredPixels, cut_rows, share_draws
 from e2e.data.plan import Piece, PlannedChunk, cut_update, in_one_piece, rows_of, share_update
 from e2e.data.sampler import RandomSampler, Sampler, mix, pad_with_copies, scale_quotas
-from e2e.data.store import PatchStore, SlideRecord
+from e2e.data.store import SlideRecord, Store
 from e2e.errors import UserError
 
 
@@ -27,9 +27,9 @@ class LabelledSlide:
     """A slide with its stores and the number the task made of its label."""
 
     slide: Slide
-    store: PatchStore
+    store: Store
     target: Tensor
-    more: tuple[PatchStore, ...] = ()
+    more: tuple[Store, ...] = ()
     """Its patches at other magnifications; evaluation does without them."""
 
     @property
@@ -104,7 +104,7 @@ class View:
             return rows, None
         return rows, torch.from_numpy(np.concatenate(coords))
 
-    def _stores(self, item: LabelledSlide) -> tuple[PatchStore, ...]:
+    def _stores(self, item: LabelledSlide) -> tuple[Store, ...]:
         return (item.store, *item.more)[: len(self.shares) or 1]
 
 
@@ -280,7 +280,7 @@ def some_slides(
 
 def label_slides(
     slides: Sequence[Slide],
-    stores: Mapping[str, Sequence[PatchStore]],
+    stores: Mapping[str, Sequence[Store]],
     encode: Callable[[Mapping[str, str]], Tensor],
 ) -> list[LabelledSlide]:
     """Slides with their stores and encoded targets, by id: the order every run has."""

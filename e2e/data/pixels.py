@@ -17,7 +17,7 @@ from e2e.bag import PixelSource
 from e2e.data.augment import Augment, resize
 from e2e.data.decode import Decoder, UndecodableError
 from e2e.data.sampler import patch_seeds
-from e2e.data.store import PatchStore
+from e2e.data.store import Store
 from e2e.errors import DamagedDataError
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ T = TypeVar("T")
 class Rows:
     """Patches of one slide in one store."""
 
-    store: PatchStore
+    store: Store
     slide: str
     indices: NDArray[np.int64]
     side: int

@@ -45,6 +45,10 @@ class Task:
         """Name -> (R,) values under the R rows of ``weights`` (R, n)."""
         raise NotImplementedError
 
+    def group(self, target: Tensor) -> int:
+        """The kind of slide it is, where slides of each kind are to be drawn equally often."""
+        raise NotImplementedError
+
     def describe(self, targets: Sequence[Tensor]) -> str:
         """One line on a split's targets, such as the count of each class."""
         raise NotImplementedError

@@ -81,6 +81,10 @@ class Classification(Task):
         """See :mod:`e2e.metrics`."""
         return classification_metrics(probabilities, targets.astype(np.int64), weights)
 
+    def group(self, target: Tensor) -> int:
+        """Its class."""
+        return int(target)
+
     def describe(self, targets: Sequence[Tensor]) -> str:
         """Count of each class."""
         counts = np.bincount([int(t) for t in targets], minlength=self.num_outputs)
