@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Queue
@@ -247,8 +247,9 @@ def test_local_workers_come_up_and_go_on_with_a_serial_store_and_nobody_outside_
     out = tmp_path / "out.lmdb"
     assert run_tool("--slides", slides, *CUT, "--out", out).returncode == 0
     cohort(slides, 4)
+    before = listening().keys()
     with connected("local", 2) as client:
-        assert listening() == {"127.0.0.1"}
+        assert {host for socket, host in listening().items() if socket not in before} == {LOOPBACK}
         pack_over(client, source(slides), out)
         assert len(read_index(index_path(out))) in (2, 3)
     assert union(out) == serial(source(slides), tmp_path)
@@ -262,23 +263,29 @@ def test_local_workers_come_up_and_go_on_with_a_serial_store_and_nobody_outside_
     assert len(union(out)[1]) == 5
 
 
+LOOPBACK = "0100007F"
+
+
 def listening():
-    """Addresses on which this process and all below it listen."""
-    below = {os.getpid()}
-    parents = {int(p.name): int(p.joinpath("stat").read_text().rsplit(")")[-1].split()[1])
-               for p in Path("/proc").iterdir() if p.name.isdigit()}  # fmt: skip
+    """Socket -> address, in hex, on which this process or one below it listens."""
+    below, parents = {os.getpid()}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # a process that has just ended
+            parents[int(folder.name)] = int(
+                (folder / "stat").read_text().rsplit(")")[-1].split()[1]
+            )
     while more := {pid for pid, parent in parents.items() if parent in below} - below:
         below |= more
-    links = (link for pid in below for link in Path(f"/proc/{pid}/fd").iterdir())
-    sockets = {os.readlink(link) for link in links if link.is_symlink()}
-    found = set()
-    for kind, loopback in (("tcp", "0100007F"), ("tcp6", "0" * 24 + "01000000")):
-        for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
-                host = fields[1].split(":")[0]
-                found.add("127.0.0.1" if host == loopback else host)
-    return found
+    ours = set()
+    for pid in below:
+        with suppress(OSError):
+            for link in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(OSError):
+                    ours.add(os.readlink(link))
+    tables = [Path(f"/proc/net/{kind}").read_text() for kind in ("tcp", "tcp6")]
+    fields = [row.split() for table in tables for row in table.splitlines()[1:]]
+    found = {f"socket:[{f[9]}]": f[1].split(":")[0] for f in fields if f[3] == "0A"}
+    return {socket: host for socket, host in found.items() if socket in ours}
 
 
 @pytest.mark.slow
@@ -337,8 +344,8 @@ def test_when_the_last_worker_is_killed_the_command_says_so_and_the_next_goes_on
     with workers(scheduler, tmp_path, count=1):
         pack_over(client, held, out, progress=told)
     assert (told.stored, sorted(told.slides)) == (1, ["s1", "s2"])
-    assert union(out)[1] == serial(source(slides), tmp_path)[1]
     assert len(store_files(out)) == 1
+    assert union(out)[1] == serial(source(slides), tmp_path)[1]
 
 
 class Deadly(Wrapped):

@@ -223,21 +223,21 @@ def _work(
 ) -> Iterator[tuple[Path, Row]]:
     """Have the slides packed; yields, as they come, the file and what became of the slide."""
     dask = _distributed()
-    waiting, running = deque(jobs), dict[Any, tuple[Job, str]]()
+    waiting, running = deque(jobs), dict[Future, Job]()
     try:
         if waiting:
             _await_worker(client, len(waiting), patience)
             _check_workers(client, ticket, waiting[0], progress)
         while waiting or running:
             _await_worker(client, len(waiting) + len(running), patience)
-            busy = {worker for _, worker in running.values()}
-            for worker in [*client.nthreads()]:
-                if waiting and worker not in busy:
-                    job = waiting.popleft()
-                    running[_submit(client, job, ticket, worker)] = job, worker
+            # As many as there are workers, not all: a worker with many threads would take as many
+            # slides, and one that dies would cast suspicion on all it has.
+            while waiting and len(running) < len(client.nthreads()):
+                job = waiting.popleft()
+                key = f"pack-{ticket.token}-{job.slide}"
+                running[client.submit(pack_slide, job, ticket, key=key, pure=False)] = job
             for future in _finished(dask, running):
-                job, _ = running.pop(future)
-                yield _outcome(dask, future, job, ticket)
+                yield _outcome(dask, future, running.pop(future), ticket)
     except OSError as error:  # of the connection: a slide's own never leave the worker
         raise UserError(
             f"lost the Dask scheduler: {error}\n"
@@ -246,21 +246,6 @@ def _work(
     finally:
         if running and client.status == "running":
             client.cancel([*running], force=True)
-
-
-def _submit(client: Client, job: Job, ticket: Ticket, worker: str) -> Future:
-    # One slide a worker, not all at once: a worker with many threads would take as many slides,
-    # and a worker that dies would cast suspicion on all of them. Another worker may have it if
-    # this one goes.
-    return client.submit(
-        pack_slide,
-        job,
-        ticket,
-        key=f"pack-{ticket.token}-{job.slide}",
-        workers=[worker],
-        allow_other_workers=True,
-        pure=False,
-    )
 
 
 def _finished(dask: ModuleType, running: Iterable[Future]) -> Iterable[Future]:
