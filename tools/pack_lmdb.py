@@ -4,10 +4,15 @@ tools/pack_lmdb.py --slides DIR --out cohort.lmdb                  256 px at 0.5
 tools/pack_lmdb.py --slides DIR --out a.lmdb --scale 0.5 --scale 2 two stores, a_0.5.lmdb, a_2.lmdb
 tools/pack_lmdb.py --coords DIR --slides DIR --out cohort.lmdb     where CLAM or TRIDENT cut
 tools/pack_lmdb.py --patches DIR --out cohort.lmdb                 DIR/<slide>/*.jpg, png
+tools/pack_lmdb.py --slides DIR --out cohort.lmdb --scheduler tcp://HOST:8786    on a Dask cluster
 
 Run it again to go on after a stop of any kind, or to add slides: those in the store are skipped.
 A slide that cannot be used is left out and named in FILE.lmdb.quarantine.csv; every slide is in
 FILE.lmdb.report.csv. Look at FILE_overview/<slide>.png: tissue outlined in green, patches in blue.
+
+On a cluster all machines see DIR and the folder of FILE.lmdb under the same paths, and have the same
+version of the project. Each worker (dask worker ADDRESS --nworkers N --nthreads 1) writes a file of
+its own, FILE.<host>-<n>.lmdb; FILE.stores.json is the index over them.
 
 Exit codes: 0 all packed; 2 stopped by a mistake, which the message names; 3 packed, but some slides
 are not in the store; 130 stopped by Ctrl-C.
@@ -18,7 +23,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,8 +41,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from e2e.data.cluster import connected, index_path, pack_over
 from e2e.data.pack import Progress as PackProgress
-from e2e.data.pack import Row, pack
+from e2e.data.pack import Report, Row, pack
 from e2e.data.sources import CoordsFiles, PatchFolders, SlideFiles, Source, read_mpp
 from e2e.errors import UserError, exit_code
 from e2e.wsi.slide import find_slides
@@ -70,11 +79,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"least tissue in a patch (default: {Tiling().tissue})",
     )
     cut.add_argument("--quality", type=int, default=80, help="JPEG quality (default: 80)")
+    parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     parser.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        help="processes (default: all cores)",
+        "--scheduler",
+        metavar="ADDRESS",
+        help="of a Dask cluster; local: started here, in processes",
     )
     return parser.parse_args(argv)
 
@@ -83,8 +92,7 @@ def sources(args: argparse.Namespace) -> list[tuple[Path, Source]]:
     """The stores to make, each with what goes into it. UserError where options contradict."""
     if not 1 <= args.quality <= 100:
         raise UserError(f"--quality is 1 to 100, not {args.quality}")
-    if args.workers < 0:
-        raise UserError(f"--workers is 0 (all in this process) or more, not {args.workers}")
+    check_workers(args)
     if args.patches and (args.slides or args.coords):
         raise UserError("--patches has its pixels itself: give it without --slides and --coords")
     if not args.patches and not args.slides:
@@ -124,6 +132,16 @@ def sources(args: argparse.Namespace) -> list[tuple[Path, Source]]:
     return [
         (out, SlideFiles(paths, tiling, args.quality, overrides)) for out, tiling in scales.items()
     ]
+
+
+def check_workers(args: argparse.Namespace) -> None:
+    """UserError where --workers makes no sense."""
+    if args.workers is not None and args.workers < 0:
+        raise UserError(f"--workers is 0 (all in this process) or more, not {args.workers}")
+    if args.scheduler == "local" and args.workers == 0:
+        raise UserError("--scheduler local has workers: give --workers 1 or more")
+    if args.scheduler not in (None, "local") and args.workers is not None:
+        raise UserError("a cluster has its own workers: give --scheduler without --workers")
 
 
 def refuse(args: argparse.Namespace, source: str, *options: str) -> None:
@@ -193,21 +211,44 @@ class Lines(PackProgress):
             line += f": {row.reason.splitlines()[0]}"
         self._say(line)
 
+    def noted(self, text: str) -> None:
+        """See the base class."""
+        self._say(text)
+
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def packing(args: argparse.Namespace) -> Iterator[Report]:
+    """Pack store by store, here or on a cluster."""
+    made = sources(args)
+    workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
+    with ExitStack() as stack:
+        work = partial(pack, workers=workers)
+        if args.scheduler:
+            work = partial(pack_over, stack.enter_context(connected(args.scheduler, workers)))
+        for out, source in made:
+            if not args.scheduler and index_path(out).exists():
+                raise UserError(
+                    f"{out} has files of a cluster's workers, named in {index_path(out)}\n"
+                    "  go on with --scheduler local, or choose another --out"
+                )
+            print(f"{out}: {source.recipe()}", flush=True)
+            with Lines(Console()) as progress:
+                yield work(source, out, progress=progress)
 
 
 def main() -> int:
     """Pack, report, and tell by the exit code whether every slide is in the store."""
     args = parse()
-    reports = []
-    for out, source in sources(args):
-        print(f"{out}: {source.recipe()}", flush=True)
-        with Lines(Console()) as progress:
-            reports.append(pack(source, out, workers=args.workers, progress=progress))
+    if args.scheduler:  # workers have their own working folder
+        for name in ("slides", "coords", "patches", "out"):
+            given = getattr(args, name)
+            setattr(args, name, given and given.absolute())
+    reports = list(packing(args))
     for report in reports:
         print(
-            f"{report.out}: {len(report.packed)} slides, "
+            f"{report.index or report.out}: {len(report.packed)} slides, "
             f"{sum(row.patches for row in report.packed):,} patches; list: {report.path}"
         )
         if report.problems:

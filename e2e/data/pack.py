@@ -62,6 +62,8 @@ class Report:
     out: Path
     rows: list[Row]
     """One for each slide, sorted by id; slides of earlier runs included."""
+    index: Path | None = None
+    """What to read instead of ``out`` where the slides are in several files."""
 
     @property
     def packed(self) -> list[Row]:
@@ -105,6 +107,9 @@ class Progress:
     def finished(self, row: Row) -> None:
         """A slide is done with, one way or the other."""
 
+    def noted(self, text: str) -> None:
+        """Something worth a line that is no slide's."""
+
 
 def pack(
     source: Source, out: Path, *, workers: int, progress: Progress | None = None, chunk: int = CHUNK
@@ -133,8 +138,7 @@ def pack(
         rows = [Row.of(writer.record(slide), "packed") for slide in writer.done]
         todo = [job for job in jobs if job.slide not in writer.done]
         progress.started(len(todo), len(rows))
-        pictures = out.with_name(f"{out.stem}_overview")
-        conveyor = _Conveyor(pool, todo, pictures, workers, chunk, progress)
+        conveyor = _Conveyor(pool, todo, pictures(out), workers, chunk, progress)
         try:
             for lane in conveyor.lanes():
                 rows.append(_finish(writer, conveyor, lane))
@@ -149,6 +153,29 @@ def pack(
             report = Report(out, sorted(rows, key=lambda row: row.slide))
             report.write()
     return report
+
+
+def pack_one(
+    writer: StoreWriter,
+    job: Job,
+    out: Path,
+    *,
+    chunk: int = CHUNK,
+    progress: Progress | None = None,
+) -> Row:
+    """Pack one slide in this process; its picture goes beside ``out``.
+
+    Raises:
+        UserError: not the slide's fault, as in :func:`pack`.
+    """
+    pool, progress = _InThisProcess(), progress or Progress()
+    conveyor = _Conveyor(pool, [job], pictures(out), 0, chunk, progress)
+    return _finish(writer, conveyor, next(conveyor.lanes()))
+
+
+def pictures(out: Path) -> Path:
+    """The folder of the pictures that show where slides were cut."""
+    return out.with_name(f"{out.stem}_overview")
 
 
 def _finish(writer: StoreWriter, conveyor: _Conveyor, lane: _Lane) -> Row:
@@ -277,7 +304,7 @@ def _pool(workers: int) -> Iterator[Executor]:
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
     try:
-        with _interrupts_held():
+        with interrupts_held():
             # Ctrl-C is the parent's business. A task for each worker makes all of them start here.
             for _ in range(workers):
                 pool.submit(os.getpid)
@@ -287,7 +314,7 @@ def _pool(workers: int) -> Iterator[Executor]:
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
+def interrupts_held() -> Iterator[None]:
     """Ctrl-C waits until the end of the block; processes started inside never get it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
