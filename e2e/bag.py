@@ -54,8 +54,9 @@ class Bag:
     """B + 1 row numbers, the first 0; none falls, and only a sharded bag may have no row here."""
     chunks: tuple[Chunk, ...]
     """All rows in order."""
-    coords: tuple[Tensor, ...]
-    """B times (patches of the bag, 2) level-0 pixels, upper left corner of each patch."""
+    coords: tuple[Tensor | None, ...]
+    """B times (patches of the bag, 2) level-0 pixels, upper left corner of each patch; None where
+    nobody knows."""
     pixels: PixelSource
     target: Tensor
     """(B,) or (B, ...) what the task made of the labels."""
@@ -80,7 +81,7 @@ class Bag:
                 f"{len(self.slides)} bags, but targets, seeds, coords ... of {lengths}"
             )
         for size, coords in zip(sizes, self.coords, strict=True):
-            if coords.shape != (size, 2):
+            if coords is not None and coords.shape != (size, 2):
                 raise ValueError(
                     f"coords {tuple(coords.shape)} for {size} patches; need (patches, 2)"
                 )

@@ -153,7 +153,10 @@ def evaluate_run(
                 continue
             draw = None
             if name == judged and split == "test":
-                draw = heatmap_drawer(task, view.look.decoder, out / "heatmaps", chosen[:heatmaps])
+                drawn = [item for item in chosen[:heatmaps] if item.record.coords is not None]
+                draw = heatmap_drawer(task, view.look.decoder, out / "heatmaps", drawn)
+                if len(drawn) < len(chosen[:heatmaps]):
+                    screen.say("no heatmap of slides without coords; see the setting data.coords")
             with strategy.whole_parameters(strategy.scatter(weights)):
                 found = predict(
                     model,

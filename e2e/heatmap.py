@@ -56,8 +56,8 @@ def draw_heatmap(
     write_atomically(path.with_name(path.name + ".png"), _panels(tissue, blend, caption))
     table = pd.DataFrame(
         {
-            "x": record.coords[:, 0],
-            "y": record.coords[:, 1],
+            "x": record.places[:, 0],
+            "y": record.places[:, 1],
             "side": round(record.level0_px, 2),
             "score": scores,
             "percentile": np.round(100 * ranks, 2),
@@ -77,11 +77,11 @@ def percentile_ranks(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 def _geometry(record: SlideRecord) -> tuple[NDArray[np.int64], int, tuple[int, int]]:
     """Upper left corner of each patch on the picture, a patch's side there, (height, width)."""
     side = record.level0_px
-    low = record.coords.min(axis=0)
-    extent = record.coords.max(axis=0) - low + side
+    low = record.places.min(axis=0)
+    extent = record.places.max(axis=0) - low + side
     scale = SIDE / max(extent)
     cell = max(1, round(side * scale))
-    corners = np.round((record.coords - low) * scale).astype(np.int64)
+    corners = np.round((record.places - low) * scale).astype(np.int64)
     height, width = (int(corners[:, axis].max()) + cell for axis in (1, 0))
     return corners, cell, (height, width)
 

@@ -121,7 +121,8 @@ class MILModel(nn.Module):
             own = ranks.gather_rows(own, bag.shards[number])
         whole = own.unsqueeze(0)
         mask = torch.ones(whole.shape[:2], dtype=torch.bool, device=device)
-        coords = bag.coords[number].to(device).unsqueeze(0)
+        places = bag.coords[number]
+        coords = None if places is None else places.to(device).unsqueeze(0)
         with self._draws(bag.seeds[number], device), self._autocast(device):
             return self.head(whole, mask, coords)
 

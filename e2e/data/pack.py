@@ -268,7 +268,7 @@ class _Conveyor:
             if self._room == 0:
                 return False
             start, lane.sent = lane.sent, min(lane.sent + self._chunk, record.count)
-            part = replace(record, coords=record.coords[start : lane.sent])
+            part = replace(record, coords=record.places[start : lane.sent])
             lane.chunks.append(self._pool.submit(_guarded, lane.job.encode, part, start))
             self._room -= 1
         return True

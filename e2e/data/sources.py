@@ -230,7 +230,7 @@ class _OnSlide:
 
     def encode(self, part: SlideRecord, start: int) -> list[bytes]:
         slide = self.open()
-        pixels = (slide.read_patch(x, y, part.level0_px, part.patch_px) for x, y in part.coords)
+        pixels = (slide.read_patch(x, y, part.level0_px, part.patch_px) for x, y in part.places)
         return [jpeg(Image.fromarray(p), self.quality) for p in pixels]
 
     def record(

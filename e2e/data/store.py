@@ -72,6 +72,16 @@ class SlideRecord:
     source_bytes: int
 
     @property
+    def places(self) -> NDArray[np.int32]:
+        """``coords``, for those who cannot do without; UserError where nobody knows them."""
+        if self.coords is None:
+            raise UserError(
+                f"the store has no coords of slide '{self.slide}'\n"
+                "  set data.coords to the folder of the h5 files that its patches were cut by"
+            )
+        return self.coords
+
+    @property
     def count(self) -> int:
         """Number of patches."""
         assert self.coords is not None, "a record without coords is a PlacelessRecord"
