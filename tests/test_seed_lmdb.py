@@ -327,6 +327,13 @@ def test_the_malicious_pickles_would_have_run(tmp_path):
         assert mark.exists(), name
 
 
+def test_a_patch_of_many_steps_is_given_up_early(tmp_path):
+    many = b"\x80\x04" + b"N" * 1000 + b"C\x01x."
+    store = SeedStore(put(tmp_path / "x.lmdb", {"a-0": many}))
+    with pytest.raises(DamagedDataError, match="patch 0 is refused: its pickle has more than 100"):
+        store.read("a", [0])
+
+
 def test_text_as_keys_only_so_that_no_hash_takes_forever(tmp_path):
     shared = b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(100))
     with pytest.raises(ValueError, match="makes no sense at SETITEM"):
