@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import h5py
 import lmdb
@@ -259,7 +260,7 @@ class Runs:
     def __init__(self, function: object, *arguments: object) -> None:
         self.call = function, arguments
 
-    def __reduce__(self) -> object:
+    def __reduce__(self) -> Any:
         return self.call
 
 
