@@ -66,7 +66,9 @@ def test_places_come_from_the_coords_and_their_lack_is_told(tmp_path):
 
 
 def test_slides_that_cannot_be_converted_are_named_and_the_others_go_on(tmp_path):
-    counts = dict.fromkeys(("good", "mixed", "text", "evil", "short", "zero", "lost", "last"), 3)
+    counts: dict[str, int] = dict.fromkeys(
+        ("good", "mixed", "text", "evil", "short", "zero", "lost", "last"), 3
+    )
     listed = {k: n for k, n in counts.items() if k != "lost"} | {"none": 0, "short": 5}
     old = write_seed(tmp_path / "old.lmdb", counts, __pn__=listed)
     evil = b"\x80\x04cos\nsystem\nX\x05\0\0\0touch\x85R."

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import h5py
 import lmdb
@@ -259,7 +260,7 @@ class Runs:
     def __init__(self, function: object, *arguments: object) -> None:
         self.call = function, arguments
 
-    def __reduce__(self) -> object:
+    def __reduce__(self) -> Any:
         return self.call
 
 
@@ -325,6 +326,13 @@ def test_the_malicious_pickles_would_have_run(tmp_path):
         code = "import pickle, sys; pickle.load(sys.stdin.buffer)"
         subprocess.run([sys.executable, "-c", code], input=malicious(mark)[name], check=True)
         assert mark.exists(), name
+
+
+def test_a_patch_of_many_steps_is_given_up_early(tmp_path):
+    many = b"\x80\x04" + b"N" * 1000 + b"C\x01x."
+    store = SeedStore(put(tmp_path / "x.lmdb", {"a-0": many}))
+    with pytest.raises(DamagedDataError, match="patch 0 is refused: its pickle has more than 100"):
+        store.read("a", [0])
 
 
 def test_text_as_keys_only_so_that_no_hash_takes_forever(tmp_path):

@@ -74,6 +74,7 @@ def test_what_goes_in_comes_out(tmp_path):
     assert store.slides == ["a"]
     assert store.count("a") == 9
     read = store.record("a")
+    assert read.coords is not None
     assert read.coords.dtype == np.int32
     np.testing.assert_array_equal(read.coords, written.coords)
     same = ("slide", "level0_px", "mpp", "patch_px", "width", "height", "source", "source_bytes")
@@ -216,6 +217,8 @@ def test_lmdbs_of_others_are_told_apart(tmp_path):
         PatchStore(abmilx)
     with pytest.raises(UserError, match="an LMDB of another kind"):
         PatchStore(put(tmp_path / "b.lmdb", some=b"thing"))
+    with pytest.raises(UserError, match="an LMDB with nothing in it"):
+        PatchStore(put(tmp_path / "e.lmdb"))  # as it is for a moment when a writer begins
     with pytest.raises(UserError, match="its header says 'features'"):
         PatchStore(put(tmp_path / "c.lmdb", header=b'{"format": "features", "version": 1}'))
     with pytest.raises(UserError, match="an LMDB of another kind"):
@@ -372,7 +375,7 @@ def test_a_slide_may_lack_places(tmp_path):
     known = {k: v for k, v in vars(record("b", 1)).items() if k not in ("slide", "coords")}
     with StoreWriter(path, RECIPE) as writer:
         writer.add(record("a", 3), patches("a", 3))
-    assert b'"version": 1' in get(path, b"header")  # programs of before still read it
+    assert b'"version": 1' in (get(path, b"header") or b"")  # programs of before still read it
     with StoreWriter(copy := shutil.copy(path, tmp_path / "y.lmdb"), RECIPE) as writer:
         bare = PlacelessRecord(slide="b", coords=None, patches=2, **known)
         with pytest.raises(ValueError, match="3 JPEGs for coords of shape"):
@@ -382,7 +385,7 @@ def test_a_slide_may_lack_places(tmp_path):
         assert writer.read("b", [1]) == [patches("b", 2)[1]]
         assert writer.read("a", [2]) == [patches("a", 3)[2]]
     store = PatchStore(copy)
-    assert b'"version": 2' in get(copy, b"header")  # which they refuse by its number
+    assert b'"version": 2' in (get(copy, b"header") or b"")  # which they refuse by its number
     assert (store.record("b"), store.record("b").count, store.count("b")) == (bare, 2, 2)
     assert store.record("a").count == 3
     assert store.read("b", [1, 0]) == patches("b", 2)[::-1]
@@ -429,7 +432,7 @@ def resident(path: Path) -> list[bool]:
     return (pages & 1).astype(bool).tolist()
 
 
-@pytest.mark.parametrize(("indices", "share"), [(range(0, 200, 4), 0.9), ([5, 150], 0.3)])
+@pytest.mark.parametrize(("indices", "share"), [(range(0, 200, 4), 0.9), (range(0, 200, 25), 0.3)])
 def test_a_cold_slide_is_read_at_once_where_much_of_it_is_wanted(tmp_path, indices, share):
     path, values = tmp_path / "x.lmdb", [os.urandom(16_000) for _ in range(200)]
     with StoreWriter(path, RECIPE) as writer:
@@ -466,21 +469,19 @@ def test_a_store_that_grows_while_it_is_read_shows_whole_slides_only(tmp_path):
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None
         writer.stdout.readline()
-        seen, refused, first = set(), 0, PatchStore(path)
-        while (running := writer.poll() is None) or len(seen) < 2:
+        seen, first = set(), PatchStore(path)
+        while (running := writer.poll() is None) or slides not in seen:
             try:
                 store = PatchStore(path)
                 for slide in store.slides[-3:]:
                     expected = [slide.encode() * (50 + k) for k in range(20)]
                     assert store.read(slide, range(20)) == expected
                     assert store.record(slide).count == 20
-            except UserError as error:
+                seen.add(len(store.slides))
+                assert running or len(store.slides) == slides
+            except OneRankError as error:
                 assert "being written faster" in str(error)  # noqa: PT017
-                refused += 1
-            seen.add(len(store.slides))
-            assert running or len(store.slides) == slides
         assert writer.returncode == 0
-    assert sorted(seen)[-1] == slides
     assert len(seen) > 3  # it was read while it grew
     for slide in first.slides:
         assert len(first.read(slide, range(20))) == 20

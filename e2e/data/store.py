@@ -42,9 +42,7 @@ GROWTH = 1 << 36  # how far a file may grow while it is open for reading; addres
 LONGEST_ID = 500  # bytes; LMDB's keys end at 511
 ATTEMPTS = 5  # at a snapshot that a writer keeps overwriting
 SPARSE = 8  # reading ahead pays where one patch of so many is wanted, measured on a virtual disk
-PIECE = (
-    1 << 17
-)  # bytes; Linux cuts what is asked for at once to the disk's readahead, this at least
+PIECE = 1 << 17  # bytes; what is asked for at once, Linux cuts to the disk's readahead
 
 _HEADER = b"header"
 _SLIDE = b"s:"
@@ -421,12 +419,12 @@ def read_ahead(get: Callable[[int], Any], indices: Sequence[int]) -> None:
         get: index -> value as a buffer of the map.
         indices: the patches that will be read next.
     """
-    if len(indices) < 8:
+    if len(indices) < 8 or (max(indices) - min(indices)) > SPARSE * len(indices):
         return
     low, high = min(indices), max(indices)
     first, last = get(low), get(high)
-    if (high - low) > SPARSE * len(indices) or not first or not last:
-        return
+    if not first or not last:
+        return  # told where that patch is read
     start, end = _address(first) & -mmap.PAGESIZE, _address(last) + len(last)
     if not 0 < end - start <= 4 * (high - low + 1) * max(len(first), len(last)):
         return  # not in order after all
