@@ -311,7 +311,7 @@ def settings_help() -> str:
     """Every setting with its default and meaning."""
     lines = [
         "settings (section.key=value), besides the options of the plug-ins, whose",
-        "names are encoder.name, head.name, task.name, sampler.name and augment.name:",
+        "names are those of encoder, head, task, sampler and augment:",
     ]
 
     def walk(path: str, cls: Any) -> None:

@@ -151,8 +151,8 @@ def test_a_wrong_part_of_a_models_name_is_told_as_such():
 # --- mistakes ---
 
 WRONG = {
-    "optim.lrr=1": ("unknown setting 'optim.lrr'; did you mean 'lr'?", "known: bags, clip"),
-    "optm.lr=1": ("unknown section 'optm'; did you mean 'optim'?", "known: bag, data"),
+    "optim.lrr=1": ("unknown setting 'optim.lrr'; did you mean 'lr'?", "known: bags, balance"),
+    "optm.lr=1": ("unknown section 'optm'; did you mean 'optim'?", "known: augment, bag"),
     "data.columns.slid=x": ("unknown setting 'data.columns.slid'; did you mean 'slide'?",),
     "data.cut.vall=0.1": ("unknown setting 'data.cut.vall'; did you mean 'val'?",),
     "head.attn_dims=3": ("unknown setting 'head.attn_dims'; did you mean 'attn_dim'?",),
@@ -164,7 +164,10 @@ WRONG = {
     "optim.epochs=true": ("setting optim.epochs: ", "True"),
     "optim.epochs=null": ("setting optim.epochs: ",),
     "optim.lr.x=3": ("setting optim.lr: ",),
-    "bag.flip=maybe": ("setting bag.flip: ", "'maybe'"),
+    "bag.copies=maybe": ("setting bag.copies: ", "'maybe'"),
+    "augment.crop=wide": ("setting augment.crop: ", "'wide'"),
+    "augment.name=stong": ("unknown augmentation 'stong'; did you mean 'strong'?",),
+    "sampler.tpo=1": ("unknown setting 'sampler.tpo'",),
     "bag.patches=12.5": ("setting bag.patches: ", "12.5"),
     "head.attn_dim=wide": ("setting head.attn_dim: ", "'wide'"),
     "task.classes=a": ("setting task.classes: ",),
@@ -177,7 +180,8 @@ WRONG = {
     "optim.ema=1": ("setting optim.ema must be in [0, 1), found 1.0",),
     "optim.clip=0": ("setting optim.clip must be over 0 or null, found 0.0",),
     "bag.patches=0": ("setting bag.patches must be over 0 or null, found 0",),
-    "bag.crop=0": ("setting bag.crop must be in (0, 1], found 0.0",),
+    "bag.shares=[1,0]": ("setting bag.shares must be over 0 and finite",),
+    "select.cache=big": ("setting select.cache must be a size such as 8GiB, found 'big'",),
     "data.cut.val=2": ("setting data.cut.val must be in [0, 1), found 2.0",),
     "data.splits.train=dev": ("setting data.splits must be train, val or test, found 'dev'",),
     "data.unmatched=skip": ("setting data.unmatched must be error or drop, found 'skip'",),

@@ -205,7 +205,7 @@ def test_a_broken_patch_is_red_on_the_sheet(tmp_path, capsys):
         (["x.lmdb", "nothing.lmdb"], "no patch store at nothing.lmdb"),
         (["text.lmdb"], "is no patch store (not an LMDB file)"),
         (["cut.lmdb", "--verify"], "was cut short"),
-        (["newer.lmdb"], "store version 9; this program reads up to 1"),
+        (["newer.lmdb"], "store version 9; this program reads up to 2"),
         (["other.lmdb"], "an LMDB of the ABMILX project"),
         (["x.lmdb", "--sheet", "s.jpg"], "--sheet writes a PNG"),
         (["x.lmdb", "--first", "-1"], "--first is a number"),

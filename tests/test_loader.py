@@ -39,7 +39,7 @@ def items(make_store):
     slides = [Slide(name, name, "train", {"label": str(n)}) for n, name in enumerate(COUNTS)]
     return label_slides(
         slides[::-1],
-        dict.fromkeys(COUNTS, store),
+        {slide: [store] for slide in COUNTS},
         lambda words: torch.tensor(int(words["label"])),
     )
 

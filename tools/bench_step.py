@@ -233,6 +233,7 @@ def plain_logits(model: MILModel, bag: Bag, device: torch.device) -> Tensor:
         for k, coords in enumerate(bag.coords):
             rows = features[bag.offsets[k] : bag.offsets[k + 1]].unsqueeze(0)
             mask = torch.ones(rows.shape[:2], dtype=torch.bool, device=device)
+            assert coords is not None
             found.append(model.head(rows, mask, coords.to(device).unsqueeze(0)).logits)
     return torch.cat(found).float() if model.autocast else torch.cat(found)
 
