@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -302,7 +303,8 @@ class NvJpeg(BatchDecoder):
 class Dali(BatchDecoder):
     """NVIDIA DALI: its CPU decoder on the CPU, nvJPEG and the GPU's JPEG engine on CUDA.
 
-    Its threads do not outlive a fork.
+    It keeps the number of threads that was set when a process built its first, and they do not
+    outlive a fork.
     """
 
     strict = False
@@ -311,10 +313,9 @@ class Dali(BatchDecoder):
         super().__init__(device)
         advice = "pip install nvidia-dali-cuda130, or set data.decoder=auto, which does without"
         try:
-            import nvidia.dali.experimental.dynamic as ndd
+            self._ndd = _dali()
         except (ImportError, OSError) as error:
             raise UserError(f"decoder 'dali' finds no DALI ({error})\n  {advice}") from error
-        self._ndd = ndd
         self._process = os.getpid()
         if device.type == "cuda":
             self.tolerance = NvJpeg.tolerance  # the same engine; on the CPU it is libjpeg-turbo
@@ -327,9 +328,6 @@ class Dali(BatchDecoder):
                 "decoder 'dali' was built before this process was forked and would hang\n"
                 "  build it here, start processes by spawn, or set data.decoder=auto"
             )
-        ndd = self._ndd
-        if ndd.get_num_threads() != threads():
-            ndd.set_num_threads(threads())
         encoded = [np.frombuffer(jpeg, np.uint8) for jpeg in jpegs]
         if device.type == "cpu":
             return self._images(encoded, "cpu")
@@ -349,6 +347,14 @@ class Dali(BatchDecoder):
                 hw_decoder_load=1.0,  # a share would let the place in the list choose the engine
             )
             return images.torch()
+
+
+@cache
+def _dali() -> Any:
+    import nvidia.dali.experimental.dynamic as ndd
+
+    ndd.set_num_threads(threads())  # once: with fewer after its first image it hangs (2.4.0)
+    return ndd
 
 
 def build_decoder(name: str = "auto", device: torch.device | str = "cpu") -> Decoder:
