@@ -220,6 +220,23 @@ def test_cmyk_is_right_or_a_named_error(case, kind):
     np.testing.assert_array_equal(found[0], case.pixels([plain, plain])[1])
 
 
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (jpeg(0), True),
+        (jpeg(0, progressive=True), True),
+        (jpeg(picture(0).convert("L")), True),
+        (jpeg(0)[:-1], False),
+        (jpeg(0, keep_rgb=True), False),
+        (jpeg(picture(0).convert("CMYK")), False),
+        (b"\xff\xd8\xff\xee\0\x0eAdobe\0d\0\0\0\0\0" + jpeg(0)[2:], False),
+    ],
+    ids=["baseline", "progressive", "grey", "cut", "rgb", "cmyk", "adobe"],
+)
+def test_a_gpu_is_given_what_all_libraries_take_for_the_same(value, plain):
+    assert decode._frame(value) == (32, 32, plain)
+
+
 def test_many_are_decoded_in_their_order(case):
     assert_as_pillow(case, [jpeg(seed) for seed in range(50)])
 
@@ -453,10 +470,10 @@ def test_a_few_patches_are_decoded_by_the_caller(threads):
 
 def test_after_an_error_nobody_writes_into_the_callers_memory_any_more(threads):
     threads(2)
-    spy = Spy()
+    spy, large = Spy(), jpeg(0, width=1024)
     with pytest.raises(UndecodableError):
-        spy.decode([VALUES[0][:-9], *VALUES[1:]])
-    assert len(spy.seen) == 20  # the other thread's half
+        spy.decode([large[:1000], *[large] * 31])  # at once, while the others take long
+    assert len(spy.seen) == 16  # the other thread's half
 
 
 @pytest.mark.parametrize("count", [0, -1])
