@@ -502,7 +502,10 @@ def test_several_threads_may_use_one_decoder_at_a_time(case, threads):
 
 def decode_in_child(name: str) -> list[int] | str:
     try:
-        return list(READY[name].decoder.decode([WHOLE] * 32).shape)
+        new = build_decoder(READY[name].decoder.name).decode([WHOLE] * 32)
+        old = READY[name].decoder.decode([WHOLE] * 32)
+        assert torch.equal(new, old)
+        return list(old.shape)
     except UserError as error:
         return str(error)
 

@@ -313,10 +313,9 @@ class Dali(BatchDecoder):
         super().__init__(device)
         advice = "pip install nvidia-dali-cuda130, or set data.decoder=auto, which does without"
         try:
-            self._ndd = _dali()
+            self._ndd, self._process = _dali()
         except (ImportError, OSError) as error:
             raise UserError(f"decoder 'dali' finds no DALI ({error})\n  {advice}") from error
-        self._process = os.getpid()
         if device.type == "cuda":
             self.tolerance = NvJpeg.tolerance  # the same engine; on the CPU it is libjpeg-turbo
         self._probe("dali", "set data.decoder=auto, which does without DALI")
@@ -326,7 +325,7 @@ class Dali(BatchDecoder):
         if os.getpid() != self._process:
             raise UserError(
                 "decoder 'dali' was built before this process was forked and would hang\n"
-                "  build it here, start processes by spawn, or set data.decoder=auto"
+                "  start processes by spawn, or set data.decoder=auto"
             )
         encoded = [np.frombuffer(jpeg, np.uint8) for jpeg in jpegs]
         if device.type == "cpu":
@@ -350,11 +349,11 @@ class Dali(BatchDecoder):
 
 
 @cache
-def _dali() -> Any:
+def _dali() -> tuple[Any, int]:
     import nvidia.dali.experimental.dynamic as ndd
 
     ndd.set_num_threads(threads())  # once: with fewer after its first image it hangs (2.4.0)
-    return ndd
+    return ndd, os.getpid()
 
 
 def build_decoder(name: str = "auto", device: torch.device | str = "cpu") -> Decoder:
