@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
+import struct
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,17 @@ from e2e.registry import Registry
 
 DECODERS: Registry[Decoder] = Registry("decoder")
 
+Buffer = bytes | bytearray | memoryview
+"""The bytes of one JPEG, wherever they lie (``array.data`` of an array): most libraries read them
+there, without a copy."""
+
+Jpegs = Sequence[Buffer]
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+FAULTS = (ValueError, OSError, SyntaxError, RuntimeError)
+"""What the libraries raise for a damaged image."""
+
 
 class UndecodableError(ValueError):
     """The patch at ``index`` of the request cannot be decoded; the caller knows whose it is."""
@@ -29,74 +42,131 @@ class UndecodableError(ValueError):
 
 
 class Decoder:
-    """Base of the decoders: ``pixels`` decodes one JPEG to RGB, ``decode`` a list of one size."""
+    """Base of the decoders.
 
-    def pixels(self, jpeg: bytes) -> NDArray[np.uint8]:
-        """(H,W,3) uint8 RGB; ValueError when it is no complete JPEG."""
-        raise NotImplementedError
+    Attributes:
+        name: the registered name, also when ``auto`` was asked for.
+        note: why ``auto`` could not take the fastest decoder of the device, else empty.
+        tolerance: mean difference from libjpeg-turbo's exact transform in grey levels (0..255)
+            over a YCbCr or grey image; 0: equal to the bit.
+        strict: damage inside the image's data that libjpeg can tell of is an error. If not, such
+            an image comes out as Pillow shows it, with what could be saved of it.
+    """
 
-    def decode(self, jpegs: Sequence[bytes], device: torch.device | str = "cpu") -> Tensor:
-        """(n,3,H,W) uint8 RGB on ``device``, channels last in memory.
+    name = ""
+    note = ""
+    tolerance = 0.0
+    strict = True
+
+    def __init__(self, device: torch.device) -> None:
+        """``device`` is where the pixels will be wanted; UserError if it cannot decode for it."""
+
+    def decode(
+        self,
+        jpegs: Jpegs,
+        device: torch.device | str = "cpu",
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """(n,3,H,W) uint8 RGB on ``device``, channels last in memory. Thread-safe.
+
+        Args:
+            jpegs: n >= 1 images of one size.
+            device: of the result.
+            out: (n,H,W,3) uint8, contiguous, on the CPU (pinned or not): memory to decode into,
+                so that it can be used again; the result on the CPU is a view of it. After an
+                error its content is undefined. A GPU decoder needs none and leaves it alone.
 
         Raises:
-            UndecodableError: a value is no JPEG, is cut short, or has another size than the first.
+            UndecodableError: a value is no JPEG, is cut short, or has another size than ``out``
+                or the first. Of several the first is named.
         """
-        images = list(_threads().map(self._guarded, range(len(jpegs)), jpegs))
-        for index, image in enumerate(images):
-            if image.shape != images[0].shape:
-                raise UndecodableError(
-                    index,
-                    f"is {image.shape[1]}x{image.shape[0]} px, others {images[0].shape[1]} px",
-                )
-        return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2)
+        size = _size(jpegs, out)
+        return self._slab(jpegs, size, torch.device(device), out).permute(0, 3, 1, 2)
 
-    def _guarded(self, index: int, jpeg: bytes) -> NDArray[np.uint8]:
+    def _slab(self, jpegs: Jpegs, size: Size, device: torch.device, out: Tensor | None) -> Tensor:
+        """(n,H,W,3) uint8 on ``device``."""
+        raise NotImplementedError
+
+
+class CpuDecoder(Decoder):
+    """One JPEG after another into the rows of one slab, on the threads of ``set_threads``."""
+
+    def into(self, jpeg: Buffer, row: NDArray[np.uint8]) -> None:
+        """Decode ``jpeg``, known to have its size, into ``row`` (H,W,3); an error of ``FAULTS``."""
+        raise NotImplementedError
+
+    def _slab(self, jpegs: Jpegs, size: Size, device: torch.device, out: Tensor | None) -> Tensor:
+        # NumPy asks for huge pages. In torch's small ones the first touch costs half a decode.
+        rows = np.empty((len(jpegs), *size, 3), np.uint8) if out is None else out.numpy()
+        # A few images to a thread at least: handing over costs more than one image.
+        blocks = max(1, min(threads(), len(jpegs) // 8))
+        cuts = [len(jpegs) * block // blocks for block in range(blocks + 1)]
+        first, *others = pairwise(cuts)
+        running = [_pool().submit(self._block, jpegs, rows, *block) for block in others]
         try:
-            return self.pixels(jpeg)
-        except (ValueError, OSError, SyntaxError, RuntimeError, UserWarning) as error:
-            raise UndecodableError(index, f"is no readable JPEG ({error})") from error
+            self._block(jpegs, rows, *first)
+        finally:
+            wait(running)  # after an error too: they write into the caller's memory
+        for block in running:
+            block.result()
+        return torch.from_numpy(rows).to(device)
+
+    def _block(self, jpegs: Jpegs, rows: NDArray[np.uint8], start: int, stop: int) -> None:
+        size = (rows.shape[1], rows.shape[2])
+        for index in range(start, stop):
+            _check(index, jpegs[index], size)
+            try:
+                self.into(jpegs[index], rows[index])
+            except FAULTS as error:
+                raise _unreadable(index, error) from error
 
 
 @DECODERS.register("simplejpeg")
-class SimpleJpeg(Decoder):
+class SimpleJpeg(CpuDecoder):
     """libjpeg-turbo bundled in a wheel: needs no system library."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         import simplejpeg
 
         self._decode = simplejpeg.decode_jpeg
 
-    def pixels(self, jpeg: bytes) -> NDArray[np.uint8]:
-        """See :class:`Decoder`. The slow, exact IDCT and upsampling, as the other decoders use."""
-        return self._decode(jpeg, colorspace="RGB", fastdct=False, fastupsample=False, strict=True)
+    def into(self, jpeg: Buffer, row: NDArray[np.uint8]) -> None:
+        """See :class:`CpuDecoder`. The exact IDCT and upsampling, as the other decoders use."""
+        self._decode(
+            jpeg, colorspace="RGB", fastdct=False, fastupsample=False, strict=True, buffer=row
+        )
 
 
 @DECODERS.register("turbojpeg")
-class TurboJpeg(Decoder):
-    """PyTurboJPEG over the system's libturbojpeg."""
+class TurboJpeg(CpuDecoder):
+    """PyTurboJPEG over the system's libturbojpeg. No CMYK."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         try:
             import turbojpeg
 
-            self._rgb = turbojpeg.TJPF_RGB
-            self._turbo = turbojpeg.TurboJPEG()
-        except (ImportError, RuntimeError, OSError) as error:
-            raise _no_library("turbojpeg", "libturbojpeg0", error) from error
-        # It only warns of a truncated file. A filter set for good, because catch_warnings is not
-        # safe in threads: it would leave other threads' warnings errors, or this one's silent.
-        warnings.filterwarnings("error", category=UserWarning, module="turbojpeg")
+            class Strict(turbojpeg.TurboJPEG):
+                # The library only warns of a damaged file, and whether a warning is seen is up to
+                # filters that every thread of the process can change.
+                def _TurboJPEG__report_error(self, handle: int) -> None:
+                    raise OSError(self._TurboJPEG__get_error_string(handle))  # pyright: ignore
 
-    def pixels(self, jpeg: bytes) -> NDArray[np.uint8]:
-        """See :class:`Decoder`."""
-        return self._turbo.decode(jpeg, pixel_format=self._rgb)
+            self._rgb = turbojpeg.TJPF_RGB
+            self._turbo = Strict()
+        except (ImportError, RuntimeError, OSError) as error:
+            raise _no_library("turbojpeg", error) from error
+
+    def into(self, jpeg: Buffer, row: NDArray[np.uint8]) -> None:
+        """See :class:`CpuDecoder`."""
+        self._turbo.decode(jpeg, pixel_format=self._rgb, dst=row)
 
 
 @DECODERS.register("jpeg4py")
-class Jpeg4Py(Decoder):
-    """jpeg4py over the system's libturbojpeg."""
+class Jpeg4Py(CpuDecoder):
+    """jpeg4py over the system's libturbojpeg. No CMYK."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         try:
             import jpeg4py
 
@@ -104,13 +174,13 @@ class Jpeg4Py(Decoder):
             # Here, because a JPEG object that finds no library cannot even be deleted cleanly.
             jpeg4py.initialize()
         except (ImportError, OSError) as error:
-            raise _no_library("jpeg4py", "libturbojpeg0", error) from error
+            raise _no_library("jpeg4py", error) from error
 
-    def pixels(self, jpeg: bytes) -> NDArray[np.uint8]:
-        """See :class:`Decoder`."""
+    def into(self, jpeg: Buffer, row: NDArray[np.uint8]) -> None:
+        """See :class:`CpuDecoder`."""
         image = self._jpeg(np.frombuffer(jpeg, np.uint8))
         try:
-            return image.decode()
+            image.decode(row)
         except RuntimeError:
             # jpeg4py would hand the decompressor that failed to another thread, which crashes.
             if image.decompressor is not None:
@@ -120,34 +190,290 @@ class Jpeg4Py(Decoder):
 
 
 @DECODERS.register("pillow")
-class Pillow(Decoder):
-    """Pillow, everywhere at hand."""
+class Pillow(CpuDecoder):
+    """Pillow, everywhere at hand. It asks nothing of libjpeg's warnings, only of a missing end."""
 
-    def pixels(self, jpeg: bytes) -> NDArray[np.uint8]:
-        """See :class:`Decoder`."""
+    strict = False
+
+    def into(self, jpeg: Buffer, row: NDArray[np.uint8]) -> None:
+        """See :class:`CpuDecoder`."""
         from PIL import Image
 
         with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
-            return np.asarray(image.convert("RGB"))
+            row[...] = np.asarray(image.convert("RGB"))
 
 
-def build_decoder(name: str = "auto") -> Decoder:
-    """The decoder ``name``; ``auto`` is the fastest that needs no system library."""
-    return DECODERS.build("simplejpeg" if name == "auto" else name)
+class BatchDecoder(Decoder):
+    """A library that decodes a whole list at once.
+
+    It is given whole, plain JPEGs only. Lists with others, and those it fails at, are decoded one
+    by one, and what it cannot is left to simplejpeg, which has the right pixels or says what is
+    wrong: so the pixels of a patch do not depend on what else is in the list. For a device of
+    another type than the one it was built for, simplejpeg does it all.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cpu = SimpleJpeg(device)
+
+    def images(self, jpegs: Jpegs, device: torch.device) -> Tensor:
+        """(n,H,W,3) on ``device``; RuntimeError when one of them cannot be decoded."""
+        raise NotImplementedError
+
+    def _slab(self, jpegs: Jpegs, size: Size, device: torch.device, out: Tensor | None) -> Tensor:
+        if device.type != self._device.type:
+            return self._cpu._slab(jpegs, size, device, out)
+        plain = [_check(index, jpeg, size) for index, jpeg in enumerate(jpegs)]
+        slab = self._try(jpegs, device) if all(plain) else None
+        if slab is None:
+            rows = zip(range(len(jpegs)), jpegs, plain, strict=True)
+            slab = torch.cat([self._one(*row, device) for row in rows])
+        return out.copy_(slab) if out is not None and device.type == "cpu" else slab
+
+    def _try(self, jpegs: Jpegs, device: torch.device) -> Tensor | None:
+        try:
+            return self.images(jpegs, device)
+        except torch.OutOfMemoryError:  # no fault of an image
+            raise
+        except RuntimeError:
+            return None
+
+    def _one(self, index: int, jpeg: Buffer, plain: bool, device: torch.device) -> Tensor:
+        found = self._try([jpeg], device) if plain else None
+        if found is not None:
+            return found
+        try:
+            return self._cpu.decode([jpeg], device).permute(0, 2, 3, 1)
+        except UndecodableError as error:
+            raise UndecodableError(index, str(error)) from error
+
+    def _probe(self, name: str, advice: str) -> None:
+        """UserError unless a grey image comes out grey: for a library that cannot work here."""
+        import simplejpeg
+
+        grey = simplejpeg.encode_jpeg(np.full((64, 64, 3), 128, np.uint8))
+        try:
+            found = self.images([grey, grey], self._device).float()
+        except (RuntimeError, AssertionError, AttributeError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+        else:
+            if bool(((found - 128).abs() <= 2).all()):
+                return
+            reason = "a grey image did not come out grey"
+        raise UserError(f"decoder '{name}' does not work on {self._device} ({reason})\n  {advice}")
 
 
-def _no_library(name: str, package: str, error: Exception) -> UserError:
-    return UserError(
-        f"decoder '{name}' finds no system library ({str(error).splitlines()[0]})\n"
-        f"  install it (Debian: {package}), or set data.decoder=auto, which brings its own"
-    )
+@DECODERS.register("nvjpeg")
+class NvJpeg(BatchDecoder):
+    """nvJPEG by torchvision, on the GPU's own JPEG engine where it has one (A100, H100, H200).
+
+    torchvision deprecates its image decoding in favour of torchcodec since 0.29. It has one
+    decoder a process, behind a lock: more threads do not make it faster.
+    """
+
+    # Another IDCT, and chroma repeated instead of interpolated. Set from torchvision's own test
+    # of this function (mean difference below 2); not measured here.
+    tolerance = 2.0
+    strict = False
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        advice = "set data.decoder=auto, which decodes on the CPU where it must"
+        if device.type != "cuda":
+            raise UserError(
+                f"decoder 'nvjpeg' decodes on a CUDA device, not on {device}\n  {advice}"
+            )
+        self._probe("nvjpeg", advice)
+
+    def images(self, jpegs: Jpegs, device: torch.device) -> Tensor:
+        """See :class:`BatchDecoder`."""
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        # A copy of the bytes, because torch warns of memory that it may not write.
+        encoded = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs]
+        # The engine does not wait for the stream: it would write into memory that was given back
+        # while kernels in the queue still read it (pytorch/vision#9606).
+        torch.cuda.current_stream(device).synchronize()
+        planes = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
+        slab = torch.empty((len(planes), *planes[0].shape[1:], 3), dtype=torch.uint8, device=device)
+        return torch.stack([image.permute(1, 2, 0) for image in planes], out=slab)
+
+
+@DECODERS.register("dali")
+class Dali(BatchDecoder):
+    """NVIDIA DALI: its CPU decoder on the CPU, nvJPEG and the GPU's JPEG engine on CUDA.
+
+    It keeps the number of threads that was set when a process built its first, and they do not
+    outlive a fork.
+    """
+
+    strict = False
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        advice = "pip install nvidia-dali-cuda130, or set data.decoder=auto, which does without"
+        try:
+            self._ndd, self._process = _dali()
+        except (ImportError, OSError) as error:
+            raise UserError(f"decoder 'dali' finds no DALI ({error})\n  {advice}") from error
+        if device.type == "cuda":
+            self.tolerance = NvJpeg.tolerance  # the same engine; on the CPU it is libjpeg-turbo
+        self._probe("dali", "set data.decoder=auto, which does without DALI")
+
+    def images(self, jpegs: Jpegs, device: torch.device) -> Tensor:
+        """See :class:`BatchDecoder`."""
+        if os.getpid() != self._process:
+            raise UserError(
+                "decoder 'dali' was built before this process was forked and would hang\n"
+                "  start processes by spawn, or set data.decoder=auto"
+            )
+        encoded = [np.frombuffer(jpeg, np.uint8) for jpeg in jpegs]
+        if device.type == "cpu":
+            return self._images(encoded, "cpu")
+        with torch.cuda.device(device):
+            found = self._images(encoded, "gpu").clone()
+            # DALI takes its memory back here, and knows nothing of the copy in torch's queue.
+            torch.cuda.current_stream(device).synchronize()
+            return found
+
+    def _images(self, encoded: list[NDArray[np.uint8]], device: str) -> Tensor:
+        ndd = self._ndd
+        with ndd.EvalMode.sync_full:
+            images = ndd.decoders.image(
+                ndd.as_batch(encoded),
+                device=device,
+                adjust_orientation=False,  # as the others: patches have no right way up
+                hw_decoder_load=1.0,  # a share would let the place in the list choose the engine
+            )
+            return images.torch()
 
 
 @cache
-def _threads() -> ThreadPoolExecutor:
+def _dali() -> tuple[Any, int]:
+    import nvidia.dali.experimental.dynamic as ndd
+
+    ndd.set_num_threads(threads())  # once: with fewer after its first image it hangs (2.4.0)
+    return ndd, os.getpid()
+
+
+def build_decoder(name: str = "auto", device: torch.device | str = "cpu") -> Decoder:
+    """The decoder ``name`` for pixels wanted on ``device``; UserError if it cannot work there.
+
+    ``auto`` is the fastest that works: on CUDA ``nvjpeg``, else ``simplejpeg``, which needs no
+    system library. Which it is, ``.name`` says; ``.note`` why it is not ``nvjpeg`` on CUDA.
+    """
+    device = torch.device(device)
+    note = ""
+    if name == "auto" and device.type == "cuda":
+        try:
+            return build_decoder("nvjpeg", device)
+        except UserError as error:
+            note = str(error).splitlines()[0]
+    name = "simplejpeg" if name == "auto" else name
+    decoder = DECODERS.build(name, device)
+    decoder.name, decoder.note = name, note
+    return decoder
+
+
+def set_threads(count: int) -> None:
+    """CPU threads, the caller's own among them, of each decode call in this process from now on.
+
+    Without it: as many as the process may use, at most 8. 1: no other thread is ever used.
+    """
+    if count < 1:
+        raise ValueError(f"a decoder needs a thread, not {count}")
+    global _threads
+    _threads = count
+    _pool.cache_clear()
+
+
+def threads() -> int:
+    """CPU threads of a decode call, see :func:`set_threads`."""
+    return _threads or max(1, min(8, len(os.sched_getaffinity(0))))
+
+
+_threads: int | None = None
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
     """Decoders release the interpreter lock, so threads are enough."""
-    return ThreadPoolExecutor(max(1, min(8, len(os.sched_getaffinity(0)))))
+    return ThreadPoolExecutor(threads() - 1, thread_name_prefix="decode")
 
 
 # A forked process has the pool but none of its threads, and would wait for them for ever.
-os.register_at_fork(after_in_child=_threads.cache_clear)
+os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _frame(jpeg: Buffer) -> tuple[int, int, bool]:
+    """(height, width, plain) from the frame header (ITU-T T.81, B.2.2); ValueError without one.
+
+    ``plain``: whole, 8-bit Huffman coded, grey or YCbCr: what every library takes for the same.
+    """
+    data = memoryview(jpeg)
+    if data[:2] != b"\xff\xd8":
+        raise ValueError("no JPEG begins so")
+    at, adobe = 2, False
+    try:
+        while True:
+            start, marker, length = _SEGMENT(data, at)
+            if start != 0xFF:
+                raise ValueError("its header is damaged")
+            if marker in _FRAMES:
+                break
+            adobe |= marker == 0xEE  # which may say that the channels are RGB already
+            at += 1 if marker == 0xFF else 2 + length
+        bits, height, width, channels = _FRAME(data, at + 4)
+        ycbcr = channels == 1 or (channels == 3 and not adobe and data[at + 10] != ord("R"))
+    except (struct.error, IndexError) as error:
+        raise ValueError("it ends within its header") from error
+    # No encoder gets below a bit or so for 256 pixels; a damaged size must not claim all memory.
+    if not 0 < height * width <= 1000 * len(data):
+        raise ValueError(f"{len(data)} bytes claim to be {width}x{height} px")
+    plain = ycbcr and bits == 8 and marker <= 0xC2 and data[-2:] == b"\xff\xd9"
+    return height, width, plain
+
+
+_SEGMENT = struct.Struct(">BBH").unpack_from
+_FRAME = struct.Struct(">BHHB").unpack_from
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # not the tables among them
+
+
+def _check(index: int, jpeg: Buffer, size: Size) -> bool:
+    """Whether the JPEG is plain, see :func:`_frame`; UndecodableError unless it has this size."""
+    try:
+        height, width, plain = _frame(jpeg)
+    except ValueError as error:
+        raise _unreadable(index, error) from error
+    if (height, width) != size:
+        raise UndecodableError(index, f"is {width}x{height} px, not {size[1]}x{size[0]} px")
+    return plain
+
+
+def _size(jpegs: Jpegs, out: Tensor | None) -> Size:
+    """(H, W) of the request: of ``out``, if there is one, else of the first image."""
+    if len(jpegs) == 0:
+        raise ValueError("no JPEG to decode")
+    if out is None:
+        try:
+            return _frame(jpegs[0])[:2]
+        except ValueError as error:
+            raise _unreadable(0, error) from error
+    right = out.dtype == torch.uint8 and out.device.type == "cpu" and out.is_contiguous()
+    if not right or out.ndim != 4 or (out.shape[0], out.shape[3]) != (len(jpegs), 3):
+        raise ValueError(
+            f"out must be ({len(jpegs)},H,W,3) uint8, contiguous, on the CPU, "
+            f"not {tuple(out.shape)} {out.dtype} on {out.device}"
+        )
+    return out.shape[1], out.shape[2]
+
+
+def _unreadable(index: int, error: Exception) -> UndecodableError:
+    return UndecodableError(index, f"is no readable JPEG ({error})")
+
+
+def _no_library(name: str, error: Exception) -> UserError:
+    return UserError(
+        f"decoder '{name}' finds no system library ({str(error).splitlines()[0]})\n"
+        "  install it (Debian: libturbojpeg0), or set data.decoder=auto, which brings its own"
+    )
