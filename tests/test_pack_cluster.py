@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -62,6 +63,14 @@ def program(name, *arguments, log, path=ROOT):
             running.kill()  # a worker may be busy for good
 
 
+def without_project(folder):
+    """Where Python looks first, and finds that the project is not installed."""
+    package = Path(folder, "e2e")
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('no e2e here')")
+    return folder
+
+
 @contextmanager
 def started_scheduler():
     """Address and process of a scheduler."""
@@ -71,7 +80,13 @@ def started_scheduler():
         for line in lines:
             said.put(line)
 
-    with program("dask_scheduler", "--port", 0, "--no-show", log=subprocess.PIPE) as running:
+    options = ("--port", 0, "--no-show")
+    with (
+        tempfile.TemporaryDirectory() as folder,  # only the command and the workers need the project
+        program(
+            "dask_scheduler", *options, log=subprocess.PIPE, path=without_project(folder)
+        ) as running,
+    ):
         listener = threading.Thread(target=listen, args=[running.stdout])
         listener.start()
         words = ""
@@ -454,9 +469,11 @@ def test_a_worker_with_another_version_of_the_project_or_none_is_named(tmp_path,
     shutil.copytree(ROOT / "e2e", tmp_path / "other" / "e2e")
     with (tmp_path / "other" / "e2e" / "data" / "sources.py").open("a") as file:
         file.write("# changed\n")
-    (tmp_path / "none" / "e2e").mkdir(parents=True)
-    (tmp_path / "none" / "e2e" / "__init__.py").touch()
-    for folder, words in (("other", "has other versions"), ("none", "lacks this version")):
+    without_project(tmp_path / "none")
+    for folder, words in (
+        ("other", "has other versions"),
+        ("none", "lacks this version.*no e2e here"),
+    ):
         words = f"(?s)1 of 1 workers cannot pack.*{words}"
         with (
             workers(scheduler, tmp_path, count=1, path=tmp_path / folder),
