@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -313,6 +314,14 @@ def test_a_worker_with_many_threads_has_one_file_and_is_told_of(tmp_path, client
     assert "1 workers with 4 threads" in told.notes[0]
 
 
+def test_slides_at_one_time_in_one_worker_go_into_one_file(tmp_path):
+    made, out = source(cohort(tmp_path / "slides", 8)), tmp_path / "out.lmdb"
+    with _issued(out, made.recipe(), 4) as ticket, ThreadPoolExecutor(4) as threads:
+        rows = list(threads.map(lambda job: pack_slide(job, ticket)[1], made.jobs()))
+    [file] = store_files(out)
+    assert list(contents(file)[1]) == [row.slide for row in rows]
+
+
 # --- killed ---
 
 
@@ -404,7 +413,7 @@ def test_a_worker_gives_its_slide_up_when_the_command_has_ended(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_lost_scheduler_ends_the_command_with_a_message(tmp_path):
+def test_a_lost_scheduler_ends_the_command_with_a_message(tmp_path, caplog):
     slides = cohort(tmp_path / "slides", 2)
     made = wrapped(Held, source(slides), tmp_path / "held")
     with (
@@ -422,6 +431,7 @@ def test_a_lost_scheduler_ends_the_command_with_a_message(tmp_path):
         with pytest.raises(UserError, match="lost the Dask scheduler"):
             pack_over(client, made, tmp_path / "out.lmdb", chunk=1)
         thread.join()
+    assert not caplog.text
     assert [row["slide"] for row in table(tmp_path / "out.lmdb.report.csv")] == ["s0"]
 
 

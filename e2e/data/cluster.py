@@ -130,6 +130,8 @@ def connected(scheduler: str, workers: int) -> Iterator[Client]:
         UserError: Dask is not installed, or nobody answers at the address.
     """
     dask = _distributed()
+    # It logs the traceback of a lost connection, for which there is a message here.
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     with ExitStack() as stack:
         address = scheduler
         if scheduler == "local":
@@ -225,7 +227,7 @@ def _work(
     client: Client, ticket: Ticket, jobs: Sequence[Job], progress: Progress, patience: float
 ) -> Iterator[tuple[Path, Row]]:
     """Have the slides packed; yields, as they come, the file and what became of the slide."""
-    dask = _distributed()
+    dask, address = _distributed(), client.scheduler.address
     waiting, running = deque(jobs), dict[Future, Job]()
     try:
         if waiting:
@@ -247,7 +249,7 @@ def _work(
         CancelledError,
     ) as error:  # of the connection: a slide's own stay on the worker
         raise UserError(
-            f"lost the Dask scheduler: {error}\n"
+            f"lost the Dask scheduler at {address}: it has ended, or cannot be reached any more\n"
             "  the slides packed so far are safe: run the same command again"
         ) from error
     finally:
