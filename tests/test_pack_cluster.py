@@ -340,12 +340,13 @@ def test_a_worker_killed_in_the_middle_of_a_slide_costs_nothing_but_time(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("options", "count"), [(ONE_THREAD, 2), (NANNY, 1)])
 def test_a_worker_killed_between_storing_a_slide_and_saying_so_leaves_it_stored_once(
-    tmp_path, client, scheduler
+    tmp_path, client, scheduler, options, count
 ):
     slides, out = cohort(tmp_path / "slides", 4), tmp_path / "out.lmdb"
     made = wrapped(Stored, source(slides), tmp_path / "held")
-    with workers(scheduler, tmp_path):
+    with workers(scheduler, tmp_path, *options, count=count):
         report = pack_over(client, made, out)
     assert (tmp_path / "held" / "s1.met").exists()
     assert [row.slide for row in report.packed] == ["s0", "s1", "s2", "s3"]

@@ -244,10 +244,7 @@ def _work(
                 running[client.submit(work, parcel, key=key, pure=False)] = job
             for future in _finished(dask, running):
                 yield _outcome(dask, future, running.pop(future), ticket)
-    except (
-        OSError,
-        CancelledError,
-    ) as error:  # of the connection: a slide's own stay on the worker
+    except (OSError, CancelledError) as error:  # the connection's: see _complaint
         raise UserError(
             f"lost the Dask scheduler at {address}: it has ended, or cannot be reached any more\n"
             "  the slides packed so far are safe: run the same command again"
@@ -295,12 +292,14 @@ def _outcome(dask: ModuleType, future: Future, job: Job, ticket: Ticket) -> tupl
 
 
 def _complaint(error: BaseException) -> BaseException:
-    """What to tell of a worker that could not begin."""
+    """What to tell of a worker's error that is not a slide's fault."""
     if isinstance(error, (ImportError, AttributeError)):
         return UserError(
             f"a worker lacks this version of the project ({error})\n"
             "  install the project where the workers run, or start them with PYTHONPATH=its folder"
         )
+    if isinstance(error, OSError):
+        return UserError(f"a worker cannot go on: {error}\n  the slides packed so far are safe")
     return error
 
 
