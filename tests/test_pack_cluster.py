@@ -66,7 +66,7 @@ def program(name, *arguments, log, path=ROOT):
 
 def without_project(folder):
     """Where Python looks first, and finds that the project is not installed."""
-    package = Path(folder, "e2e")
+    package = folder / "e2e"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('no e2e here')")
     return folder
@@ -85,7 +85,7 @@ def started_scheduler():
     with (
         tempfile.TemporaryDirectory() as folder,  # only the command and the workers need the project
         program(
-            "dask_scheduler", *options, log=subprocess.PIPE, path=without_project(folder)
+            "dask_scheduler", *options, log=subprocess.PIPE, path=without_project(Path(folder))
         ) as running,
     ):
         listener = threading.Thread(target=listen, args=[running.stdout])
