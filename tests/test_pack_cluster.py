@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +64,14 @@ def program(name, *arguments, log, path=ROOT):
             running.kill()  # a worker may be busy for good
 
 
+def without_project(folder):
+    """Where Python looks first, and finds that the project is not installed."""
+    package = folder / "e2e"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('no e2e here')")
+    return folder
+
+
 @contextmanager
 def started_scheduler():
     """Address and process of a scheduler."""
@@ -71,7 +81,13 @@ def started_scheduler():
         for line in lines:
             said.put(line)
 
-    with program("dask_scheduler", "--port", 0, "--no-show", log=subprocess.PIPE) as running:
+    options = ("--port", 0, "--no-show")
+    with (
+        tempfile.TemporaryDirectory() as folder,  # only the command and the workers need the project
+        program(
+            "dask_scheduler", *options, log=subprocess.PIPE, path=without_project(Path(folder))
+        ) as running,
+    ):
         listener = threading.Thread(target=listen, args=[running.stdout])
         listener.start()
         words = ""
@@ -298,6 +314,14 @@ def test_a_worker_with_many_threads_has_one_file_and_is_told_of(tmp_path, client
     assert "1 workers with 4 threads" in told.notes[0]
 
 
+def test_slides_at_one_time_in_one_worker_go_into_one_file(tmp_path):
+    made, out = source(cohort(tmp_path / "slides", 8)), tmp_path / "out.lmdb"
+    with _issued(out, made.recipe(), 4) as ticket, ThreadPoolExecutor(4) as threads:
+        rows = list(threads.map(lambda job: pack_slide(job, ticket)[1], made.jobs()))
+    [file] = store_files(out)
+    assert list(contents(file)[1]) == [row.slide for row in rows]
+
+
 # --- killed ---
 
 
@@ -316,12 +340,13 @@ def test_a_worker_killed_in_the_middle_of_a_slide_costs_nothing_but_time(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("options", "count"), [(ONE_THREAD, 2), (NANNY, 1)])
 def test_a_worker_killed_between_storing_a_slide_and_saying_so_leaves_it_stored_once(
-    tmp_path, client, scheduler
+    tmp_path, client, scheduler, options, count
 ):
     slides, out = cohort(tmp_path / "slides", 4), tmp_path / "out.lmdb"
     made = wrapped(Stored, source(slides), tmp_path / "held")
-    with workers(scheduler, tmp_path):
+    with workers(scheduler, tmp_path, *options, count=count):
         report = pack_over(client, made, out)
     assert (tmp_path / "held" / "s1.met").exists()
     assert [row.slide for row in report.packed] == ["s0", "s1", "s2", "s3"]
@@ -389,7 +414,7 @@ def test_a_worker_gives_its_slide_up_when_the_command_has_ended(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_lost_scheduler_ends_the_command_with_a_message(tmp_path):
+def test_a_lost_scheduler_ends_the_command_with_a_message(tmp_path, caplog):
     slides = cohort(tmp_path / "slides", 2)
     made = wrapped(Held, source(slides), tmp_path / "held")
     with (
@@ -407,6 +432,7 @@ def test_a_lost_scheduler_ends_the_command_with_a_message(tmp_path):
         with pytest.raises(UserError, match="lost the Dask scheduler"):
             pack_over(client, made, tmp_path / "out.lmdb", chunk=1)
         thread.join()
+    assert not caplog.text
     assert [row["slide"] for row in table(tmp_path / "out.lmdb.report.csv")] == ["s0"]
 
 
@@ -454,9 +480,11 @@ def test_a_worker_with_another_version_of_the_project_or_none_is_named(tmp_path,
     shutil.copytree(ROOT / "e2e", tmp_path / "other" / "e2e")
     with (tmp_path / "other" / "e2e" / "data" / "sources.py").open("a") as file:
         file.write("# changed\n")
-    (tmp_path / "none" / "e2e").mkdir(parents=True)
-    (tmp_path / "none" / "e2e" / "__init__.py").touch()
-    for folder, words in (("other", "has other versions"), ("none", "lacks this version")):
+    without_project(tmp_path / "none")
+    for folder, words in (
+        ("other", "has other versions"),
+        ("none", "lacks this version.*no e2e here"),
+    ):
         words = f"(?s)1 of 1 workers cannot pack.*{words}"
         with (
             workers(scheduler, tmp_path, count=1, path=tmp_path / folder),

@@ -22,14 +22,15 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import re
 import secrets
 import socket
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -129,6 +130,8 @@ def connected(scheduler: str, workers: int) -> Iterator[Client]:
         UserError: Dask is not installed, or nobody answers at the address.
     """
     dask = _distributed()
+    # It logs the traceback of a lost connection, for which there is a message here.
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     with ExitStack() as stack:
         address = scheduler
         if scheduler == "local":
@@ -138,7 +141,9 @@ def connected(scheduler: str, workers: int) -> Iterator[Client]:
                     threads_per_worker=1,
                     memory_limit=0,
                     host="127.0.0.1",
-                    dashboard_address=None,
+                    # A server there must be, but one without pages.
+                    dashboard_address="127.0.0.1:0",
+                    scheduler_kwargs={"dashboard": False},
                     silence_logs=logging.ERROR,
                 )
                 address = stack.enter_context(cluster).scheduler_address
@@ -222,7 +227,7 @@ def _work(
     client: Client, ticket: Ticket, jobs: Sequence[Job], progress: Progress, patience: float
 ) -> Iterator[tuple[Path, Row]]:
     """Have the slides packed; yields, as they come, the file and what became of the slide."""
-    dask = _distributed()
+    dask, address = _distributed(), client.scheduler.address
     waiting, running = deque(jobs), dict[Future, Job]()
     try:
         if waiting:
@@ -235,17 +240,30 @@ def _work(
             while waiting and len(running) < len(client.nthreads()):
                 job = waiting.popleft()
                 key = f"pack-{ticket.token}-{job.slide}"
-                running[client.submit(pack_slide, job, ticket, key=key, pure=False)] = job
+                work, parcel = _parcel(pack_slide, job, ticket)
+                running[client.submit(work, parcel, key=key, pure=False)] = job
             for future in _finished(dask, running):
                 yield _outcome(dask, future, running.pop(future), ticket)
-    except OSError as error:  # of the connection: a slide's own never leave the worker
+    except (OSError, CancelledError) as error:  # the connection's: see _complaint
         raise UserError(
-            f"lost the Dask scheduler: {error}\n"
+            f"lost the Dask scheduler at {address}: it has ended, or cannot be reached any more\n"
             "  the slides packed so far are safe: run the same command again"
         ) from error
     finally:
         if running and client.status == "running":
             client.cancel([*running], force=True)
+
+
+def _parcel(function: Callable[..., Any], *arguments: object) -> tuple[Callable[..., Any], bytes]:
+    """A call as Dask can carry it where the project is not installed, as at the scheduler."""
+
+    def work(parcel: bytes) -> Any:  # nested, so it travels whole, not as a name to import
+        import pickle
+
+        function, arguments = pickle.loads(parcel)
+        return function(*arguments)
+
+    return work, pickle.dumps((function, arguments))
 
 
 def _finished(dask: ModuleType, running: Iterable[Future]) -> Iterable[Future]:
@@ -274,12 +292,14 @@ def _outcome(dask: ModuleType, future: Future, job: Job, ticket: Ticket) -> tupl
 
 
 def _complaint(error: BaseException) -> BaseException:
-    """What to tell of a worker that could not begin."""
+    """What to tell of a worker's error that is not a slide's fault."""
     if isinstance(error, (ImportError, AttributeError)):
         return UserError(
             f"a worker lacks this version of the project ({error})\n"
             "  install the project where the workers run, or start them with PYTHONPATH=its folder"
         )
+    if isinstance(error, OSError):
+        return UserError(f"a worker cannot go on: {error}\n  the slides packed so far are safe")
     return error
 
 
@@ -300,9 +320,9 @@ def _await_worker(client: Client, slides: int, patience: float) -> None:
 
 def _check_workers(client: Client, ticket: Ticket, job: Job, progress: Progress) -> None:
     """UserError naming the workers that cannot pack, and why."""
-    answers: dict[str, Any] = client.run(_problem, ticket, job, on_error="return")
+    answers = client.run(*_parcel(_problem, ticket, job), on_error="return")
     problems = [
-        f"{worker}: {_complaint(answer) if isinstance(answer, BaseException) else answer}"
+        f"{worker}: {_complaint(answer) if isinstance(answer, Exception) else answer}"
         for worker, answer in answers.items()
         if answer is not None
     ]
