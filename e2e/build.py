@@ -14,12 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import e2e.encoders
 import e2e.heads
 import e2e.tasks  # noqa: F401  (each import registers its plug-ins)
-from e2e.config import CONFIGS, Columns, Data, Engine, Optim, Plugin, Select, Settings
+from e2e.config import CONFIGS, BagSettings, Columns, Data, Engine, Optim, Plugin, Select, Settings
 from e2e.data.augment import AUGMENTS
 from e2e.data.cluster import read_index
 from e2e.data.cohort import Problem, Slide, check_sides, match_scales, read_table, write_problems
+from e2e.data.decode import build_decoder, set_threads
 from e2e.data.loader import LabelledSlide, TrainingLoader, View, label_slides, some_slides
-from e2e.data.pixels import PixelCache
+from e2e.data.pixels import Look, PixelCache
 from e2e.data.sampler import SAMPLERS
 from e2e.data.seed_lmdb import open_store
 from e2e.data.splits import check_splits, cut
@@ -121,6 +122,13 @@ def _check_policy(engine: Engine, policy: str) -> None:
             )
 
 
+def build_view(data: Data, bag: BagSettings, device: torch.device) -> View:
+    """What evaluation sees of a slide: all patches, as stored but for their size."""
+    if data.workers is not None:
+        set_threads(data.workers)
+    return View(Look(build_decoder(data.decoder, device), bag.size, bgr=data.bgr))
+
+
 def build_loader(
     settings: Settings,
     items: Sequence[LabelledSlide],
@@ -176,7 +184,7 @@ def judged_weights(optim: Optim, select: Select) -> str:
 
 
 def build_schedule(
-    optim: Optim, select: Select, *, save_every: int, max_bad_steps: int
+    optim: Optim, select: Select, *, save_every: int, max_bad_steps: int, rescore: int
 ) -> Schedule:
     """What the trainer needs of the settings."""
     return Schedule(
@@ -194,6 +202,7 @@ def build_schedule(
         judged=judged_weights(optim, select),
         save_every=save_every,
         max_bad_steps=max_bad_steps,
+        rescore=rescore,
     )
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from e2e.checkpoint import check_weights, load_checkpoint, part
 from e2e.data.decode import Decoder
 from e2e.data.loader import LabelledSlide, View, whole_bag
 from e2e.data.stream import ahead
+from e2e.errors import UserError
 from e2e.files import write_atomically
 from e2e.heads.base import HeadOutput
 from e2e.heatmap import draw_heatmap, patch_scores
@@ -176,6 +178,34 @@ def evaluate_run(
         write_json(out / "metrics.json", report)
     screen.table(f"epoch {report['epoch']}, chosen on val by {judged}", *metric_table(report))
     return report
+
+
+def patch_attention(
+    model: MILModel,
+    items: Sequence[LabelledSlide],
+    task: Task,
+    view: View,
+    strategy: Strategy,
+    screen: Screen,
+) -> dict[str, Tensor]:
+    """Slide -> (N,) float32 what the head makes of all patches of its first store; on every rank.
+
+    Raises:
+        UserError: the head weighs no patches.
+    """
+    found: dict[str, Tensor] = {}
+
+    def collect(item: LabelledSlide, output: HeadOutput, probabilities: list[float]) -> None:
+        scores = patch_scores(output, int(np.argmax(probabilities)))
+        if scores is None:
+            raise UserError(
+                "the head has no attention and no instance scores to draw patches by\n"
+                "  choose another head, or another sampler.name"
+            )
+        found[item.slide.id] = torch.from_numpy(scores).float()
+
+    predict(model, items, task=task, view=view, strategy=strategy, screen=screen, draw=collect)
+    return {slide: v for part in strategy.gather(found) for slide, v in part.items()}
 
 
 def heatmap_drawer(

@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from e2e import build
 from e2e.build import REGISTRIES as REGISTRIES
 from e2e.checkpoint import check_weights, load_checkpoint, part
 from e2e.config import Settings, dump_settings, flat_settings
 from e2e.data.cohort import Slide
-from e2e.data.decode import build_decoder
 from e2e.data.loader import LabelledSlide, View
 from e2e.data.pack import Progress, Row, pack
-from e2e.data.pixels import Look
 from e2e.data.sources import SlideFiles, read_mpp
 from e2e.data.store import PatchStore
 from e2e.errors import UserError
-from e2e.evaluate import evaluate_run, heatmap_drawer, score, write_predictions
+from e2e.evaluate import evaluate_run, heatmap_drawer, patch_attention, score, write_predictions
 from e2e.evaluate import predict as predict_slides
 from e2e.files import write_atomically
 from e2e.log import MetricsLog, Screen, clock
@@ -129,7 +128,7 @@ def _prepare(
         size=settings.bag.size,
         problems_file=ours.with_name(f"{ours.name}.problems.csv") if ours else None,
     )
-    view = View(Look(build_decoder(settings.data.decoder), settings.bag.size))
+    view = build.build_view(settings.data, settings.bag, strategy.device)
     model = build.build_model(settings, task, strategy.device, trained=trained)
     parts = _Parts(task, items, view, model)
     loader = build.build_loader(settings, parts.of_split("train"), view, model=model, task=task)
@@ -183,7 +182,7 @@ def predict(
     screen = Screen(leads=True)
     out.mkdir(parents=True, exist_ok=True)
     store_path = out / "slides.lmdb"
-    recipe = PatchStore(settings.data.stores[0]).recipe
+    recipe = build.open_scales(settings.data)[0][0].recipe
     tiling = Tiling.from_recipe(recipe)
     overrides = read_mpp(mpp_override) if mpp_override else {}
     source = SlideFiles(find_slides(slides), tiling, recipe["quality"], overrides)
@@ -201,15 +200,15 @@ def predict(
         LabelledSlide(Slide(id=slide, case=slide, split="", target={}), store, unknown)
         for slide in store.slides
     ]
-    decoder = build_decoder(settings.data.decoder)
+    view = build.build_view(settings.data, settings.bag, strategy.device)
     found = predict_slides(
         model,
         items,
         task=task,
-        view=View(Look(decoder, settings.bag.size)),
+        view=view,
         strategy=strategy,
         screen=screen,
-        draw=heatmap_drawer(task, decoder, out / "heatmaps", items),
+        draw=heatmap_drawer(task, view.look.decoder, out / "heatmaps", items),
     )
     write_predictions(found, task, out / "predictions.csv")
     screen.say(f"{len(found)} slides predicted: {out}/predictions.csv, {out}/heatmaps/")
@@ -237,6 +236,9 @@ def _trainer(
     log: MetricsLog,
     screen: Screen,
 ) -> Trainer:
+    loader = build.build_loader(
+        settings, parts.of_split("train"), parts.view, model=parts.model, task=parts.task
+    )
     items, view = build.build_validation(settings, parts.of_split("val"), parts.view)
 
     def validate(model: MILModel) -> dict[str, float | None]:
@@ -250,20 +252,24 @@ def _trainer(
         )
         return {name: m["value"] for name, m in score(found, parts.task, draws=0).items()}
 
+    def score_patches(model: MILModel) -> dict[str, Tensor]:
+        chosen = parts.of_split("train")
+        return patch_attention(model, chosen, parts.task, parts.view, strategy, screen)
+
     return Trainer(
         parts.model,
         task=parts.task,
-        loader=build.build_loader(
-            settings, parts.of_split("train"), parts.view, model=parts.model, task=parts.task
-        ),
+        loader=loader,
         strategy=strategy,
         schedule=build.build_schedule(
             settings.optim,
             settings.select,
             save_every=settings.run.save_every,
             max_bad_steps=settings.engine.max_bad_steps,
+            rescore=settings.bag.rescore,
         ),
         validate=validate,
+        score_patches=score_patches if loader.view.sampler.uses_scores else None,
         folder=folder,
         log=log,
         screen=screen,
@@ -311,5 +317,5 @@ def _greet(screen: Screen, settings: Settings, parts: _Parts, strategy: Strategy
         f"({counts[1]:.2f} M) on {strategy.world_size} x {strategy.device} "
         f"({type(strategy).__name__}); {settings.optim.bags} bags an update of {bag} patches, "
         f"chunks of {model.chunk}; BatchNorm {model.batch_norm.name}, "
-        f"{model.autocast or torch.float32}"
+        f"{model.autocast or torch.float32}; JPEG {parts.view.look.decoder.name}"
     )

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from e2e.checkpoint import (
 from e2e.data.loader import TrainingLoader
 from e2e.data.stream import Waiting, ahead
 from e2e.errors import UserError, listing
+from e2e.files import write_atomically
 from e2e.heads.base import Head
 from e2e.log import MetricsLog, Screen
 from e2e.model import MILModel
@@ -35,6 +37,8 @@ MUCH_WAITING = 0.05
 """Share of the time spent waiting for pixels from which on the screen says so."""
 
 Validate = Callable[[MILModel], dict[str, float | None]]
+ScorePatches = Callable[[MILModel], dict[str, Tensor]]
+"""Slide -> (N,) what each patch of a training slide is worth to the model."""
 
 
 @dataclass
@@ -79,6 +83,8 @@ class Schedule:
     encoder_lr: float | None = None
     layer_decay: float = 1.0
     max_bad_steps: int = 10
+    rescore: int = 1
+    """Epochs between two scorings of the patches."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,7 @@ class Trainer:
     Args:
         model: on the strategy's device.
         validate: metrics of the model as it is, on the validation split.
+        score_patches: for a sampler that draws by scores; None for others.
         folder: where best.safetensors and last.safetensors are written.
     """
 
@@ -113,6 +120,7 @@ class Trainer:
         strategy: Strategy,
         schedule: Schedule,
         validate: Validate,
+        score_patches: ScorePatches | None = None,
         folder: Path,
         log: MetricsLog,
         screen: Screen,
@@ -123,6 +131,7 @@ class Trainer:
         self.strategy = strategy
         self.schedule = schedule
         self.validate = validate
+        self.score_patches = score_patches
         self.folder = folder
         self.log = log
         self.screen = screen
@@ -157,6 +166,9 @@ class Trainer:
                 losses=0,
                 finished=last or self._should_stop(epoch + 1),
             )
+            if self._wants_scores(epoch + 1) and not self.progress.finished:
+                self._score()
+                bags = self._bags()  # those that were begun go by the scores before
             self._save("last")
         return self.progress
 
@@ -176,6 +188,7 @@ class Trainer:
                 self.average.state = self.strategy.scatter(part("ema", tensors))
         if self.strategy.leads:
             self.log.forget_after(self.progress.step)
+        self._load_scores()
 
     def _bags(self) -> Iterator[tuple[Bag, int]]:
         """All updates to come; an epoch's first bag is made while the one before ends."""
@@ -312,6 +325,41 @@ class Trainer:
         )
         if self.strategy.leads:
             self.log.write(step=progress.step, epoch=progress.epoch, train_loss=loss, val=found)
+
+    def _wants_scores(self, epoch: int) -> bool:
+        return self.score_patches is not None and epoch % self.schedule.rescore == 0
+
+    def _score(self) -> None:
+        """What the patches are worth from here on, by the weights that are judged; stored."""
+        assert self.score_patches is not None
+        with self.strategy.whole_parameters(self._weights()[self.schedule.judged]):
+            found = self.score_patches(self.model)
+        if self.strategy.leads:
+            write_atomically(self._scores_file(self.progress.epoch), safetensors.torch.save(found))
+            # The one before stays: a run that is stopped before its checkpoint still needs it.
+            self._scores_file(self.progress.epoch - 2 * self.schedule.rescore).unlink(
+                missing_ok=True
+            )
+        self._use(found)
+
+    def _load_scores(self) -> None:
+        """Those that the stopped run drew by."""
+        scored = self.progress.epoch // self.schedule.rescore * self.schedule.rescore
+        if self.score_patches is None or not scored:
+            return
+        file = self._scores_file(scored)
+        if not file.is_file():
+            raise UserError(
+                f"cannot go on without {file}, by which patches were drawn\n  start anew"
+            )
+        self._use(safetensors.torch.load_file(file))
+
+    def _scores_file(self, epoch: int) -> Path:
+        return self.folder / f"patch_scores_{epoch}.safetensors"
+
+    def _use(self, scores: Tensors) -> None:
+        view = replace(self.loader.view, scores={k: v.numpy() for k, v in scores.items()})
+        self.loader = replace(self.loader, view=view)
 
     def _check_finite(self) -> None:
         """UserError, on all ranks, when the last step made weights that are not finite."""

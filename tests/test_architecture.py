@@ -23,6 +23,8 @@ OWNERS = {
     "simplejpeg": {"e2e/data/decode.py"},
     "turbojpeg": {"e2e/data/decode.py"},
     "jpeg4py": {"e2e/data/decode.py"},
+    "nvidia.dali": {"e2e/data/decode.py"},
+    "distributed": {"e2e/data/cluster.py"},
 }
 """Library -> the only files that may import it."""
 

@@ -176,15 +176,14 @@ AUGMENTS: Registry[Augment] = Registry("augmentation")
 """``turns`` and ``none``, and those of the ABMILX project (arXiv 2506.02408) by their names there, which
 crop to 224 pixels; the affine map comes before the crop."""
 
-for _name, _options in {
-    "turns": {},
-    "none": {"flip": "none"},
-    "weak": {"flip": "none", "crop": 0.08},
-    "strong": {"flip": "mirrors", "crop": 0.08},
-    "strong_v2": {"flip": "mirrors", "crop": 0.08, "translate": 0.5},
-    "weak_strong": {"flip": "none", "crop": 0.08, "translate": 100 / 256},
-}.items():
-    AUGMENTS.register(_name)(functools.partial(Augment, **_options))
+AUGMENTS.register("turns")(Augment)
+AUGMENTS.register("none")(functools.partial(Augment, flip="none"))
+AUGMENTS.register("weak")(functools.partial(Augment, flip="none", crop=0.08))
+AUGMENTS.register("strong")(functools.partial(Augment, flip="mirrors", crop=0.08))
+AUGMENTS.register("strong_v2")(functools.partial(Augment, flip="mirrors", crop=0.08, translate=0.5))
+AUGMENTS.register("weak_strong")(
+    functools.partial(Augment, flip="none", crop=0.08, translate=100 / 256)
+)
 
 
 def _refuse(name: str, value: object, wanted: str) -> None:

@@ -378,7 +378,7 @@ def build_decoder(name: str = "auto", device: torch.device | str = "cpu") -> Dec
 def set_threads(count: int) -> None:
     """CPU threads, the caller's own among them, of each decode call in this process from now on.
 
-    Without it: as many as the process may use, at most 8. 1: no other thread is ever used.
+    Without it: this rank's share of the cores, at most 16. 1: no other thread is ever used.
     """
     if count < 1:
         raise ValueError(f"a decoder needs a thread, not {count}")
@@ -389,7 +389,8 @@ def set_threads(count: int) -> None:
 
 def threads() -> int:
     """CPU threads of a decode call, see :func:`set_threads`."""
-    return _threads or max(1, min(8, len(os.sched_getaffinity(0))))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's: ranks on this machine
+    return _threads or max(1, min(16, len(os.sched_getaffinity(0)) // ranks))
 
 
 _threads: int | None = None

@@ -60,6 +60,8 @@ class Look:
     decoder: Decoder
     size: int | None = None
     augment: Augment | None = None
+    bgr: bool = False
+    """Blue and red are swapped, as the ABMILX project's models were trained."""
     keep: str | None = None
     """What :class:`StoredPixels` keeps of rows it is asked for again."""
 
@@ -139,7 +141,8 @@ class StoredPixels:
         for group in _by_side(rows):
             together = [jpeg for _ in group for jpeg in next(taken)]
             try:
-                yield self._look.decoder.decode(together, device)
+                pixels = self._look.decoder.decode(together, device)
+                yield pixels.flip(1) if self._look.bgr else pixels
             except UndecodableError as error:
                 at = cut_rows(group, error.index, error.index + 1)[0]
                 raise DamagedDataError(
