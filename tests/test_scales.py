@@ -1,0 +1,197 @@
+"""Bags of several magnifications, filled with copies, in turn by label, drawn by attention."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from e2e.build import open_scales, store_files
+from e2e.config import Data
+from e2e.data.augment import Augment
+from e2e.data.cohort import Slide, check_sides, match_scales
+from e2e.data.decode import build_decoder
+from e2e.data.loader import LabelledSlide, TrainingLoader, View, label_slides, whole_bag
+from e2e.data.pixels import Look
+from e2e.data.sampler import SAMPLERS, sample_patches
+from e2e.data.store import PatchStore, StoreWriter
+from e2e.errors import UserError
+from tests.conftest import RECIPE, jpeg, patches, pixels_of, record, write_store
+
+CPU = torch.device("cpu")
+DECODER = build_decoder()
+MAIN, SUB = {"a": 40, "b": 30, "c": 9}, {"a": 10, "b": 12, "c": 2}
+
+
+def slides_of(counts) -> list[Slide]:
+    return [Slide(s, s, "train", {"label": str(n % 2)}) for n, s in enumerate(counts)]
+
+
+@pytest.fixture
+def items(tmp_path):
+    stores = [write_store(tmp_path / f"{n}.lmdb", c) for n, c in (("main", MAIN), ("sub", SUB))]
+    found, problems = match_scales(slides_of(MAIN), [[store] for store in stores])
+    assert problems == []
+    return label_slides(slides_of(MAIN), found, lambda words: torch.tensor(int(words["label"])))
+
+
+def bag(items, epoch=1, **options):
+    view = View(Look(DECODER, augment=options.pop("augment", None)), **({"seed": 5} | options))
+    loader = TrainingLoader(items, view, bags=len(items), chunk=16)
+    return next(loader.epoch(epoch, rank=0, world_size=1))[0]
+
+
+def rows_of(bag, slide: str):
+    return [part for part in bag.pixels._rows if part.slide == slide]
+
+
+def test_a_bag_takes_its_share_from_each_magnification(items):
+    found = bag(items, bag_size=16, shares=(3, 1))
+    for slide, main, sub in (("a", 12, 4), ("b", 12, 4), ("c", 9, 2)):
+        assert [len(part) for part in rows_of(found, slide)] == [main, sub]
+        assert [part.store.path.stem for part in rows_of(found, slide)] == ["main", "sub"]
+    assert dict(zip(found.slides, found.sizes, strict=True)) == {"a": 16, "b": 16, "c": 11}
+    place = found.slides.index("a")
+    main, sub = rows_of(found, "a")
+    expected = np.concatenate(
+        [record("a", 40).coords[main.indices], record("a", 10).coords[sub.indices]]
+    )
+    np.testing.assert_array_equal(found.coords[place], expected)
+    start = found.offsets[place]
+    seen = found.pixels(start, start + 16, CPU).permute(0, 2, 3, 1)
+    jpegs = [patches("a", 40)[i] for i in main.indices] + [patches("a", 10)[i] for i in sub.indices]
+    np.testing.assert_array_equal(seen, pixels_of(jpegs))
+
+
+def test_one_magnification_is_as_if_there_were_no_other(items):
+    alone = [replace(item, more=()) for item in items]
+    one, two = bag(items, bag_size=7), bag(alone, bag_size=7)
+    assert torch.equal(one.pixels(0, 21, CPU), two.pixels(0, 21, CPU))
+    assert one.seeds == two.seeds
+    np.testing.assert_array_equal(
+        rows_of(one, "a")[0].indices, sample_patches("a", 40, 7, seed=5, epoch=1)
+    )
+
+
+def test_the_same_patch_number_looks_different_at_each_magnification(items):
+    main, sub = rows_of(bag(items, bag_size=None, shares=(1, 1)), "a")
+    assert set(main.seeds()).isdisjoint(sub.seeds())
+
+
+def test_evaluation_sees_the_first_magnification_alone(items):
+    view = View(Look(DECODER))
+    assert whole_bag(items[0], view, 64).num_patches == 40
+
+
+def test_short_bags_are_short_or_filled_with_copies_if_asked(items):
+    assert bag(items, bag_size=16, shares=(3, 1)).num_patches == 43
+    filled = bag(items, bag_size=16, shares=(3, 1), copies=True)
+    assert filled.sizes == [16, 16, 16]
+    main, sub = rows_of(filled, "c")
+    assert sorted(set(main.indices)) == list(range(9))
+    assert (len(main), len(sub)) == (12, 4)
+
+
+def test_neighbours_share_a_crop_if_asked_and_nothing_else(items):
+    augment = Augment(24, flip="none", crop=0.2)
+    one, two = (bag(items, bag_size=8, augment=augment, shared_crops=n) for n in (4, 0))
+    shared = np.concatenate([part.shared for part in one.pixels._rows])
+    assert [len(set(group)) for group in np.split(shared, 4)] == [1, 1, 1, 1]
+    assert len(set(shared)) == 4
+    assert not torch.equal(one.pixels(0, 24, CPU), two.pixels(0, 24, CPU))
+    halves = torch.cat([one.pixels(0, 11, CPU), one.pixels(11, 24, CPU)])
+    torch.testing.assert_close(halves, one.pixels(0, 24, CPU))
+
+
+def test_blue_and_red_are_swapped_if_asked(items):
+    view = View(Look(DECODER, bgr=True))
+    plain, swapped = (whole_bag(items[0], v, 64) for v in (View(Look(DECODER)), view))
+    assert torch.equal(swapped.pixels(0, 40, CPU), plain.pixels(0, 40, CPU).flip(1))
+
+
+def test_labels_come_in_turn_and_a_slide_that_comes_again_shows_other_patches(tmp_path):
+    counts = {f"s{n}": 20 for n in range(8)}
+    store = write_store(tmp_path / "x.lmdb", counts)
+    items = [
+        LabelledSlide(Slide(s, s, "train", {}), store, torch.tensor(int(n == 0)))
+        for n, s in enumerate(counts)
+    ]
+    view = View(Look(DECODER, augment=Augment(crop=0.5)), seed=1, bag_size=6)
+    loader = TrainingLoader(items, view, bags=2, chunk=6, groups=[int(i.target) for i in items])
+    bags = [bag for bag, _ in loader.epoch(0, rank=0, world_size=1)]
+    assert loader.updates() == len(bags) == 4
+    assert [sorted(bag.target.tolist()) for bag in bags] == [[0, 1]] * 4
+    drawn = Counter(slide for bag in bags for slide in bag.slides)
+    assert drawn["s0"] == 4
+    again = [
+        (tuple(part.indices), bag.seeds[bag.slides.index("s0")], bag.chunks[0].seed)
+        for bag in bags
+        for part in rows_of(bag, "s0")
+    ]
+    for values in zip(*again, strict=True):
+        assert len(set(values)) == 4
+
+
+def test_scores_decide_which_patches_of_the_first_magnification_are_drawn(items):
+    scores = {"a": np.arange(40, dtype=np.float32)}
+    sampler = SAMPLERS.build("attention", top=1.0)
+    found = bag(items, bag_size=16, shares=(3, 1), sampler=sampler, scores=scores)
+    main, sub = rows_of(found, "a")
+    assert main.indices.tolist() == list(range(28, 40))
+    unscored = bag(items, bag_size=16, shares=(3, 1), sampler=SAMPLERS.build("random"))
+    np.testing.assert_array_equal(sub.indices, rows_of(unscored, "a")[1].indices)
+    np.testing.assert_array_equal(rows_of(found, "b")[0].indices, rows_of(unscored, "b")[0].indices)
+
+
+def test_regions_are_drawn_by_the_coords_of_each_magnification(items):
+    found = bag(items, bag_size=16, shares=(3, 1), sampler=SAMPLERS.build("regions", grid=2))
+    assert [len(part) for part in rows_of(found, "a")] == [12, 4]
+
+
+def test_a_slide_without_patches_at_one_magnification_is_named_with_it(tmp_path):
+    main = write_store(tmp_path / "main.lmdb", {"a": 4, "b": 4, "c": 4})
+    sub = write_store(tmp_path / "sub.lmdb", {"a": 2, "c": 0, "other": 3})
+    found, problems = match_scales(slides_of("abc"), [[main], [sub]])
+    assert set(found) == {"a"}
+    assert [(p.slide, p.problem) for p in problems] == [
+        ("b", "no store has it (data.scales[0])"),
+        ("c", "has no patches (data.scales[0])"),
+    ]
+
+
+def write_side(path: Path, side: int) -> PatchStore:
+    with StoreWriter(path, RECIPE) as writer:
+        writer.add(record("s", 2, patch_px=side), [jpeg(n, width=side) for n in range(2)])
+    return PatchStore(path)
+
+
+def test_stores_of_different_patch_sizes_are_refused_within_a_scale_and_without_a_size(tmp_path):
+    small, large = (write_side(tmp_path / f"{side}.lmdb", side) for side in (32, 48))
+    with pytest.raises(UserError, match=r"different sizes\n  .*32.lmdb: 32 px\n  .*48.lmdb: 48 px"):
+        check_sides([[small, large]], 32)
+    with pytest.raises(UserError, match=r"set bag\.size=PX where scales differ"):
+        check_sides([[small], [large]], None)
+    check_sides([[small], [large]], 32)
+    check_sides([[small, small], [small]], None)
+
+
+def test_magnifications_of_different_patch_sizes_come_at_one_size(tmp_path):
+    stores = [write_side(tmp_path / f"{side}.lmdb", side) for side in (32, 48)]
+    item = LabelledSlide(Slide("s", "s", "train", {}), stores[0], torch.tensor(0), (stores[1],))
+    view = View(Look(DECODER, 24, Augment(24)), shares=(1, 1))
+    found, _ = next(TrainingLoader([item], view, 1, 8).epoch(0, rank=0, world_size=1))
+    assert found.pixels(0, 4, CPU).shape == (4, 3, 24, 24)
+
+
+def test_stores_are_files_globs_or_an_index(tmp_path):
+    for name in ("b", "a"):
+        write_store(tmp_path / f"{name}.lmdb", {name: 2})
+    assert store_files(str(tmp_path / "a.lmdb")) == [tmp_path / "a.lmdb"]
+    both = [tmp_path / "a.lmdb", tmp_path / "b.lmdb"]
+    assert store_files(f"{tmp_path}/*.lmdb") == both
+    scales = open_scales(Data(stores=[f"{tmp_path}/*.lmdb"], scales=[[str(both[1])]]))
+    assert [[store.slides for store in stores] for stores in scales] == [[["a"], ["b"]], [["b"]]]
