@@ -416,6 +416,17 @@ def flat_settings(settings: Settings) -> dict[str, str]:
     return flat
 
 
+def _check_together(settings: Settings) -> None:
+    """UserError where two sections contradict each other."""
+    shares, scales = settings.bag.shares, 1 + len(settings.data.scales)
+    _check(
+        not shares or len(shares) == scales,
+        "bag.shares",
+        shares,
+        f"empty or {scales} numbers: one for data.stores and one for each of data.scales",
+    )
+
+
 def _build(
     layers: Sequence[Layer], registries: Mapping[str, Registry[Any]], names: dict[str, str]
 ) -> Settings:
@@ -451,7 +462,9 @@ def _build(
         raise UserError(f"setting {error.full_key}: {str(error.msg).splitlines()[0]}") from error
     for section in registries:
         made[section] = Plugin(plugins[section], dataclasses.asdict(made[section]))
-    return Settings(**made, names=names)
+    settings = Settings(**made, names=names)
+    _check_together(settings)
+    return settings
 
 
 def _merge(node: Any, values: dict[str, Any], schema: Any, path: str, source: str) -> Any:

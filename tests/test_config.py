@@ -180,6 +180,7 @@ WRONG = {
     "optim.ema=1": ("setting optim.ema must be in [0, 1), found 1.0",),
     "optim.clip=0": ("setting optim.clip must be over 0 or null, found 0.0",),
     "bag.patches=0": ("setting bag.patches must be over 0 or null, found 0",),
+    "bag.shares=[3,1]": ("setting bag.shares must be empty or 1 numbers", "found [3.0, 1.0]"),
     "bag.shares=[1,0]": ("setting bag.shares must be over 0 and finite",),
     "select.cache=big": ("setting select.cache must be a size such as 8GiB, found 'big'",),
     "data.cut.val=2": ("setting data.cut.val must be in [0, 1), found 2.0",),

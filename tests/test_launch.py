@@ -153,6 +153,35 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_weights(finished, cohort
 
 
 @pytest.mark.slow
+def test_a_run_that_draws_by_attention_stores_its_scores_and_goes_on_by_them(cohort, tmp_path):
+    more = ["sampler.name=attention", "bag.patches=2", "optim.epochs=4", "run.save_every=2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    commands = [
+        [sys.executable, "launch/train.py", *arguments(cohort, out, *more)]
+        for out in (whole, killed)
+    ]
+    subprocess.run(commands[0], cwd=ROOT, check=True, capture_output=True)
+    process = subprocess.Popen(commands[1], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while process.poll() is None and count_lines(killed / "metrics.jsonl") < 7:
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = [sys.executable, "launch/train.py", "--resume", str(killed)]
+    subprocess.run(again, cwd=ROOT, check=True, capture_output=True)
+    assert_same_weights(whole, killed)
+    assert sorted(path.name for path in whole.glob("patch_scores_*")) == [
+        "patch_scores_2.safetensors",
+        "patch_scores_3.safetensors",
+    ]
+    scores = load_file(whole / "patch_scores_3.safetensors")
+    assert {slide: len(values) for slide, values in scores.items()} == {
+        slide: count for k, (slide, count) in enumerate(COUNTS.items()) if splits(k) == "train"
+    }
+    for values in scores.values():
+        assert float(values.sum()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "engine",
     [

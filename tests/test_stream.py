@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e2e.bag import Bag, Chunk
+from e2e.data.decode import set_threads, threads
 from e2e.data.stream import AHEAD, PixelsAhead, Waiting, ahead
 from e2e.errors import DamagedDataError
 from tests.test_loader import Augment, bag_of, items  # noqa: F401  (a fixture)
@@ -149,3 +152,23 @@ def test_stored_pixels_are_the_same_ahead_of_time(items, keep):  # noqa: F811
     for pixels, chunk in zip(seen, [*expected, *reversed(expected[:-1])], strict=True):
         assert torch.equal(pixels, chunk)
     assert plain.pixels._kept == {}
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_number_of_threads_changes_no_pixel_and_no_process_is_started(items, count):  # noqa: F811
+    expected = bag_of(items, augment=Augment(crop=0.3))
+    before = set(os.listdir("/dev/shm"))
+    try:
+        set_threads(count)
+        ((streamed, _),) = ahead([(bag_of(items, augment=Augment(crop=0.3)), 0)], CPU)
+        for chunk in streamed.chunks:
+            pixels = streamed.pixels(chunk.start, chunk.stop, CPU)
+            assert torch.equal(pixels, expected.pixels(chunk.start, chunk.stop, CPU))
+        children = [p.read_text() for p in Path("/proc/self/task").glob("*/children")]
+        assert not any(children)
+        assert set(os.listdir("/dev/shm")) <= before
+    finally:
+        set_threads(threads_before)
+
+
+threads_before = threads()

@@ -107,6 +107,27 @@ def test_training_stops_when_validation_no_longer_improves(tmp_path):
     assert trainer(tmp_path, falling, patience=None).fit().epoch == 9
 
 
+def test_the_next_epochs_first_bag_is_begun_before_the_epoch_is_judged(tmp_path):
+    run = trainer(tmp_path, both((0.5, 1.0), (0.6, 1.0)))
+    made, epoch, validate = [], run.loader.epoch, run.validate
+
+    def bags(number: int, **where):
+        for update, found in enumerate(epoch(number, **where)):
+            made.append(f"bag {number}.{update}")
+            yield found
+
+    def judge(model: MILModel):
+        made.append("validation")
+        return validate(model)
+
+    run.loader.epoch, run.validate = bags, judge  # type: ignore[method-assign]
+    run.fit()
+    assert (
+        made
+        == ["bag 0.0", "bag 0.1", "bag 1.0", *["validation"] * 2, "bag 1.1"] + ["validation"] * 2
+    )
+
+
 def test_validation_is_made_on_schedule_and_after_the_last_epoch(tmp_path):
     run = trainer(tmp_path, both((0.5, 1.0), (0.6, 1.0)), epochs=5, validate_every=4)
     assert run.fit().best_epoch == 4
