@@ -97,8 +97,8 @@ class CpuDecoder(Decoder):
         raise NotImplementedError
 
     def _slab(self, jpegs: Jpegs, size: Size, device: torch.device, out: Tensor | None) -> Tensor:
-        # NumPy asks for huge pages. In torch's small ones the first touch costs half a decode.
-        rows = np.empty((len(jpegs), *size, 3), np.uint8) if out is None else out.numpy()
+        slab = _memory((len(jpegs), *size, 3), device) if out is None else out
+        rows = slab.numpy()
         # A few images to a thread at least: handing over costs more than one image.
         blocks = max(1, min(threads(), len(jpegs) // 8))
         cuts = [len(jpegs) * block // blocks for block in range(blocks + 1)]
@@ -110,7 +110,7 @@ class CpuDecoder(Decoder):
             wait(running)  # after an error too: they write into the caller's memory
         for block in running:
             block.result()
-        return torch.from_numpy(rows).to(device)
+        return slab.to(device, non_blocking=out is None)  # the caller may use its own again
 
     def _block(self, jpegs: Jpegs, rows: NDArray[np.uint8], start: int, stop: int) -> None:
         size = (rows.shape[1], rows.shape[2])
@@ -120,6 +120,15 @@ class CpuDecoder(Decoder):
                 self.into(jpegs[index], rows[index])
             except FAULTS as error:
                 raise _unreadable(index, error) from error
+
+
+def _memory(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """uint8 to decode into, for pixels that go to ``device``."""
+    if device.type == "cuda":
+        # Pinned, so that the copy overlaps; PyTorch hands it out again when the copy is over.
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+    # NumPy asks for huge pages. In torch's small ones the first touch costs half a decode.
+    return torch.from_numpy(np.empty(shape, np.uint8))
 
 
 @DECODERS.register("simplejpeg")
