@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import zip_longest
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
@@ -117,12 +118,10 @@ def drawn(side: int) -> list[bytes]:
                 buffer = io.BytesIO()
                 Image.fromarray(image[y : y + side, x : x + side]).save(buffer, "JPEG", quality=80)
                 found.append(buffer.getvalue())
-    return found
+    return sorted(found, key=len)[len(found) // 2 :]  # the rest may be empty ground
 
 
-def write_store(
-    path: Path, jpegs: Sequence[bytes], counts: Mapping[str, int], side: int
-) -> PatchStore:
+def write_store(path: Path, jpegs: Sequence[bytes], counts: Mapping[str, int], side: int) -> None:
     """A store with slides of so many patches, ``jpegs`` over and over in each."""
     with StoreWriter(path, {"mpp": 0.5, "patch_px": side}) as writer:
         for slide, count in counts.items():
@@ -139,7 +138,6 @@ def write_store(
                 source_bytes=0,
             )
             writer.add(record, (jpegs[k % len(jpegs)] for k in range(count)))
-    return PatchStore(path)
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,9 @@ class Bench:
     def store(self) -> PatchStore:
         """With one slide ``n<patches>``: the name tools/bench_step.py gives such a slide."""
         counts = {self.slide: self.sizes.patches}
-        return write_store(self.folder / "bench.lmdb", self.jpegs, counts, self.side)
+        path = self.folder / "bench.lmdb"
+        write_store(path, self.jpegs, counts, self.side)
+        return PatchStore(path)
 
     @property
     def slide(self) -> str:
@@ -185,14 +185,19 @@ class Bench:
         return f"n{self.sizes.patches}"
 
     @cached_property
-    def large(self) -> PatchStore:
-        """``long``, and slides ``c0``, ``c1``, ... up to the size that is read cold."""
+    def large(self) -> Path:
+        """A store of ``long``, and slides ``c0``, ``c1``, ... up to the size that is read cold.
+
+        Never opened in this process, which would keep pages of it in memory.
+        """
         each = statistics.mean(map(len, self.some)) + 4096  # values fill whole pages of LMDB
         rest = self.sizes.cold_gib * 2**30 - each * self.sizes.long
         count = max(2 * COLD_ROUNDS, int(rest / each / self.sizes.cold_patches) + 1)
         counts = {"long": self.sizes.long}
         counts |= {f"c{k}": self.sizes.cold_patches for k in range(count)}
-        return write_store(self.folder / "large.lmdb", self.some, counts, self.side)
+        path = self.folder / "large.lmdb"
+        write_store(path, self.some, counts, self.side)
+        return path
 
     @cached_property
     def published(self) -> Path:
@@ -292,7 +297,7 @@ def reference(bench: Bench, library: Library) -> Pixels:
             images = torch.empty(stop - start, 3, side, side)
             images = images.contiguous(memory_format=torch.channels_last)
             for index in range(start, stop):
-                value = txn.get(f"{bench.slide}-{index}".encode())
+                value: Any = txn.get(f"{bench.slide}-{index}".encode())
                 jpeg = pickle.loads(value.tobytes())  # written by this very program
                 pixels = library.fresh(jpeg).transpose(2, 0, 1)
                 images[index - start] = torch.from_numpy(pixels)
@@ -387,17 +392,21 @@ def dali(bench: Bench, *, crop: bool) -> Callable[[], Pixels]:
     Raises:
         ImportError: it is not here.
     """
-    from nvidia.dali import fn, pipeline_def, types  # pyright: ignore[reportMissingImports]
+    import nvidia.dali.fn
+    import nvidia.dali.types
 
+    library: Any = nvidia.dali  # its own type hints do not hold
     arrays = [np.frombuffer(jpeg, np.uint8) for jpeg in bench.jpegs]
     batches = [arrays[start : start + bench.sizes.chunk] for start in bench.starts()]
 
-    @pipeline_def(batch_size=bench.sizes.chunk, num_threads=1, device_id=None, seed=0)
+    @library.pipeline_def(batch_size=bench.sizes.chunk, num_threads=1, device_id=None, seed=0)
     def pipeline() -> Any:
-        jpegs = fn.external_source(lambda k: batches[k % len(batches)], batch=True)
-        images = fn.decoders.image(jpegs, device="cpu", output_type=types.RGB, use_fast_idct=False)
+        jpegs = library.fn.external_source(lambda k: batches[k % len(batches)], batch=True)
+        images = library.fn.decoders.image(
+            jpegs, device="cpu", output_type=library.types.RGB, use_fast_idct=False
+        )
         size = [bench.sizes.out] * 2
-        return fn.random_resized_crop(images, size=size) if crop else images
+        return library.fn.random_resized_crop(images, size=size) if crop else images
 
     built = pipeline()
     built.build()
@@ -436,7 +445,7 @@ def time_ways(ways: Mapping[str, Callable[[], Iterable[object]]], rounds: int) -
     """Process CPU seconds and seconds of each way in each round, in ABBA order, after one to warm up."""
     found = {name: Times([], []) for name in ways}
     for number in range(-1, rounds):
-        for name in list(ways) if number % 2 == 0 else list(reversed(ways)):
+        for name in list(ways) if number % 2 == 0 else list(ways)[::-1]:
             wall, cpu = time.perf_counter(), time.process_time()
             for _ in ways[name]():
                 pass
@@ -466,7 +475,7 @@ def stages(bench: Bench, augment: Augment) -> dict[str, Callable[[], Iterable[ob
 def difference(a: Pixels, b: Pixels) -> tuple[float, float]:
     """Greatest and mean absolute difference; OtherPixelsError where the shapes differ."""
     most, total, count = 0.0, 0.0, 0
-    for x, y in zip(a, b, strict=True):
+    for x, y in zip_longest(a, b, fillvalue=torch.empty(0)):
         if x.shape != y.shape:
             raise OtherPixelsError(f"chunks of {tuple(x.shape)} and {tuple(y.shape)}")
         gap = (x.float() - y.float()).abs()
@@ -536,21 +545,15 @@ def stream_memory(store: str, chunk: int, decoder: str, view: str) -> dict[str, 
 
 def pages_in_memory(path: str) -> tuple[int, int]:
     """How many of a file's pages the page cache holds, by mincore, and how many it has."""
-    size = os.path.getsize(path)
-    pages = -(-size // mmap.PAGESIZE)
-    held = (ctypes.c_ubyte * pages)()
-    with open(path, "rb") as file:
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.mmap.restype = ctypes.c_void_p
-        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
-        libc.mincore.argtypes = libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        libc.mincore.argtypes = [*libc.munmap.argtypes, ctypes.c_void_p]
-        failed = libc.mincore(address, size, held)
-        libc.munmap(address, size)
-    if failed:
-        raise OSError(ctypes.get_errno(), "mincore", path)
-    return int((np.frombuffer(held, np.uint8) & 1).sum()), pages
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        pages = -(-len(mapped) // mmap.PAGESIZE)
+        held = np.zeros(pages, np.uint8)
+        address = np.frombuffer(mapped, np.uint8).ctypes.data
+        if libc.mincore(address, len(mapped), held.ctypes.data):
+            raise OSError(ctypes.get_errno(), "mincore", path)
+    return int((held & 1).sum()), pages
 
 
 def evict(path: str) -> None:
@@ -584,7 +587,8 @@ def cold_read(store: str, slide: str, count: int, number: int, way: str) -> dict
         flags = {"readonly": True, "lock": False, "readahead": False, "meminit": False}
         with lmdb.open(store, subdir=False, **flags) as env, env.begin(buffers=True) as txn:
             began = time.perf_counter()
-            found = {k: bytes(txn.get(b"p" + struct.pack(">II", number, k))) for k in order}
+            get: Any = txn.get
+            found = {k: bytes(get(b"p" + struct.pack(">II", number, k))) for k in order}
         jpegs = [found[k] for k in range(count)]
     seconds = time.perf_counter() - began
     after, _ = pages_in_memory(store)

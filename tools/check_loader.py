@@ -105,16 +105,17 @@ def torchvision(bench_: Bench) -> Iterator[Row]:
     us = {name: times.line(sizes.patches)["cpu_us_a_patch"] for name, times in found.items()}
     yield Row(
         f"patches per CPU-second over DataLoader + PIL + torchvision v2, crop to {sizes.out}",
-        f">= 3x, mean difference <= {MOST_LEVELS} levels",
+        f">= 3x; <= {MOST_LEVELS // 4} and {MOST_LEVELS} levels apart in the mean",
         f"{gain:.2f}x ({us['ours']:.0f} and {us['theirs']:.0f} us a patch); {exact * level:.2f} levels"
         f" from Pillow's very windows, {whole * level:.2f} from torchvision's in whole pixels",
         f"the next patch's window: {wrong * level:.1f} levels",
-        gain >= 3 and max(exact, whole) * level <= MOST_LEVELS < wrong * level,
+        gain >= 3 and max(4 * exact, whole) * level <= MOST_LEVELS < wrong * level,
     )
 
 
-MOST_LEVELS = 3
-"""Mean grey levels between our crops and torchvision's: its windows are rounded to whole pixels."""
+MOST_LEVELS = 4
+"""Mean grey levels between our crops and torchvision's: its windows are rounded to whole pixels.
+A quarter of it from Pillow's crops of the very windows: its filter is antialiased."""
 
 
 def handed_over(bench_: Bench) -> Iterator[Row]:
@@ -152,7 +153,7 @@ class Noting(Decoder):
 
 def cold(bench_: Bench) -> Iterator[Row]:
     """A slide's patches from a file of which no page is in memory."""
-    store, count = bench_.large, bench_.sizes.cold_patches
+    path, count = bench_.large, bench_.sizes.cold_patches
     seconds: dict[str, list[float]] = {"store": [], "single": []}
     after = []
     fresh = iter(range(2 * bench.COLD_ROUNDS))
@@ -162,7 +163,7 @@ def cold(bench_: Bench) -> Iterator[Row]:
             k = next(fresh)
             found = bench.alone(
                 "cold_read",
-                store=str(store.path),
+                store=str(path),
                 slide=f"c{k}",
                 count=count,
                 number=k + 1,  # in the order of writing: the long one was first
@@ -176,7 +177,7 @@ def cold(bench_: Bench) -> Iterator[Row]:
     gain = bench.ratio(seconds["single"], seconds["store"])
     rates = {way: count / sorted(found)[len(found) // 2] for way, found in seconds.items()}
     yield Row(
-        f"cold read of {count:,} patches of a slide, store of {show_bytes(store.path.stat().st_size)}",
+        f"cold read of {count:,} patches of a slide, store of {show_bytes(path.stat().st_size)}",
         ">= 5x random single gets, readahead off",
         f"{gain:.1f}x ({rates['store']:,.0f} and {rates['single']:,.0f} patches/s)",
         f"pages in memory by mincore: 0 before each, {min(after):,} or more after",
@@ -214,7 +215,7 @@ def workers(bench_: Bench) -> Iterator[Row]:
 
 def memory(bench_: Bench) -> Iterator[Row]:
     """Peak memory of a process that streams a long slide, against what the stream says it holds."""
-    store, sizes = str(bench_.large.path), bench_.sizes
+    store, sizes = str(bench_.large), bench_.sizes
     spec = {"store": store, "chunk": sizes.chunk, "decoder": sizes.decoder}
     control = bench.alone("stream_memory", view="at once", **spec)
     for view in ("evaluation", "training"):
