@@ -190,7 +190,9 @@ class Bench:
 
         Never opened in this process, which would keep pages of it in memory.
         """
-        each = statistics.mean(map(len, self.some)) + 4096  # values fill whole pages of LMDB
+        # LMDB gives a value of some KB whole pages, with 16 bytes before it.
+        pages = [-(-(len(jpeg) + 16) // mmap.PAGESIZE) for jpeg in self.some]
+        each = statistics.mean(pages) * mmap.PAGESIZE
         rest = self.sizes.cold_gib * 2**30 - each * self.sizes.long
         count = max(2 * COLD_ROUNDS, int(rest / each / self.sizes.cold_patches) + 1)
         counts = {"long": self.sizes.long}
