@@ -55,6 +55,7 @@ from e2e.data.pixels import Look
 from e2e.data.sources import SlideFiles
 from e2e.data.store import PatchStore, SlideRecord, StoreWriter
 from e2e.data.stream import AHEAD, ahead
+from e2e.encoders.base import Encoder
 from e2e.errors import UserError, exit_code
 from e2e.wsi.tiling import Tiling
 
@@ -306,10 +307,18 @@ def reference(bench: Bench, library: Library) -> Pixels:
             yield images
 
 
+class Normalise(Encoder):
+    """The normalisation that every encoder begins with, and nothing else."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """See :class:`Encoder`."""
+        return images
+
+
 def normalised(pixels: Pixels) -> Pixels:
     """As encoders do it."""
-    for chunk in pixels:
-        yield (chunk - MEAN) / STD
+    encoder = Normalise(MEAN.flatten().tolist(), STD.flatten().tolist())
+    return map(encoder, pixels)
 
 
 class PerPatch(torch.utils.data.Dataset[Tensor]):
@@ -386,15 +395,16 @@ def windows_of(bench: Bench, augment: Augment) -> NDArray[np.float64]:
     x, y = ramp.expand(side, side), ramp.view(-1, 1).expand(side, side)
     picture = torch.stack([x, y, x]).unsqueeze(0)
     rows = View(bench.look()).rows(item_of(bench.store, bench.slide), 0)[0][0]
-    first, last = out // 4, out - 1 - out // 4  # inside, where no border is repeated
+    inside = np.arange(out // 4, out - out // 4)  # where no border is repeated
     found = []
     for start in bench.starts():
         seeds = rows.part(start, start + bench.sizes.chunk).seeds()
-        seen = augment(picture.expand(len(seeds), -1, -1, -1), seeds).double() * 255
-        low = torch.stack([seen[:, 0, first, first], seen[:, 1, first, first]], 1)
-        high = torch.stack([seen[:, 0, last, last], seen[:, 1, last, last]], 1)
-        step = (high - low) / (last - first)
-        found.append(torch.cat([low + 0.5 - step * (first + 0.5), step * out], 1).numpy())
+        seen = augment(picture.expand(len(seeds), -1, -1, -1), seeds)
+        levels = seen.double().numpy() * (255 if seen.is_floating_point() else 1)
+        along = np.concatenate([levels[:, 0, out // 2, inside], levels[:, 1, inside, out // 2]])
+        # Pixel k of the result shows the place corner + step * (k + 1/2) - 1/2.
+        step, corner = np.polyfit(inside + 0.5, along.T + 0.5, 1).reshape(2, 2, -1)
+        found.append(np.stack([*corner, *step * out], 1))
     return np.concatenate(found)
 
 
@@ -451,6 +461,12 @@ class Times(NamedTuple):
 def ratio(a: Sequence[float], b: Sequence[float]) -> float:
     """Of ``a`` to ``b``: the median over the rounds, in which both had the same neighbours."""
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def spread(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Between which half of the rounds' ratios lie."""
+    low, high = np.percentile([x / y for x, y in zip(a, b, strict=True)], [25, 75])
+    return float(low), float(high)
 
 
 def cpu_seconds() -> float:
