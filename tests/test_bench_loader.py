@@ -149,22 +149,21 @@ def test_ways_take_turns_and_turn_the_order_round():
 
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios_and_half_of_them_lie_in_its_spread():
-    assert bench.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]) == 3.0
+    assert bench.ratio([2.0, 30.0, 40.0], [1.0, 10.0, 1.0]) == 3.0
     assert bench.spread([4.0, 2.0, 3.0, 1.0, 5.0], [1.0] * 5) == (2.0, 4.0)
 
 
 def test_cpu_seconds_are_also_those_of_children():
-    alone = bench.cpu_seconds()
     child = get_context("fork").Process(target=_spin)
     child.start()
-    while bench.cpu_seconds() < alone + 0.05:
-        assert child.is_alive(), "0.2 s of a child went by unseen"
+    while bench.cpu_seconds() - time.process_time() < 0.05:
+        assert child.is_alive(), "20 s of a child went by unseen"
     child.terminate()
     child.join()
 
 
 def _spin() -> None:
-    while time.process_time() < 0.2:
+    while time.process_time() < 20:
         pass
 
 
