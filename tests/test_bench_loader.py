@@ -157,13 +157,13 @@ def test_cpu_seconds_are_also_those_of_children():
     child = get_context("fork").Process(target=_spin)
     child.start()
     while bench.cpu_seconds() - time.process_time() < 0.05:
-        assert child.is_alive(), "20 s of a child went by unseen"
+        assert child.is_alive(), "3 s of a child went by unseen"
     child.terminate()
     child.join()
 
 
 def _spin() -> None:
-    while time.process_time() < 20:
+    while time.process_time() < 3:
         pass
 
 
