@@ -61,7 +61,7 @@ def test_in_eval_each_row_depends_on_its_patch_alone(encoder):
 @torch.no_grad()
 def test_bytes_and_floats_are_the_same_pixels(encoder):
     pixels = images(2)
-    torch.testing.assert_close(encoder(pixels.float() / 255), encoder(pixels))
+    torch.testing.assert_close(encoder(pixels.float() / 255), encoder(pixels), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from types import MappingProxyType
 
@@ -105,6 +105,8 @@ class Augment:
     def __call__(self, pixels: Tensor, seeds: Seeds, shared: Seeds | None = None) -> Tensor:
         """(n,3,H,W) uint8 -> (n,3,size,size): uint8, or float in 0..1 if resampled or recoloured.
 
+        A crop alone stays uint8 on a CPU.
+
         Without ``size`` a crop is (W,W) and anything else (H,W). The input is left as it is.
 
         Args:
@@ -137,6 +139,9 @@ class Augment:
             motion = random_motion(
                 seeds, (height, width), self.translate, self.rotate, self.scale, self.shear
             )
+        if motion is None and pixels.dtype == torch.uint8 and pixels.device.type == "cpu":
+            assert windows is not None
+            return cut_bytes(pixels, shape, windows)
         return resample(pixels, shape, windows, motion)
 
     def _recolour(self, pixels: Tensor, seeds: Seeds) -> Tensor:
@@ -213,18 +218,30 @@ def flip_and_turn(pixels: Tensor, seeds: Seeds, *, turn: bool = True) -> Tensor:
 
     By index, so no value changes, and only on the patches whose coin fell so.
     """
+    draws = (MIRROR_X, MIRROR_Y, TRANSPOSE)
+    coins = np.stack([uniform(seeds, draw) < 0.5 for draw in draws], 1)
+    if not (turn and pixels.shape[-1] == pixels.shape[-2]):
+        coins[:, 2] = False
+    if pixels.dtype == torch.uint8 and pixels.device.type == "cpu":
+        return _turn_bytes(pixels, coins)
     pixels = pixels.clone()
-
-    def turn_heads(draw: int, turned: Callable[[Tensor], Tensor]) -> None:
-        rows = np.flatnonzero(uniform(seeds, draw) < 0.5)
-        index = torch.from_numpy(rows).to(pixels.device)
+    turns = (lambda some: some.flip(-1), lambda some: some.flip(-2), lambda some: some.mT)
+    for coin, turned in zip(coins.T, turns, strict=True):
+        index = torch.from_numpy(np.flatnonzero(coin)).to(pixels.device)
         pixels[index] = turned(pixels[index])
-
-    turn_heads(MIRROR_X, lambda some: some.flip(-1))
-    turn_heads(MIRROR_Y, lambda some: some.flip(-2))
-    if turn and pixels.shape[-1] == pixels.shape[-2]:
-        turn_heads(TRANSPOSE, lambda some: some.mT)
     return pixels
+
+
+def _turn_bytes(pixels: Tensor, coins: NDArray[np.bool_]) -> Tensor:
+    """One copy a patch, pixel by pixel instead of byte by byte: a fifth of the time."""
+    count, channels, height, width = pixels.shape
+    whole = pixels.permute(0, 2, 3, 1).contiguous().numpy().view(f"V{channels}")[..., 0]
+    found = np.empty_like(whole)
+    for patch, (x, y, transpose), out in zip(whole, coins, found, strict=True):
+        turned = patch[:: -1 if y else 1, :: -1 if x else 1]
+        out[...] = turned.T if transpose else turned
+    memory = torch.from_numpy(found.view(np.uint8).reshape(count, height, width, channels))
+    return memory.permute(0, 3, 1, 2)
 
 
 def random_windows(seeds: Seeds, least_area: float) -> Floats:
@@ -304,12 +321,16 @@ def resample(
     Args:
         pixels: of any type.
         shape: height and width of the result.
-        windows: (n,4) of :func:`random_windows`; None: the whole patch.
+        windows: (n,4) of :func:`random_windows`, taken in whole pixels; None: the whole patch.
         motion: (n,2,3) of :func:`random_motion`; None: none.
     """
     image = pixels.float()
     if windows is None:
         windows = _whole(len(image))
+    else:
+        sides = np.array(image.shape[:-3:-1])
+        corner, extent = np.split(window_boxes(windows, image.shape[-2:]), 2, axis=1)
+        windows = np.concatenate([(2 * corner + extent) / sides - 1, extent / sides], 1)
     shrinks = windows[:, 2:] * image.shape[:-3:-1] / shape[::-1]
     wide = (shrinks > SHRINKS).any(axis=1)
     if not wide.any():
@@ -322,6 +343,29 @@ def resample(
                 own = None if motion is None else motion[rows]
                 image[index] = cut(patches[index], windows[rows], shape, own)
     return image.clamp_(0, 255).div_(255)
+
+
+def cut_bytes(pixels: Tensor, shape: tuple[int, int], windows: Floats) -> Tensor:
+    """As :func:`resample` without a motion, but antialiased and rounded to bytes: uint8.
+
+    On a CPU several times as fast, patch by patch. Torchvision crops images in this way.
+    """
+    size = (len(pixels), pixels.shape[1], *shape)
+    found = torch.empty(size, dtype=torch.uint8, memory_format=torch.channels_last)
+    boxes = window_boxes(windows, pixels.shape[-2:]).tolist()
+    for number, (x, y, width, height) in enumerate(boxes):
+        window = pixels[number : number + 1, :, y : y + height, x : x + width]
+        found[number] = F.interpolate(window, shape, mode="bilinear", antialias=True)[0]
+    return found
+
+
+def window_boxes(windows: Floats, shape: Sequence[int]) -> NDArray[np.int64]:
+    """(n,4) left, top, width, height in whole pixels of a patch (H,W), as torchvision's crops have."""
+    sides = np.array(shape[::-1])
+    middle, half = (windows[:, :2] + 1) / 2 * sides, windows[:, 2:] / 2 * sides
+    extent = np.clip(np.round(2 * half), 1, sides)
+    corner = np.clip(np.round(middle - half), 0, sides - extent)
+    return np.concatenate([corner, extent], 1).astype(np.int64)
 
 
 def _whole(count: int) -> Floats:

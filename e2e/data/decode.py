@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import struct
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
@@ -127,8 +130,35 @@ def _memory(shape: tuple[int, ...], device: torch.device) -> Tensor:
     if device.type == "cuda":
         # Pinned, so that the copy overlaps; PyTorch hands it out again when the copy is over.
         return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-    # NumPy asks for huge pages. In torch's small ones the first touch costs half a decode.
-    return torch.from_numpy(np.empty(shape, np.uint8))
+    return _SLABS.take(shape)
+
+
+class _Slabs:
+    """Main memory for pixels, handed out again when its last tensor is gone.
+
+    The first touch of new memory costs up to half a decode.
+    """
+
+    def __init__(self) -> None:
+        self._free: deque[NDArray[np.uint8]] = (
+            deque()
+        )  # its methods are atomic: no lock to wait for
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """uint8 of any content."""
+        size = math.prod(shape)
+        try:
+            memory = self._free.popleft()
+        except IndexError:
+            memory = np.empty(0, np.uint8)
+        if memory.size < size:
+            memory = np.empty(size, np.uint8)  # NumPy asks for huge pages
+        lent = memory[:size].reshape(shape)  # the tensor holds this one, and nobody else does
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return torch.from_numpy(lent)
+
+
+_SLABS = _Slabs()
 
 
 @DECODERS.register("simplejpeg")

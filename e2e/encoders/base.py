@@ -36,11 +36,13 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """See the class."""
-        scaled = pixels.to(self.mean.dtype)
-        if not pixels.is_floating_point():
-            scaled = scaled / 255
-        normalised = (scaled - self.mean) / self.std
-        return self.features(normalised.contiguous(memory_format=self.memory_format))
+        most = 1 if pixels.is_floating_point() else 255
+        scale, shift = 1 / (most * self.std), -self.mean / self.std
+        if pixels.device.type == "cpu" and pixels.is_contiguous(memory_format=torch.channels_last):
+            normal = _scaled_rows(pixels, scale, shift)
+        else:
+            normal = torch.addcmul(shift, pixels.to(scale.dtype), scale)
+        return self.features(normal.contiguous(memory_format=self.memory_format))
 
     def features(self, images: Tensor) -> Tensor:
         """(n,3,H,W) normalised -> (n, dim)."""
@@ -98,6 +100,20 @@ class Encoder(nn.Module):
             if learns and not any(learns):
                 module.eval()
         return self
+
+
+def _scaled_rows(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``pixels * scale + shift`` (n,3,H,W), channels last in memory, patch by patch.
+
+    A row of a patch is one long vector then, and a patch stays in the cache: several times as
+    fast as three channels at a time over all patches.
+    """
+    count, channels, height, width = pixels.shape
+    scales, shifts = (v.flatten().repeat(width) for v in (scale, shift))
+    found = torch.empty(count, height, width * channels, dtype=scale.dtype)
+    for rows, out in zip(pixels.permute(0, 2, 3, 1).flatten(2), found, strict=True):
+        torch.addcmul(shifts, rows.to(scale.dtype), scales, out=out)
+    return found.view(count, height, width, channels).permute(0, 3, 1, 2)
 
 
 ENCODERS: Registry[Encoder] = Registry("encoder")
