@@ -12,7 +12,7 @@ FILES = sorted([*ROOT.glob("e2e/**/*.py"), *ROOT.glob("launch/*.py"), *ROOT.glob
 
 PARALLEL = {f"e2e/parallel/{name}.py" for name in ("ddp", "fsdp", "deepspeed")}
 OWNERS = {
-    "lmdb": {"e2e/data/store.py"},
+    "lmdb": {"e2e/data/store.py", "tools/bench_loader.py"},
     "openslide": {"e2e/wsi/slide.py"},
     "timm": {"e2e/encoders/timm.py"},
     "torch.distributed": {*PARALLEL, "launch/torchrun.py"},
@@ -20,10 +20,10 @@ OWNERS = {
     "deepspeed": {"e2e/parallel/deepspeed.py"},
     "wandb": {"e2e/log.py"},
     "omegaconf": {"e2e/config.py"},
-    "simplejpeg": {"e2e/data/decode.py"},
-    "turbojpeg": {"e2e/data/decode.py"},
+    "simplejpeg": {"e2e/data/decode.py", "tools/bench_loader.py"},
+    "turbojpeg": {"e2e/data/decode.py", "tools/bench_loader.py"},
     "jpeg4py": {"e2e/data/decode.py"},
-    "nvidia.dali": {"e2e/data/decode.py"},
+    "nvidia.dali": {"e2e/data/decode.py", "tools/bench_loader.py"},
     "distributed": {"e2e/data/cluster.py"},
 }
 """Library -> the only files that may import it."""

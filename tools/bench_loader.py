@@ -223,7 +223,7 @@ class Bench:
     ) -> Look:
         """Of training; without ``augment`` the patches as they are."""
         made = build_decoder(decoder or self.sizes.decoder)
-        return Look(made, augment=augment or Augment(flip=False), keep=keep)
+        return Look(made, augment=augment or Augment(flip="none"), keep=keep)
 
 
 # --- ways of making pixels ------------------------------------------------------------------------
@@ -553,7 +553,7 @@ def stream_memory(store: str, chunk: int, decoder: str, view: str) -> dict[str, 
 
     opened = PatchStore(store)
     keep = "jpeg" if view == "training" else None
-    look = Look(build_decoder(decoder), augment=Augment(flip=False), keep=keep)
+    look = Look(build_decoder(decoder), augment=Augment(flip="none"), keep=keep)
     slide = item_of(opened, "long")
     side, count = opened.record("long").patch_px, opened.count("long")
     warm = [(whole_bag(item_of(opened, "c0"), View(look), chunk), 0)]
@@ -692,7 +692,7 @@ def report(bench: Bench) -> int:
     sizes = bench.sizes
     crop = Augment(flip=True, crop=sizes.crop, size=sizes.out)
     library = turbojpeg_library() or simplejpeg_library()
-    windows = windows_of(bench, Augment(flip=False, crop=sizes.crop, size=sizes.out))
+    windows = windows_of(bench, Augment(flip="none", crop=sizes.crop, size=sizes.out))
     ways = {
         **{f"{name} (flip)": way for name, way in stages(bench, Augment()).items()},
         **{

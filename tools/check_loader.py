@@ -93,7 +93,7 @@ def reference(bench_: Bench) -> Iterator[Row]:
 def torchvision(bench_: Bench) -> Iterator[Row]:
     """Against DataLoader, PIL and torchvision v2 patch by patch: the same crops, normalised float32."""
     sizes = bench_.sizes
-    augment = Augment(flip=False, crop=sizes.crop, size=sizes.out)
+    augment = Augment(flip="none", crop=sizes.crop, size=sizes.out)
     windows = bench.windows_of(bench_, augment)
     good = lambda: bench.normalised(bench.ours(bench_, bench_.look(augment)))  # noqa: E731
     theirs = {k: bench.per_patch(bench_, windows, workers=k) for k in (0, 1)}
@@ -252,7 +252,7 @@ def dali(bench_: Bench) -> Iterator[Row]:
     except ImportError as error:
         yield Row("DALI on the CPU", "reported", f"skipped: {error}", "-", None)
         return
-    look = bench_.look(Augment(flip=False, crop=bench_.sizes.crop, size=bench_.sizes.out))
+    look = bench_.look(Augment(flip="none", crop=bench_.sizes.crop, size=bench_.sizes.out))
     most, mean = bench.difference(decode(), bench.ours(bench_, bench_.look()))
     ways = {
         "decode, ours": partial(bench.ours, bench_, bench_.look()),
