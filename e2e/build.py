@@ -6,6 +6,7 @@ import glob
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -17,7 +18,15 @@ import e2e.tasks  # noqa: F401  (each import registers its plug-ins)
 from e2e.config import CONFIGS, BagSettings, Columns, Data, Engine, Optim, Plugin, Select, Settings
 from e2e.data.augment import AUGMENTS
 from e2e.data.cluster import read_index
-from e2e.data.cohort import Problem, Slide, check_sides, match_scales, read_table, write_problems
+from e2e.data.cohort import (
+    Problem,
+    Slide,
+    check_sides,
+    match_scales,
+    match_stores,
+    read_table,
+    write_problems,
+)
 from e2e.data.decode import build_decoder, set_threads
 from e2e.data.loader import LabelledSlide, TrainingLoader, View, label_slides, some_slides
 from e2e.data.pixels import Look, PixelCache
@@ -145,7 +154,7 @@ def build_loader(
             replace(
                 view.look,
                 augment=AUGMENTS.build(settings.augment.name, bag.size, **settings.augment.options),
-                keep=engine.keep,
+                keep=None if engine.keep == "none" else engine.keep,
             ),
             seed=settings.run.seed,
             bag_size=bag.patches,
@@ -164,13 +173,13 @@ def build_loader(
 
 
 def build_validation(
-    settings: Settings, items: Sequence[LabelledSlide], view: View
+    settings: Settings, items: Sequence[LabelledSlide], view: View, task: Task
 ) -> tuple[list[LabelledSlide], View]:
     """What the epochs are compared on: slides of validation, and what is seen of them each time."""
     select, seed = settings.select, settings.run.seed
     cache = PixelCache(parse_bytes(select.cache))
     seen = replace(view, seed=seed, bag_size=select.patches, cache=cache)
-    return some_slides(items, select.slides, seed=seed), seen
+    return some_slides(items, select.slides, group=task.group, seed=seed), seen
 
 
 def judged_weights(optim: Optim, select: Select) -> str:
@@ -238,25 +247,36 @@ def load_cohort(
     )
     known, unknown = _with_known_labels(slides, task)
     scales = open_scales(data)
-    check_sides(scales, size)
-    stores, unmatched = match_scales(known, scales)
+    first, unmatched = match_stores(known, scales[0])
     problems += [*unknown, *unmatched]
-    if problems and problems_file is not None:
-        write_problems(problems, problems_file)
-    if problems and data.unmatched == "error":
-        where = f"  all of them: {problems_file}\n" if problems_file else ""
-        raise UserError(
-            f"{data.labels} and the stores of cohort '{name}' do not agree in {len(problems)} place(s)\n"
-            f"{listing(problems)}\n{where}"
-            "  mend the table or pack the slides, or set data.unmatched=drop to go on without them"
-        )
-    kept = [slide for slide in known if slide.id in stores]
+    _settle(problems, data, name, problems_file)
+    kept = [slide for slide in known if slide.id in first]
     for split in ("test", "val"):
         share = getattr(data.cut, split)
         if share:
             kept = cut(kept, split, share, by=task.columns[0], seed=seed)
     check_splits(kept)
+    trained = [slide for slide in kept if slide.split == "train"]
+    more, lacking = match_scales(trained, scales[1:])
+    problems += lacking
+    _settle(problems, data, name, problems_file)
+    kept = [slide for slide in kept if slide.split != "train" or slide.id in more]
+    stores = {slide.id: [first[slide.id], *more.get(slide.id, [])] for slide in kept}
+    check_sides(stores, size)
     return label_slides(kept, stores, task.encode), problems
+
+
+def _settle(problems: Sequence[Problem], data: Data, name: str, file: Path | None) -> None:
+    """Write the list of what cannot be used; UserError unless it is to be dropped."""
+    if problems and file is not None:
+        write_problems(problems, file)
+    if problems and data.unmatched == "error":
+        where = f"  all of them: {file}\n" if file else ""
+        raise UserError(
+            f"{data.labels} and the stores of cohort '{name}' do not agree in {len(problems)} place(s)\n"
+            f"{listing(problems)}\n{where}"
+            "  mend the table or pack the slides, or set data.unmatched=drop to go on without them"
+        )
 
 
 def open_scales(data: Data) -> list[list[Store]]:
@@ -265,6 +285,14 @@ def open_scales(data: Data) -> list[list[Store]]:
         [open_store(path, data.coords) for entry in entries for path in store_files(entry)]
         for entries in (data.stores, *data.scales)
     ]
+
+
+def first_recipe(data: Data) -> dict[str, Any]:
+    """How the patches of ``data.stores`` were made; UserError when no file of them is there."""
+    for entry in data.stores:
+        for path in store_files(entry):
+            return open_store(path).recipe
+    raise UserError(f"no file matches data.stores={data.stores}")
 
 
 def store_files(entry: str) -> list[Path]:
@@ -298,7 +326,7 @@ def require_files(data: Data, name: str, targets: Sequence[str]) -> None:
             " or set data.labels=FILE.csv"
         )
     for kind, path in missing:
-        if kind == "patch store":
+        if kind == "patch store" and "*" not in path:
             lines.append(
                 f"  make the store: python tools/pack_lmdb.py --slides SLIDES --out {path} {data.pack}"
             )

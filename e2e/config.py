@@ -175,7 +175,9 @@ class Engine:
     keep_graphs: str = setting(
         "auto", "memory for chunks encoded but once: auto | none | all | a size such as 8GiB"
     )
-    keep: str = setting("jpeg", "what of a patch waits for its second pass: jpeg | uint8 | float")
+    keep: str = setting(
+        "jpeg", "what of a patch waits for its second pass: jpeg | uint8 | float | none"
+    )
     batch_norm: str = setting(
         "auto", "frozen | chunk | sync; auto: frozen with pretrained weights, else chunk"
     )
@@ -202,7 +204,7 @@ class Engine:
         _check(self.max_bad_steps > 0, "engine.max_bad_steps", self.max_bad_steps, "at least 1")
         _check(self.timeout > 0, "engine.timeout", self.timeout, "over 0 (minutes)")
         for name, known in (
-            ("keep", ("jpeg", "uint8", "float")),
+            ("keep", ("jpeg", "uint8", "float", "none")),
             ("batch_norm", ("auto", "frozen", "chunk", "sync")),
             ("precision", ("auto", "fp32", "tf32", "bf16")),
             ("strategy", ("auto", "ddp", "fsdp", "deepspeed")),
@@ -289,6 +291,7 @@ DEFAULTS: Layer = (
     {"sampler": {"name": "random"}, "augment": {"name": "turns"}},
 )
 """Below all layers: the plug-ins of a run that names none."""
+MOVED = {"bag.flip": "augment.flip (turns, mirrors or none)", "bag.crop": "augment.crop"}
 
 
 def train_parser(doc: str) -> argparse.ArgumentParser:
@@ -419,12 +422,10 @@ def flat_settings(settings: Settings) -> dict[str, str]:
 def _check_together(settings: Settings) -> None:
     """UserError where two sections contradict each other."""
     shares, scales = settings.bag.shares, 1 + len(settings.data.scales)
-    _check(
-        not shares or len(shares) == scales,
-        "bag.shares",
-        shares,
-        f"empty or {scales} numbers: one for data.stores and one for each of data.scales",
-    )
+    need = f"{scales} numbers, for data.stores and each of data.scales"
+    if scales == 1:
+        need = "empty without data.scales, the stores of other magnifications"
+    _check(len(shares) == (scales if scales > 1 else 0), "bag.shares", shares, need)
 
 
 def _build(
@@ -482,6 +483,8 @@ def _reject_unknown_keys(values: dict[str, Any], schema: Any, path: str, source:
     fields = {item.name: item for item in dataclasses.fields(schema)}
     for key, value in values.items():
         if key not in fields:
+            if f"{path}.{key}" in MOVED:
+                raise UserError(f"{source}: {path}.{key} is {MOVED[f'{path}.{key}']} now")
             raise UserError(f"{source}: unknown setting '{path}.{key}'{suggest(str(key), fields)}")
         nested = fields[key].default_factory
         if dataclasses.is_dataclass(nested) and not isinstance(value, dict):

@@ -182,7 +182,7 @@ def predict(
     screen = Screen(leads=True)
     out.mkdir(parents=True, exist_ok=True)
     store_path = out / "slides.lmdb"
-    recipe = build.open_scales(settings.data)[0][0].recipe
+    recipe = build.first_recipe(settings.data)
     tiling = Tiling.from_recipe(recipe)
     overrides = read_mpp(mpp_override) if mpp_override else {}
     source = SlideFiles(find_slides(slides), tiling, recipe["quality"], overrides)
@@ -239,7 +239,7 @@ def _trainer(
     loader = build.build_loader(
         settings, parts.of_split("train"), parts.view, model=parts.model, task=parts.task
     )
-    items, view = build.build_validation(settings, parts.of_split("val"), parts.view)
+    items, view = build.build_validation(settings, parts.of_split("val"), parts.view, parts.task)
 
     def validate(model: MILModel) -> dict[str, float | None]:
         found = predict_slides(
@@ -311,11 +311,11 @@ def _greet(screen: Screen, settings: Settings, parts: _Parts, strategy: Strategy
     model = parts.model
     counts = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.encoder, model.head)]
     learning = sum(p.numel() for p in model.encoder.parameters() if p.requires_grad) / 1e6
-    bag = settings.bag.patches or "all"
+    bag, decoder = settings.bag.patches or "all", parts.view.look.decoder
     screen.say(
         f"{settings.encoder.name} ({counts[0]:.2f} M, {learning:.2f} M learn) + {settings.head.name} "
         f"({counts[1]:.2f} M) on {strategy.world_size} x {strategy.device} "
         f"({type(strategy).__name__}); {settings.optim.bags} bags an update of {bag} patches, "
         f"chunks of {model.chunk}; BatchNorm {model.batch_norm.name}, "
-        f"{model.autocast or torch.float32}; JPEG {parts.view.look.decoder.name}"
+        f"{model.autocast or torch.float32}; JPEG {decoder.name} {decoder.note}".rstrip()
     )

@@ -334,6 +334,11 @@ class Trainer:
         assert self.score_patches is not None
         with self.strategy.whole_parameters(self._weights()[self.schedule.judged]):
             found = self.score_patches(self.model)
+        wrong = [slide for slide, scores in sorted(found.items()) if not scores.isfinite().all()]
+        if wrong:
+            raise UserError(
+                f"patches cannot be drawn by scores that are not finite\n{listing(wrong)}"
+            )
         if self.strategy.leads:
             write_atomically(self._scores_file(self.progress.epoch), safetensors.torch.save(found))
             # The one before stays: a run that is stopped before its checkpoint still needs it.
@@ -345,7 +350,7 @@ class Trainer:
     def _load_scores(self) -> None:
         """Those that the stopped run drew by."""
         scored = self.progress.epoch // self.schedule.rescore * self.schedule.rescore
-        if self.score_patches is None or not scored:
+        if self.score_patches is None or not scored or self.progress.finished:
             return
         file = self._scores_file(scored)
         if not file.is_file():

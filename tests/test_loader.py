@@ -336,9 +336,15 @@ def test_a_few_slides_are_the_same_each_time_and_of_every_label():
         LabelledSlide(Slide(f"s{n}", f"s{n}", "val", {}), None, torch.tensor(n % 5 == 0).int())
         for n in range(40)
     ]
-    few = some_slides(cohort, 6, seed=1)
+    few = some_slides(cohort, 6, group=int, seed=1)
     assert [int(i.target) for i in few].count(1) == 3
-    assert [i.slide.id for i in few] == [i.slide.id for i in some_slides(cohort[::-1], 6, seed=1)]
+    assert [i.slide.id for i in few] == [
+        i.slide.id for i in some_slides(cohort[::-1], 6, group=int, seed=1)
+    ]
     assert few == sorted(few, key=lambda item: item.slide.id)
-    assert some_slides(cohort, 6, seed=2) != few
-    assert len(some_slides(cohort, None, seed=1)) == len(some_slides(cohort, 99, seed=1)) == 40
+    assert some_slides(cohort, 6, group=int, seed=2) != few
+    assert (
+        len(some_slides(cohort, None, group=int, seed=1))
+        == len(some_slides(cohort, 99, group=int, seed=1))
+        == 40
+    )

@@ -19,7 +19,7 @@ from e2e.data.loader import LabelledSlide, TrainingLoader, View, label_slides, w
 from e2e.data.pixels import Look
 from e2e.data.sampler import SAMPLERS, sample_patches
 from e2e.data.store import PatchStore, StoreWriter
-from e2e.errors import UserError
+from e2e.errors import DamagedDataError, UserError
 from tests.conftest import RECIPE, jpeg, patches, pixels_of, record, write_store
 
 CPU = torch.device("cpu")
@@ -34,9 +34,10 @@ def slides_of(counts) -> list[Slide]:
 @pytest.fixture
 def items(tmp_path):
     stores = [write_store(tmp_path / f"{n}.lmdb", c) for n, c in (("main", MAIN), ("sub", SUB))]
-    found, problems = match_scales(slides_of(MAIN), [[store] for store in stores])
+    found, problems = match_scales(slides_of(MAIN), [stores[1:]])
     assert problems == []
-    return label_slides(slides_of(MAIN), found, lambda words: torch.tensor(int(words["label"])))
+    both = {slide: [stores[0], *more] for slide, more in found.items()}
+    return label_slides(slides_of(MAIN), both, lambda words: torch.tensor(int(words["label"])))
 
 
 def bag(items, epoch=1, **options):
@@ -103,6 +104,8 @@ def test_neighbours_share_a_crop_if_asked_and_nothing_else(items):
     assert [len(set(group)) for group in np.split(shared, 4)] == [1, 1, 1, 1]
     assert len(set(shared)) == 4
     assert not torch.equal(one.pixels(0, 24, CPU), two.pixels(0, 24, CPU))
+    later = bag(items, 2, bag_size=8, augment=augment, shared_crops=4)
+    assert set(shared).isdisjoint(np.concatenate([part.shared for part in later.pixels._rows]))
     halves = torch.cat([one.pixels(0, 11, CPU), one.pixels(11, 24, CPU)])
     torch.testing.assert_close(halves, one.pixels(0, 24, CPU))
 
@@ -124,6 +127,8 @@ def test_labels_come_in_turn_and_a_slide_that_comes_again_shows_other_patches(tm
     loader = TrainingLoader(items, view, bags=2, chunk=6, groups=[int(i.target) for i in items])
     bags = [bag for bag, _ in loader.epoch(0, rank=0, world_size=1)]
     assert loader.updates() == len(bags) == 4
+    resumed = [bag for bag, _ in loader.epoch(0, rank=0, world_size=1, first=2)]
+    assert [bag.seeds for bag in resumed] == [bag.seeds for bag in bags[2:]]
     assert [sorted(bag.target.tolist()) for bag in bags] == [[0, 1]] * 4
     drawn = Counter(slide for bag in bags for slide in bag.slides)
     assert drawn["s0"] == 4
@@ -153,9 +158,8 @@ def test_regions_are_drawn_by_the_coords_of_each_magnification(items):
 
 
 def test_a_slide_without_patches_at_one_magnification_is_named_with_it(tmp_path):
-    main = write_store(tmp_path / "main.lmdb", {"a": 4, "b": 4, "c": 4})
     sub = write_store(tmp_path / "sub.lmdb", {"a": 2, "c": 0, "other": 3})
-    found, problems = match_scales(slides_of("abc"), [[main], [sub]])
+    found, problems = match_scales(slides_of("abc"), [[sub]])
     assert set(found) == {"a"}
     assert [(p.slide, p.problem) for p in problems] == [
         ("b", "no store has it (data.scales[0])"),
@@ -165,26 +169,53 @@ def test_a_slide_without_patches_at_one_magnification_is_named_with_it(tmp_path)
 
 def write_side(path: Path, side: int) -> PatchStore:
     with StoreWriter(path, RECIPE) as writer:
-        writer.add(record("s", 2, patch_px=side), [jpeg(n, width=side) for n in range(2)])
+        for slide in "st":
+            writer.add(record(slide, 2, patch_px=side), [jpeg(n, width=side) for n in range(2)])
     return PatchStore(path)
 
 
 def test_stores_of_different_patch_sizes_are_refused_within_a_scale_and_without_a_size(tmp_path):
     small, large = (write_side(tmp_path / f"{side}.lmdb", side) for side in (32, 48))
     with pytest.raises(UserError, match=r"different sizes\n  .*32.lmdb: 32 px\n  .*48.lmdb: 48 px"):
-        check_sides([[small, large]], 32)
+        check_sides({"s": [small], "t": [large]}, 32)
     with pytest.raises(UserError, match=r"set bag\.size=PX where scales differ"):
-        check_sides([[small], [large]], None)
-    check_sides([[small], [large]], 32)
-    check_sides([[small, small], [small]], None)
+        check_sides({"s": [small, large]}, None)
+    check_sides({"s": [small, large], "t": [small, large]}, 32)
+    check_sides({"s": [small, small], "t": [small, small]}, None)
 
 
-def test_magnifications_of_different_patch_sizes_come_at_one_size(tmp_path):
+@pytest.mark.parametrize("size", [24, 32, 48])
+def test_magnifications_of_different_patch_sizes_come_at_one_size_and_scale(tmp_path, size):
     stores = [write_side(tmp_path / f"{side}.lmdb", side) for side in (32, 48)]
     item = LabelledSlide(Slide("s", "s", "train", {}), stores[0], torch.tensor(0), (stores[1],))
-    view = View(Look(DECODER, 24, Augment(24)), shares=(1, 1))
+    view = View(Look(DECODER, size, Augment(size)), shares=(1, 1))
     found, _ = next(TrainingLoader([item], view, 1, 8).epoch(0, rank=0, world_size=1))
-    assert found.pixels(0, 4, CPU).shape == (4, 3, 24, 24)
+    pixels = found.pixels(0, 4, CPU)
+    assert pixels.shape == (4, 3, size, size)
+    assert (pixels.amax((1, 2, 3)) <= 1).all()
+    assert (pixels.amax((1, 2, 3)) > 0.5).all()
+
+
+def test_a_damaged_patch_is_named_with_its_own_magnifications_store(tmp_path):
+    good = write_store(tmp_path / "good.lmdb", {"s": 2})
+    with StoreWriter(tmp_path / "bad.lmdb", RECIPE) as writer:
+        writer.add(record("s", 2, patch_px=48), [jpeg(1, width=48), b"no jpeg"])
+    bad = PatchStore(tmp_path / "bad.lmdb")
+    item = LabelledSlide(Slide("s", "s", "train", {}), good, torch.tensor(0), (bad,))
+    view = View(Look(DECODER, 24), shares=(1, 1))
+    found, _ = next(TrainingLoader([item], view, 1, 8).epoch(0, rank=0, world_size=1))
+    with pytest.raises(DamagedDataError, match=r"bad.lmdb: slide 's' patch 1 "):
+        found.pixels(0, 4, CPU)
+
+
+def test_regions_without_coords_are_refused_before_training(items, monkeypatch):
+    view = View(Look(DECODER), bag_size=4, sampler=SAMPLERS.build("regions"))
+    loader = TrainingLoader(items, view, 1, 8)
+    loader.check(1, 1)
+    known = PatchStore.record
+    monkeypatch.setattr(PatchStore, "record", lambda *a: replace(known(*a), coords=None))
+    with pytest.raises(UserError, match=r"no coords of slide 'a'(?s:.*)data\.coords"):
+        loader.check(1, 1)
 
 
 def test_stores_are_files_globs_or_an_index(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -172,3 +173,18 @@ def test_the_number_of_threads_changes_no_pixel_and_no_process_is_started(items,
 
 
 threads_before = threads()
+
+
+def test_a_forked_process_makes_pixels_too(items):  # noqa: F811
+    ((one, _),) = ahead([(bag_of(items), 0)], CPU)
+    one.pixels(one.chunks[0].start, one.chunks[0].stop, CPU)  # the threads are there now
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(60)  # threads that are not there would be waited for for ever
+            ((two, _),) = ahead([(bag_of(items), 0)], CPU)
+            two.pixels(two.chunks[0].start, two.chunks[0].stop, CPU)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from e2e.bag import Bag
 from e2e.checkpoint import load_checkpoint, part
+from e2e.data.loader import View
+from e2e.data.pixels import Look
 from e2e.errors import UserError
 from e2e.heads.base import HeadOutput
 from e2e.log import MetricsLog, Screen
@@ -275,3 +279,63 @@ def test_a_heads_own_loss_is_weighed_as_its_bag_and_it_hears_of_bad_steps(tmp_pa
     assert losses[1] == 0
     run.fit()
     assert run.model.head.told == [True, False]
+
+
+def scored_run(folder: Path, epochs: int, **schedule) -> tuple[Trainer, list[dict]]:
+    """A run whose loader draws by scores; the epoch's first draw notes which ones it went by."""
+    run = trainer(folder, both(*[(0.5, 1.0)] * epochs), rescore=2, **schedule)
+    drawn: list[dict] = []
+
+    @dataclass(frozen=True)
+    class Loader:
+        view: View
+
+        def updates(self) -> int:
+            return 2
+
+        def epoch(self, epoch: int, **where):
+            drawn.append(dict(self.view.scores))
+            yield from TwoUpdates(set(), one_update=False).epoch(epoch, **where)
+
+    run.loader = Loader(View(Look(None)))  # type: ignore[arg-type,assignment]
+    run.score_patches = lambda model: {"s": model.head.classify.weight.detach().sum().view(1)}
+    return run, drawn
+
+
+def test_patches_are_scored_on_schedule_and_a_stopped_run_goes_on_by_the_stored_scores(tmp_path):
+    run, drawn = scored_run(tmp_path, 5)
+    run.fit()
+    assert drawn[:2] == [{}, {}]
+    assert sorted(path.name for path in tmp_path.glob("patch_scores_*")) == [
+        "patch_scores_2.safetensors",
+        "patch_scores_4.safetensors",
+    ]
+    last = load_file(tmp_path / "patch_scores_4.safetensors")["s"]
+    assert drawn[-1]["s"].tolist() == last.tolist()
+    again, _ = scored_run(tmp_path, 5)
+    (tmp_path / "patch_scores_4.safetensors").unlink()
+    again.resume()  # it is finished: nothing more is drawn
+    assert again.progress.finished
+    other, _ = scored_run(tmp_path, 5)
+    other.progress.epoch = 4
+    with pytest.raises(UserError, match=r"cannot go on without .*patch_scores_4"):
+        other._load_scores()
+    other.progress.epoch = 3
+    other._load_scores()
+    assert list(other.loader.view.scores) == ["s"]
+
+
+def test_scores_that_are_not_finite_stop_the_run_with_the_slides_name(tmp_path):
+    run, _ = scored_run(tmp_path, 5)
+    run.score_patches = lambda model: {"good": torch.ones(2), "bad": torch.tensor([1.0, torch.nan])}
+    with pytest.raises(UserError, match="not finite\n  bad"):
+        run.fit()
+
+
+def test_patches_are_scored_by_the_weights_that_are_judged(tmp_path):
+    found = {}
+    for judged in ("model", "ema"):
+        run, _ = scored_run(tmp_path / judged, 3, judged=judged)
+        run.fit()
+        found[judged] = float(load_file(tmp_path / judged / "patch_scores_2.safetensors")["s"])
+    assert found["model"] != found["ema"]

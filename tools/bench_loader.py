@@ -690,7 +690,7 @@ COLD_ROUNDS = 3
 def report(bench: Bench) -> int:
     """The stages and the other loaders, a line each, then the table."""
     sizes = bench.sizes
-    crop = Augment(flip=True, crop=sizes.crop, size=sizes.out)
+    crop = Augment(crop=sizes.crop, size=sizes.out)
     library = turbojpeg_library() or simplejpeg_library()
     windows = windows_of(bench, Augment(flip="none", crop=sizes.crop, size=sizes.out))
     ways = {

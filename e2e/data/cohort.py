@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -124,42 +123,45 @@ def match_stores(
 def match_scales(
     slides: Sequence[Slide], scales: Sequence[Sequence[Store]]
 ) -> tuple[dict[str, list[Store]], list[Problem]]:
-    """The stores of each slide, one a scale; a slide that lacks patches at one of them is listed.
+    """The stores of each slide at further magnifications; who lacks patches at one is listed.
 
-    What the stores of further scales have besides the table's slides is no fault.
+    What these stores have besides ``slides`` is no fault.
     """
     found: dict[str, list[Store]] = {slide.id: [] for slide in slides}
     problems: list[Problem] = []
     for number, stores in enumerate(scales):
         where, wrong = match_stores(slides, stores)
-        named = {slide.id for slide in slides}
-        at = f" (data.scales[{number - 1}])" if number else ""
         problems += [
-            Problem(p.slide, p.where, p.problem + at)
+            Problem(p.slide, p.where, f"{p.problem} (data.scales[{number}])")
             for p in wrong
-            if not number or p.slide in named
+            if p.slide in {slide.id for slide in slides}
         ]
         found = {k: [*before, where[k]] for k, before in found.items() if k in where}
     return found, problems
 
 
-def check_sides(scales: Sequence[Sequence[Store]], size: int | None) -> None:
-    """UserError unless the stores of a scale hold patches of one size, and all scales do or are resized.
+def check_sides(stores: Mapping[str, Sequence[Store]], size: int | None) -> None:
+    """UserError unless a scale's stores hold patches of one size, and all scales do or are resized.
+
+    A slide of each store is looked at.
 
     Args:
+        stores: of each slide, one a scale.
         size: to which all patches are brought; None: they stay as stored.
     """
-    sides: dict[int, Path] = {}
-    for stores in scales:
-        if size is not None:
-            sides = {}
-        for store in stores:
-            filled = (slide for slide in store.slides if store.count(slide))
-            sides |= {store.record(slide).patch_px: store.path for slide in islice(filled, 1)}
-        if len(sides) > 1:
+    sides: dict[int, dict[int, Path]] = {}
+    seen: set[tuple[int, Path]] = set()
+    for slide, own in stores.items():
+        for scale, store in enumerate(own):
+            if (scale, store.path) not in seen:
+                seen.add((scale, store.path))
+                side = store.record(slide).patch_px
+                sides.setdefault(0 if size is None else scale, {})[side] = store.path
+    for found in sides.values():
+        if len(found) > 1:
             raise UserError(
                 "stores hold patches of different sizes\n"
-                + listing(f"{path}: {side} px" for side, path in sides.items())
+                + listing(f"{path}: {side} px" for side, path in found.items())
                 + "\n  pack the stores of a scale alike; set bag.size=PX where scales differ"
             )
 

@@ -104,6 +104,11 @@ class View:
             return rows, None
         return rows, torch.from_numpy(np.concatenate(coords))
 
+    def check_places(self, item: LabelledSlide) -> None:
+        """UserError where nobody knows the coords of its patches."""
+        for store in self._stores(item):
+            _ = store.record(item.slide.id).places
+
     def _stores(self, item: LabelledSlide) -> tuple[Store, ...]:
         return (item.store, *item.more)[: len(self.shares) or 1]
 
@@ -227,7 +232,10 @@ class TrainingLoader:
         return -(-len(self.items) // self.bags)
 
     def check(self, world_size: int, epochs: int) -> None:
-        """UserError where a rank's share must be one chunk and is not, in any epoch."""
+        """UserError where a sampler lacks coords, or a rank's share must be one chunk and is not."""
+        if self.view.sampler.uses_coords:
+            for item in self.items:
+                self.view.check_places(item)
         sizes = [self.view.count(item) for item in self.items]
         for epoch in range(epochs if self.one_piece else 0):
             for update in self._plan(epoch):
@@ -266,13 +274,13 @@ class TrainingLoader:
 
 
 def some_slides(
-    items: Sequence[LabelledSlide], most: int | None, *, seed: int
+    items: Sequence[LabelledSlide], most: int | None, *, group: Callable[[Tensor], int], seed: int
 ) -> list[LabelledSlide]:
-    """At most ``most`` slides, always the same ones, of each label as many as can be."""
+    """At most ``most`` slides, always the same ones, of each group of targets as many as can be."""
     drawn = sorted(items, key=lambda item: mix(seed, item.slide.id, "some"))
-    groups: dict[str, list[LabelledSlide]] = {}
+    groups: dict[int, list[LabelledSlide]] = {}
     for item in drawn:
-        groups.setdefault(str(item.target), []).append(item)
+        groups.setdefault(group(item.target), []).append(item)
     turns = chain.from_iterable(zip_longest(*(groups[key] for key in sorted(groups))))
     chosen = [item for item in turns if item is not None][:most]
     return sorted(chosen, key=lambda item: item.slide.id)

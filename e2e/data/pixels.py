@@ -124,6 +124,8 @@ class StoredPixels:
                 self._augment(p, part)
                 for p, part in zip(once("uint8", decoded), _by_side(rows), strict=True)
             ]
+            if len({piece.dtype for piece in pieces}) > 1:  # some were resampled, some were not
+                pieces = [p / 255 if p.dtype == torch.uint8 else p for p in pieces]
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
         rows = cut_rows(self._rows, start, stop)

@@ -207,7 +207,8 @@ def _position_within(groups: NDArray[np.int64]) -> NDArray[np.int64]:
 class AttentionSampler(Sampler):
     """The patches of the highest scores, and random ones of the others.
 
-    A slide without scores yet is drawn at random. Of equal scores the lower index wins.
+    A slide without scores yet is drawn at random. Of equal scores any
+    may win: a head that weighs all patches alike draws them at random.
 
     Source: the ABMILX project's attention sampling, which is ``top=1``: nothing but the highest, scored
     by the moving average of the model.
@@ -226,7 +227,9 @@ class AttentionSampler(Sampler):
 
     def _draw(self, rng, count, size, coords, scores) -> NDArray[np.int64]:
         number = 0 if scores is None else math.floor(self.top * size + 0.5)
-        order = np.arange(count) if scores is None else np.argsort(-scores, kind="stable")
+        order = np.arange(count)
+        if scores is not None and number:
+            order = np.lexsort((rng.permutation(count), -scores))
         others = np.sort(order[number:])
         return np.concatenate([order[:number], rng.choice(others, size - number, replace=False)])
 

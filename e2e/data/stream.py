@@ -2,7 +2,7 @@
 
 Two threads make chunks (read, decode, augment), and the decoder spreads each over threads of its own:
 JPEG decoding lets go of the interpreter, so no process has to be started, nothing is pickled, and
-nothing passes through shared memory. On a GPU each maker has a stream of its own.
+nothing passes through shared memory. On a GPU they have a stream of their own.
 
 Memory of a process: the pixels of :data:`AHEAD` chunks besides the one that is computed, and what a
 pixel source keeps for a second pass.
@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from e2e.bag import Bag, Chunk, PixelSource
+from e2e.data.decode import threads
 
 AHEAD = 2
 """Chunks that are made before they are asked for: one is ready while another is in work."""
@@ -73,10 +74,13 @@ class PixelsAhead:
             self._begin([span])
             future = self._made.pop(span)
             coming = self._after(span, again=again)
-            self._begin(coming[:AHEAD])
+            self._begin([other for other in coming[:AHEAD] if other in self._first])
         if len(coming) < AHEAD and self.then is not None:
             self.then(AHEAD - len(coming))
         pixels = future.result().here()
+        with self._lock:
+            # Not before: a second pass that begins with the first unfinished finds nothing kept.
+            self._begin(coming[:AHEAD])
         if not again and hasattr(self._source, "forget"):
             self._source.forget(start, stop)  # pyright: ignore[reportAttributeAccessIssue]
         self._waiting.seconds += time.perf_counter() - began
@@ -144,18 +148,14 @@ def _make(source: PixelSource, span: Span, device: torch.device) -> _Made:
 
 @cache
 def _makers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(AHEAD, thread_name_prefix="pixels")
+    return ThreadPoolExecutor(min(AHEAD, threads()), thread_name_prefix="pixels")
 
 
 # A forked process has the pool but none of its threads, and would wait for them for ever.
 os.register_at_fork(after_in_child=_makers.cache_clear)
 
-_STREAMS = threading.local()
 
-
+@cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Of this thread and device."""
-    streams: dict[Any, torch.cuda.Stream] = _STREAMS.__dict__
-    if device not in streams:
-        streams[device] = torch.cuda.Stream(device)
-    return streams[device]
+    """One for all makers: what one keeps for a second pass, the other may take up."""
+    return torch.cuda.Stream(device)
