@@ -112,7 +112,7 @@ def _scaled_rows(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     scales, shifts = (v.flatten().repeat(width) for v in (scale, shift))
     found = torch.empty(count, height, width * channels, dtype=scale.dtype)
     for rows, out in zip(pixels.permute(0, 2, 3, 1).flatten(2), found, strict=True):
-        torch.addcmul(shifts, rows.to(scale.dtype), scales, out=out)
+        out.copy_(rows).mul_(scales).add_(shifts)
     return found.view(count, height, width, channels).permute(0, 3, 1, 2)
 
 
