@@ -55,6 +55,9 @@ from e2e.heads.base import HEADS
 from e2e.model import MILModel
 from e2e.parallel import autocast_dtype
 
+RETURNED = "glibc.malloc.mmap_threshold=1048576"
+"""Freed tensors go back to the system at once. Else the peak is also of what the allocator holds back,
+tens of MiB more or less from run to run."""
 Gradients = dict[str, Tensor]
 
 
@@ -343,7 +346,10 @@ def memory_of(work: Work, way: Way, store: PatchStore, threads: int) -> dict[str
     }
     command = [sys.executable, __file__, "--one", json.dumps(spec), "--threads", str(threads)]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads), "GLIBC_TUNABLES": RETURNED},
     )
     if done.returncode:
         raise UserError(f"{way.name}: exit code {done.returncode}\n{done.stderr}")
