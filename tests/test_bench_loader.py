@@ -117,9 +117,9 @@ def test_fewer_pixels_are_refused(short):
 
 
 def test_windows_are_those_that_the_augmentation_cuts(small):
-    whole = bench.windows_of(small, Augment(flip=False, size=48))
+    whole = bench.windows_of(small, Augment(flip="none", size=48))
     np.testing.assert_allclose(whole, np.tile([0, 0, 64, 64], (20, 1)), atol=0.1)
-    augment = Augment(flip=False, crop=0.25, size=48)
+    augment = Augment(flip="none", crop=0.25, size=48)
     windows = bench.windows_of(small, augment)
     assert len(np.unique(windows, axis=0)) == 20
     ours = partial(bench.ours, small, small.look(augment))
@@ -133,7 +133,7 @@ def test_windows_are_those_that_the_augmentation_cuts(small):
 def test_windows_of_patches_too_large_for_8_bits_are_refused(tmp_path):
     large = Bench(tmp_path, [b""], 512, SIZES, [0])
     with pytest.raises(UserError, match="512: windows are read off 8-bit pictures"):
-        bench.windows_of(large, Augment(flip=False, size=48))
+        bench.windows_of(large, Augment(flip="none", size=48))
 
 
 def test_ways_take_turns_and_turn_the_order_round():
