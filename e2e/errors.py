@@ -34,10 +34,18 @@ LOST_RANK = 4
 """Exit code: another process of the run was lost."""
 
 
-def exit_code(main: Callable[[], int | None]) -> int:
+INTERRUPTED = 130
+"""Exit code: Ctrl-C, as shells have it."""
+
+
+def exit_code(main: Callable[[], int | None], *, interrupted: str | None = None) -> int:
     """Run ``main`` and return its exit code; a UserError is printed and becomes 2, a lost rank 4.
 
     Any other exception goes on its way: a crash exits non-zero with its traceback.
+
+    Args:
+        interrupted: what to say of Ctrl-C, in one line and with exit code 130; None: it is no
+            other than the rest.
     """
     try:
         return main() or 0
@@ -50,6 +58,11 @@ def exit_code(main: Callable[[], int | None]) -> int:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
         return LOST_RANK
+    except KeyboardInterrupt:
+        if interrupted is None:
+            raise
+        print(f"\n{interrupted}", file=sys.stderr)
+        return INTERRUPTED
 
 
 def listing(items: Iterable[object], *, most: int = 10) -> str:

@@ -31,7 +31,6 @@ from e2e.data.augment import (
     flip_and_turn,
     motions,
     random_motion,
-    random_resized_crop,
     random_windows,
     resample,
     resize,
@@ -205,6 +204,11 @@ def test_without_flip_crop_and_size_nothing_changes():
     assert Augment(flip="none", crop=1.0, size=None)(pixels, SEEDS[:5]) is pixels
     assert Augment(flip="none", crop=1.0, size=6)(pixels, SEEDS[:5]) is pixels
     assert Augment(flip="turns")(pixels, SEEDS[:5]).dtype == torch.uint8
+
+
+def random_resized_crop(pixels, seeds, least_area: float, size: int) -> torch.Tensor:
+    """The crop as it is made of floats, and on a GPU."""
+    return resample(pixels, (size, size), random_windows(seeds, least_area))
 
 
 @given(seeds=seed_arrays, value=st.integers(0, 255), size=st.integers(1, 12))

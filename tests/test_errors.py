@@ -82,3 +82,8 @@ def test_a_long_list_is_shown_in_part_and_counted():
     assert listing(range(12), most=10).splitlines()[-2:] == ["  9", "  ... and 2 more"]
     assert listing(range(10)).count("\n") == 9
     assert listing([]) == ""
+
+
+def test_ctrl_c_is_one_line_and_130_where_a_command_says_what_it_means(capsys):
+    assert exit_code(failing(KeyboardInterrupt()), interrupted="stopped; go on") == 130
+    assert capsys.readouterr().err == "\nstopped; go on\n"

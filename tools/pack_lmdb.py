@@ -256,14 +256,6 @@ def main() -> int:
     return 3 if any(report.problems for report in reports) else 0
 
 
-def interruptible() -> int:
-    """``main``; Ctrl-C ends it in one line."""
-    try:
-        return main()
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where this one ended", file=sys.stderr)
-        return 130
-
-
 if __name__ == "__main__":
-    sys.exit(exit_code(interruptible))
+    said = "stopped; the same command goes on where this one ended"
+    sys.exit(exit_code(main, interrupted=said))

@@ -297,11 +297,6 @@ def motions(
     return np.concatenate([back * half / half[:, None], offset[:, :, None]], 2)
 
 
-def random_resized_crop(pixels: Tensor, seeds: Seeds, least_area: float, size: int) -> Tensor:
-    """:func:`random_windows` of the patches, resampled to ``size``: float in 0..1."""
-    return resample(pixels, (size, size), random_windows(seeds, least_area))
-
-
 def resample(
     pixels: Tensor,
     shape: tuple[int, int],

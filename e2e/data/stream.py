@@ -67,7 +67,7 @@ class PixelsAhead:
     ) -> Tensor:
         """See :class:`PixelSource`; waits for what is not ready yet."""
         span = (start, stop)
-        if device != self._device or span not in (*self._first[:1], *self._first, *self._second):
+        if device != self._device or span not in (*self._first, *self._second):
             return self._source(start, stop, device, again=again)
         began = time.perf_counter()
         with self._lock:
