@@ -1,15 +1,20 @@
-"""How many chunks may keep their graphs: what a graph holds, what memory is left."""
+"""Main memory that is used again; and how many chunks may keep their graphs, by what memory is left."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from e2e.errors import OneRankError
@@ -28,6 +33,31 @@ def parse_bytes(text: str) -> int:
 def show_bytes(count: float) -> str:
     """``1.5 GiB``, ``200 MiB``."""
     return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
+
+
+class Slabs:
+    """Main memory for chunk after chunk, handed out again when its last tensor is gone.
+
+    The first touch of new memory costs as much as half a JPEG decode of what goes into it. As many
+    slabs are held as were in use at once; each grows to the largest chunk it was asked for.
+    """
+
+    def __init__(self) -> None:
+        # Its methods are atomic: no lock to wait for.
+        self._free: deque[NDArray[np.uint8]] = deque()
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """(*shape) of any content."""
+        size = math.prod(shape) * dtype.itemsize
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = np.empty(0, np.uint8)
+        if memory.size < size:
+            memory = np.empty(size, np.uint8)  # NumPy asks for huge pages
+        lent = memory[:size]  # the tensor holds this one, and nobody else does
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return torch.from_numpy(lent).view(dtype).view(shape)
 
 
 class GraphBudget:

@@ -338,7 +338,7 @@ LOST = {
 def test_a_broken_value_is_named_by_its_index(case, threads, kind, index):
     if kind == "cut with an end" and not case.decoder.strict:
         pytest.skip("its library takes what it can get")
-    threads(2)
+    threads(4)
     jpegs = [WHOLE] * 40
     jpegs[index] = BROKEN[kind]
     with pytest.raises(UndecodableError, match="is no readable JPEG") as error:
@@ -449,8 +449,8 @@ def test_one_thread_is_the_callers_own(threads):
     assert spy.threads() == {threading.get_ident()}
 
 
-def test_the_caller_works_too_and_no_more_threads_than_were_set(threads):
-    threads(3)
+def test_the_caller_works_too_and_takes_no_more_than_half_of_the_threads(threads):
+    threads(6)  # of two callers
     spy = Spy()
     spy.decode(VALUES)
     assert threading.get_ident() in spy.threads()
@@ -469,7 +469,7 @@ def test_a_few_patches_are_decoded_by_the_caller(threads):
 
 
 def test_after_an_error_nobody_writes_into_the_callers_memory_any_more(threads):
-    threads(2)
+    threads(4)
     spy, large = Spy(), jpeg(0, width=1024)
     with pytest.raises(UndecodableError):
         spy.decode([large[:2000], *[large] * 31])  # at once, while the others take long
@@ -483,7 +483,7 @@ def test_no_thread_at_all_is_refused(count):
 
 
 def test_several_threads_may_use_one_decoder_at_a_time(case, threads):
-    threads(2)
+    threads(4)
     expected = [case.pixels(VALUES), case.pixels(VALUES[::-1])]
     found: list[NDArray[np.uint8]] = []
 
@@ -514,7 +514,7 @@ def decode_in_child(name: str) -> list[int] | str:
 @pytest.mark.parametrize("name", sorted(name for name in READY if name.endswith("-cpu")))
 def test_decoding_goes_on_in_a_forked_process_or_says_that_it_cannot(name, threads):
     # A forked process has its parent's thread pool but not the threads.
-    threads(2)
+    threads(4)
     READY[name].decoder.decode([WHOLE] * 32)
     with multiprocessing.get_context("fork").Pool(1) as pool:
         found = pool.apply_async(decode_in_child, [name]).get(timeout=60)

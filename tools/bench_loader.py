@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from multiprocessing import active_children, get_context
 from typing import Any, NamedTuple
 
@@ -234,13 +234,14 @@ def item_of(store: PatchStore, slide: str) -> LabelledSlide:
     return LabelledSlide(Slide(slide, slide, "train", {}), store, torch.tensor(0))
 
 
-def ours(bench: Bench, look: Look) -> Pixels:
-    """The real training path: loader, pixels ahead, chunk after chunk."""
+def ours(bench: Bench, look: Look, epochs: int = 1) -> Pixels:
+    """The real training path: loader, pixels ahead, chunk after chunk, epoch after epoch."""
     view = View(look)
     # Cuts of exactly ``chunk``, so that all ways make the same chunks.
     items = [item_of(bench.store, bench.slide)]
     loader = TrainingLoader(items, view, bags=1, chunk=bench.sizes.chunk, full=True)
-    for bag, _ in ahead(loader.epoch(0, rank=0, world_size=1), CPU):
+    bags = chain.from_iterable(loader.epoch(k, rank=0, world_size=1) for k in range(epochs))
+    for bag, _ in ahead(bags, CPU):
         for chunk in bag.chunks:
             yield bag.pixels(chunk.start, chunk.stop, CPU)
 
@@ -646,6 +647,10 @@ def hash_of(jpegs: Sequence[bytes]) -> str:
     return hashlib.blake2b(b"".join(jpegs), digest_size=8).hexdigest()
 
 
+EPOCHS = 4
+"""That two cores work on: at the end of all, one may wait for the other."""
+
+
 def two_workers(
     store: str, slide: str, chunk: int, decoder: str, rounds: int, cores: list[int]
 ) -> dict[str, Any]:
@@ -656,13 +661,14 @@ def two_workers(
     jpegs = opened.read(slide, range(sizes.patches))
     bench = Bench(Path(store).parent, jpegs, opened.record(slide).patch_px, sizes, cores)
     bench.__dict__["store"] = opened
+    jpegs *= EPOCHS
     half = len(jpegs) // 2
     halves = [jpegs[:half], jpegs[half:]]
     context = get_context("spawn")  # forked, it would inherit locks of torch's threads
     with context.Pool(2) as pool, ThreadPoolExecutor(2) as threads:
         job = partial(decode_all, bench.side)
         ways: dict[str, Callable[[], Iterable[object]]] = {
-            "ours": lambda: ours(bench, bench.look()),
+            "ours": lambda: ours(bench, bench.look(), EPOCHS),
             "one": lambda: [job(jpegs)],
             "processes": lambda: pool.map(job, halves, chunksize=1),
             "threads": lambda: threads.map(job, halves),

@@ -207,7 +207,8 @@ def workers(bench_: Bench) -> Iterator[Row]:
     best = min(("threads", "processes"), key=lambda name: float(np.median(found[name])))
     share = bench.ratio(found[best], found["ours"])
     one = bench.ratio(found[best], found["one"])
-    speeds = {name: f"{sizes.patches / np.median(wall):,.0f}/s" for name, wall in found.items()}
+    patches = sizes.patches * bench.EPOCHS
+    speeds = {name: f"{patches / np.median(wall):,.0f}/s" for name, wall in found.items()}
     busy = " - no slower than two, so the second core is busy" if one >= 0.9 else ""
     yield Row(
         f"2 cores against two bare decode loops ({best}: {speeds[best]})",

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from e2e.data.sampler import uniform
 from e2e.errors import UserError
+from e2e.memory import Slabs
 from e2e.registry import Registry
 
 Seeds = NDArray[np.uint64]
@@ -233,15 +234,20 @@ def flip_and_turn(pixels: Tensor, seeds: Seeds, *, turn: bool = True) -> Tensor:
 
 
 def _turn_bytes(pixels: Tensor, coins: NDArray[np.bool_]) -> Tensor:
-    """One copy a patch, pixel by pixel instead of byte by byte: a fifth of the time."""
+    """Patch by patch, pixels as units of bytes: several times as fast as by single bytes."""
     count, channels, height, width = pixels.shape
-    whole = pixels.permute(0, 2, 3, 1).contiguous().numpy().view(f"V{channels}")[..., 0]
-    found = np.empty_like(whole)
+    whole = pixels.permute(0, 2, 3, 1).contiguous()
+    memory = _TURNED.take((count, height, width, channels), torch.uint8)
+    found = memory.numpy().view(f"V{channels}")[..., 0]
     for patch, (x, y, transpose), out in zip(whole, coins, found, strict=True):
-        turned = patch[:: -1 if y else 1, :: -1 if x else 1]
+        # PyTorch mirrors the units of a row ten times as fast as NumPy, which transposes faster.
+        patch = (patch.flip(1) if x else patch).numpy().view(f"V{channels}")[..., 0]
+        turned = patch[:: -1 if y else 1]
         out[...] = turned.T if transpose else turned
-    memory = torch.from_numpy(found.view(np.uint8).reshape(count, height, width, channels))
     return memory.permute(0, 3, 1, 2)
+
+
+_TURNED = Slabs()
 
 
 def random_windows(seeds: Seeds, least_area: float) -> Floats:
@@ -340,13 +346,16 @@ def resample(
     return image.clamp_(0, 255).div_(255)
 
 
+_CROPS = Slabs()
+
+
 def cut_bytes(pixels: Tensor, shape: tuple[int, int], windows: Floats) -> Tensor:
     """As :func:`resample` without a motion, but antialiased and rounded to bytes: uint8.
 
     On a CPU several times as fast, patch by patch. Torchvision crops images in this way.
     """
-    size = (len(pixels), pixels.shape[1], *shape)
-    found = torch.empty(size, dtype=torch.uint8, memory_format=torch.channels_last)
+    size = (len(pixels), *shape, pixels.shape[1])
+    found = _CROPS.take(size, torch.uint8).permute(0, 3, 1, 2)
     boxes = window_boxes(windows, pixels.shape[-2:]).tolist()
     for number, (x, y, width, height) in enumerate(boxes):
         window = pixels[number : number + 1, :, y : y + height, x : x + width]

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 import struct
-import weakref
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
@@ -20,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.errors import UserError
+from e2e.memory import Slabs
 from e2e.registry import Registry
 
 DECODERS: Registry[Decoder] = Registry("decoder")
@@ -31,6 +29,9 @@ there, without a copy."""
 Jpegs = Sequence[Buffer]
 Size = tuple[int, int]
 """(height, width) in pixels."""
+
+CALLS = 2
+"""Decode calls that are under way at once and share the threads: more threads than cores are slower."""
 
 FAULTS = (ValueError, OSError, SyntaxError, RuntimeError)
 """What the libraries raise for a damaged image."""
@@ -103,7 +104,7 @@ class CpuDecoder(Decoder):
         slab = _memory((len(jpegs), *size, 3), device) if out is None else out
         rows = slab.numpy()
         # A few images to a thread at least: handing over costs more than one image.
-        blocks = max(1, min(threads(), len(jpegs) // 8))
+        blocks = max(1, min(threads() // CALLS, len(jpegs) // 8))
         cuts = [len(jpegs) * block // blocks for block in range(blocks + 1)]
         first, *others = pairwise(cuts)
         running = [_pool().submit(self._block, jpegs, rows, *block) for block in others]
@@ -130,35 +131,10 @@ def _memory(shape: tuple[int, ...], device: torch.device) -> Tensor:
     if device.type == "cuda":
         # Pinned, so that the copy overlaps; PyTorch hands it out again when the copy is over.
         return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-    return _SLABS.take(shape)
+    return _SLABS.take(shape, torch.uint8)
 
 
-class _Slabs:
-    """Main memory for pixels, handed out again when its last tensor is gone.
-
-    The first touch of new memory costs up to half a decode.
-    """
-
-    def __init__(self) -> None:
-        self._free: deque[NDArray[np.uint8]] = (
-            deque()
-        )  # its methods are atomic: no lock to wait for
-
-    def take(self, shape: tuple[int, ...]) -> Tensor:
-        """uint8 of any content."""
-        size = math.prod(shape)
-        try:
-            memory = self._free.popleft()
-        except IndexError:
-            memory = np.empty(0, np.uint8)
-        if memory.size < size:
-            memory = np.empty(size, np.uint8)  # NumPy asks for huge pages
-        lent = memory[:size].reshape(shape)  # the tensor holds this one, and nobody else does
-        weakref.finalize(lent, self._free.append, memory).atexit = False
-        return torch.from_numpy(lent)
-
-
-_SLABS = _Slabs()
+_SLABS = Slabs()
 
 
 @DECODERS.register("simplejpeg")
@@ -415,7 +391,7 @@ def build_decoder(name: str = "auto", device: torch.device | str = "cpu") -> Dec
 
 
 def set_threads(count: int) -> None:
-    """CPU threads, the caller's own among them, of each decode call in this process from now on.
+    """CPU threads, the callers' own among them, of two decode calls at once in this process from now on.
 
     Without it: this rank's share of the cores, at most 16. 1: no other thread is ever used.
     """
@@ -427,7 +403,7 @@ def set_threads(count: int) -> None:
 
 
 def threads() -> int:
-    """CPU threads of a decode call, see :func:`set_threads`."""
+    """CPU threads of two decode calls at once, see :func:`set_threads`."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's: ranks on this machine
     return _threads or max(1, min(16, len(os.sched_getaffinity(0)) // ranks))
 

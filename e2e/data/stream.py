@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from e2e.bag import Bag, Chunk, PixelSource
-from e2e.data.decode import threads
+from e2e.data.decode import CALLS, threads
 
 AHEAD = 2
 """Chunks that are made before they are asked for: one is ready while another is in work."""
@@ -148,7 +148,7 @@ def _make(source: PixelSource, span: Span, device: torch.device) -> _Made:
 
 @cache
 def _makers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(AHEAD, threads()), thread_name_prefix="pixels")
+    return ThreadPoolExecutor(min(CALLS, threads()), thread_name_prefix="pixels")
 
 
 # A forked process has the pool but none of its threads, and would wait for them for ever.

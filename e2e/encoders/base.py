@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from e2e.errors import UserError
+from e2e.memory import Slabs
 from e2e.registry import Registry
 
 
@@ -102,6 +103,9 @@ class Encoder(nn.Module):
         return self
 
 
+_NORMALISED = Slabs()
+
+
 def _scaled_rows(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``pixels * scale + shift`` (n,3,H,W), channels last in memory, patch by patch.
 
@@ -110,7 +114,7 @@ def _scaled_rows(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """
     count, channels, height, width = pixels.shape
     scales, shifts = (v.flatten().repeat(width) for v in (scale, shift))
-    found = torch.empty(count, height, width * channels, dtype=scale.dtype)
+    found = _NORMALISED.take((count, height, width * channels), scale.dtype)
     for rows, out in zip(pixels.permute(0, 2, 3, 1).flatten(2), found, strict=True):
         out.copy_(rows).mul_(scales).add_(shifts)
     return found.view(count, height, width, channels).permute(0, 3, 1, 2)
