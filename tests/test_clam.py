@@ -21,7 +21,7 @@ from e2e.heads.clam import evidence
 D, K = 6, 4
 SIZES = (19, 1, 5, 8, 2)
 B, N = len(SIZES), max(SIZES)
-NAMES = ["clam_sb"]
+NAMES = ["clam_sb", "clam_mb"]
 
 Array = NDArray[np.float64]
 
@@ -239,6 +239,21 @@ def test_the_instance_loss_trains_features_and_patch_classifiers_but_not_the_att
     trained = {key for key, gradient in found.items() if gradient is not None}
     assert trained == {"project.0.weight", "project.0.bias", "cluster.weight", "cluster.bias"}
     assert all(found[key].abs().max() > 0 for key in trained)
+
+
+def test_each_branch_of_clam_mb_attends_for_its_own_class():
+    head = build("clam_mb")
+    features, mask = bags()
+    before = head(features, mask)
+    with torch.no_grad():
+        head.score.score.weight[1] += 1
+    after = head(features, mask)
+    moved = (after.logits - before.logits).abs()
+    assert (moved[:, [0, 2]] == 0).all()
+    assert moved[0, 1] > 1e-6
+    torch.testing.assert_close(after.attention()[:, [0, 2]], before.attention()[:, [0, 2]])
+    torch.testing.assert_close(after.aux["highest"][:, [0, 2]], before.aux["highest"][:, [0, 2]])
+    assert not torch.equal(after.aux["highest"][:, 1], before.aux["highest"][:, 1])
 
 
 def test_without_weight_there_are_no_patch_classifiers_and_any_target_goes(name):

@@ -125,9 +125,9 @@ class ClamSB(Head):
             coords: unused.
 
         Returns:
-            logits (B, C); attention_logits (B, 1, N); instance_logits (B, N, C), the
-            log-odds s_m1 - s_m0 that a patch is evidence for class m, without ``instance_weight``
-            None.
+            logits (B, C); attention_logits (B, A, N), with one map (``clam_sb``) or C maps, map m
+            that of class m (``clam_mb``); instance_logits (B, N, C), the log-odds s_m1 - s_m0 that
+            a patch is evidence for class m, without ``instance_weight`` None.
         """
         x_BNE = self.project(clear_padding(features, mask))
         logits_BAN = mask_logits(self.score(x_BNE).transpose(1, 2), mask)
@@ -206,3 +206,22 @@ def evidence(odds_BCN: Tensor, attention_BAN: Tensor, mask: Tensor, k: int) -> d
         "lowest": at(count_B1 - 1 - first_BK),
         "share": used_BK.to(odds_BCN.dtype) / taken_B1.clamp(min=1),
     }
+
+
+@HEADS.register("clam_mb")
+class ClamMB(ClamSB):
+    """CLAM with an attention branch for each class m, all on one gated layer::
+
+        a_m     = softmax_n( w_m . (tanh(V h_n) * sigmoid(U h_n)) )
+        logit_m = W_cm . sum_n a_mn h_n
+
+    The patches of class m's instance loss are ranked by a_m. All else, options included, is as in
+    :class:`ClamSB`.
+    """
+
+    def _maps(self, num_outputs: int) -> int:
+        return num_outputs
+
+    def _bag_logits(self, slide_BAE: Tensor) -> Tensor:
+        # Every classifier on every class's vector, of which its own is kept: C x C numbers.
+        return self.classify(slide_BAE).diagonal(dim1=1, dim2=2)
