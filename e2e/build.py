@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import e2e.encoders
 import e2e.heads
+import e2e.losses
 import e2e.tasks  # noqa: F401  (each import registers its plug-ins)
 from e2e.config import CONFIGS, BagSettings, Columns, Data, Engine, Optim, Plugin, Select, Settings
 from e2e.data.augment import AUGMENTS
@@ -38,6 +39,7 @@ from e2e.encoders.base import ENCODERS
 from e2e.errors import UserError, listing
 from e2e.files import write_atomically
 from e2e.heads.base import HEADS
+from e2e.losses.base import REGULARISERS, Regulariser
 from e2e.memory import parse_bytes
 from e2e.model import MILModel
 from e2e.parallel import Strategy, allow_tf32, autocast_dtype
@@ -51,6 +53,7 @@ REGISTRIES = {
     "task": TASKS,
     "sampler": SAMPLERS,
     "augment": AUGMENTS,
+    "losses": REGULARISERS,
 }
 
 

@@ -269,6 +269,8 @@ class Settings:
     encoder: Plugin
     head: Plugin
     task: Plugin
+    losses: dict[str, dict[str, Any]]
+    """Regulariser -> its options; each has a section of its own name."""
     optim: Optim
     engine: Engine
     select: Select
@@ -314,7 +316,7 @@ def settings_help() -> str:
     """Every setting with its default and meaning."""
     lines = [
         "settings (section.key=value), besides the options of the plug-ins, whose",
-        "names are those of encoder, head, task, sampler and augment:",
+        "names are those of encoder, head, task, sampler, augment, and of each regulariser (aem):",
     ]
 
     def walk(path: str, cls: Any) -> None:
@@ -346,7 +348,8 @@ def load_settings(
         datasets, model: names in configs/, or paths of YAML files.
         files: further YAML files, later ones win.
         overrides: ``section.key=value``, strongest of all.
-        registries: of the plug-in sections: encoder, head, task, sampler, augment.
+        registries: of the plug-in sections: encoder, head, task, sampler, augment; and ``losses``, of
+            which each has a section of its own name.
     """
     layers = [DEFAULTS, _layer_of("datasets", datasets), _model_layer(model)]
     layers += [_read_yaml(Path(path)) for path in files]
@@ -399,6 +402,8 @@ def dump_settings(settings: Settings) -> str:
         value = getattr(settings, section.name)
         if isinstance(value, Plugin):
             tree[section.name] = {"name": value.name, **value.options}
+        elif section.name == "losses":
+            tree |= value
         elif section.name != "names":
             tree[section.name] = dataclasses.asdict(value)
     return OmegaConf.to_yaml(OmegaConf.create(tree))
@@ -431,7 +436,9 @@ def _check_together(settings: Settings) -> None:
 def _build(
     layers: Sequence[Layer], registries: Mapping[str, Registry[Any]], names: dict[str, str]
 ) -> Settings:
-    known = [*PLAIN, *registries]
+    losses = registries["losses"]
+    registries = {key: value for key, value in registries.items() if key != "losses"}
+    known = [*PLAIN, *registries, *losses.names()]
     plugins: dict[str, str] = {}
     for section in registries:
         name = _plugin_name(section, layers)
@@ -441,6 +448,7 @@ def _build(
     schema: dict[str, Any] = dict(PLAIN)
     for section, registry in registries.items():
         schema[section] = _option_schema(section, registry, plugins[section])
+    schema |= {name: _option_schema(name, losses, name) for name in losses.names()}
     tree: Any = OmegaConf.create({s: OmegaConf.structured(c) for s, c in schema.items()})
     for number, (source, layer) in enumerate(layers):
         for section, values in layer.items():
@@ -463,6 +471,7 @@ def _build(
         raise UserError(f"setting {error.full_key}: {str(error.msg).splitlines()[0]}") from error
     for section in registries:
         made[section] = Plugin(plugins[section], dataclasses.asdict(made[section]))
+    made["losses"] = {name: dataclasses.asdict(made.pop(name)) for name in losses.names()}
     settings = Settings(**made, names=names)
     _check_together(settings)
     return settings

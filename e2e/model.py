@@ -5,11 +5,14 @@ forward keeps its features alone, the backward asks the bag for the same pixels 
 with gradients. So the memory is that of one chunk, however many patches a bag has, and the gradients
 are those of the whole bag. Chunks whose graphs the memory budget holds are encoded once. The mechanism
 stands inside one forward of one module, so that DDP, FSDP and DeepSpeed reduce once a step.
+
+Where the bags hold features (:attr:`e2e.encoders.base.Encoder.given`), only the head is left, which sees
+all bags of a batch at once, padded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
@@ -21,6 +24,7 @@ from e2e.bag import Bag, Chunk
 from e2e.batchnorm import POLICIES, Around
 from e2e.encoders.base import Encoder
 from e2e.heads.base import Head, HeadOutput
+from e2e.losses.base import Regulariser
 from e2e.memory import GraphBudget
 
 
@@ -41,7 +45,7 @@ class ReplayError(RuntimeError):
 
 
 class MILModel(nn.Module):
-    """Patches of a batch of bags -> one ``HeadOutput`` a bag.
+    """Patches of a batch of bags -> one ``HeadOutput`` a bag; one for all of them if they hold features.
 
     Args:
         encoder: turns patches into features.
@@ -53,6 +57,7 @@ class MILModel(nn.Module):
         autocast: dtype of the encoder's and head's matrix products; None for float32.
         keep_graphs: memory for graphs that need no second pass; see :class:`GraphBudget`.
         verify: compare the features of both passes, ReplayError where they differ.
+        regularisers: extra losses; they are here because their state is saved with the weights.
     """
 
     def __init__(
@@ -67,10 +72,12 @@ class MILModel(nn.Module):
         autocast: torch.dtype | None = None,
         keep_graphs: str = "none",
         verify: bool = False,
+        regularisers: Iterable[Regulariser] = (),
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
+        self.regularisers = nn.ModuleList(regularisers)
         self.chunk = chunk
         self.train_encoder = train_encoder
         self.autocast = autocast
@@ -100,12 +107,15 @@ class MILModel(nn.Module):
     def forward(
         self, bag: Bag, device: torch.device, ranks: Ranks | None = None
     ) -> list[HeadOutput]:
-        """One output a bag, each with a batch axis of 1.
+        """One output a bag, each with a batch axis of 1; or one output with all bags of features.
 
         The head sees the bags one by one, each with draws seeded by its own bag: so dropout does
         not depend on which bags share a batch, a rank or a step. ``ranks`` is needed for bags that
-        are sharded over them, whose head runs on every rank alike.
+        are sharded over them, whose head runs on every rank alike. Of features, the draws are seeded
+        by the first bag of the batch.
         """
+        if self.encoder.given:
+            return [self._pool_padded(bag, device)]
         features = self._encode_all(bag, device, ranks)
         measured = self.training and torch.is_grad_enabled()
         rows = sum(bag.sizes)
@@ -125,6 +135,16 @@ class MILModel(nn.Module):
         coords = None if places is None else places.to(device).unsqueeze(0)
         with self._draws(bag.seeds[number], device), self._autocast(device):
             return self.head(whole, mask, coords)
+
+    def _pool_padded(self, bag: Bag, device: torch.device) -> HeadOutput:
+        """The head over a batch of bags, each of which is one chunk of features."""
+        rows = [bag.pixels(chunk.start, chunk.stop, device) for chunk in bag.chunks]
+        features, mask = pad(rows)
+        coords = None
+        if all(places is not None for places in bag.coords):
+            coords, _ = pad([places.to(device) for places in bag.coords if places is not None])
+        with self._draws(bag.seeds[0], device), self._autocast(device):
+            return self.head(features, mask, coords)
 
     def _encode_all(self, bag: Bag, device: torch.device, ranks: Ranks | None) -> Tensor:
         """(rows, dim) features of this rank's patches, at least float32."""
@@ -208,6 +228,21 @@ class MILModel(nn.Module):
     def _draws(self, seed: int, device: torch.device) -> AbstractContextManager[None]:
         """Dropout and the like draw alike in both passes, on any rank and after a resume."""
         return seeded(seed, device) if self.training else nullcontext()
+
+
+def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """B times (n,D) -> (B,N,D), 0 behind the n rows, and the mask (B,N); half precision becomes float32."""
+    longest = max(map(len, rows))
+    wide = rows[0].dtype
+    if wide.is_floating_point:
+        wide = torch.promote_types(wide, torch.float32)
+    padded = rows[0].new_empty(len(rows), longest, rows[0].shape[1], dtype=wide)
+    mask = torch.zeros(len(rows), longest, dtype=torch.bool, device=padded.device)
+    for own, real, whole in zip(rows, mask, padded, strict=True):
+        whole[: len(own)] = own
+        whole[len(own) :] = 0
+        real[: len(own)] = True
+    return padded, mask
 
 
 def _compare(first: Tensor | None, second: Tensor, bag: Bag, chunk: Chunk) -> None:

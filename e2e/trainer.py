@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 
 import safetensors.torch
@@ -26,9 +26,10 @@ from e2e.data.loader import TrainingLoader
 from e2e.data.stream import Waiting, ahead
 from e2e.errors import UserError, listing
 from e2e.files import write_atomically
-from e2e.heads.base import Head
+from e2e.heads.base import Head, HeadOutput
+from e2e.losses.base import Regulariser
 from e2e.log import MetricsLog, Screen
-from e2e.model import MILModel
+from e2e.model import MILModel, pad
 from e2e.optim import WeightAverage, build_optimizer, learning_rate
 from e2e.parallel import Strategy
 from e2e.tasks.base import Task
@@ -221,12 +222,13 @@ class Trainer:
         """Start one optimiser step on ``count`` slides over all ranks, ``total`` steps an epoch."""
         strategy, progress = self.strategy, self.progress
         lr = self._set_learning_rate(total)
-        losses = bag_losses(strategy, bag, self.task)
+        losses = bag_losses(strategy, bag, self.task, progress.step / (self.schedule.epochs * total))
         loss = losses.sum() / count
         strategy.backward(loss)
         norm, good = strategy.step()
         self.model.batch_norm.commit(strategy.sum, good)
-        self.model.head.after_step(good)
+        for module in (self.model.head, *self.model.regularisers):
+            module.after_step(good)
         if self.average is not None:
             self.average.update(strategy.shards(), progress.step, good)
         rows = sum(chunk.stop - chunk.start for chunk in bag.chunks if chunk.counts)
@@ -405,21 +407,42 @@ class Trainer:
             save_checkpoint(self.folder / f"{name}.safetensors", tensors, asdict(self.progress))
 
 
-def bag_losses(strategy: Strategy, bag: Bag, task: Task) -> Tensor:
-    """(B,) weighted loss of each of this rank's bags, task and head together.
+def bag_losses(strategy: Strategy, bag: Bag, task: Task, progress: float = 0.0) -> Tensor:
+    """(B,) weighted loss of each of this rank's bags: task, head and regularisers together.
 
     The gradient of the sum over bags and ranks, over the number of bags on all ranks, is the
-    update's: a mean of ranks' means would be wrong on ragged batches.
+    update's: a mean of ranks' means would be wrong on ragged batches. ``progress`` is the share of
+    the training that is done, by which regularisers are weighted.
     """
     outputs = strategy.module(bag, strategy.device, strategy)
     target, weight = bag.target.to(strategy.device), bag.weight.to(strategy.device)
     losses = task.loss(torch.cat([output.logits for output in outputs]), target)
-    head: Head = strategy.model.head  # pyright: ignore[reportAssignmentType]
+    ends = list(accumulate(len(output.logits) for output in outputs))
     extra = [
-        head.aux_loss(output, target[number : number + 1]) for number, output in enumerate(outputs)
+        _extra(strategy.model, output, target[start:stop], bag.coords[start:stop], progress)
+        for output, start, stop in zip(outputs, [0, *ends], ends, strict=False)
     ]
-    added = [losses.new_zeros(()) if e is None else e for e in extra]
-    return (losses + torch.stack(added)) * weight
+    return (losses + torch.cat(extra)) * weight
+
+
+def _extra(
+    model: nn.Module,
+    output: HeadOutput,
+    target: Tensor,
+    places: Sequence[Tensor | None],
+    progress: float,
+) -> Tensor:
+    """(B,) what head and regularisers add to the loss of the B bags of ``output``."""
+    head: Head = model.head  # pyright: ignore[reportAssignmentType]
+    zero = output.logits.new_zeros(len(output.logits), dtype=torch.float32)
+    own = head.aux_loss(output, target)
+    added = zero if own is None else zero + own
+    regularisers: Iterable[Regulariser] = model.regularisers  # pyright: ignore[reportAssignmentType]
+    for regulariser in regularisers:
+        known = [own for own in places if own is not None]
+        coords = pad([own.to(zero.device) for own in known])[0] if len(known) == len(places) else None
+        added = added + regulariser.weight.at(progress) * regulariser(output, target, coords)
+    return added
 
 
 def to_host(values: Tensor) -> Callable[[], list[float]]:

@@ -21,6 +21,9 @@ class Encoder(nn.Module):
     """
 
     dim: int
+    given = False
+    """Whether a bag's rows are features already, (n, dim), and nothing is left to encode."""
+
     pretrained: bool
     """Whether the weights were trained: decides the default BatchNorm policy."""
 
