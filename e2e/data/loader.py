@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, zip_longest
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from e2e.bag import Bag, Chunk
 from e2e.data.cohort import Slide
 from e2e.data.order import plan_epoch, turns
-from e2e.data.pixels import Look, PixelCache, Rows, StoredPixels, cut_rows, share_draws
+from e2e.data.pixels import PixelCache, Rows, Sight, cut_rows, share_draws
 from e2e.data.plan import Piece, PlannedChunk, cut_update, in_one_piece, rows_of, share_update
 from e2e.data.sampler import RandomSampler, Sampler, mix, pad_with_copies, scale_quotas
 from e2e.data.store import SlideRecord, Store
@@ -42,7 +43,7 @@ class LabelledSlide:
 class View:
     """Which patches stand for a slide, and what the encoder sees of them."""
 
-    look: Look
+    look: Sight
     seed: int = 0
     bag_size: int | None = None
     """Patches drawn for a slide; None: all."""
@@ -167,7 +168,7 @@ def make_bag(
             coords if e.shards or coords is None else coords[e.start : e.stop]
             for e, (_, coords) in ((e, chosen[e.slide]) for e in entries)
         ),
-        pixels=StoredPixels(rows, view.look),
+        pixels=view.look.source(rows),
         target=torch.stack([items[e.slide].target for e in entries]),
         slides=tuple(items[e.slide].slide.id for e in entries),
         seeds=tuple(mix(view.seed, epoch, keys[e.slide], "head") for e in entries),
@@ -216,6 +217,8 @@ class TrainingLoader:
         full: all chunks but a bag's last have exactly ``chunk`` patches.
         one_piece: a rank's patches are a single chunk, for statistics over the whole batch.
         groups: a number for each slide; groups are drawn equally often. None: each slide once.
+        whole: each bag is one chunk, however large; and where groups do not decide, bags of like
+            size share an update: for features, whose bags are padded to one size.
     """
 
     items: Sequence[LabelledSlide]
@@ -226,6 +229,7 @@ class TrainingLoader:
     full: bool = False
     one_piece: bool = False
     groups: Sequence[int] | None = None
+    whole: bool = False
 
     def updates(self) -> int:
         """Optimiser steps in an epoch."""
@@ -236,10 +240,9 @@ class TrainingLoader:
         if self.view.sampler.uses_coords:
             for item in self.items:
                 self.view.check_places(item)
-        sizes = [self.view.count(item) for item in self.items]
         for epoch in range(epochs if self.one_piece else 0):
             for update in self._plan(epoch):
-                self._shares([sizes[i] for i in update], world_size)
+                self._shares([self._sizes[i] for i in update], world_size)
 
     def epoch(
         self, epoch: int, *, rank: int, world_size: int, first: int = 0
@@ -248,19 +251,26 @@ class TrainingLoader:
         plan = self._plan(epoch)
         for update, came in list(zip(plan, turns(plan), strict=True))[first:]:
             slides = [self.items[i] for i in update]
-            shares = self._shares([self.view.count(item) for item in slides], world_size)
+            shares = self._shares([self._sizes[i] for i in update], world_size)
             where = {"turns": came, "rank": rank, "epoch": epoch}
             yield make_bag(slides, self.view, shares, **where), len(update)
 
     def _plan(self, epoch: int) -> list[list[int]]:
         where = {"seed": self.view.seed, "epoch": epoch}
-        return plan_epoch(len(self.items), self.bags, groups=self.groups, **where)
+        sizes = self._sizes if self.whole and self.groups is None else None
+        return plan_epoch(len(self.items), self.bags, groups=self.groups, sizes=sizes, **where)
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [self.view.count(item) for item in self.items]
 
     def _shares(self, sizes: Sequence[int], world_size: int) -> list[list[PlannedChunk]]:
+        alone = [[PlannedChunk(0, (Piece(bag, 0, size),))] for bag, size in enumerate(sizes)]
+        if self.whole:
+            return share_update(alone, world_size)
         if not self.one_piece:
             groups = cut_update(sizes, self.chunk, full=self.full)
             return share_update(groups, world_size, shard_over=self.shard_over)
-        alone = [[PlannedChunk(0, (Piece(bag, 0, size),))] for bag, size in enumerate(sizes)]
         shares = [in_one_piece(share) for share in share_update(alone, world_size)]
         rows = max(chunk.rows for share in shares for chunk in share)
         if rows > self.chunk:

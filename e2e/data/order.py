@@ -11,8 +11,18 @@ from numpy.typing import NDArray
 from e2e.data.sampler import mix
 
 
+WINDOW = 16
+"""Updates among whose slides those of like size are sought: more pad less, and mix less."""
+
+
 def plan_epoch(
-    num_slides: int, bags: int, *, seed: int, epoch: int, groups: Sequence[int] | None = None
+    num_slides: int,
+    bags: int,
+    *,
+    seed: int,
+    epoch: int,
+    groups: Sequence[int] | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """The updates of one epoch: ``num_slides`` slides in random order, ``bags`` an update.
 
@@ -23,6 +33,8 @@ def plan_epoch(
         epoch: 0-based.
         groups: one number a slide: its class, or event 1 / censored 0. The groups are then drawn
             equally often, see :func:`balanced_order`. None: every slide exactly once.
+        sizes: patches of each slide; slides of like size then share an update, see
+            :func:`gather_alike`. None: size plays no part.
 
     Returns:
         Lists of slide numbers; the last may be short. The same for every number of ranks.
@@ -37,7 +49,31 @@ def plan_epoch(
         raise ValueError(f"{len(groups)} groups for {num_slides} slides: give one a slide")
     else:
         order = balanced_order(groups, seed=seed, epoch=epoch).tolist()
+    if sizes is not None:
+        return gather_alike(order, sizes, bags, seed=seed, epoch=epoch)
     return [order[start : start + bags] for start in range(0, num_slides, bags)]
+
+
+def gather_alike(
+    order: Sequence[int], sizes: Sequence[int], bags: int, *, seed: int, epoch: int
+) -> list[list[int]]:
+    """Updates of ``bags`` slides of like size, from a random order of slides.
+
+    The order is cut into windows of :data:`WINDOW` updates. Within a window slides are sorted by
+    size and cut into updates, which come in random order. So who meets whom is drawn anew in each
+    epoch, and a batch that is padded to its largest bag wastes little. A short update is the
+    epoch's last, as without sizes.
+    """
+    rng = np.random.default_rng(mix(seed, epoch, "alike"))
+    plan = []
+    for first in range(0, len(order), WINDOW * bags):
+        window = list(order[first : first + WINDOW * bags])
+        rest = len(window) % bags
+        short = [window[len(window) - rest :]] if rest else []
+        alike = sorted(window[: len(window) - rest], key=lambda slide: sizes[slide])
+        updates = [alike[start : start + bags] for start in range(0, len(alike), bags)]
+        plan += [updates[k] for k in rng.permutation(len(updates))] + short
+    return plan
 
 
 def balanced_order(groups: Sequence[int], *, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -50,6 +50,14 @@ class Rows:
         return patch_seeds(self.seed, self.indices)
 
 
+class Sight(Protocol):
+    """How the rows of a bag are had: a :class:`Look`, or a cache of features."""
+
+    def source(self, rows: Sequence[Rows]) -> PixelSource:
+        """Where a bag of these rows gets what the encoder sees."""
+        ...
+
+
 @dataclass(frozen=True)
 class Look:
     """How JPEG bytes become what the encoder sees.
@@ -64,6 +72,10 @@ class Look:
     """Blue and red are swapped, as the ABMILX project's models were trained."""
     keep: str | None = None
     """What :class:`StoredPixels` keeps of rows it is asked for again."""
+
+    def source(self, rows: Sequence[Rows]) -> PixelSource:
+        """See :class:`Sight`."""
+        return StoredPixels(rows, self)
 
 
 def cut_rows(rows: Sequence[Rows], start: int, stop: int) -> list[Rows]:
