@@ -27,11 +27,12 @@ from e2e.heads.mean import MeanMIL
 
 
 def table_of(labels: list[int], *, seed: int = 0, signal: float = 3.0) -> BagTable:
-    """Bags of 1 to 5 rows; a positive bag's first row is ``signal`` higher in feature 0."""
+    """Bags of 1 to 5 rows of 16 features, of which the one with the label's number is higher."""
     rng = np.random.default_rng(seed)
-    offsets = np.r_[0, np.cumsum(rng.integers(1, 6, len(labels)))]
-    features = rng.normal(size=(offsets[-1], 4))
-    features[offsets[:-1], 0] += signal * np.array(labels)
+    sizes = rng.integers(1, 6, len(labels))
+    offsets = np.r_[0, np.cumsum(sizes)]
+    features = rng.normal(size=(offsets[-1], 16))
+    features[np.arange(offsets[-1]), np.repeat(labels, sizes)] += signal
     return BagTable(Path("drawn.csv"), features, offsets, np.array(labels), (0.0, 1.0))
 
 
@@ -60,7 +61,9 @@ ROWS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 1)), min_size=2
 
 
 @given(ROWS, st.randoms())
-def test_a_bags_label_is_the_largest_of_its_rows_wherever_they_stand(tmp_path_factory, rows, random):
+def test_a_bags_label_is_the_largest_of_its_rows_wherever_they_stand(
+    tmp_path_factory, rows, random
+):
     rows = [("p", 0), ("p", 1), ("n", 0), *rows]
     random.shuffle(rows)
     path = tmp_path_factory.mktemp("rows") / "t.csv"
@@ -166,12 +169,12 @@ def test_what_is_trained_depends_on_the_training_bags_alone(short):
 def test_features_have_mean_0_and_variance_1_over_the_training_rows():
     bags = np.arange(10)
     rows = bench.standardise(changed(HALF, np.arange(20, 30)), bags)[: HALF.offsets[10]]
-    torch.testing.assert_close(rows.mean(0), torch.zeros(4), atol=1e-6, rtol=0)
-    torch.testing.assert_close(rows.var(0, correction=0), torch.ones(4))
+    torch.testing.assert_close(rows.mean(0), torch.zeros(16), atol=1e-6, rtol=0)
+    torch.testing.assert_close(rows.var(0, correction=0), torch.ones(16))
 
 
 def accuracy(table: BagTable, *, shuffled: bool) -> float:
-    found = [run_seed(table, "abmil", seed, folds=3, shuffled=shuffled) for seed in range(3)]
+    found = [run_seed(table, "abmil", seed, folds=3, shuffled=shuffled) for seed in range(2)]
     return float(np.mean([fold["accuracy"] for seed in found for fold in seed]))
 
 
@@ -183,7 +186,7 @@ def test_what_can_be_learnt_is_learnt_and_shuffled_labels_are_near_chance(short)
 
 def test_a_seed_gives_the_same_figures_again_and_another_seed_others(short):
     def figures(seed: int) -> list[list[float]]:
-        found = run_seed(table_of([0, 1] * 15, signal=1.0), "abmil", seed, folds=3, shuffled=False)
+        found = run_seed(table_of([0, 1] * 15, signal=0.5), "abmil", seed, folds=3, shuffled=False)
         return [[fold[key] for key in bench.METRICS] for fold in found]
 
     assert figures(0) == figures(0) != figures(1)
@@ -225,7 +228,9 @@ def test_the_mean_over_seeds_has_its_standard_error_and_t_interval():
     found = summary([[0.0, 1.0], [1.0, 1.0]])
     assert found["seeds"] == [0.5, 1.0]
     assert (found["mean"], found["se"]) == pytest.approx((0.75, 0.25))
-    assert (found["low"], found["high"]) == pytest.approx((0.75 - 3.17655, 0.75 + 3.17655), abs=1e-4)
+    assert (found["low"], found["high"]) == pytest.approx(
+        (0.75 - 3.17655, 0.75 + 3.17655), abs=1e-4
+    )
     assert summary([[0.0, 1.0]])["se"] is None
 
 
@@ -242,7 +247,7 @@ BAD = {
     "1,a,2\n1,b,3\n": "all 2 bags",
     "0,a,2\n1,b,nan\n": "has 'nan' in data row 2, column 3",
     "0,a,2\n1,b,inf\n": "has 'inf' in data row 2, column 3",
-    "0,a,2,4\n1,b,3\n": "has 'nan' in data row 2, column 4",
+    "0,a,2,4\n1,b,3\n": "in data row 2, column 4",
     "0,a,2\n1,b,3,4\n": "Expected 3 fields",
     "0,a,much\n1,b,3\n": "has 'much' in data row 1, column 3",
     "0,a,1\nbad,b,3\n": "has 'bad' in data row 2, column 1",
@@ -303,10 +308,13 @@ def test_a_table_and_two_heads_give_lines_a_file_and_a_table(tmp_path):
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     report = json.loads(out.read_text())
     assert report["results"] == lines
-    assert [(line["table"], line["head"]) for line in lines] == [("drawn", "mean"), ("drawn", "abmil")]
+    assert [(line["table"], line["head"]) for line in lines] == [
+        ("drawn", "mean"),
+        ("drawn", "abmil"),
+    ]
     assert lines[0]["bags"] == {"0": 15, "1": 15}
     assert all(len(line["accuracy"]["seeds"]) == 2 for line in lines)
-    assert "balanced accuracy" in done.stdout
+    assert "│ drawn │ abmil │" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,8 @@ def read_table(path: Path) -> BagTable:
             f"{path} has {frame.shape[1]} column(s)\n"
             "  a table has label, bag and one feature or more, separated by commas"
         )
-    if not (named := frame[1].str.len() > 0).all():
+    names = frame[1].str.strip()
+    if not (named := names.str.len() > 0).all():
         raise UserError(f"{path} has no bag id in data row {int(named.argmin()) + 1}, column 2")
     values = frame.drop(columns=1).apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
     for row, column in np.argwhere(~np.isfinite(values))[:1]:
@@ -124,7 +125,7 @@ def read_table(path: Path) -> BagTable:
             f"{path} has '{frame.iat[row, column]}' in data row {row + 1}, column {column + 1}\n"
             "  every label and feature must be a finite number: fill such cells or drop their rows"
         )
-    ids, bag = np.unique(frame[1].to_numpy(str), return_inverse=True)
+    ids, bag = np.unique(names.to_numpy(str), return_inverse=True)
     rows = values[np.argsort(bag, kind="stable")]
     offsets = np.r_[0, np.cumsum(np.bincount(bag))]
     classes, labels = np.unique(np.maximum.reduceat(rows[:, 0], offsets[:-1]), return_inverse=True)
@@ -145,7 +146,8 @@ def read_cells(path: Path) -> pd.DataFrame:
             path,
             header=None,
             skiprows=blank + (not is_number(first.split(",")[0].strip(' "'))),
-            converters={1: str.strip},  # as written: 01 is not 1, and NA is a name
+            dtype={1: str},  # as written: 01 is not 1, and NA is a name
+            keep_default_na=False,
             compression="gzip" if packed else None,
             encoding="utf-8-sig",
             low_memory=False,
