@@ -295,6 +295,7 @@ def test_what_cannot_be_run_is_refused_before_it_runs(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_table_and_two_heads_give_lines_a_file_and_a_table(tmp_path):
     path, out = write(tmp_path / "drawn.csv", HALF), tmp_path / "new" / "out.json"
     given = ["--table", path, "--heads", "mean,abmil", "--folds", 2, "--seeds", 2, "--json", out]
