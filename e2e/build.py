@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from e2e.data.cohort import (
     write_problems,
 )
 from e2e.data.decode import build_decoder, set_threads
+from e2e.data.feature_rows import FeatureCache
+from e2e.data.features import FeatureStore, common_width, open_features
 from e2e.data.loader import LabelledSlide, TrainingLoader, View, label_slides, some_slides
 from e2e.data.pixels import Look, PixelCache
 from e2e.data.sampler import SAMPLERS
@@ -38,9 +41,9 @@ from e2e.data.store import Store
 from e2e.encoders.base import ENCODERS
 from e2e.errors import UserError, listing
 from e2e.files import write_atomically
-from e2e.heads.base import HEADS
+from e2e.heads.base import HEADS, Head
 from e2e.losses.base import REGULARISERS, Regulariser
-from e2e.memory import parse_bytes
+from e2e.memory import free_memory, parse_bytes
 from e2e.model import MILModel
 from e2e.parallel import Strategy, allow_tf32, autocast_dtype
 from e2e.parallel import build_strategy as named_strategy
@@ -62,15 +65,30 @@ def build_task(plugin: Plugin) -> Task:
     return TASKS.build(plugin.name, **plugin.options)
 
 
-def build_model(settings: Settings, task: Task, device: torch.device, *, trained: bool) -> MILModel:
+def on_features(settings: Settings) -> bool:
+    """Whether the run reads frozen features (the two-stage mode), and not patches."""
+    return bool(getattr(ENCODERS.factory(settings.encoder.name), "given", False))
+
+
+def build_model(
+    settings: Settings,
+    task: Task,
+    device: torch.device,
+    *,
+    trained: bool,
+    width: int | None = None,
+) -> MILModel:
     """Encoder and head, initialised from the run's seed.
 
     Args:
+        width: of the cohort's features; None for patches.
         trained: weights will be loaded from a checkpoint, so none are fetched for the encoder.
     """
     engine = settings.engine
     options = dict(settings.encoder.options)
     pretrained = bool(options.get("pretrained") or options.get("weights"))
+    if width is not None:
+        options["dim"] = width
     if trained:
         options |= {k: v for k, v in (("pretrained", False), ("weights", None)) if k in options}
     with torch.random.fork_rng([]):
@@ -79,6 +97,7 @@ def build_model(settings: Settings, task: Task, device: torch.device, *, trained
         head = HEADS.build(
             settings.head.name, encoder.dim, task.num_outputs, **settings.head.options
         )
+    regularisers = build_regularisers(settings, head, encoder.dim)
     policy = engine.batch_norm
     has_norms = any(isinstance(module, _BatchNorm) for module in encoder.modules())
     if policy == "auto":
@@ -90,7 +109,7 @@ def build_model(settings: Settings, task: Task, device: torch.device, *, trained
     model = MILModel(
         encoder,
         head,
-        chunk=engine.chunk,
+        chunk=sys.maxsize if encoder.given else engine.chunk,
         batch_norm=policy,
         # Not where weights may lie in pieces; a compiled encoder fuses by itself; blocks that are
         # checkpointed are encoded again when the folded weights are gone.
@@ -102,10 +121,26 @@ def build_model(settings: Settings, task: Task, device: torch.device, *, trained
         autocast=autocast_dtype(engine.precision, device),
         keep_graphs=engine.keep_graphs,
         verify=engine.verify,
+        regularisers=regularisers,
     )
-    if engine.compile:
+    if engine.compile and not encoder.given:
         model.compile()
     return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def build_regularisers(settings: Settings, head: Head, dim: int) -> list[Regulariser]:
+    """Those with a weight, each asked whether it goes with the head."""
+    made = [
+        REGULARISERS.build(name, **options)
+        for name, options in settings.losses.items()
+        if options["weight"]
+    ]
+    if made:
+        with torch.random.fork_rng([]), torch.no_grad():
+            example = head(torch.zeros(1, 2, dim), torch.ones(1, 2, dtype=torch.bool))
+        for regulariser in made:
+            regulariser.check(example)
+    return made
 
 
 def build_strategy(engine: Engine, device: torch.device) -> Strategy:
@@ -134,8 +169,11 @@ def _check_policy(engine: Engine, policy: str) -> None:
             )
 
 
-def build_view(data: Data, bag: BagSettings, device: torch.device) -> View:
-    """What evaluation sees of a slide: all patches, as stored but for their size."""
+def build_view(data: Data, bag: BagSettings, device: torch.device, *, features: bool) -> View:
+    """What evaluation sees of a slide: all patches, as stored but for their size; or all features."""
+    if features:
+        free = free_memory(torch.device("cpu")) / 2
+        return View(FeatureCache(int(free) if data.cache == "auto" else parse_bytes(data.cache)))
     if data.workers is not None:
         set_threads(data.workers)
     return View(Look(build_decoder(data.decoder, device), bag.size, bgr=data.bgr))
@@ -151,14 +189,17 @@ def build_loader(
 ) -> TrainingLoader:
     """The bags of the training slides; ``view`` is that of evaluation."""
     engine, bag = settings.engine, settings.bag
+    sight = view.look
+    if isinstance(sight, Look):
+        sight = replace(
+            sight,
+            augment=AUGMENTS.build(settings.augment.name, bag.size, **settings.augment.options),
+            keep=None if engine.keep == "none" else engine.keep,
+        )
     return TrainingLoader(
         items=items,
         view=View(
-            replace(
-                view.look,
-                augment=AUGMENTS.build(settings.augment.name, bag.size, **settings.augment.options),
-                keep=None if engine.keep == "none" else engine.keep,
-            ),
+            sight,
             seed=settings.run.seed,
             bag_size=bag.patches,
             sampler=SAMPLERS.build(settings.sampler.name, **settings.sampler.options),
@@ -171,6 +212,7 @@ def build_loader(
         shard_over={"slide": None, "bag": 0, "auto": engine.shard_over}[engine.shard],
         full=engine.compile,
         one_piece=model.batch_norm.one_piece,
+        whole=model.encoder.given,
         groups=[task.group(item.target) for item in items] if settings.optim.balance else None,
     )
 
@@ -180,7 +222,7 @@ def build_validation(
 ) -> tuple[list[LabelledSlide], View]:
     """What the epochs are compared on: slides of validation, and what is seen of them each time."""
     select, seed = settings.select, settings.run.seed
-    cache = PixelCache(parse_bytes(select.cache))
+    cache = PixelCache(parse_bytes(select.cache)) if isinstance(view.look, Look) else None
     seen = replace(view, seed=seed, bag_size=select.patches, cache=cache)
     return some_slides(items, select.slides, group=task.group, seed=seed), seen
 
@@ -226,12 +268,14 @@ def load_cohort(
     seed: int,
     problems_file: Path | None,
     size: int | None = None,
+    features: bool = False,
 ) -> tuple[list[LabelledSlide], list[Problem]]:
     """The cohort's slides, checked, split and matched with their patches.
 
     Args:
         problems_file: where the whole list of unusable rows goes; None on ranks that do not lead.
         size: to which all patches are brought; None: they stay as stored.
+        features: take ``data.features`` in place of the stores.
 
     Returns:
         The slides, and what was left out under ``data.unmatched=drop``.
@@ -239,7 +283,7 @@ def load_cohort(
     Raises:
         UserError: data are missing, a row is unusable, or the splits are not honest.
     """
-    require_files(data, name, task.columns)
+    require_files(data, name, task.columns, features=features)
     columns = data.columns
     slides, problems = read_table(
         data.labels,
@@ -249,7 +293,7 @@ def load_cohort(
         slide_suffix=data.slide_suffix,
     )
     known, unknown = _with_known_labels(slides, task)
-    scales = open_scales(data)
+    scales = [open_feature_stores(data)] if features else open_scales(data)
     first, unmatched = match_stores(known, scales[0])
     problems += [*unknown, *unmatched]
     _settle(problems, data, name, problems_file)
@@ -265,7 +309,8 @@ def load_cohort(
     _settle(problems, data, name, problems_file)
     kept = [slide for slide in kept if slide.split != "train" or slide.id in more]
     stores = {slide.id: [first[slide.id], *more.get(slide.id, [])] for slide in kept}
-    check_sides(stores, size)
+    if not features:
+        check_sides(stores, size)
     return label_slides(kept, stores, task.encode), problems
 
 
@@ -280,6 +325,20 @@ def _settle(problems: Sequence[Problem], data: Data, name: str, file: Path | Non
             f"{listing(problems)}\n{where}"
             "  mend the table or pack the slides, or set data.unmatched=drop to go on without them"
         )
+
+
+def open_feature_stores(data: Data) -> list[FeatureStore]:
+    """Those of ``data.features``, all of one width."""
+    paths = [path for entry in data.features for path in store_files(entry)]
+    found = [open_features(path) for path in paths]
+    common_width(found)
+    return found
+
+
+def feature_width(items: Sequence[LabelledSlide]) -> int | None:
+    """Of the slides' features; None where they have patches."""
+    store = items[0].store
+    return store.width if isinstance(store, FeatureStore) else None
 
 
 def open_scales(data: Data) -> list[list[Store]]:
@@ -306,12 +365,16 @@ def store_files(entry: str) -> list[Path]:
     return read_index(path) if path.suffix == ".json" and path.is_file() else [path]
 
 
-def require_files(data: Data, name: str, targets: Sequence[str]) -> None:
+def require_files(data: Data, name: str, targets: Sequence[str], *, features: bool = False) -> None:
     """UserError that says what the cohort needs, where it goes, and how it is made."""
     stores = [entry for entries in (data.stores, *data.scales) for entry in entries]
-    needed = [("label table", data.labels), *(("patch store", store) for store in stores)]
-    if not data.labels or not data.stores:
-        raise UserError(f"cohort '{name}' needs data.labels=FILE.csv and data.stores=[FILE.lmdb]")
+    kind, entries = ("features", data.features) if features else ("patch store", stores)
+    if not data.labels or not entries:
+        what = "data.features=[FOLDER]" if features else "data.stores=[FILE.lmdb]"
+        raise UserError(
+            f"cohort '{name}' needs data.labels=FILE.csv and {what}\n  {_how_made(kind, 'FOLDER', data)}"
+        )
+    needed = [("label table", data.labels), *((kind, entry) for entry in entries)]
     missing = [
         (kind, path)
         for kind, path in needed
@@ -329,12 +392,17 @@ def require_files(data: Data, name: str, targets: Sequence[str]) -> None:
             " or set data.labels=FILE.csv"
         )
     for kind, path in missing:
-        if kind == "patch store" and "*" not in path:
-            lines.append(
-                f"  make the store: python tools/pack_lmdb.py --slides SLIDES --out {path} {data.pack}"
-            )
+        if kind != "label table" and "*" not in path:
+            lines.append(f"  {_how_made(kind, path, data)}")
     lines.append("  without slides of your own: make demo")
     raise UserError("\n".join(lines))
+
+
+def _how_made(kind: str, path: str, data: Data) -> str:
+    if kind == "features":
+        stores = " ".join(data.stores) or "FILE.lmdb"
+        return f"make the features: python launch/extract.py --stores {stores} --encoder NAME --out {path}"
+    return f"make the store: python tools/pack_lmdb.py --slides SLIDES --out {path} {data.pack}".rstrip()
 
 
 def write_cohort(items: Sequence[LabelledSlide], problems: Sequence[Problem], path: Path) -> None:

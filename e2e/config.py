@@ -77,6 +77,10 @@ class Data:
     scales: list[list[str]] = setting(
         [], "patch stores of further magnifications, a list each; see bag.shares"
     )
+    features: list[str] = setting(
+        [], "frozen features of the slides, for --model <head>: folders, files or globs"
+    )
+    cache: str = setting("auto", "memory for features, each rank; auto: half of what is free")
     coords: str | None = setting(None, "folder of h5 coords, for stores that have none themselves")
     columns: Columns = field(default_factory=Columns)
     splits: dict[str, str] = setting(
@@ -97,6 +101,8 @@ class Data:
         )
         for word in self.splits.values():
             _check(word in ("train", "val", "test"), "data.splits", word, "train, val or test")
+        if self.cache != "auto":
+            _check_bytes("data.cache", self.cache, "auto or ")
         _check(
             self.workers is None or self.workers > 0, "data.workers", self.workers, "over 0 or null"
         )
@@ -304,7 +310,9 @@ def train_parser(doc: str) -> argparse.ArgumentParser:
         epilog=settings_help(),
     )
     parser.add_argument("--datasets", help="a YAML of configs/datasets, or a path to one")
-    parser.add_argument("--model", help="a YAML of configs/models, or e2e_<encoder>_<head>")
+    parser.add_argument(
+        "--model", help="a YAML of configs/models, e2e_<encoder>_<head>, or <head> on features"
+    )
     parser.add_argument("-c", "--config", action="append", default=[], help="a further YAML layer")
     parser.add_argument("--resume", metavar="RUN", help="go on with a stopped run")
     parser.add_argument("--print-config", action="store_true", help="show the settings and end")
@@ -351,7 +359,8 @@ def load_settings(
         registries: of the plug-in sections: encoder, head, task, sampler, augment; and ``losses``, of
             which each has a section of its own name.
     """
-    layers = [DEFAULTS, _layer_of("datasets", datasets), _model_layer(model)]
+    heads = registries["head"].names()
+    layers = [DEFAULTS, _layer_of("datasets", datasets), _model_layer(model, heads)]
     layers += [_read_yaml(Path(path)) for path in files]
     layers += [_override_layer(text) for text in overrides]
     return _build(layers, registries, {"datasets": datasets, "model": model})
@@ -535,21 +544,29 @@ def _layer_of(kind: str, name: str) -> Layer:
     return _read_yaml(path)
 
 
-def _model_layer(name: str) -> Layer:
-    """A YAML of configs/models, or the grammar ``e2e_<encoder>_<head>``."""
+def _model_layer(name: str, heads: Sequence[str]) -> Layer:
+    """A YAML of configs/models, or the grammar ``e2e_<encoder>_<head>``, or a head for features."""
     if name.endswith((".yaml", ".yml")) or (CONFIGS / "models" / f"{name}.yaml").is_file():
         return _layer_of("models", name)
-    parts = split_model_name(name)
-    return f"--model {name}", {"encoder": {"name": parts[0]}, "head": {"name": parts[1]}}
+    source = f"--model {name}"
+    if name in heads:  # all of a slide's features are at hand
+        return source, {
+            "encoder": {"name": "features"},
+            "head": {"name": name},
+            "bag": {"patches": None},
+        }
+    encoder, head = split_model_name(name, heads)
+    return source, {"encoder": {"name": encoder}, "head": {"name": head}}
 
 
-def split_model_name(name: str) -> tuple[str, str]:
+def split_model_name(name: str, heads: Sequence[str] = ()) -> tuple[str, str]:
     """``e2e_r18_clam_sb`` -> (``r18``, ``clam_sb``): cut at the first two underscores."""
     parts = name.split("_", 2)
     if len(parts) != 3 or parts[0] != "e2e" or not all(parts):
-        known = [p.stem for p in (CONFIGS / "models").glob("*.yaml")]
+        known = [*(p.stem for p in (CONFIGS / "models").glob("*.yaml")), *heads]
         raise UserError(
-            f"no model '{name}'{suggest(name, known)}\n  or e2e_<encoder>_<head>, such as e2e_r18_abmil"
+            f"no model '{name}'{suggest(name, known)}\n  or e2e_<encoder>_<head>, such as e2e_r18_abmil;"
+            " a head alone is trained on frozen features"
         )
     return parts[1], parts[2]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from e2e.checkpoint import check_weights, load_checkpoint, part
-from e2e.data.decode import Decoder
 from e2e.data.loader import LabelledSlide, View, whole_bag
+from e2e.data.pixels import Look, Sight
 from e2e.data.stream import ahead
 from e2e.errors import UserError
 from e2e.files import write_atomically
@@ -156,7 +156,7 @@ def evaluate_run(
             draw = None
             if name == judged and split == "test":
                 drawn = [item for item in chosen[:heatmaps] if item.record.coords is not None]
-                draw = heatmap_drawer(task, view.look.decoder, out / "heatmaps", drawn)
+                draw = heatmap_drawer(task, view.look, out / "heatmaps", drawn)
                 if len(drawn) < len(chosen[:heatmaps]):
                     screen.say("no heatmap of slides without coords; see the setting data.coords")
             with strategy.whole_parameters(strategy.scatter(weights)):
@@ -208,10 +208,12 @@ def patch_attention(
     return {slide: v for part in strategy.gather(found) for slide, v in part.items()}
 
 
-def heatmap_drawer(
-    task: Task, decoder: Decoder, folder: Path, chosen: Sequence[LabelledSlide]
-) -> Draw:
-    """A ``draw`` for :func:`predict` that writes a heatmap of each slide in ``chosen``."""
+def heatmap_drawer(task: Task, look: Sight, folder: Path, chosen: Sequence[LabelledSlide]) -> Draw:
+    """A ``draw`` for :func:`predict` that writes a heatmap of each slide in ``chosen``.
+
+    Of features there are no patches to show: the scores stand alone.
+    """
+    decoder = look.decoder if isinstance(look, Look) else None
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {item.slide.id for item in chosen}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from e2e.data.decode import Decoder
 from e2e.data.loader import LabelledSlide
-from e2e.data.store import SlideRecord
+from e2e.data.store import SlideRecord, Store
 from e2e.files import write_atomically
 from e2e.heads.base import HeadOutput
 
@@ -38,18 +39,22 @@ def draw_heatmap(
     item: LabelledSlide,
     scores: NDArray[np.float64],
     *,
-    decoder: Decoder,
+    decoder: Decoder | None,
     caption: str,
     path: Path,
 ) -> None:
     """Write ``path``.png (the slide from its patches, beside it the scores over it) and ``.csv``.
 
     Colours are percentile ranks within the slide, because raw attention is often one hot patch on
-    a field of near zeros. The table holds x, y (level-0 px), side and the raw score.
+    a field of near zeros. Without a decoder there is no slide to show. The table holds x, y
+    (level-0 px), side and the raw score.
     """
     record = item.record
     ranks = percentile_ranks(scores)
-    tissue = _mosaic(item, record, decoder)
+    if decoder is None:
+        tissue = _paint(record, np.full((record.count, 3), 200, np.uint8))
+    else:
+        tissue = _mosaic(item, record, decoder)
     heat = _paint(record, (colormaps["turbo"](ranks)[:, :3] * 255).astype(np.uint8))
     covered = _paint(record, np.full((record.count, 3), 255, np.uint8), ground=0)[..., :1] > 0
     blend = np.where(covered, 0.45 * tissue + 0.55 * heat, tissue).astype(np.uint8)
@@ -76,7 +81,7 @@ def percentile_ranks(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _geometry(record: SlideRecord) -> tuple[NDArray[np.int64], int, tuple[int, int]]:
     """Upper left corner of each patch on the picture, a patch's side there, (height, width)."""
-    side = record.level0_px
+    side = record.level0_px or _spacing(record.places)
     low = record.places.min(axis=0)
     extent = record.places.max(axis=0) - low + side
     scale = SIDE / max(extent)
@@ -84,6 +89,12 @@ def _geometry(record: SlideRecord) -> tuple[NDArray[np.int64], int, tuple[int, i
     corners = np.round((record.places - low) * scale).astype(np.int64)
     height, width = (int(corners[:, axis].max()) + cell for axis in (1, 0))
     return corners, cell, (height, width)
+
+
+def _spacing(places: NDArray[np.int32]) -> float:
+    """The smallest step between columns or rows of patches, where nobody says how large they are."""
+    steps = [np.diff(np.unique(places[:, axis])) for axis in (0, 1)]
+    return float(min((step.min() for step in steps if len(step)), default=1))
 
 
 def _paint(
@@ -100,9 +111,10 @@ def _mosaic(item: LabelledSlide, record: SlideRecord, decoder: Decoder) -> NDArr
     """The slide put together from its own patches."""
     corners, cell, shape = _geometry(record)
     picture = np.full((*shape, 3), GROUND, np.uint8)
+    store = cast(Store, item.store)
     for start in range(0, record.count, 256):
         rows = range(start, min(start + 256, record.count))
-        images = decoder.decode(item.store.read(item.slide.id, rows)).permute(0, 2, 3, 1).numpy()
+        images = decoder.decode(store.read(item.slide.id, rows)).permute(0, 2, 3, 1).numpy()
         for row, image in zip(rows, images, strict=True):
             x, y = corners[row]
             small = Image.fromarray(image).resize((cell, cell), Image.Resampling.BOX)

@@ -20,6 +20,7 @@ from e2e.config import Settings, dump_settings, flat_settings
 from e2e.data.cohort import Slide
 from e2e.data.loader import LabelledSlide, View
 from e2e.data.pack import Progress, Row, pack
+from e2e.data.pixels import Look
 from e2e.data.sources import SlideFiles, read_mpp
 from e2e.data.store import PatchStore
 from e2e.errors import UserError
@@ -120,6 +121,7 @@ def _prepare(
             f"  go on with it: --resume {ours}; or choose another: run.out=FOLDER"
         )
     task = build.build_task(settings.task)
+    features = build.on_features(settings)
     items, problems = build.load_cohort(
         settings.data,
         task,
@@ -127,9 +129,11 @@ def _prepare(
         seed=settings.run.seed,
         size=settings.bag.size,
         problems_file=ours.with_name(f"{ours.name}.problems.csv") if ours else None,
+        features=features,
     )
-    view = build.build_view(settings.data, settings.bag, strategy.device)
-    model = build.build_model(settings, task, strategy.device, trained=trained)
+    view = build.build_view(settings.data, settings.bag, strategy.device, features=features)
+    width = build.feature_width(items)
+    model = build.build_model(settings, task, strategy.device, trained=trained, width=width)
     parts = _Parts(task, items, view, model)
     loader = build.build_loader(settings, parts.of_split("train"), view, model=model, task=task)
     loader.check(strategy.world_size, settings.optim.epochs)
@@ -177,6 +181,12 @@ def predict(
     Returns:
         0, or 3 when some slides could not be read or hold no tissue.
     """
+    if build.on_features(settings):
+        raise UserError(
+            f"{folder} was trained on features, so it has no encoder for slides\n"
+            "  extract their features with launch/extract.py, list them in a label table, and use"
+            " launch/evaluate.py"
+        )
     best = folder / "best.safetensors"
     tensors, _ = load_checkpoint(best)
     screen = Screen(leads=True)
@@ -200,7 +210,7 @@ def predict(
         LabelledSlide(Slide(id=slide, case=slide, split="", target={}), store, unknown)
         for slide in store.slides
     ]
-    view = build.build_view(settings.data, settings.bag, strategy.device)
+    view = build.build_view(settings.data, settings.bag, strategy.device, features=False)
     found = predict_slides(
         model,
         items,
@@ -208,7 +218,7 @@ def predict(
         view=view,
         strategy=strategy,
         screen=screen,
-        draw=heatmap_drawer(task, view.look.decoder, out / "heatmaps", items),
+        draw=heatmap_drawer(task, view.look, out / "heatmaps", items),
     )
     write_predictions(found, task, out / "predictions.csv")
     screen.say(f"{len(found)} slides predicted: {out}/predictions.csv, {out}/heatmaps/")
@@ -311,11 +321,18 @@ def _greet(screen: Screen, settings: Settings, parts: _Parts, strategy: Strategy
     model = parts.model
     counts = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.encoder, model.head)]
     learning = sum(p.numel() for p in model.encoder.parameters() if p.requires_grad) / 1e6
-    bag, decoder = settings.bag.patches or "all", parts.view.look.decoder
-    screen.say(
-        f"{settings.encoder.name} ({counts[0]:.2f} M, {learning:.2f} M learn) + {settings.head.name} "
-        f"({counts[1]:.2f} M) on {strategy.world_size} x {strategy.device} "
-        f"({type(strategy).__name__}); {settings.optim.bags} bags an update of {bag} patches, "
-        f"chunks of {model.chunk}; BatchNorm {model.batch_norm.name}, "
-        f"{model.autocast or torch.float32}; JPEG {decoder.name} {decoder.note}".rstrip()
-    )
+    bag, look = settings.bag.patches or "all", parts.view.look
+    where = f"{strategy.world_size} x {strategy.device} ({type(strategy).__name__})"
+    bags = f"{settings.optim.bags} bags an update of {bag} patches"
+    if isinstance(look, Look):
+        screen.say(
+            f"{settings.encoder.name} ({counts[0]:.2f} M, {learning:.2f} M learn) + {settings.head.name} "
+            f"({counts[1]:.2f} M) on {where}; {bags}, chunks of {model.chunk}; BatchNorm "
+            f"{model.batch_norm.name}, {model.autocast or torch.float32}; JPEG {look.decoder.name} "
+            f"{look.decoder.note}".rstrip()
+        )
+    else:
+        screen.say(
+            f"features of width {model.encoder.dim} + {settings.head.name} ({counts[1]:.2f} M) on {where}; "
+            f"{bags}; {model.autocast or torch.float32}"
+        )

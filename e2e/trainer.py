@@ -27,8 +27,8 @@ from e2e.data.stream import Waiting, ahead
 from e2e.errors import UserError, listing
 from e2e.files import write_atomically
 from e2e.heads.base import Head, HeadOutput
-from e2e.losses.base import Regulariser
 from e2e.log import MetricsLog, Screen
+from e2e.losses.base import Regulariser
 from e2e.model import MILModel, pad
 from e2e.optim import WeightAverage, build_optimizer, learning_rate
 from e2e.parallel import Strategy
@@ -222,13 +222,15 @@ class Trainer:
         """Start one optimiser step on ``count`` slides over all ranks, ``total`` steps an epoch."""
         strategy, progress = self.strategy, self.progress
         lr = self._set_learning_rate(total)
-        losses = bag_losses(strategy, bag, self.task, progress.step / (self.schedule.epochs * total))
+        losses = bag_losses(
+            strategy, bag, self.task, progress.step / (self.schedule.epochs * total)
+        )
         loss = losses.sum() / count
         strategy.backward(loss)
         norm, good = strategy.step()
         self.model.batch_norm.commit(strategy.sum, good)
         for module in (self.model.head, *self.model.regularisers):
-            module.after_step(good)
+            module.after_step(good)  # pyright: ignore[reportCallIssue]
         if self.average is not None:
             self.average.update(strategy.shards(), progress.step, good)
         rows = sum(chunk.stop - chunk.start for chunk in bag.chunks if chunk.counts)
@@ -440,7 +442,9 @@ def _extra(
     regularisers: Iterable[Regulariser] = model.regularisers  # pyright: ignore[reportAssignmentType]
     for regulariser in regularisers:
         known = [own for own in places if own is not None]
-        coords = pad([own.to(zero.device) for own in known])[0] if len(known) == len(places) else None
+        coords = (
+            pad([own.to(zero.device) for own in known])[0] if len(known) == len(places) else None
+        )
         added = added + regulariser.weight.at(progress) * regulariser(output, target, coords)
     return added
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from e2e.data.store import Store
+from e2e.data.store import Slides
 from e2e.errors import UserError, listing
 from e2e.files import write_atomically
 
@@ -89,10 +89,10 @@ def read_table(
 
 
 def match_stores(
-    slides: Sequence[Slide], stores: Sequence[Store]
-) -> tuple[dict[str, Store], list[Problem]]:
+    slides: Sequence[Slide], stores: Sequence[Slides]
+) -> tuple[dict[str, Slides], list[Problem]]:
     """Which store holds each slide; what lies on one side only, or in two stores, is listed."""
-    where: dict[str, Store] = {}
+    where: dict[str, Slides] = {}
     problems: list[Problem] = []
     for store in stores:
         for slide in store.slides:
@@ -121,13 +121,13 @@ def match_stores(
 
 
 def match_scales(
-    slides: Sequence[Slide], scales: Sequence[Sequence[Store]]
-) -> tuple[dict[str, list[Store]], list[Problem]]:
+    slides: Sequence[Slide], scales: Sequence[Sequence[Slides]]
+) -> tuple[dict[str, list[Slides]], list[Problem]]:
     """The stores of each slide at further magnifications; who lacks patches at one is listed.
 
     What these stores have besides ``slides`` is no fault.
     """
-    found: dict[str, list[Store]] = {slide.id: [] for slide in slides}
+    found: dict[str, list[Slides]] = {slide.id: [] for slide in slides}
     problems: list[Problem] = []
     for number, stores in enumerate(scales):
         where, wrong = match_stores(slides, stores)
@@ -140,7 +140,7 @@ def match_scales(
     return found, problems
 
 
-def check_sides(stores: Mapping[str, Sequence[Store]], size: int | None) -> None:
+def check_sides(stores: Mapping[str, Sequence[Slides]], size: int | None) -> None:
     """UserError unless a scale's stores hold patches of one size, and all scales do or are resized.
 
     A slide of each store is looked at.

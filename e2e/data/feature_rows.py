@@ -32,9 +32,7 @@ class FeatureCache:
     def source(self, rows: Sequence[Rows]) -> PixelSource:
         """See :class:`e2e.data.pixels.Sight`."""
 
-        def features(
-            start: int, stop: int, device: torch.device, *, again: bool = False
-        ) -> Tensor:
+        def features(start: int, stop: int, device: torch.device, *, again: bool = False) -> Tensor:
             """Rows start..stop as (n, dim), float16 or float32 as stored."""
             parts = [self._rows(part) for part in cut_rows(rows, start, stop)]
             found = parts[0] if len(parts) == 1 else torch.cat(parts)

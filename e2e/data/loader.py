@@ -19,7 +19,7 @@ from e2e.data.order import plan_epoch, turns
 from e2e.data.pixels import PixelCache, Rows, Sight, cut_rows, share_draws
 from e2e.data.plan import Piece, PlannedChunk, cut_update, in_one_piece, rows_of, share_update
 from e2e.data.sampler import RandomSampler, Sampler, mix, pad_with_copies, scale_quotas
-from e2e.data.store import SlideRecord, Store
+from e2e.data.store import SlideRecord, Slides
 from e2e.errors import UserError
 
 
@@ -28,9 +28,9 @@ class LabelledSlide:
     """A slide with its stores and the number the task made of its label."""
 
     slide: Slide
-    store: Store
+    store: Slides
     target: Tensor
-    more: tuple[Store, ...] = ()
+    more: tuple[Slides, ...] = ()
     """Its patches at other magnifications; evaluation does without them."""
 
     @property
@@ -110,7 +110,7 @@ class View:
         for store in self._stores(item):
             _ = store.record(item.slide.id).places
 
-    def _stores(self, item: LabelledSlide) -> tuple[Store, ...]:
+    def _stores(self, item: LabelledSlide) -> tuple[Slides, ...]:
         return (item.store, *item.more)[: len(self.shares) or 1]
 
 
@@ -298,7 +298,7 @@ def some_slides(
 
 def label_slides(
     slides: Sequence[Slide],
-    stores: Mapping[str, Sequence[Store]],
+    stores: Mapping[str, Sequence[Slides]],
     encode: Callable[[Mapping[str, str]], Tensor],
 ) -> list[LabelledSlide]:
     """Slides with their stores and encoded targets, by id: the order every run has."""

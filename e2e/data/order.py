@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from e2e.data.sampler import mix
 
-
 WINDOW = 16
 """Updates among whose slides those of like size are sought: more pad less, and mix less."""
 

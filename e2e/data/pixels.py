@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from e2e.bag import PixelSource
 from e2e.data.augment import Augment, resize
 from e2e.data.decode import Decoder, UndecodableError
 from e2e.data.sampler import patch_seeds
-from e2e.data.store import Store
+from e2e.data.store import Slides, Store
 from e2e.errors import DamagedDataError
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ T = TypeVar("T")
 class Rows:
     """Patches of one slide in one store."""
 
-    store: Store
+    store: Slides
     slide: str
     indices: NDArray[np.int64]
     side: int
@@ -126,7 +126,7 @@ class StoredPixels:
             return made
 
         def jpegs() -> list[list[bytes]]:
-            return [part.store.read(part.slide, part.indices) for part in rows]
+            return [cast(Store, part.store).read(part.slide, part.indices) for part in rows]
 
         def decoded() -> list[Tensor]:
             return list(self._decode(rows, once("jpeg", jpegs), device))

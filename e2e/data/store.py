@@ -99,16 +99,16 @@ class PlacelessRecord(SlideRecord):
         return self.patches
 
 
-class Store(Protocol):
-    """What slides are read from: :class:`PatchStore`, and the files of others read in place.
+class Slides(Protocol):
+    """What is known of the slides in a file or folder, whether it holds patches or features.
 
     It can be copied into other processes, and read from several threads.
     """
 
     path: Path
-    """The LMDB file."""
+    """Of the file or folder."""
     recipe: dict[str, Any]
-    """How the patches were made, as far as known."""
+    """How the patches or features were made, as far as known."""
 
     @property
     def slides(self) -> list[str]:
@@ -124,6 +124,10 @@ class Store(Protocol):
     def record(self, slide: str) -> SlideRecord:
         """What is known of a slide; DamagedDataError when it cannot be read."""
         ...
+
+
+class Store(Slides, Protocol):
+    """What patches are read from: :class:`PatchStore`, and the files of others read in place."""
 
     def read(self, slide: str, indices: Sequence[int] | NDArray[np.int64]) -> list[bytes]:
         """JPEG bytes of the given patches, in the order asked for.
