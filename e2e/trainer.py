@@ -421,7 +421,7 @@ def bag_losses(strategy: Strategy, bag: Bag, task: Task, progress: float = 0.0) 
     losses = task.loss(torch.cat([output.logits for output in outputs]), target)
     ends = list(accumulate(len(output.logits) for output in outputs))
     extra = [
-        _extra(strategy.model, output, target[start:stop], bag.coords[start:stop], progress)
+        _extra(strategy.model, output, target[start:stop], task, bag.coords[start:stop], progress)
         for output, start, stop in zip(outputs, [0, *ends], ends, strict=False)
     ]
     return (losses + torch.cat(extra)) * weight
@@ -431,13 +431,14 @@ def _extra(
     model: nn.Module,
     output: HeadOutput,
     target: Tensor,
+    task: Task,
     places: Sequence[Tensor | None],
     progress: float,
 ) -> Tensor:
     """(B,) what head and regularisers add to the loss of the B bags of ``output``."""
     head: Head = model.head  # pyright: ignore[reportAssignmentType]
     zero = output.logits.new_zeros(len(output.logits), dtype=torch.float32)
-    own = head.aux_loss(output, target)
+    own = head.aux_loss(output, target, task.loss)
     added = zero if own is None else zero + own
     regularisers: Iterable[Regulariser] = model.regularisers  # pyright: ignore[reportAssignmentType]
     for regulariser in regularisers:

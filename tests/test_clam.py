@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 
@@ -17,6 +18,9 @@ import e2e.heads  # noqa: F401
 from e2e.errors import UserError
 from e2e.heads.base import HEADS, Head
 from e2e.heads.clam import evidence
+
+EACH = functools.partial(nn.functional.cross_entropy, reduction="none")
+"""The loss of a classification task."""
 
 D, K = 6, 4
 SIZES = (19, 1, 5, 8, 2)
@@ -153,7 +157,7 @@ def test_the_instance_loss_is_the_papers_on_each_bag_alone(name, outputs, kind, 
             instance_loss(*one, int(label), kind, subtyping)
             for one, label in zip(found, target, strict=True)
         ]
-        loss = head.aux_loss(output, target)
+        loss = head.aux_loss(output, target, EACH)
         assert loss.item() == pytest.approx(0.8 * sum(expected) / B, rel=1e-10)
 
 
@@ -165,7 +169,7 @@ def test_a_patch_without_a_lead_costs_what_the_paper_says_by_hand(name):
         nn.init.zeros_(head.cluster.weight)
         nn.init.zeros_(head.cluster.bias)
         one = head(features[:1], mask[:1])
-        assert head.aux_loss(one, torch.tensor([2])).item() == pytest.approx(cost)
+        assert head.aux_loss(one, torch.tensor([2]), EACH).item() == pytest.approx(cost)
 
 
 def test_the_default_weights_are_the_papers_seven_to_three(name):
@@ -215,7 +219,7 @@ def test_every_parameter_stays_in_the_graph_where_there_is_no_evidence(
     head = build(name, subtyping=subtyping)
     features, mask = bags()
     output = head(features[:1, :size], mask[:1, :size])
-    extra = head.aux_loss(output, torch.tensor([label]))
+    extra = head.aux_loss(output, torch.tensor([label]), EACH)
     found = gradients(head, output.logits.sum() + extra)
     assert all(gradient is not None for gradient in found.values())
     nothing = size == 1 or label < 0
@@ -228,14 +232,14 @@ def test_bags_without_a_label_add_nothing(name, subtyping):
     head = build(name, subtyping=subtyping)
     features, mask = bags()
     output = head(features, mask)
-    alone = head.aux_loss(head(features[2:3], mask[2:3]), torch.tensor([1]))
-    some = head.aux_loss(output, torch.tensor([-1, -1, 1, -100, -1]))
+    alone = head.aux_loss(head(features[2:3], mask[2:3]), torch.tensor([1]), EACH)
+    some = head.aux_loss(output, torch.tensor([-1, -1, 1, -100, -1]), EACH)
     torch.testing.assert_close(some, alone / B)
 
 
 def test_the_instance_loss_trains_features_and_patch_classifiers_but_not_the_attention(name):
     head = build(name)
-    found = gradients(head, head.aux_loss(head(*bags()), torch.arange(B) % 3))
+    found = gradients(head, head.aux_loss(head(*bags()), torch.arange(B) % 3, EACH))
     trained = {key for key, gradient in found.items() if gradient is not None}
     assert trained == {"project.0.weight", "project.0.bias", "cluster.weight", "cluster.bias"}
     assert all(found[key].abs().max() > 0 for key in trained)
@@ -262,14 +266,14 @@ def test_without_weight_there_are_no_patch_classifiers_and_any_target_goes(name)
     torch.testing.assert_close(output.logits.isfinite(), torch.ones(B, 3, dtype=torch.bool))
     assert not any("cluster" in key for key in head.state_dict())
     assert output.instance_logits is None
-    assert head.aux_loss(output, torch.rand(B, 2)) is None
+    assert head.aux_loss(output, torch.rand(B, 2), EACH) is None
 
 
 @pytest.mark.parametrize("target", [torch.rand(B), torch.rand(B, 3), torch.zeros(B, 2).long()])
 def test_targets_that_are_no_class_numbers_are_refused_with_a_way_out(name, target):
     head = build(name)
     with pytest.raises(UserError) as error:
-        head.aux_loss(head(*bags()), target)
+        head.aux_loss(head(*bags()), target, EACH)
     assert str(error.value) == (
         "CLAM's instance loss needs one class number a slide, found targets of shape "
         f"{tuple(target.shape)} and type {target.dtype}\n"
@@ -297,7 +301,7 @@ def test_the_instance_loss_is_single_precision_under_autocast(name):
     features, mask = bags()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = head(features.float(), mask)
-    loss = head.aux_loss(output, torch.arange(B) % 3)
+    loss = head.aux_loss(output, torch.arange(B) % 3, EACH)
     assert loss.dtype == output.instance_logits.dtype == torch.float32
     assert loss.isfinite()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -16,6 +17,9 @@ import e2e.heads  # noqa: F401
 from e2e.errors import UserError
 from e2e.heads.base import HEADS, Head
 from e2e.heads.dtfd import DISTILLATIONS, choose_patches, split_patches
+
+EACH = functools.partial(nn.functional.cross_entropy, reduction="none")
+"""The loss of a classification task."""
 
 Array = NDArray[np.float64]
 Weights = dict[str, Array]
@@ -132,7 +136,7 @@ def test_output_and_loss_are_the_formulas_on_each_bag_alone(options, outputs, tr
     torch.manual_seed(3)
     output = head(features, mask)
     loss = check(head, groups, output, **options)
-    ours = head.aux_loss(output, torch.ones(len(SIZES), dtype=torch.long))
+    ours = head.aux_loss(output, torch.ones(len(SIZES), dtype=torch.long), EACH)
     assert math.isclose(ours.item(), loss, rel_tol=1e-10)
 
 
@@ -232,7 +236,7 @@ def test_each_tier_trains_the_encoder_and_both_train_every_weight(distill):
     output = head(clean, mask)
     losses = {
         "classify2": nn.functional.cross_entropy(output.logits, torch.tensor([0, 1, 2, 1])),
-        "classify1": head.aux_loss(output, torch.tensor([0, 1, 2, 1])),
+        "classify1": head.aux_loss(output, torch.tensor([0, 1, 2, 1]), EACH),
     }
     for tier, loss in losses.items():
         learned = [clean, getattr(head, tier).weight, head.project[0].weight]
@@ -250,25 +254,27 @@ def test_gradients_are_those_of_finite_differences():
 
     def outputs(x: Tensor) -> tuple[Tensor, ...]:
         output = head(x, mask[:3])
-        loss = head.aux_loss(output, torch.tensor([0, 1, 2]))
+        loss = head.aux_loss(output, torch.tensor([0, 1, 2]), EACH)
         return output.logits, output.attention(), output.instance_logits, loss
 
     assert torch.autograd.gradcheck(outputs, clean)
 
 
-@pytest.mark.parametrize(
-    ("outputs", "target"),
-    [
-        (3, torch.zeros(4, 3)),  # several labels a slide
-        (3, torch.zeros(4)),  # a number
-        (3, torch.zeros(4, 2, dtype=torch.long)),  # a time's bin and whether it was seen
-        (1, torch.zeros(4, dtype=torch.long)),
-    ],
-)
-def test_targets_that_are_no_class_are_refused(outputs, target):
-    head = build(outputs)
-    with pytest.raises(UserError, match=r"dtfd .* class; this task has .*\n  choose a class"):
-        head.aux_loss(head(*bags()), target)
+def test_the_first_tiers_loss_is_the_tasks_own_whatever_its_targets_are():
+    head, target = build().train(), torch.rand(4, 3, dtype=torch.float64)
+
+    def squares(logits: Tensor, target: Tensor) -> Tensor:
+        return (logits - target).square().sum(dim=1)
+
+    output = head(*bags())
+    logits, exists = output.aux["logits"], output.aux["exists"]
+    want = 0.0
+    for b in range(len(SIZES)):
+        each = [
+            squares(logits[b, g : g + 1], target[b : b + 1]) for g in range(int(exists[b].sum()))
+        ]
+        want += torch.cat(each).mean().item() / len(SIZES)
+    assert head.aux_loss(output, target, squares).item() == pytest.approx(want, 1e-10)
 
 
 @pytest.mark.parametrize(

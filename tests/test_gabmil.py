@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -13,6 +14,9 @@ from torch import nn
 import e2e.heads  # noqa: F401
 from e2e.errors import UserError
 from e2e.heads.base import HEADS, Head
+
+EACH = functools.partial(nn.functional.cross_entropy, reduction="none")
+"""The loss of a classification task."""
 
 D, C = 10, 4
 SIZES = (7, 1, 4)
@@ -55,7 +59,7 @@ def test_gabmil_is_the_gated_formula_of_width_384_on_each_bag_alone():
         logits, attention = by_hand(p, features[b, :n].numpy())
         np.testing.assert_allclose(output.logits[b].detach(), logits, rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(output.attention()[b, 0, :n].detach(), attention, rtol=1e-10)
-    assert head.aux_loss(output, torch.zeros(len(SIZES), dtype=torch.long)) is None
+    assert head.aux_loss(output, torch.zeros(len(SIZES), dtype=torch.long), EACH) is None
 
 
 def test_gabmil_is_abmil_with_another_width():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import pickle
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 import e2e.heads  # noqa: F401
 from e2e.errors import UserError
 from e2e.heads.base import HEADS, Head, HeadOutput
+
+EACH = functools.partial(nn.functional.cross_entropy, reduction="none")
+"""The loss of a classification task."""
 
 D, C = 24, 3
 SIZES = (40, 1, 9)
@@ -101,7 +105,7 @@ def objective(head: Head, output: HeadOutput) -> Tensor:
     """A loss that needs all a head is trained by: its logits and its own extra loss."""
     weight = torch.linspace(-1, 2, C).repeat(len(output.logits), 1)
     loss = (output.logits * weight).sum() / len(output.logits)
-    extra = head.aux_loss(output, torch.arange(len(output.logits)) % C)
+    extra = head.aux_loss(output, torch.arange(len(output.logits)) % C, EACH)
     return loss if extra is None else loss + extra
 
 
@@ -295,7 +299,7 @@ def test_dropout_acts_in_training_only(name, head):
 
 def test_the_extra_loss_is_a_finite_number_or_none(head):
     output = run(head.train(), *ragged(math.nan))
-    extra = head.aux_loss(output, torch.arange(B) % C)
+    extra = head.aux_loss(output, torch.arange(B) % C, EACH)
     assert extra is None or (extra.shape == () and bool(extra.isfinite()))
 
 

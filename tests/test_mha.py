@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -14,6 +15,9 @@ import e2e.heads  # noqa: F401
 from e2e.errors import UserError
 from e2e.heads.base import HEADS, Head
 from tests.test_abmilx import Watch
+
+EACH = functools.partial(nn.functional.cross_entropy, reduction="none")
+"""The loss of a classification task."""
 
 D, C = 10, 4
 SIZES = (7, 1, 4)
@@ -72,7 +76,7 @@ def test_mha_is_its_formula_on_each_bag_alone(embed_dim, heads):
         np.testing.assert_allclose(output.logits[b].detach(), logits, rtol=1e-10, atol=1e-12)
         found = output.attention_logits[b, :, :n].detach()
         np.testing.assert_allclose(found, scores, rtol=1e-10, atol=1e-12)
-    assert head.aux_loss(output, torch.zeros(len(SIZES), dtype=torch.long)) is None
+    assert head.aux_loss(output, torch.zeros(len(SIZES), dtype=torch.long), EACH) is None
 
 
 def test_mha_is_pytorchs_multi_head_attention():

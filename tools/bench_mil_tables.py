@@ -206,7 +206,8 @@ def fit(table: BagTable, name: str, bags: Indices, *, seed: int) -> tuple[Head, 
         for group in optimizer.param_groups:
             group["lr"] = group["lr_scale"] * learning_rate(step, peak=RATE, warmup=0, steps=steps)
         output, target = head(*pad(table, rows, batch)), labels[batch]
-        loss, extra = cross_entropy(output.logits, target), head.aux_loss(output, target)
+        loss = cross_entropy(output.logits, target)
+        extra = head.aux_loss(output, target, partial(cross_entropy, reduction="none"))
         optimizer.zero_grad()
         (loss if extra is None else loss + extra).backward()
         optimizer.step()

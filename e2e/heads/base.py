@@ -6,12 +6,16 @@ C outputs of the task, A attention maps, H attention heads, E width inside the h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from e2e.registry import Registry
+
+BagLoss = Callable[[Tensor, Tensor], Tensor]
+"""(B, C) logits, (B, ...) targets -> (B,) losses."""
 
 
 class HeadOutput(NamedTuple):
@@ -49,8 +53,15 @@ class Head(nn.Module):
         """Pool each bag's features and map them to the task's outputs."""
         raise NotImplementedError
 
-    def aux_loss(self, output: HeadOutput, target: Tensor) -> Tensor | None:
-        """Mean over bags of the extra loss some methods need. Has no parameters of its own."""
+    def aux_loss(self, output: HeadOutput, target: Tensor, loss: BagLoss) -> Tensor | None:
+        """Mean over bags of the extra loss some methods need. Has no parameters of its own.
+
+        Args:
+            output: of ``forward``.
+            target: (B,) or (B, ...) what the task made of the labels.
+            loss: the task's own, for methods that use it on more than the slide's logits; what a
+                target means is the task's business.
+        """
         return None
 
     def after_step(self, good: Tensor) -> None:

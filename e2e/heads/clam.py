@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e2e.errors import UserError
-from e2e.heads.base import HEADS, Head, HeadOutput, clear_padding, mask_logits
+from e2e.heads.base import HEADS, BagLoss, Head, HeadOutput, clear_padding, mask_logits
 from e2e.heads.layers import AttentionMLP, projection, xavier_init
 from e2e.registry import suggest
 
@@ -140,12 +140,13 @@ class ClamSB(Head):
         aux = evidence(odds_BNC.transpose(1, 2), logits_BAN, mask, self.k_sample)
         return HeadOutput(logits_BC, logits_BAN, odds_BNC, aux)
 
-    def aux_loss(self, output: HeadOutput, target: Tensor) -> Tensor | None:
+    def aux_loss(self, output: HeadOutput, target: Tensor, loss: BagLoss) -> Tensor | None:
         """``instance_weight`` times the instance loss, mean over bags; None if that weight is 0.
 
         Args:
             output: of ``forward``.
             target: (B,) class numbers; negative where there is no label.
+            loss: unused.
 
         Raises:
             UserError: the target is no class number.

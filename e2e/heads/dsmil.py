@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e2e.errors import UserError, listing
-from e2e.heads.base import HEADS, Head, HeadOutput, clear_padding, mask_logits
+from e2e.heads.base import HEADS, BagLoss, Head, HeadOutput, clear_padding, mask_logits
 from e2e.heads.layers import attention_pool, projection, xavier_init
 
 PUBLISHED = {
@@ -75,12 +74,8 @@ class DSMIL(Head):
     Training. The published loss is L(bag) / 2 + L(max_n c_n) / 2. The bag's loss belongs to the
     task, with weight 1, so in training ``logits`` are bag alone and ``aux_loss`` adds
     ``aux_weight`` times L(max_n c_n): the default 1 is the published halves but for a common factor
-    2 in the loss. L goes by the target: cross-entropy for a class number (for one output: binary);
-    binary cross-entropy, meaned over outputs, for integers 0 and 1 of shape (B, C), several labels
-    a slide. It knows nothing of a task's label smoothing. Of other targets (times and
-    events, real numbers) a head cannot know the loss, and says so; for them there is
-    ``aux_weight=0``: ``logits`` are then the mean in training, too, and the task's own
-    loss trains both streams through it.
+    2 in the loss. L is the task's own, whatever the targets are. With ``aux_weight=0``, ``logits``
+    are the mean in training, too, and the task's loss trains both streams through it.
 
     Prediction. In evaluation ``logits`` are the mean of both streams' scores, as in the paper. The
     AEM project means the streams' softmaxes instead (arXiv:2406.15303); the authors' code the
@@ -175,28 +170,9 @@ class DSMIL(Head):
             logits_BC = (logits_BC + max_BC) / 2
         return HeadOutput(logits_BC, logits_BCN, instance_BNC, {"instance_max": max_BC})
 
-    def aux_loss(self, output: HeadOutput, target: Tensor) -> Tensor | None:
-        """``aux_weight`` times the loss of the critical patches' logits; None if that is 0.
-
-        Args:
-            output: of ``forward``.
-            target: integers: (B,) class numbers, or (B, C) of 0 and 1.
-
-        Raises:
-            UserError: the target is of another kind.
-        """
+    def aux_loss(self, output: HeadOutput, target: Tensor, loss: BagLoss) -> Tensor | None:
+        """``aux_weight`` times the task's loss of the critical patches' logits; None if that is 0."""
         if not self.aux_weight:
             return None
         assert output.aux is not None
-        max_BC = output.aux["instance_max"]
-        count = max_BC.shape[1]
-        if target.is_floating_point() or target.shape not in (max_BC.shape, max_BC.shape[:1]):
-            raise UserError(
-                "dsmil's instance loss needs a class number a slide, or 0 or 1 for each of its "
-                f"{count} outputs; found a target of {target.dtype} and shape {tuple(target.shape)}\n"
-                "  set head.aux_weight=0: the task's loss then trains both streams by their mean"
-            )
-        if target.dim() == 1 and count > 1:
-            return self.aux_weight * F.cross_entropy(max_BC, target)
-        wanted_BC = target.view_as(max_BC).to(max_BC.dtype)
-        return self.aux_weight * F.binary_cross_entropy_with_logits(max_BC, wanted_BC)
+        return self.aux_weight * loss(output.aux["instance_max"], target).mean()

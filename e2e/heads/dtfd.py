@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e2e.errors import UserError
-from e2e.heads.base import HEADS, Head, HeadOutput, clear_padding
+from e2e.heads.base import HEADS, BagLoss, Head, HeadOutput, clear_padding
 from e2e.heads.layers import AttentionMLP, attention_pool, projection
 from e2e.registry import suggest
 
@@ -68,8 +68,8 @@ class DTFD(Head):
     Source: Zhang et al. 2022, "DTFD-MIL: Double-Tier Feature Distillation Multiple Instance Learning
     for Histopathology Whole Slide Image Classification" (CVPR 2022), arXiv:2203.12081.
 
-    The loss is the task's on the slide's logits plus ``aux_loss``, the cross entropy of every
-    pseudo-bag's logits against the slide's class, and one optimiser follows the gradient of the sum:
+    The loss is the task's on the slide's logits plus ``aux_loss``, the task's on every pseudo-bag's
+    logits with the slide's target, and one optimiser follows the gradient of the sum:
     tier 1 and the encoder learn from both. In the published code each tier has its own
     optimiser and that of tier 2 holds tier 2's weights alone, so its loss does not reach tier 1.
 
@@ -175,29 +175,13 @@ class DTFD(Head):
             {"logits": self.classify1(pseudo_BGE), "exists": exists_BG},
         )
 
-    def aux_loss(self, output: HeadOutput, target: Tensor) -> Tensor:
-        """Mean over bags of tier 1's loss, itself a mean over the bag's pseudo-bags.
-
-        Args:
-            output: of ``forward``.
-            target: (B,) class numbers.
-
-        Raises:
-            UserError: the target is no class number or there is one output alone. Tier 1 needs the
-                task's own loss, and a head knows but the paper's; without any, tier 1's classifier
-                would stay as it started.
-        """
+    def aux_loss(self, output: HeadOutput, target: Tensor, loss: BagLoss) -> Tensor:
+        """Mean over bags of tier 1's loss, itself the mean of the task's over the bag's pseudo-bags."""
         assert output.aux is not None
         logits_BGC, exists_BG = output.aux["logits"], output.aux["exists"]
-        if target.is_floating_point() or target.dim() != 1 or logits_BGC.shape[-1] < 2:
-            raise UserError(
-                "dtfd trains its first tier by cross entropy on the slide's class; "
-                f"this task has {logits_BGC.shape[-1]} output(s) and targets of shape "
-                f"{tuple(target.shape)}, {target.dtype}\n  choose a classification task or another head"
-            )
         exact_BGC = logits_BGC.to(torch.promote_types(logits_BGC.dtype, torch.float32))
-        target_BG = target.unsqueeze(1).expand_as(exists_BG)
-        loss_BG = F.cross_entropy(exact_BGC.transpose(1, 2), target_BG, reduction="none")
+        each = target.repeat_interleave(exists_BG.shape[1], dim=0)
+        loss_BG = loss(exact_BGC.flatten(0, 1), each).view_as(exists_BG)
         return ((loss_BG * exists_BG).sum(dim=1) / exists_BG.sum(dim=1)).mean()
 
     def _attend(self, x_BNE: Tensor, member_BGN: Tensor, exists_BG: Tensor) -> Tensor:
