@@ -98,6 +98,13 @@ def test_batch_norms_have_their_running_statistics(store, tmp_path):
         torch.testing.assert_close(one.features(slide), four.features(slide), rtol=1e-4, atol=1e-5)
 
 
+def test_nothing_is_dropped(store, tmp_path):
+    how = {"precision": "fp32", "dtype": "float32", "device": "cpu", "batch": 4}
+    extract([store], ENCODER, {**RANDOM, "drop_path": 0.9}, tmp_path / "out", **how)
+    found = open_features(features_of(tmp_path / "out"))
+    assert all(torch.equal(found.features(slide), evaluated(store, slide)) for slide in COUNTS)
+
+
 def test_half_precision_is_the_rounded_one(store, tmp_path):
     run(store, tmp_path / "out", dtype="float16")
     found = open_features(features_of(tmp_path / "out")).features("s1")
