@@ -14,7 +14,7 @@ PARALLEL = {f"e2e/parallel/{name}.py" for name in ("ddp", "fsdp", "deepspeed")}
 OWNERS = {
     "lmdb": {"e2e/data/store.py", "tools/bench_loader.py"},
     "openslide": {"e2e/wsi/slide.py"},
-    "timm": {"e2e/encoders/timm.py"},
+    "timm": {"e2e/encoders/timm.py", "e2e/encoders/foundation.py"},
     "torch.distributed": {*PARALLEL, "launch/torchrun.py"},
     "torch.nn.parallel": {"e2e/parallel/ddp.py"},
     "deepspeed": {"e2e/parallel/deepspeed.py"},
