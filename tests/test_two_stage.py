@@ -1,0 +1,319 @@
+"""The two-stage mode: heads on frozen features, from files to results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from e2e.data.cohort import Slide
+from e2e.data.feature_rows import FeatureCache
+from e2e.data.features import open_features
+from e2e.data.loader import LabelledSlide, TrainingLoader, View, whole_bag
+from e2e.data.order import WINDOW, gather_alike, plan_epoch
+from e2e.encoders.base import ENCODERS
+from e2e.heads.base import HEADS
+from e2e.model import MILModel, pad
+from launch import evaluate, predict, train
+from tests.conftest import ROOT
+from tests.test_launch import call
+
+D = 12
+COUNTS = {f"s{k:02d}": 2 + 3 * k % 11 for k in range(16)}
+CPU = torch.device("cpu")
+BIN = Path(sys.executable).parent
+
+
+def features_of(k: int, count: int) -> np.ndarray:
+    """Bags of odd numbers have one patch that tells."""
+    found = np.random.default_rng(k).normal(size=(count, D)).astype(np.float32)
+    found[count // 2, 0] += 12 * (k % 2)
+    return found
+
+
+def write_slide(folder: Path, slide: str, features: np.ndarray, *, coords: bool = True) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with h5py.File(folder / f"{slide}.h5", "w") as file:
+        file["features"] = features
+        if coords:
+            n = np.arange(len(features))
+            file["coords"] = np.stack([n % 4, n // 4], 1).astype(np.int32) * 256
+
+
+@pytest.fixture
+def cohort(tmp_path) -> Path:
+    """A folder of features of 16 slides, half precision on every third, and its label table."""
+    for k, (slide, count) in enumerate(COUNTS.items()):
+        found = features_of(k, count)
+        write_slide(tmp_path / "feats", slide, found.astype(np.float16) if k % 3 == 0 else found)
+    splits = ["train"] * 8 + ["val"] * 4 + ["test"] * 4
+    rows = [
+        {"case": f"c{k}", "slide": slide, "split": splits[k], "label": ("plain", "marked")[k % 2]}
+        for k, slide in enumerate(COUNTS)
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "labels.csv", index=False)
+    (tmp_path / "cohort.yaml").write_text(
+        f"data: {{labels: {tmp_path}/labels.csv, features: [{tmp_path}/feats], stores: [none.lmdb]}}\n"
+        "task: {name: classification, classes: [plain, marked]}\n"
+    )
+    return tmp_path
+
+
+def arguments(cohort: Path, *more: str) -> list[str]:
+    return [
+        "--datasets", f"{cohort}/cohort.yaml", "--model", "abmil", "head.embed_dim=8",
+        "head.dropout=0.0", "optim.epochs=6", "optim.bags=3", "optim.lr=1e-2", "engine.device=cpu",
+        "run.bootstrap=20", f"run.out={cohort}/run", *more,
+    ]  # fmt: skip
+
+
+def items_of(cohort: Path) -> list[LabelledSlide]:
+    store = open_features(cohort / "feats")
+    return [
+        LabelledSlide(Slide(slide, slide, "train", {}), store, torch.tensor(k % 2))
+        for k, slide in enumerate(COUNTS)
+    ]
+
+
+def model_of(head: str = "abmil", **options: object) -> MILModel:
+    torch.manual_seed(0)
+    encoder = ENCODERS.build("features", dim=D)
+    return MILModel(encoder, HEADS.build(head, D, 2, **options), chunk=sys.maxsize)
+
+
+# --- batches ---
+
+
+@pytest.mark.parametrize("head", ["abmil", "max", "transmil", "clam_mb"])
+def test_a_batch_of_features_is_its_bags_one_by_one(cohort, head):
+    items, view, model = items_of(cohort), View(FeatureCache(1 << 20)), model_of(head).eval()
+    loader = TrainingLoader(items, view, bags=len(items), chunk=1, whole=True)
+    ((bag, count),) = loader.epoch(0, rank=0, world_size=1)
+    (together,) = model(bag, CPU)
+    assert count == len(items)
+    for row, slide in enumerate(bag.slides):
+        item = next(item for item in items if item.slide.id == slide)
+        (alone,) = model(whole_bag(item, view, model.chunk), CPU)
+        torch.testing.assert_close(together.logits[row], alone.logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_is_0_its_mask_says_so_and_half_precision_becomes_single():
+    rows = [torch.ones(2, 3, dtype=torch.float16), torch.full((4, 3), 2.0, dtype=torch.float16)]
+    padded, mask = pad(rows)
+    assert padded.dtype == torch.float32
+    assert padded.sum(dim=2).tolist() == [[3, 3, 0, 0], [6, 6, 6, 6]]
+    assert mask.tolist() == [[True, True, False, False], [True] * 4]
+
+
+def test_the_features_are_those_of_the_files_in_the_order_that_was_drawn(cohort):
+    view = View(FeatureCache(0), seed=3, bag_size=4)
+    item = items_of(cohort)[10]
+    loader = TrainingLoader([item], view, bags=1, chunk=1, whole=True)
+    ((bag, _),) = loader.epoch(0, rank=0, world_size=1)
+    (rows,), _ = view.rows(item, 0)
+    stored = features_of(10, COUNTS["s10"])
+    np.testing.assert_array_equal(bag.pixels(0, 4, CPU).numpy(), stored[rows.indices])
+    np.testing.assert_array_equal(bag.coords[0].numpy()[:, 0], rows.indices % 4 * 256)
+
+
+@given(
+    st.lists(st.integers(1, 5000), min_size=1, max_size=300), st.integers(1, 9), st.integers(0, 5)
+)
+def test_every_slide_is_in_one_update_of_full_size_but_for_the_last(sizes, bags, epoch):
+    plan = plan_epoch(len(sizes), bags, seed=1, epoch=epoch, sizes=sizes)
+    assert sorted(k for update in plan for k in update) == list(range(len(sizes)))
+    assert all(len(update) == bags for update in plan[:-1])
+    assert 0 < len(plan[-1]) <= bags
+    assert plan == plan_epoch(len(sizes), bags, seed=1, epoch=epoch, sizes=sizes)
+
+
+def padding(plan: list[list[int]], sizes: list[int]) -> float:
+    """Share of padded rows that is no patch."""
+    padded = sum(len(update) * max(sizes[k] for k in update) for update in plan)
+    return 1 - sum(sizes) / padded
+
+
+def test_slides_of_like_size_share_an_update_yet_others_in_the_next_epoch():
+    sizes = np.random.default_rng(0).integers(500, 4001, 1000).tolist()
+    plans = [plan_epoch(1000, 8, seed=0, epoch=k, sizes=sizes) for k in range(2)]
+    assert max(padding(plan, sizes) for plan in plans) < 0.15
+    assert padding(plan_epoch(1000, 8, seed=0, epoch=0), sizes) > 0.3
+    partners = [{frozenset((a, b)) for u in plan for a in u for b in u if a < b} for plan in plans]
+    assert len(partners[0] & partners[1]) < 0.1 * len(partners[0])
+    means = [np.mean([sizes[k] for k in update]) for update in plans[0]]
+    assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.3  # no walk from small to large
+
+
+def test_a_window_is_as_many_updates_as_it_says():
+    plan = gather_alike(range(200), list(range(200)), 2, seed=0, epoch=0)
+    first = {k for update in plan[:WINDOW] for k in update}
+    assert first == set(range(2 * WINDOW))
+
+
+# --- the cache ---
+
+
+class Counted:
+    """A store that remembers what was read."""
+
+    def __init__(self, store) -> None:
+        self.store, self.path, self.read = store, store.path, []
+
+    def __getattr__(self, name: str):
+        return getattr(self.store, name)
+
+    def features(self, slide: str) -> Tensor:
+        self.read.append(slide)
+        return self.store.features(slide)
+
+
+def test_features_are_read_once_as_far_as_the_memory_goes(cohort):
+    store = Counted(open_features(cohort / "feats"))
+    items = [LabelledSlide(item.slide, store, item.target) for item in items_of(cohort)]
+    sizes = {slide: store.store.features(slide).nbytes for slide in COUNTS}
+    for budget, kept in ((sum(sizes.values()), 16), (0, 0), (sum(sizes.values()) // 2, None)):
+        cache = FeatureCache(budget)
+        for _ in range(2):
+            store.read.clear()
+            for item in items:
+                bag = whole_bag(item, View(cache), sys.maxsize)
+                bag.pixels(0, bag.num_patches, CPU)
+        assert cache.held <= budget
+        missed = 16 - len(store.read)
+        assert missed == kept if kept is not None else 0 < missed < 16
+
+
+# --- whole runs ---
+
+
+def test_a_head_learns_from_features_and_leaves_what_every_run_leaves(cohort, monkeypatch, capsys):
+    code, said = call(train.main, monkeypatch, capsys, *arguments(cohort, "optim.epochs=40"))
+    assert code == 0, said
+    report = json.loads((cohort / "run" / "metrics.json").read_text())
+    assert report["test"]["ema"]["auc"]["value"] == 1.0
+    table = pd.read_csv(cohort / "run" / "predictions.csv")
+    assert len(table) == 8
+    heat = pd.read_csv(cohort / "run" / "heatmaps" / "s13.csv")
+    assert len(heat) == COUNTS["s13"]
+    assert (cohort / "run" / "heatmaps" / "s13.png").stat().st_size > 1000
+    again = call(evaluate.main, monkeypatch, capsys, cohort / "run", "--out", cohort / "again")
+    assert again[0] == 0, again[1]
+    pd.testing.assert_frame_equal(pd.read_csv(cohort / "again" / "predictions.csv"), table)
+
+
+def test_two_ranks_train_a_head_as_one_process_does(cohort):
+    found = []
+    for ranks in (1, 2):
+        out = cohort / f"run{ranks}"
+        line = [BIN / "torchrun", "--standalone", f"--nproc-per-node={ranks}"]
+        line += [ROOT / "launch" / "train.py", *arguments(cohort, f"run.out={out}")]
+        done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(pd.read_csv(out / "predictions.csv"))
+    probabilities = [table.filter(like="prob_").to_numpy() for table in found]
+    np.testing.assert_allclose(*probabilities, atol=2e-5)
+    assert np.ptp(probabilities[0]) > 0.1
+
+
+def test_the_attentions_entropy_is_raised_where_its_weight_is(cohort, monkeypatch, capsys):
+    entropy = {}
+    for weight in (0.0, 1.0):
+        out = cohort / f"aem{weight}"
+        more = ("optim.epochs=30", f"aem.weight={weight}", f"run.out={out}")
+        code, said = call(train.main, monkeypatch, capsys, *arguments(cohort, *more))
+        assert code == 0, said
+        maps = [pd.read_csv(file)["score"].to_numpy() for file in (out / "heatmaps").glob("*.csv")]
+        entropy[weight] = np.mean([-(p * np.log(np.clip(p, 1e-12, 1))).sum() for p in maps])
+    assert entropy[1.0] > entropy[0.0] + 0.1
+
+
+# --- mistakes ---
+
+
+def refusal(cohort: Path, monkeypatch, capsys, *more: str) -> str:
+    code, said = call(train.main, monkeypatch, capsys, *arguments(cohort, *more))
+    assert code == 2, said
+    assert "Traceback" not in said
+    return said
+
+
+def test_features_that_are_missing_are_told_with_how_to_make_them(cohort, monkeypatch, capsys):
+    said = refusal(cohort, monkeypatch, capsys, "data.features=[]")
+    assert "needs data.labels=FILE.csv and data.features=[FOLDER]" in said
+    assert "launch/extract.py --stores none.lmdb" in said
+    said = refusal(cohort, monkeypatch, capsys, f"data.features=[{cohort}/nowhere]")
+    assert f"features: {cohort}/nowhere is missing" in said
+
+
+def test_features_of_two_widths_are_refused_with_both_slides(cohort, monkeypatch, capsys):
+    write_slide(cohort / "feats", "s05", np.zeros((3, D + 1), np.float32))
+    said = refusal(cohort, monkeypatch, capsys)
+    assert "'s05' has 13" in said
+    write_slide(cohort / "more", "s99", np.zeros((3, D + 1), np.float32))
+
+
+def test_features_that_are_not_finite_are_refused_with_their_slide(cohort, monkeypatch, capsys):
+    bad = features_of(4, COUNTS["s04"])
+    bad[1, 3] = np.nan
+    write_slide(cohort / "feats", "s04", bad)
+    said = refusal(cohort, monkeypatch, capsys)
+    assert "slide 's04'" in said
+    assert "first in row 1" in said
+
+
+def test_an_empty_bag_is_listed(cohort, monkeypatch, capsys):
+    write_slide(cohort / "feats", "s02", np.zeros((0, D), np.float32))
+    said = refusal(cohort, monkeypatch, capsys)
+    assert "s02" in said
+    assert "no patch" in said
+
+
+def test_a_label_outside_the_classes_is_listed(cohort, monkeypatch, capsys):
+    table = pd.read_csv(cohort / "labels.csv")
+    table.loc[3, "label"] = "perhaps"
+    table.to_csv(cohort / "labels.csv", index=False)
+    assert "label 'perhaps'" in refusal(cohort, monkeypatch, capsys)
+
+
+def test_features_without_coords_are_refused_where_coords_are_needed(cohort, monkeypatch, capsys):
+    write_slide(cohort / "feats", "s01", features_of(1, COUNTS["s01"]), coords=False)
+    said = refusal(cohort, monkeypatch, capsys, "sampler.name=regions", "bag.patches=2")
+    assert "no coords of slide 's01'" in said
+
+
+def test_a_head_option_of_another_type_is_refused(cohort, monkeypatch, capsys):
+    assert "head.attn_dim" in refusal(cohort, monkeypatch, capsys, "head.attn_dim=wide")
+
+
+def test_an_encoder_and_an_unknown_name_are_told_what_a_model_may_be(cohort, monkeypatch, capsys):
+    said = refusal(cohort, monkeypatch, capsys, "--model", "abmill")
+    assert "did you mean 'abmil'" in said
+    assert "a head alone is trained on frozen features" in said
+
+
+def test_weights_of_another_head_are_refused(cohort, monkeypatch, capsys):
+    code, said = call(train.main, monkeypatch, capsys, *arguments(cohort, "optim.epochs=1"))
+    assert code == 0, said
+    line = (cohort / "run", "--out", cohort / "again", "head.name=max")
+    code, said = call(evaluate.main, monkeypatch, capsys, *line)
+    assert code == 2, said
+    assert "best.safetensors" in said
+
+
+def test_slides_cannot_be_predicted_by_a_head_alone(cohort, monkeypatch, capsys):
+    code, said = call(train.main, monkeypatch, capsys, *arguments(cohort, "optim.epochs=1"))
+    assert code == 0, said
+    line = (cohort, "--run", cohort / "run", "--out", cohort / "p")
+    code, said = call(predict.main, monkeypatch, capsys, *line)
+    assert code == 2, said
+    assert "was trained on features" in said
