@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from e2e.files import write_atomically
 from e2e.heads.base import HeadOutput
 from e2e.heatmap import draw_heatmap, patch_scores
 from e2e.log import Screen
+from e2e.losses.base import real_attention
 from e2e.metrics import case_weights, interval
 from e2e.model import MILModel
 from e2e.parallel import Strategy
@@ -41,6 +43,8 @@ class Prediction:
     probabilities: list[float]
     target: float | None
     """What the task made of the label; None for a slide without one."""
+    entropy: float | None = None
+    """Of the attention, from 0 (one patch) to 1 (uniform); None for a head without."""
 
 
 @torch.no_grad()
@@ -67,13 +71,25 @@ def predict(
         probabilities = task.probabilities(output.logits)[0].cpu().double().tolist()
         target = float(item.target) if torch.isfinite(item.target.float()).all() else None
         slide = item.slide
-        ours.append(Prediction(slide.case, slide.id, slide.split, probabilities, target))
+        said = (slide.case, slide.id, slide.split, probabilities, target)
+        ours.append(Prediction(*said, attention_entropy(output)))
         if draw is not None:
             draw(item, output, probabilities)
         screen.step(done + 1, len(share), f"slides evaluated ({slide.split or 'new'})")
     screen.pause()
     everyone = [p for part in strategy.gather(ours) for p in part]
     return sorted(everyone, key=lambda p: (p.split, p.slide))
+
+
+def attention_entropy(output: HeadOutput) -> float | None:
+    """Entropy of a slide's attention over log N, its maximum; mean over maps. 1 for one patch."""
+    if output.attention_logits is None:
+        return None
+    if output.attention_logits.shape[-1] == 1:
+        return 1.0
+    logs, _ = real_attention(output)
+    entropy = -(logs.exp() * logs).sum(dim=-1) / math.log(logs.shape[-1])
+    return float(entropy.mean())
 
 
 def score(predictions: Sequence[Prediction], task: Task, *, draws: int, seed: int = 0) -> Metrics:
@@ -85,12 +101,14 @@ def score(predictions: Sequence[Prediction], task: Task, *, draws: int, seed: in
 
 
 def write_predictions(predictions: Sequence[Prediction], task: Task, path: Path) -> None:
-    """predictions.csv: case, slide, split, label (where there is one), a probability a class."""
+    """predictions.csv: case, slide, split, label (where there is one), a probability a class, and how
+    widely the head looked (:func:`attention_entropy`)."""
     rows: list[dict[str, Any]] = []
     for p in predictions:
         label = "" if p.target is None else task.output_names[int(p.target)]
         row: dict[str, Any] = {"case": p.case, "slide": p.slide, "split": p.split, "label": label}
         row |= {f"prob_{n}": v for n, v in zip(task.output_names, p.probabilities, strict=True)}
+        row["attention_entropy"] = p.entropy
         rows.append(row)
     write_atomically(path, pd.DataFrame(rows).to_csv(index=False).encode())
 

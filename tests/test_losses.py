@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import e2e.losses  # noqa: F401
 from e2e.errors import UserError
+from e2e.evaluate import attention_entropy
 from e2e.heads.base import HeadOutput
 from e2e.losses.base import REGULARISERS, Regulariser, Weight
 from e2e.parallel import Strategy
@@ -135,3 +136,15 @@ def test_a_bags_loss_holds_the_regulariser_by_its_weight_at_this_moment(progress
     found = bag_losses(strategy, bag, task, progress)
     torch.testing.assert_close(found, plain + weight * added)
     assert (added < -0.5).all()
+
+
+def test_the_attentions_entropy_of_a_prediction_is_1_when_uniform_and_0_on_one_patch():
+    def of(*row: float) -> float | None:
+        return attention_entropy(HeadOutput(torch.zeros(1, 2), torch.tensor([[[*row]]])))
+
+    assert of(2.0, 2.0, 2.0) == pytest.approx(1)
+    assert of(0.0, -200.0, -200.0) == pytest.approx(0)
+    assert of(3.0) == 1
+    half = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / math.log(2)
+    assert of(math.log(3), 0.0) == pytest.approx(half)
+    assert attention_entropy(HeadOutput(torch.zeros(1, 2))) is None
