@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -19,6 +19,7 @@ import e2e.losses
 import e2e.tasks  # noqa: F401  (each import registers its plug-ins)
 from e2e.config import CONFIGS, BagSettings, Columns, Data, Engine, Optim, Plugin, Select, Settings
 from e2e.data.augment import AUGMENTS
+from e2e.data.cases import by_case
 from e2e.data.cluster import read_index
 from e2e.data.cohort import (
     Problem,
@@ -270,7 +271,7 @@ def load_cohort(
     size: int | None = None,
     features: bool = False,
 ) -> tuple[list[LabelledSlide], list[Problem]]:
-    """The cohort's slides, checked, split and matched with their patches.
+    """The cohort's slides, or its cases, checked, split and matched with their patches.
 
     Args:
         problems_file: where the whole list of unusable rows goes; None on ranks that do not lead.
@@ -311,6 +312,8 @@ def load_cohort(
     stores = {slide.id: [first[slide.id], *more.get(slide.id, [])] for slide in kept}
     if not features:
         check_sides(stores, size)
+    if data.unit == "case":
+        kept, stores = by_case(kept, stores)
     return label_slides(kept, stores, task.encode), problems
 
 
@@ -335,10 +338,9 @@ def open_feature_stores(data: Data) -> list[FeatureStore]:
     return found
 
 
-def feature_width(items: Sequence[LabelledSlide]) -> int | None:
-    """Of the slides' features; None where they have patches."""
-    store = items[0].store
-    return store.width if isinstance(store, FeatureStore) else None
+def feature_width(items: Sequence[LabelledSlide]) -> int:
+    """Of the slides' features, which is one for all."""
+    return cast(FeatureStore, items[0].store).width
 
 
 def open_scales(data: Data) -> list[list[Store]]:

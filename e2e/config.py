@@ -88,6 +88,7 @@ class Data:
     )
     cut: Cut = field(default_factory=Cut)
     slide_suffix: str = setting("", "taken off the end of the table's slide ids")
+    unit: str = setting("slide", "what a bag holds: a slide, or all slides of a case")
     unmatched: str = setting("error", "slides on one side only, bad rows: error, or drop and list")
     decoder: str = setting("auto", "JPEG decoder")
     workers: int | None = setting(None, "threads that decode; null: a rank's share of the cores")
@@ -99,6 +100,7 @@ class Data:
         _check(
             self.unmatched in ("error", "drop"), "data.unmatched", self.unmatched, "error or drop"
         )
+        _check(self.unit in ("slide", "case"), "data.unit", self.unit, "slide or case")
         for word in self.splits.values():
             _check(word in ("train", "val", "test"), "data.splits", word, "train, val or test")
         if self.cache != "auto":

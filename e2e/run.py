@@ -132,7 +132,7 @@ def _prepare(
         features=features,
     )
     view = build.build_view(settings.data, settings.bag, strategy.device, features=features)
-    width = build.feature_width(items)
+    width = build.feature_width(items) if features else None
     model = build.build_model(settings, task, strategy.device, trained=trained, width=width)
     parts = _Parts(task, items, view, model)
     loader = build.build_loader(settings, parts.of_split("train"), view, model=model, task=task)
