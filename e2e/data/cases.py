@@ -62,9 +62,9 @@ class CaseStore:
                 "  pack them alike"
             )
         first, widths = records[0], [record.width for record in records]
-        known = {"slide": self.case, "height": max(record.height for record in records)}
+        known: dict[str, Any] = {"slide": self.case, "height": max(record.height for record in records)}
         if any(record.coords is None for record in records):
-            values = {**vars(first), **known, "coords": None, "width": 0}
+            values: dict[str, Any] = {**vars(first), **known, "coords": None, "width": 0}
             return PlacelessRecord(**values | {"patches": self.count(self.case)})
         # Side by side, a slide's width or reach and two patches between two of them.
         reaches = [
@@ -148,11 +148,11 @@ def by_case(
             f"data.unit=case needs one label a case\n{listing(apart)}\n"
             "  mend the table, or set data.unit=slide"
         )
-    joined = {
+    joined: dict[str, list[Slides]] = {
         case: [
             CaseStore(case, tuple((stores[s.id][scale], s.id) for s in own))
             for scale in range(len(stores[own[0].id]))
         ]
         for case, own in cases.items()
     }
-    return [replace(own[0], id=case) for case, own in cases.items()], dict(joined)
+    return [replace(own[0], id=case) for case, own in cases.items()], joined

@@ -105,10 +105,15 @@ class Slides(Protocol):
     It can be copied into other processes, and read from several threads.
     """
 
-    path: Path
-    """Of the file or folder."""
-    recipe: dict[str, Any]
-    """How the patches or features were made, as far as known."""
+    @property
+    def path(self) -> Path:
+        """Of the file or folder."""
+        ...
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """How the patches or features were made, as far as known."""
+        ...
 
     @property
     def slides(self) -> list[str]:
