@@ -65,7 +65,8 @@ class CaseStore:
         known: dict[str, Any] = {"slide": self.case, "height": max(record.height for record in records)}
         if any(record.coords is None for record in records):
             values: dict[str, Any] = {**vars(first), **known, "coords": None, "width": 0}
-            return PlacelessRecord(**values | {"patches": self.count(self.case)})
+            values["patches"] = self.count(self.case)
+            return PlacelessRecord(**values)
         # Side by side, a slide's width or reach and two patches between two of them.
         reaches = [
             max(width, int(record.places[:, 0].max() + 3 * max(1, record.level0_px)))
