@@ -24,9 +24,12 @@ GROUND = 245  # grey where the slide has no patch
 
 
 def patch_scores(output: HeadOutput, shown_class: int) -> NDArray[np.float64] | None:
-    """(N,) what one slide's patches weigh: attention averaged over maps, or, for a head without
-    attention, the instance probability of ``shown_class``; None when it has neither."""
+    """(N,) what one slide's patches weigh: attention averaged over maps, or that of ``shown_class``
+    where each class has one; for a head without attention, the instance probability of
+    ``shown_class``; None when it has neither."""
     attention = output.attention()
+    if attention is not None and output.class_maps:
+        return attention[0, shown_class].double().cpu().numpy()
     if attention is not None:
         return attention[0].mean(dim=0).double().cpu().numpy()
     if output.instance_logits is not None:

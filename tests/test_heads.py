@@ -339,3 +339,33 @@ def test_an_unknown_option_names_the_nearest(name):
 def test_no_parameter_is_a_scalar(head):
     # FSDP shards along a parameter's first dimension.
     assert all(parameter.dim() > 0 for parameter in head.parameters())
+
+
+FIXED_SIZE = {"transmil": "lays the patches out on a square grid, whose side is a Python number"}
+"""Head -> why its export is for bags padded to one size. No other head is excepted."""
+
+
+def exported(head: Head, *, length: torch.export.Dim | None) -> nn.Module:
+    """For inference on two bags of 12 patches, or of ``length``."""
+    features, mask, _ = bag(12, batch=2)
+    shapes = None if length is None else {"features": {1: length}, "mask": {1: length}}
+    return torch.export.export(head, (features, mask), dynamic_shapes=shapes).module()
+
+
+def test_the_export_gives_the_heads_outputs_for_bags_of_any_size(name, head):
+    length = torch.export.Dim("length", min=2, max=10_000)
+    if name in FIXED_SIZE:
+        with pytest.raises(torch._dynamo.exc.UserError, match="specialized it to be a constant"):
+            exported(head, length=length)
+    program = exported(head, length=None if name in FIXED_SIZE else length)
+    for n in (12,) if name in FIXED_SIZE else (2, 12, 33):
+        features, mask, _ = bag(n, batch=2)
+        mask[1, n // 2 + 1 :] = False
+        found, expected = program(features, mask).logits, head(features, mask).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_maps_that_belong_to_classes_are_as_many(name):
+    output = run(build(name), *bag())
+    assert not output.class_maps or output.attention_logits.shape[1] == C
+    assert output.class_maps == (name in ("clam_mb", "dsmil"))

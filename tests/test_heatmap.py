@@ -48,6 +48,15 @@ def test_attention_is_averaged_over_its_maps():
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
 
 
+def test_of_maps_that_each_belong_to_a_class_that_of_the_class_is_shown():
+    logits = torch.tensor([[[0.0, 0.0, float("-inf")], [3.0, 3.0, 3.0]]])
+    output = HeadOutput(torch.zeros(1, 2), attention_logits=logits, class_maps=True)
+    for shown, expected in ((0, [1 / 2, 1 / 2, 0]), (1, [1 / 3] * 3)):
+        scores = patch_scores(output, shown)
+        assert scores is not None
+        np.testing.assert_allclose(scores, expected, rtol=1e-6)
+
+
 def test_a_head_without_attention_shows_the_probability_of_the_class():
     logits = torch.tensor([[[1.0, 3.0], [6.0, 2.0]]]).log()
     output = HeadOutput(torch.zeros(1, 2), instance_logits=logits)

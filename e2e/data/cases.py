@@ -62,7 +62,10 @@ class CaseStore:
                 "  pack them alike"
             )
         first, widths = records[0], [record.width for record in records]
-        known: dict[str, Any] = {"slide": self.case, "height": max(record.height for record in records)}
+        known: dict[str, Any] = {
+            "slide": self.case,
+            "height": max(record.height for record in records),
+        }
         if any(record.coords is None for record in records):
             values: dict[str, Any] = {**vars(first), **known, "coords": None, "width": 0}
             values["patches"] = self.count(self.case)

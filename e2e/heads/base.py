@@ -29,6 +29,8 @@ class HeadOutput(NamedTuple):
     """(B, N, C) for methods that score single patches; what padding holds means nothing."""
     aux: dict[str, Tensor] | None = None
     """What the head's own ``aux_loss`` needs; nobody else reads it."""
+    class_maps: bool = False
+    """Whether attention map c is that of output c."""
 
     def attention(self) -> Tensor | None:
         """(B, A, N) >= 0, sums to 1 over real patches, exactly 0 on padding."""

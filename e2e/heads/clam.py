@@ -133,12 +133,13 @@ class ClamSB(Head):
         logits_BAN = mask_logits(self.score(x_BNE).transpose(1, 2), mask)
         slide_BAE = logits_BAN.softmax(dim=-1).to(x_BNE.dtype) @ x_BNE
         logits_BC = self._bag_logits(slide_BAE)
+        class_maps = self._maps(logits_BC.shape[1]) > 1
         if self.cluster is None:
-            return HeadOutput(logits_BC, logits_BAN)
+            return HeadOutput(logits_BC, logits_BAN, class_maps=class_maps)
         pair_BNC2 = self.cluster(x_BNE).to(logits_BAN.dtype).unflatten(-1, (-1, 2))
         odds_BNC = pair_BNC2[..., 1] - pair_BNC2[..., 0]
         aux = evidence(odds_BNC.transpose(1, 2), logits_BAN, mask, self.k_sample)
-        return HeadOutput(logits_BC, logits_BAN, odds_BNC, aux)
+        return HeadOutput(logits_BC, logits_BAN, odds_BNC, aux, class_maps)
 
     def aux_loss(self, output: HeadOutput, target: Tensor, loss: BagLoss) -> Tensor | None:
         """``instance_weight`` times the instance loss, mean over bags; None if that weight is 0.

@@ -168,7 +168,8 @@ class DSMIL(Head):
         logits_BC = self.classify(pooled_BCE.flatten(1))
         if self.average and not (self.training and self.aux_weight):
             logits_BC = (logits_BC + max_BC) / 2
-        return HeadOutput(logits_BC, logits_BCN, instance_BNC, {"instance_max": max_BC})
+        aux = {"instance_max": max_BC}
+        return HeadOutput(logits_BC, logits_BCN, instance_BNC, aux, class_maps=True)
 
     def aux_loss(self, output: HeadOutput, target: Tensor, loss: BagLoss) -> Tensor | None:
         """``aux_weight`` times the task's loss of the critical patches' logits; None if that is 0."""
