@@ -74,7 +74,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--updates", type=int, help="--check: only so many of the epoch's updates")
     parser.add_argument("--turn", type=int, default=2, help="--check: updates timed at a time")
     args = parser.parse_args(argv)
-    args.patches = args.patches or list((1000, 5000, 20_000) if args.table is None else SIZES)
+    args.patches = args.patches or list(
+        SIZES if args.check or args.table is not None else (1000, 5000, 20_000)
+    )
     return args
 
 
