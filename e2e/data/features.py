@@ -138,6 +138,7 @@ class FeatureStore:
         self._layout = layout
         self._sizes: dict[str, tuple[int, int]] = {}  # rows and width of those that were looked at
         self._like: str | None = None  # the first of them that has patches
+        self._records: dict[str, SlideRecord] = {}  # 8 bytes a patch; a file takes 1 ms to open
 
     @property
     def slides(self) -> list[str]:
@@ -184,6 +185,11 @@ class FeatureStore:
         Raises:
             DamagedDataError: as :meth:`count`; or the coords are no places.
         """
+        if slide not in self._records:
+            self._records[slide] = self._read_record(slide)
+        return self._records[slide]
+
+    def _read_record(self, slide: str) -> SlideRecord:
         count, file = self.count(slide), self._layout.files[slide]
         with self._opened(slide) as entry:
             places = self._layout.places(entry)
