@@ -25,7 +25,7 @@ from e2e.batchnorm import POLICIES, Around
 from e2e.encoders.base import Encoder
 from e2e.heads.base import Head, HeadOutput
 from e2e.losses.base import Regulariser
-from e2e.memory import GraphBudget
+from e2e.memory import GraphBudget, Slabs
 
 
 class Ranks(Protocol):
@@ -230,13 +230,20 @@ class MILModel(nn.Module):
         return seeded(seed, device) if self.training else nullcontext()
 
 
+_PADDED = Slabs()
+
+
 def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """B times (n,D) -> (B,N,D), 0 behind the n rows, and the mask (B,N); half precision becomes float32."""
     longest = max(map(len, rows))
     wide = rows[0].dtype
     if wide.is_floating_point:
         wide = torch.promote_types(wide, torch.float32)
-    padded = rows[0].new_empty(len(rows), longest, rows[0].shape[1], dtype=wide)
+    shape = (len(rows), longest, rows[0].shape[1])
+    if rows[0].device.type == "cpu":
+        padded = _PADDED.take(shape, wide)
+    else:
+        padded = rows[0].new_empty(shape, dtype=wide)
     mask = torch.zeros(len(rows), longest, dtype=torch.bool, device=padded.device)
     for own, real, whole in zip(rows, mask, padded, strict=True):
         whole[: len(own)] = own

@@ -144,7 +144,7 @@ def test_other_names_are_no_models(name):
 
 def test_a_wrong_part_of_a_models_name_is_told_as_such():
     assert "unknown head 'abmlx'; did you mean 'abmilx'?" in message(model="e2e_r18_abmlx")
-    assert "unknown head 'clam_sb'" in message(model="e2e_r18_clam_sb")
+    assert "unknown head 'clam_xl'" in message(model="e2e_r18_clam_xl")
     assert "unknown encoder 'r19'; did you mean 'r18'?" in message(model="e2e_r19_abmil")
 
 
@@ -152,7 +152,7 @@ def test_a_wrong_part_of_a_models_name_is_told_as_such():
 
 WRONG = {
     "optim.lrr=1": ("unknown setting 'optim.lrr'; did you mean 'lr'?", "known: bags, balance"),
-    "optm.lr=1": ("unknown section 'optm'; did you mean 'optim'?", "known: augment, bag"),
+    "optm.lr=1": ("unknown section 'optm'; did you mean 'optim'?", "known: aem, augment, bag"),
     "data.columns.slid=x": ("unknown setting 'data.columns.slid'; did you mean 'slide'?",),
     "data.cut.vall=0.1": ("unknown setting 'data.cut.vall'; did you mean 'val'?",),
     "head.attn_dims=3": ("unknown setting 'head.attn_dims'; did you mean 'attn_dim'?",),

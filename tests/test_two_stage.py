@@ -177,6 +177,13 @@ class Counted:
         return self.store.features(slide)
 
 
+def test_what_is_known_of_a_slide_is_read_once(cohort):
+    store = open_features(cohort / "feats")
+    first = store.record("s04")
+    (cohort / "feats" / "s04.h5").unlink()
+    assert store.record("s04") is first
+
+
 def test_features_are_read_once_as_far_as_the_memory_goes(cohort):
     store = Counted(open_features(cohort / "feats"))
     items = [LabelledSlide(item.slide, store, item.target) for item in items_of(cohort)]
