@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from e2e.encoders.base import ENCODERS, Encoder
 from e2e.encoders.lora import add_lora
-from e2e.encoders.timm import TimmEncoder, _notice_offline, _resampled
+from e2e.encoders.timm import TimmEncoder, notice_offline, resampled
 from e2e.errors import UserError, listing
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -154,7 +154,7 @@ def _load(encoder: FoundationEncoder, card: Card, weights: str | None) -> None:
     found = card.keys(_from_file(weights) if weights else _from_hub(encoder.model, card))
     wanted = net.state_dict()
     if "pos_embed" in found and "pos_embed" in wanted:
-        found["pos_embed"] = _resampled(found["pos_embed"], wanted["pos_embed"], net)
+        found["pos_embed"] = resampled(found["pos_embed"], wanted["pos_embed"], net)
     try:
         net.load_state_dict(found)
     except RuntimeError as error:
@@ -182,7 +182,7 @@ def _from_hub(name: str, card: Card) -> dict[str, Tensor]:
     place = card.source if "://" in card.source else f"https://huggingface.co/{card.source}"
     reason = "they are not on the hub as a model"
     if "://" not in card.source:
-        _notice_offline()
+        notice_offline()
         try:
             return load_state_dict_from_hf(card.source, weights_only=True)
         except (OSError, RuntimeError) as error:

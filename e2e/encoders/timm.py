@@ -174,7 +174,7 @@ def load_weights(encoder: TimmEncoder, path: Path) -> None:
     found = {names.get(key, key): value for key, value in found.items()}
     for key in wanted:
         if key.endswith("pos_embed") and key in found:
-            found[key] = _resampled(found[key], wanted[key], net)
+            found[key] = resampled(found[key], wanted[key], net)
     missing = [k for k in wanted if k not in found and not k.endswith("num_batches_tracked")]
     unknown = [k for k in found if k not in wanted and k not in whole.state_dict()]
     shapes = [
@@ -200,7 +200,7 @@ def _open_residuals(net: nn.Module) -> None:
                     nn.init.ones_(norm.weight)
 
 
-def _resampled(table: Tensor, wanted: Tensor, net: nn.Module) -> Tensor:
+def resampled(table: Tensor, wanted: Tensor, net: nn.Module) -> Tensor:
     """A ViT's position embedding (1, tokens, dim) for another number of patches, as timm does it."""
     vit = getattr(net, "model", net)
     grid = getattr(getattr(vit, "patch_embed", None), "grid_size", None)
@@ -243,7 +243,7 @@ def _create(model: str, options: dict[str, Any], *, from_hub: bool) -> nn.Module
 
 
 def _from_hub(model: str, options: dict[str, Any]) -> nn.Module:
-    _notice_offline()
+    notice_offline()
     try:
         return timm.create_model(model, pretrained=True, **options)
     except (OSError, RuntimeError) as error:
@@ -254,7 +254,7 @@ def _from_hub(model: str, options: dict[str, Any]) -> nn.Module:
         ) from error
 
 
-def _notice_offline() -> None:
+def notice_offline() -> None:
     """Without a way to the hub, look into its cache at once instead of after a minute of retries."""
     host = urlsplit(hub.ENDPOINT).hostname
     if host is None or urllib.request.getproxies():
