@@ -324,3 +324,10 @@ def test_slides_cannot_be_predicted_by_a_head_alone(cohort, monkeypatch, capsys)
     code, said = call(predict.main, monkeypatch, capsys, *line)
     assert code == 2, said
     assert "was trained on features" in said
+
+
+def test_classes_that_yaml_read_as_true_and_false_are_told_so(cohort, monkeypatch, capsys):
+    file = cohort / "cohort.yaml"
+    file.write_text(file.read_text().replace("[plain, marked]", "[no, yes]"))
+    said = refusal(cohort, monkeypatch, capsys)
+    assert "none of task.classes: False, True (YAML reads yes and no as True and False" in said

@@ -56,9 +56,11 @@ class Classification(Task):
         """Class number, int64."""
         word = words[self.columns[0]]
         if word not in self.output_names:
+            read = {"True", "False"} & set(self.output_names)
+            hint = " (YAML reads yes and no as True and False: quote them)" if read else ""
             raise UserError(
                 f"label '{word}' in column '{self.columns[0]}' is none of task.classes: "
-                f"{', '.join(self.output_names)}"
+                f"{', '.join(self.output_names)}{hint}"
             )
         return torch.tensor(self.output_names.index(word))
 
