@@ -1,18 +1,23 @@
-"""Train, validation and test: always by case."""
+"""Train, validation and test: always by case, and what makes them dishonest."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 
-from e2e.data.cohort import Slide
+from e2e.data.cohort import Problem, Slide
+from e2e.data.features import FeatureStore
 from e2e.data.sampler import mix
+from e2e.data.store import Slides, Store
 from e2e.errors import UserError, listing
 
 SPLITS = ("train", "val", "test")
+PIECE = 256  # patches in memory at once
 
 
 def check_splits(slides: Sequence[Slide]) -> None:
@@ -36,26 +41,147 @@ def check_splits(slides: Sequence[Slide]) -> None:
             )
 
 
+def missing_classes(
+    splits: Mapping[str, str], classes: Mapping[str, Iterable[str]]
+) -> dict[str, list[str]]:
+    """The classes that a split lacks, of those that any other has; splits without ids are left out.
+
+    Of survival the classes are the words of the event column: a split without one lacks events.
+
+    Args:
+        splits: id -> train, val, test, or empty where it is not used.
+        classes: id -> its classes, one for a slide.
+
+    Returns:
+        Split -> sorted classes; nothing where all is well.
+    """
+    found: dict[str, set[str]] = {split: set() for split in SPLITS if split in splits.values()}
+    for name, split in splits.items():
+        if split:
+            found[split].update(classes[name])
+    known = set().union(*found.values())
+    return {split: sorted(known - own) for split, own in found.items() if known - own}
+
+
+def check_copies(slides: Sequence[Slide], stores: Mapping[str, Slides]) -> None:
+    """UserError when slides of different splits have the same patches: one slide under two names.
+
+    Only slides with equally many patches are looked at, by one patch each (of features: all); where
+    that is the same, all patches are compared. So a second scan, or another cut of the grid, passes.
+
+    Args:
+        stores: of each slide, by its id.
+    """
+    alike: dict[object, list[Slide]] = {(): [slide for slide in slides if slide.split]}
+    for key in (_count, _middle, _whole):
+        finer: dict[object, list[Slide]] = defaultdict(list)
+        for before, group in alike.items():
+            for slide in group:
+                finer[before, key(slide.id, stores[slide.id])].append(slide)
+        alike = {k: group for k, group in finer.items() if len({s.split for s in group}) > 1}
+    if alike:
+        raise UserError(
+            f"{len(alike)} slide(s) lie in more than one split under different names: the test "
+            "would not be honest\n"
+            + listing(
+                " = ".join(f"'{s.id}' ({s.split})" for s in sorted(group, key=lambda s: s.id))
+                + f": the same {stores[group[0].id].count(group[0].id):,} patches"
+                for group in alike.values()
+            )
+            + "\n  keep one name of each in the label table"
+        )
+
+
+def _count(slide: str, store: Slides) -> int:
+    return store.count(slide)
+
+
+def _middle(slide: str, store: Slides) -> bytes:
+    return _digest(slide, store, [store.count(slide) // 2])  # the edges of tissue look alike
+
+
+def _whole(slide: str, store: Slides) -> bytes:
+    return _digest(slide, store, range(store.count(slide)))
+
+
+def _digest(slide: str, store: Slides, rows: Sequence[int]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    if hasattr(store, "features"):
+        digest.update(cast(FeatureStore, store).features(slide)[list(rows)].numpy().tobytes())
+    else:
+        for start in range(0, len(rows), PIECE):
+            for jpeg in cast(Store, store).read(slide, rows[start : start + PIECE]):
+                digest.update(len(jpeg).to_bytes(8, "little") + jpeg)
+    return digest.digest()
+
+
+def assign(
+    slides: Sequence[Slide], splits: Mapping[str, str], where: str
+) -> tuple[list[Slide], list[Problem]]:
+    """Give each slide the split of its id, or of its case's.
+
+    Args:
+        splits: slide or case id -> train, val, test, or empty where it is not to be used.
+        where: they come from, for the problems.
+
+    Returns:
+        The slides that have a split; the ids that no slide has, and the slides of no id.
+    """
+    known = {slide.id for slide in slides} | {slide.case for slide in slides}
+    problems = [
+        Problem(i, where, "the label table has no row for it") for i in splits.keys() - known
+    ]
+    kept: list[Slide] = []
+    for slide in slides:
+        split = splits.get(slide.id, splits.get(slide.case))
+        if split is None:
+            problems.append(Problem(slide.id, where, "neither the slide nor its case has a split"))
+        elif split:
+            kept.append(replace(slide, split=split))
+    return kept, sorted(problems, key=lambda problem: (problem.problem, problem.slide))
+
+
 def cut(slides: Sequence[Slide], split: str, share: float, *, by: str, seed: int) -> list[Slide]:
     """Move ``share`` of the cases that are in train, or in no split yet, to ``split``.
 
     Stratified by the first value of column ``by`` of each case, so that each stratum gives its
     share to within one case; a pure function of its arguments.
     """
-    strata: dict[str, list[str]] = defaultdict(list)
-    seen: set[str] = set()
+    free: dict[str, str] = {}
     for slide in sorted(slides, key=lambda s: (s.case, s.id)):
-        if slide.split in ("", "train") and slide.case not in seen:
-            seen.add(slide.case)
-            strata[slide.target[by]].append(slide.case)
-    moved: set[str] = set()
-    owed = 0.0
-    for value, cases in sorted(strata.items()):
-        order = np.random.default_rng(mix(seed, split, value)).permutation(len(cases))
-        owed += share * len(cases)
-        take = round(owed) - len(moved)
-        moved.update(cases[i] for i in order[:take])
+        if slide.split in ("", "train"):
+            free.setdefault(slide.case, slide.target[by])
+    moved = draw(free, share, seed, split)
     return [
         replace(slide, split=split if slide.case in moved else slide.split or "train")
         for slide in slides
+    ]
+
+
+def draw(strata: Mapping[str, str], share: float, *seed: int | str) -> set[str]:
+    """A ``share`` of the cases, of each stratum to within one case.
+
+    Args:
+        strata: case -> its stratum.
+        seed: numbers and words; the same give the same cases, in whatever order ``strata`` lies.
+    """
+    chosen: set[str] = set()
+    owed = 0.0
+    for _, cases in shuffled(strata, *seed):
+        owed += share * len(cases)
+        chosen.update(cases[: round(owed) - len(chosen)])
+    return chosen
+
+
+def shuffled(strata: Mapping[str, str], *seed: int | str) -> list[tuple[str, list[str]]]:
+    """The strata, sorted, each with its cases in an order that ``seed`` and they alone decide."""
+    members: dict[str, list[str]] = defaultdict(list)
+    for case in sorted(strata):
+        members[strata[case]].append(case)
+    return [
+        (
+            value,
+            [cases[i] for i in np.random.default_rng(mix(*seed, value)).permutation(len(cases))],
+        )
+        for value, cases in sorted(members.items())
     ]
