@@ -127,7 +127,9 @@ def test_another_seed_gives_other_folds():
     strata = {f"{n}": "ab"[n % 2] for n in range(30)}
     sites = {case: case[-1] for case in strata}
     assert len({tuple(map(frozenset, held_out(strata, 3, seed=s))) for s in range(20)}) == 20
-    assert len({tuple(map(frozenset, held_out_sites(strata, sites, 3, seed=s))) for s in range(9)}) > 1
+    assert (
+        len({tuple(map(frozenset, held_out_sites(strata, sites, 3, seed=s))) for s in range(9)}) > 1
+    )
     tests = held_out(strata, 3, seed=0)
     vals = {
         tuple(sorted(fold.items()))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from e2e.data.cohort import Slide
-from e2e.data.splits import check_splits, cut
+from e2e.data.features import open_features
+from e2e.data.splits import assign, check_copies, check_splits, cut, missing_classes
+from e2e.data.store import PatchStore, StoreWriter
 from e2e.errors import UserError
+from tests.conftest import RECIPE, jpeg, patches, record
 
 
 def slide(name: str, case: str = "", split: str = "train", label: str = "x") -> Slide:
@@ -114,3 +119,77 @@ def test_an_empty_split_is_told_with_what_helps():
     with pytest.raises(UserError, match="no slide has the split 'train'") as error:
         check_splits([slide("a", split="val")])
     assert "data.cut" not in str(error.value)  # nothing can be cut from no training cases
+
+
+def test_a_class_that_a_split_lacks_is_told():
+    classes = {"1": ["a"], "2": ["b"], "3": ["a", "c"], "4": ["b"], "5": ["z"]}
+    splits = {"1": "train", "2": "train", "3": "val", "4": "test", "5": ""}
+    assert missing_classes(splits, classes) == {
+        "train": ["c"],
+        "val": ["b"],
+        "test": ["a", "c"],
+    }
+    assert missing_classes({"1": "train", "3": "train"}, classes) == {}
+
+
+def test_splits_are_given_by_slide_or_by_case_and_what_has_none_is_listed():
+    slides = [
+        slide("a1", "A", ""),
+        slide("a2", "A", ""),
+        slide("b1", "B", ""),
+        slide("01", "1", ""),
+    ]
+    kept, problems = assign(slides, {"A": "train", "b1": "test", "1": "", "01 ": "val"}, "f.csv")
+    assert [(s.id, s.split) for s in kept] == [("a1", "train"), ("a2", "train"), ("b1", "test")]
+    assert [str(p) for p in problems] == ["01 : the label table has no row for it (f.csv)"]
+    kept, problems = assign(slides, {"a1": "train", "1": "val", "c": "val"}, "f.csv")
+    assert [(s.id, s.split) for s in kept] == [("a1", "train"), ("01", "val")]
+    assert [str(p) for p in problems] == [
+        "a2: neither the slide nor its case has a split (f.csv)",
+        "b1: neither the slide nor its case has a split (f.csv)",
+        "c: the label table has no row for it (f.csv)",
+    ]
+
+
+def store_of(path: Path, **slides: list[bytes]) -> PatchStore:
+    with StoreWriter(path, RECIPE) as writer:
+        for name, jpegs in slides.items():
+            writer.add(record(name, len(jpegs)), jpegs)
+    return PatchStore(path)
+
+
+def test_the_same_patches_under_two_names_in_two_splits_stop_with_the_names(tmp_path):
+    one, two = patches("one", 5), patches("two", 5)
+    first = store_of(tmp_path / "a.lmdb", p=one, q=two, r=two, s=patches("s", 4))
+    second = store_of(tmp_path / "b.lmdb", x=one)
+    stores = {"p": first, "q": first, "r": first, "s": first, "x": second}
+    slides = [slide("p"), slide("q"), slide("r"), slide("s"), slide("x", split="test")]
+    with pytest.raises(UserError) as error:
+        check_copies(slides, stores)
+    assert str(error.value) == (
+        "1 slide(s) lie in more than one split under different names: the test would not be honest\n"
+        "  'p' (train) = 'x' (test): the same 5 patches\n"
+        "  keep one name of each in the label table"
+    )
+    check_copies(slides[:4], stores)  # q and r are one slide too, but in one split
+    check_copies([slide("p"), slide("x", split="")], stores)  # not used
+
+
+def test_slides_that_share_some_patches_are_not_one(tmp_path):
+    one, blank = patches("one", 5), jpeg(77)
+    other = [*patches("other", 2), one[2], *patches("more", 2)]
+    store = store_of(tmp_path / "a.lmdb", a=one, b=other, c=[blank] * 2, d=[blank] * 3, e=one[:4])
+    slides = [
+        slide(n, split=s) for n, s in zip("abcde", ("train", "val", "test") * 2, strict=False)
+    ]
+    check_copies(slides, dict.fromkeys("abcde", store))
+
+
+def test_the_same_features_under_two_names_are_found_too(tmp_path):
+    for name, seed in (("a", 1), ("b", 2), ("c", 1)):
+        torch.save(torch.randn(7, 3, generator=torch.manual_seed(seed)), tmp_path / f"{name}.pt")
+    stores = dict.fromkeys("abc", open_features(tmp_path))
+    slides = [slide("a"), slide("b", split="val"), slide("c", split="test")]
+    with pytest.raises(UserError, match=r"'a' \(train\) = 'c' \(test\): the same 7 patches"):
+        check_copies(slides, stores)
+    check_copies(slides[:2], stores)

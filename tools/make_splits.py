@@ -2,7 +2,8 @@
 
   python tools/make_splits.py --labels T.csv --case case --slide slide --label label --out DIR
   ... --repeats 3                     three times five folds, cut anew each time
-  ... --site tcga                     no centre in two folds (TCGA barcodes; or the centre's column)
+  ... --site tcga                     no centre tested in two folds, nor trained on where it is tested
+                                      (TCGA barcodes; or the column of the centre)
   ... --inner 4                       nested: in each fold four ways to choose the validation cases
   ... --few-shot 16                   16 training cases of each class
   ... --splits published/             no cut: CLAM's, ABMILX's, Patho-Bench's, STAMP's, AEM's files
@@ -175,6 +176,22 @@ def counts(
     return rows
 
 
+def same_tests(folds: Mapping[str, Fold], repeats: int) -> list[str]:
+    """A line for each repeat that tests what another does: few sites leave no other balance."""
+    numbers = list(folds)
+    size = len(numbers) // repeats
+    seen: dict[frozenset[frozenset[str]], int] = {}
+    lines = []
+    for repeat in range(repeats):
+        tests = frozenset(
+            frozenset(case for case, split in folds[number].items() if split == "test")
+            for number in numbers[repeat * size : (repeat + 1) * size]
+        )
+        if seen.setdefault(tests, repeat) != repeat:
+            lines.append(f"repeat {repeat} has the same test sets as repeat {seen[tests]}")
+    return lines
+
+
 def check_classes(folds: Mapping[str, Fold], slides: Sequence[Slide], label: str) -> list[str]:
     """A line for each split of a fold that lacks a class."""
     classes = {slide.case: set[str]() for slide in slides}
@@ -230,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     screen = Screen(leads=True)
     for row in rows:
         screen.say("  ".join(word.rjust(n) for word, n in zip(row, widths, strict=True)))
+    for line in [] if args.splits else same_tests(folds, args.repeats):
+        screen.say(f"NOTE {line}")
     lacking = check_classes(folds, slides, args.label)
     if lacking and not args.allow_missing:
         raise UserError(
