@@ -47,12 +47,12 @@ def test_counts_are_printed_and_both_forms_written(tmp_path, capsys):
     assert make(table(tmp_path), "--folds", 2, "--val", 0.2, "--out", out) == 0
     assert capsys.readouterr().out.splitlines() == [
         "fold  split  grade=0  grade=1  slides  cases",
-        "   0  train        5        5      10      8",
-        "   0    val        1        1       2      2",
-        "   0   test        7        7      14     10",
-        "   1  train        6        5      11      8",
-        "   1    val        1        2       3      2",
-        "   1   test        6        6      12     10",
+        "   0  train        5        6      11      8",
+        "   0    val        1        2       3      2",
+        "   0   test        7        5      12     10",
+        "   1  train        6        4      10      8",
+        "   1    val        1        1       2      2",
+        "   1   test        6        8      14     10",
         f"2 fold(s): {out / 'splits.csv'}; CLAM's form: {out / 'clam'}",
     ]
     ours = pd.read_csv(out / "splits.csv", dtype=str)
@@ -62,7 +62,8 @@ def test_counts_are_printed_and_both_forms_written(tmp_path, capsys):
     assert ((ours[["fold_0", "fold_1"]] == "test").sum(axis=1) == 1).all()
     folds = read_splits(out / "splits.csv", "image")
     assert read_splits(out / "clam") == folds
-    assert json.loads((out / "made.json").read_text())["seed"] == 0
+    made = json.loads((out / "made.json").read_text())
+    assert (made["labels"], made["folds"], made["val"], made["seed"]) == ("labels.csv", 2, 0.2, 0)
 
 
 def test_the_same_command_writes_the_same_and_another_seed_never_overwrites(tmp_path):
@@ -116,6 +117,15 @@ def test_published_splits_are_taken_checked_and_written_in_both_forms(tmp_path):
     make(labels, "--splits", tmp_path / "a" / "clam", "--out", tmp_path / "b")
     for name in ("splits.csv", "clam/splits_1.csv", "clam/splits_1_bool.csv"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert "folds" not in json.loads((tmp_path / "b" / "made.json").read_text())
+    make(labels, "--splits", tmp_path / "a" / "splits.csv", "--few-shot", 1, "--out", tmp_path / "c")
+    before, after = (read_splits(tmp_path / n / "splits.csv", "image")["1"] for n in "ac")
+    assert {i for i in before if after[i] != before[i]} <= {
+        i for i, split in before.items() if split == "train"
+    }
+    assert Counter(after.values())["train"] < Counter(before.values())["train"]
+    with pytest.raises(UserError, match="--splits takes folds as they are: leave out --val"):
+        make(labels, "--splits", tmp_path / "a" / "clam", "--val", 0.3, "--out", tmp_path / "d")
 
 
 def test_published_splits_that_tear_a_case_or_name_strangers_stop_with_the_names(tmp_path):

@@ -8,6 +8,7 @@
   ... --few-shot 16                   16 training cases of each class
   ... --splits published/             no cut: CLAM's, ABMILX's, Patho-Bench's, STAMP's, AEM's files
 
+Validation cases are cut from the training cases, stratified; with --site from the training centres.
 DIR/splits.csv is the table with a column fold_<k> for each fold (data.columns.split=fold_0),
 DIR/clam/ has the same as CLAM writes it, DIR/made.json how it was made. For survival, --label is the
 event column: each fold then has its share of events.
@@ -46,6 +47,8 @@ from e2e.files import write_atomically
 from e2e.log import Screen
 
 TCGA = "tcga"
+CUT = {"folds": 5, "repeats": 1, "val": 0.15, "inner": None}
+"""What says how to cut, and by default: nothing of it goes with published splits."""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -58,11 +61,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--slide", metavar="COLUMN", help="of the slides' ids (that of --case)")
     parser.add_argument("--label", required=True, metavar="COLUMN", help="by which to stratify")
     parser.add_argument("--site", metavar="COLUMN", help=f"of the centre; {TCGA}: from barcodes")
-    parser.add_argument("--folds", type=int, default=5, help="each case is tested in one (5)")
-    parser.add_argument("--repeats", type=int, default=1, help="cut anew so many times (1)")
+    parser.add_argument("--folds", type=int, help="each case is tested in one (5)")
+    parser.add_argument("--repeats", type=int, help="cut anew so many times (1)")
     share = parser.add_mutually_exclusive_group()
-    share.add_argument("--val", type=float, default=0.15, help="of the training cases (0.15)")
+    share.add_argument("--val", type=float, help="of the training cases (0.15)")
     share.add_argument("--inner", type=int, metavar="K", help="nested: K validation sets a fold")
+    parser.set_defaults(**CUT)
     parser.add_argument("--few-shot", type=int, metavar="N", help="training cases of each class")
     parser.add_argument("--splits", type=Path, metavar="PATH", help="published: a file or folder")
     parser.add_argument("--allow-missing", action="store_true", help="splits that lack a class")
@@ -82,6 +86,8 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"{option} must be at least {least}, not {value}")
     if not 0 <= args.val < 1:
         raise UserError(f"--val is a share of the training cases, 0 to below 1, not {args.val}")
+    if args.splits and (given := [f"--{k}" for k, v in CUT.items() if getattr(args, k) != v]):
+        raise UserError(f"--splits takes folds as they are: leave out {', '.join(given)}")
 
 
 def read_slides(args: argparse.Namespace) -> list[Slide]:
@@ -127,16 +133,14 @@ def draw_folds(
             cut = nested_folds(strata, tests, args.inner, seed=seed)
         else:
             cut = make_folds(strata, tests, val=args.val, seed=seed)
-        if args.few_shot:
-            cut = [few_shot(strata, fold, args.few_shot, seed=seed) for fold in cut]
         folds += cut
     return {str(number): fold for number, fold in enumerate(folds)}
 
 
-def published_folds(path: Path, slides: Sequence[Slide]) -> dict[str, Fold]:
+def published_folds(path: Path, slides: Sequence[Slide], id_column: str) -> dict[str, Fold]:
     """Number -> fold of a published split; UserError where table and split do not agree."""
     folds: dict[str, Fold] = {}
-    for number, splits in read_splits(path).items():
+    for number, splits in read_splits(path, id_column).items():
         kept, problems = assign(slides, splits, f"{path.name}, fold {number}")
         if problems:
             raise UserError(
@@ -213,7 +217,9 @@ def contents(
     for number, fold in folds.items():
         clam = clam_files(number, {slide.id: fold[slide.case] for slide in slides}, labels)
         files |= {args.out / "clam" / name: content for name, content in clam.items()}
-    how = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}
+    # Names without their folders, so that the file is the same wherever the splits are made.
+    given = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}
+    how = {k: v for k, v in given.items() if not (args.splits and k in CUT)}
     how["labels_blake2b"] = hashlib.blake2b(args.labels.read_bytes(), digest_size=16).hexdigest()
     files[args.out / "made.json"] = (json.dumps(how, indent=1) + "\n").encode()
     return files
@@ -238,10 +244,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(args)
     slides = read_slides(args)
     sites = sites_of(slides, args.site) if args.site else None
+    strata = case_strata(slides, args.label)
     if args.splits:
-        folds = published_folds(args.splits, slides)
+        folds = published_folds(args.splits, slides, args.slide or args.case)
     else:
-        folds = draw_folds(args, case_strata(slides, args.label), sites)
+        folds = draw_folds(args, strata, sites)
+    if args.few_shot:
+        folds = {
+            number: few_shot(strata, fold, args.few_shot, seed=mix(args.seed, number))
+            for number, fold in folds.items()
+        }
     rows = counts(folds, slides, args.label, sites)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     screen = Screen(leads=True)

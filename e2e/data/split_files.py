@@ -93,7 +93,7 @@ class SplitFile:
 
     path: Path
     id_column: str | None = None
-    """Which column the ids are in, where a format leaves that open; None: by its usual names."""
+    """Where a format leaves the column of the ids open: this one if it is there, then the usual."""
 
     @property
     def fold(self) -> str:
@@ -119,8 +119,8 @@ class SplitFile:
 
     def ids(self) -> str:
         """The column of the slide ids, or where there is none, of the case ids."""
-        known = [self.id_column] if self.id_column else [*SLIDE_IDS, *CASE_IDS]
-        for name in known:
+        known = [*SLIDE_IDS, *CASE_IDS]
+        for name in [self.id_column, *known]:
             if name in self.cells.columns:
                 return name
         raise UserError(
@@ -221,6 +221,9 @@ def _lists(file: SplitFile, found: Any, ending: str, fold: str) -> Entries | Non
 
 def read_splits(path: Path, id_column: str | None = None) -> Folds:
     """The folds of a file, or of a folder of ``splits_<k>.csv``, ``fold_<k>.csv``, ``split_<k>.json``.
+
+    Args:
+        id_column: of a table with a column of splits, if its ids are not under a usual name.
 
     Returns:
         Fold -> id -> train, val, test, or empty; folds in the order of their numbers.
