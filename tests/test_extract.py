@@ -374,7 +374,7 @@ def test_a_vit_gets_the_size_that_it_is_built_for(store, tmp_path, monkeypatch, 
 def test_two_ranks_share_the_slides(store, tmp_path):
     argv = ["--stores", store.path, "--encoder", ENCODER, "encoder.pretrained=false", "--out",
             tmp_path / "out", "--device", "cpu", "--dtype", "float32", "--batch", "4"]  # fmt: skip
-    ranks = [BIN / "torchrun", "--nproc-per-node", "2", "launch/extract.py"]
+    ranks = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "launch/extract.py"]
     done = subprocess.run(
         [str(word) for word in (*ranks, *argv)],
         check=False, cwd=ROOT, capture_output=True, text=True,
