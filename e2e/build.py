@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -95,9 +96,7 @@ def build_model(
     with torch.random.fork_rng([]):
         torch.manual_seed(settings.run.seed)
         encoder = ENCODERS.build(settings.encoder.name, **options)
-        head = HEADS.build(
-            settings.head.name, encoder.dim, task.num_outputs, **settings.head.options
-        )
+        head = build_head(settings.head, encoder.dim, task.num_outputs)
     regularisers = build_regularisers(settings, head, encoder.dim)
     policy = engine.batch_norm
     has_norms = any(isinstance(module, _BatchNorm) for module in encoder.modules())
@@ -127,6 +126,22 @@ def build_model(
     if engine.compile and not encoder.given:
         model.compile()
     return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def build_head(plugin: Plugin, in_dim: int, num_outputs: int) -> Head:
+    """The head of the settings; UserError where an option's value makes no head."""
+    endless = [
+        k for k, v in plugin.options.items() if isinstance(v, float) and not math.isfinite(v)
+    ]
+    try:
+        if endless:
+            raise ValueError(f"{endless[0]} is not finite")
+        return HEADS.build(plugin.name, in_dim, num_outputs, **plugin.options)
+    except (ValueError, RuntimeError, ZeroDivisionError, AssertionError) as error:
+        given = ", ".join(f"{key}={value}" for key, value in plugin.options.items())
+        raise UserError(
+            f"head '{plugin.name}' cannot be built: {error}\n  its options are {given}"
+        ) from error
 
 
 def build_regularisers(settings: Settings, head: Head, dim: int) -> list[Regulariser]:
@@ -309,6 +324,7 @@ def load_cohort(
     problems += lacking
     _settle(problems, data, name, problems_file)
     kept = [slide for slide in kept if slide.split != "train" or slide.id in more]
+    check_splits(kept)
     stores = {slide.id: [first[slide.id], *more.get(slide.id, [])] for slide in kept}
     if not features:
         check_sides(stores, size)

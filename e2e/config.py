@@ -506,6 +506,10 @@ def _reject_unknown_keys(values: dict[str, Any], schema: Any, path: str, source:
             if f"{path}.{key}" in MOVED:
                 raise UserError(f"{source}: {path}.{key} is {MOVED[f'{path}.{key}']} now")
             raise UserError(f"{source}: unknown setting '{path}.{key}'{suggest(str(key), fields)}")
+        if fields[key].type in (bool, "bool") and type(value) in (int, float):
+            raise UserError(
+                f"{source}: setting {path}.{key} must be true or false, found {value!r}"
+            )
         nested = fields[key].default_factory
         if dataclasses.is_dataclass(nested) and not isinstance(value, dict):
             raise UserError(f"{source}: setting {path}.{key} must hold keys, found {value!r}")

@@ -137,6 +137,9 @@ def _prepare(
     parts = _Parts(task, items, view, model)
     loader = build.build_loader(settings, parts.of_split("train"), view, model=model, task=task)
     loader.check(strategy.world_size, settings.optim.epochs)
+    if model.head.needs_coords:
+        for item in items:
+            view.check_places(item)
     if new and ours is not None:
         ours.mkdir(parents=True, exist_ok=True)
         build.write_cohort(items, problems, ours / "cohort.csv")

@@ -255,7 +255,15 @@ class FeatureStore:
         try:
             with self._layout.open(slide) as entry:
                 yield entry
-        except (OSError, EOFError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (
+            OSError,
+            EOFError,
+            LookupError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+            AttributeError,
+        ) as error:
             raise DamagedDataError(
                 f"{self._layout.files[slide]}: features of slide '{slide}' cannot be read: "
                 f"{_first_line(error)}\n  copy the file again, or extract the slide anew"
@@ -264,6 +272,15 @@ class FeatureStore:
 
 def common_width(stores: Sequence[FeatureStore]) -> int:
     """The width of all of them; UserError, naming two, where they differ."""
+    makers = {
+        store.path: store.recipe.get("encoder") or store.recipe.get("extractor") for store in stores
+    }
+    known = {path: maker for path, maker in makers.items() if maker}
+    if len(set(known.values())) > 1:
+        raise UserError(
+            f"features of different encoders\n{listing(f'{p}: {m}' for p, m in known.items())}\n"
+            "  take features of one encoder"
+        )
     widths = {store.path: store.width for store in stores}
     (first, width), *others = widths.items()
     for path, other in others:
