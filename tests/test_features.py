@@ -314,7 +314,7 @@ def test_features_without_coords_are_placeless(tmp_path):
     record = open_features(make_npy(tmp_path / "f", "float32")).record("s1")
     assert isinstance(record, PlacelessRecord)
     assert (record.coords, record.count) == (None, 5)
-    with pytest.raises(UserError, match="no coords of slide 's1'"):
+    with pytest.raises(UserError, match="the coords of slide 's1'"):
         _ = record.places
 
 

@@ -48,7 +48,7 @@ _HEADER = b"header"
 _SLIDE = b"s:"
 
 
-READERS = 4096
+READERS = 1024
 """Reading transactions at a time that a lock file has room for, over all processes of a machine."""
 
 
