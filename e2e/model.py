@@ -140,11 +140,8 @@ class MILModel(nn.Module):
         """The head over a batch of bags, each of which is one chunk of features."""
         rows = [bag.pixels(chunk.start, chunk.stop, device) for chunk in bag.chunks]
         features, mask = pad(rows)
-        coords = None
-        if all(places is not None for places in bag.coords):
-            coords, _ = pad([places.to(device) for places in bag.coords if places is not None])
         with self._draws(bag.seeds[0], device), self._autocast(device):
-            return self.head(features, mask, coords)
+            return self.head(features, mask, pad_coords(bag.coords, device))
 
     def _encode_all(self, bag: Bag, device: torch.device, ranks: Ranks | None) -> Tensor:
         """(rows, dim) features of this rank's patches, at least float32."""
@@ -250,6 +247,12 @@ def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         whole[len(own) :] = 0
         real[: len(own)] = True
     return padded, mask
+
+
+def pad_coords(coords: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+    """B times (n,2) -> (B,N,2) on ``device``, 0 behind the n rows; None where a bag's are unknown."""
+    known = [places.to(device) for places in coords if places is not None]
+    return pad(known)[0] if len(known) == len(coords) else None
 
 
 def _compare(first: Tensor | None, second: Tensor, bag: Bag, chunk: Chunk) -> None:
