@@ -124,7 +124,8 @@ def build_model(
         regularisers=regularisers,
     )
     if engine.compile and not encoder.given:
-        model.compile()
+        _check_graphs(engine, device)
+        model.compile(cuda_graphs=engine.cuda_graphs)
     return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
@@ -169,6 +170,15 @@ def build_strategy(engine: Engine, device: torch.device) -> Strategy:
         deepspeed=file if file.is_file() else CONFIGS.parent / file,
         timeout=60 * engine.timeout,
     )
+
+
+def _check_graphs(engine: Engine, device: torch.device) -> None:
+    """UserError where CUDA graphs are asked for without CUDA."""
+    if engine.cuda_graphs and device.type != "cuda":
+        raise UserError(
+            f"engine.cuda_graphs=true needs a CUDA device; this run is on {device.type}\n"
+            "  set engine.cuda_graphs=false"
+        )
 
 
 def _check_policy(engine: Engine, policy: str) -> None:
