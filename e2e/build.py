@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +33,7 @@ from e2e.data.cohort import (
 )
 from e2e.data.decode import build_decoder, set_threads
 from e2e.data.feature_rows import FeatureCache
-from e2e.data.features import FeatureStore, common_width, open_features
+from e2e.data.features import FeatureStore, common_width, made_by, open_features
 from e2e.data.loader import LabelledSlide, TrainingLoader, View, label_slides, some_slides
 from e2e.data.pixels import Look, PixelCache
 from e2e.data.sampler import SAMPLERS
@@ -153,7 +153,7 @@ def build_regularisers(settings: Settings, head: Head, dim: int) -> list[Regular
         if options["weight"]
     ]
     if made:
-        with torch.random.fork_rng([]), torch.no_grad():
+        with torch.random.fork_rng([]):
             example = head(torch.zeros(1, 2, dim), torch.ones(1, 2, dtype=torch.bool))
         for regulariser in made:
             regulariser.check(example)
@@ -364,9 +364,22 @@ def open_feature_stores(data: Data) -> list[FeatureStore]:
     return found
 
 
-def feature_width(items: Sequence[LabelledSlide]) -> int:
-    """Of the slides' features, which is one for all."""
-    return cast(FeatureStore, items[0].store).width
+def describe_features(items: Sequence[LabelledSlide]) -> dict[str, Any]:
+    """``width`` and ``encoder`` (empty where the files do not say) of the slides' features."""
+    makers = (made_by(item.store.recipe) for item in items)
+    width = cast(FeatureStore, items[0].store).width
+    return {"width": width, "encoder": next(filter(None, makers), "")}
+
+
+def check_features(now: Mapping[str, Any], trained: Mapping[str, Any], run: Path) -> None:
+    """UserError where features differ from those a run was trained on, as far as both are known."""
+    differ = [key for key in trained if now[key] and trained[key] and now[key] != trained[key]]
+    if differ:
+        lines = [f"{key}: {trained[key]} in training, {now[key]} now" for key in differ]
+        raise UserError(
+            f"{run} was trained on other features\n{listing(lines)}\n"
+            "  set data.features to those of the same encoder and weights"
+        )
 
 
 def open_scales(data: Data) -> list[list[Store]]:

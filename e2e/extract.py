@@ -406,10 +406,24 @@ def _settle(places: Iterable[Place], recipe: Mapping[str, Any], strategy: Strate
 def _todo(
     items: Sequence[LabelledSlide], places: Mapping[str, Place], strategy: Strategy
 ) -> list[LabelledSlide]:
-    """What is not there yet, by the list of rank 0: files may come while the others look."""
-    there = {item.slide.id for item in items if places[item.slide.id].file(item.slide.id).exists()}
+    """What is not there whole, by the list of rank 0: files may come while the others look."""
+    there = {
+        item.slide.id
+        for item in items
+        if strategy.leads
+        and _is_whole(places[item.slide.id].file(item.slide.id), item.record.count)
+    }
     there = strategy.gather(there)[0]
     return [item for item in items if item.slide.id not in there]
+
+
+def _is_whole(file: Path, patches: int) -> bool:
+    """Whether it has features of so many patches. A copy of it may have been cut short."""
+    try:
+        with h5py.File(file, "r", locking=False) as h5:
+            return len(h5["features"]) == patches  # pyright: ignore[reportArgumentType]
+    except (OSError, KeyError):
+        return False
 
 
 def _fits(value: object, kind: Any) -> bool:

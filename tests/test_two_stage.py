@@ -18,7 +18,7 @@ from torch import Tensor
 
 from e2e.data.cohort import Slide
 from e2e.data.feature_rows import FeatureCache
-from e2e.data.features import open_features
+from e2e.data.features import made_by, open_features
 from e2e.data.loader import LabelledSlide, TrainingLoader, View, whole_bag
 from e2e.data.order import WINDOW, gather_alike, plan_epoch
 from e2e.encoders.base import ENCODERS
@@ -351,6 +351,36 @@ def test_features_of_two_encoders_are_refused_with_both(cohort, monkeypatch, cap
     said = refusal(cohort, monkeypatch, capsys, more, "data.unmatched=drop")
     assert "encoder_feats" in said
     assert "encoder_more" in said
+
+
+def test_features_of_another_encoder_than_in_training_are_refused(cohort, monkeypatch, capsys):
+    def mark(encoder: str) -> None:
+        for file in (cohort / "feats").glob("*.h5"):
+            with h5py.File(file, "r+") as h5:
+                h5["features"].attrs["encoder"] = encoder
+
+    again = [str(cohort / "run"), "--out", str(cohort / "again")]
+    mark("one")
+    assert call(train.main, monkeypatch, capsys, *arguments(cohort, "optim.epochs=1"))[0] == 0
+    assert call(evaluate.main, monkeypatch, capsys, *again)[0] == 0
+    mark("other")
+    for main, argv in ((evaluate.main, again), (train.main, ["--resume", f"{cohort}/run"])):
+        code, said = call(main, monkeypatch, capsys, *argv)
+        assert code == 2
+        assert "was trained on other features\n  encoder: one in training, other now" in said
+
+
+def test_the_weights_that_extraction_noted_are_part_of_who_made_features(tmp_path):
+    recipes = []
+    for weights in ("a", "b"):
+        folder = tmp_path / weights / "20x_256px_0px_overlap" / "features_r50"
+        write_slide(folder, "s", np.zeros((3, D), np.float32))
+        with h5py.File(folder / "s.h5", "r+") as h5:
+            h5["features"].attrs["encoder"] = "r50"
+        note = folder.with_name("_config_feats_r50.json")
+        note.write_text(json.dumps({"encoder": "r50", "weights": weights}))
+        recipes.append(open_features(tmp_path / weights).recipe)
+    assert [made_by(recipe) for recipe in recipes] == ["r50 a", "r50 b"]
 
 
 @pytest.mark.parametrize(
