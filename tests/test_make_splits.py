@@ -118,7 +118,9 @@ def test_published_splits_are_taken_checked_and_written_in_both_forms(tmp_path):
     for name in ("splits.csv", "clam/splits_1.csv", "clam/splits_1_bool.csv"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert "folds" not in json.loads((tmp_path / "b" / "made.json").read_text())
-    make(labels, "--splits", tmp_path / "a" / "splits.csv", "--few-shot", 1, "--out", tmp_path / "c")
+    make(
+        labels, "--splits", tmp_path / "a" / "splits.csv", "--few-shot", 1, "--out", tmp_path / "c"
+    )
     before, after = (read_splits(tmp_path / n / "splits.csv", "image")["1"] for n in "ac")
     assert {i for i in before if after[i] != before[i]} <= {
         i for i, split in before.items() if split == "train"

@@ -14,6 +14,7 @@ from e2e.data.split_files import (
     SPLIT_FORMATS,
     clam_files,
     fold_table,
+    pick_fold,
     read_cells,
     read_splits,
 )
@@ -75,7 +76,9 @@ def test_another_encoding_is_told_with_its_line_and_the_remedy(tmp_path, name):
     text = PUBLISHED[name].replace("010", "Königs-10")
     path = written(tmp_path, name, text, "latin-1")
     line = next(n for n, row in enumerate(text.splitlines(), 1) if "ö" in row)
-    with pytest.raises(UserError, match=rf"not in UTF-8: byte 0xf6 in line {line}\n.*iconv"):
+    with pytest.raises(
+        UserError, match=rf"not in UTF-8: byte 0xf6 in line {line}\n.*Königs.*\n.*iconv"
+    ):
         read_splits(path)
 
 
@@ -185,6 +188,24 @@ def test_what_cannot_be_read_is_told(tmp_path, name, text, message):
 def test_the_column_of_the_ids_can_be_named(tmp_path):
     path = written(tmp_path, "a.csv", "image,slide,fold\ns1,x,train\n")
     assert read_splits(path, "image") == {"0": {"s1": "train"}}
+    assert read_splits(path) == {"0": {"x": "train"}}
+    path = written(tmp_path, "b.csv", "patient,image,fold\nc1,s1,train\n")
+    assert read_splits(path, "image", "patient") == {"0": {"s1": "train"}}
+    path = written(tmp_path, "c.csv", "pid,case,fold\nc1,s1,train\n")
+    assert read_splits(path, "image", "pid") == {"0": {"c1": "train"}}
+
+
+def test_a_fold_is_picked_by_its_number_or_its_columns_name_or_as_the_only_one(tmp_path):
+    folds = {"0": {"a": "train"}, "7": {"a": "test"}}
+    assert [pick_fold(folds, name, tmp_path) for name in ("0", "7", "fold_7")] == ["0", "7", "7"]
+    assert pick_fold({"7": {}}, None, tmp_path) == "7"
+    with pytest.raises(UserError) as error:
+        pick_fold(folds, "1", Path("s.csv"))
+    assert str(error.value) == (
+        "s.csv has no fold '1'\n  it has: 0, 7\n  set data.fold to one of them"
+    )
+    with pytest.raises(UserError, match=r"s.csv has 2 folds\n  it has: 0, 7\n  set data.fold"):
+        pick_fold(folds, None, Path("s.csv"))
 
 
 def test_no_file_and_an_empty_folder_are_told(tmp_path):

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from e2e.data.cohort import Slide
-from e2e.data.features import open_features
+from e2e.data.features import FeatureStore, open_features
+from e2e.data.seed_lmdb import SeedStore
 from e2e.data.splits import assign, check_copies, check_splits, cut, missing_classes
 from e2e.data.store import PatchStore, StoreWriter
 from e2e.errors import UserError
-from tests.conftest import RECIPE, jpeg, patches, record
+from tests.conftest import RECIPE, jpeg, patches, record, write_store
+from tests.test_seed_lmdb import write_seed
 
 
 def slide(name: str, case: str = "", split: str = "train", label: str = "x") -> Slide:
@@ -103,7 +107,7 @@ def test_a_case_in_two_splits_is_named():
         "2 case(s) lie in more than one split: the test would not be honest\n"
         "  case 'A': test, train, val\n"
         "  case 'B': train, val\n"
-        "  give each case one split in the label table"
+        "  give each case one split, in the label table or in data.split_file"
     )
 
 
@@ -185,11 +189,52 @@ def test_slides_that_share_some_patches_are_not_one(tmp_path):
     check_copies(slides, dict.fromkeys("abcde", store))
 
 
-def test_the_same_features_under_two_names_are_found_too(tmp_path):
-    for name, seed in (("a", 1), ("b", 2), ("c", 1)):
-        torch.save(torch.randn(7, 3, generator=torch.manual_seed(seed)), tmp_path / f"{name}.pt")
-    stores = dict.fromkeys("abc", open_features(tmp_path))
+def test_a_slide_in_a_file_without_checksums_is_found_in_a_store_that_has_them(tmp_path):
+    theirs = SeedStore(write_seed(tmp_path / "theirs.lmdb", {"a": 6, "b": 6, "c": 1, "d": 1}))
+    ours = store_of(tmp_path / "ours.lmdb", A=patches("a", 6), C=patches("c", 1))
+    stores = dict.fromkeys("abcd", theirs) | dict.fromkeys("AC", ours)
+    slides = [slide(name) for name in "abcd"] + [slide(name, split="test") for name in "AC"]
+    with pytest.raises(UserError) as error:
+        check_copies(slides, stores)
+    assert sorted(str(error.value).splitlines()[1:3]) == [
+        "  'A' (test) = 'a' (train): the same 6 patches",
+        "  'C' (test) = 'c' (train): the same 1 patches",
+    ]
+    check_copies([slide("b"), slide("d"), *slides[4:]], stores)
+
+
+def test_a_store_with_checksums_is_not_read_to_tell_its_slides_apart(tmp_path, monkeypatch):
+    store = write_store(tmp_path / "s.lmdb", dict.fromkeys("abcd", 9))
+    monkeypatch.setattr(PatchStore, "read", lambda *_: pytest.fail("patches were read"))
+    slides = [slide(n, split="train" if n < "c" else "test") for n in "abcd"]
+    check_copies(slides, dict.fromkeys("abcd", store))
+
+
+def write_features(path: Path, seed: int, coords: np.ndarray) -> None:
+    with h5py.File(path, "w") as file:
+        file["features"] = np.random.default_rng(seed).normal(size=(7, 3)).astype(np.float32)
+        file["coords"] = coords
+
+
+def test_the_same_features_at_the_same_places_under_two_names_are_found_too(tmp_path):
+    grid = np.arange(14).reshape(7, 2) * 256
+    for name, seed, coords in (("a", 1, grid), ("b", 2, grid), ("c", 1, grid), ("d", 1, grid + 1)):
+        write_features(tmp_path / f"{name}.h5", seed, coords)
+    stores = dict.fromkeys("abcd", open_features(tmp_path))
     slides = [slide("a"), slide("b", split="val"), slide("c", split="test")]
     with pytest.raises(UserError, match=r"'a' \(train\) = 'c' \(test\): the same 7 patches"):
         check_copies(slides, stores)
     check_copies(slides[:2], stores)
+    check_copies([slides[0], slide("d", split="val")], stores)
+
+
+@pytest.mark.parametrize("placed", [True, False])
+def test_features_at_other_places_or_at_none_are_not_read(tmp_path, monkeypatch, placed):
+    for n, name in enumerate("ab"):
+        if placed:
+            write_features(tmp_path / f"{name}.h5", 1, np.full((7, 2), n))
+        else:
+            torch.save(torch.ones(7, 3), tmp_path / f"{name}.pt")
+    monkeypatch.setattr(FeatureStore, "features", lambda *_: pytest.fail("features were read"))
+    stores = dict.fromkeys("ab", open_features(tmp_path))
+    check_copies([slide("a"), slide("b", split="val")], stores)

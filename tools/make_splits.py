@@ -9,9 +9,9 @@
   ... --splits published/             no cut: CLAM's, ABMILX's, Patho-Bench's, STAMP's, AEM's files
 
 Validation cases are cut from the training cases, stratified; with --site from the training centres.
-DIR/splits.csv is the table with a column fold_<k> for each fold (data.columns.split=fold_0),
-DIR/clam/ has the same as CLAM writes it, DIR/made.json how it was made. For survival, --label is the
-event column: each fold then has its share of events.
+DIR/splits.csv is the table with a column fold_<k> for each fold to train on
+(data.split_file=DIR/splits.csv data.fold=0), DIR/clam/ has the same as CLAM writes it, DIR/made.json
+how it was made. For survival, --label is the event column: each fold then has its share of events.
 
 Exit codes: 0 written, and the counts printed; 2 a mistake, which the message names.
 """
@@ -137,10 +137,12 @@ def draw_folds(
     return {str(number): fold for number, fold in enumerate(folds)}
 
 
-def published_folds(path: Path, slides: Sequence[Slide], id_column: str) -> dict[str, Fold]:
+def published_folds(
+    path: Path, slides: Sequence[Slide], slide_column: str | None, case_column: str
+) -> dict[str, Fold]:
     """Number -> fold of a published split; UserError where table and split do not agree."""
     folds: dict[str, Fold] = {}
-    for number, splits in read_splits(path, id_column).items():
+    for number, splits in read_splits(path, slide_column, case_column).items():
         kept, problems = assign(slides, splits, f"{path.name}, fold {number}")
         if problems:
             raise UserError(
@@ -246,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sites = sites_of(slides, args.site) if args.site else None
     strata = case_strata(slides, args.label)
     if args.splits:
-        folds = published_folds(args.splits, slides, args.slide or args.case)
+        folds = published_folds(args.splits, slides, args.slide, args.case)
     else:
         folds = draw_folds(args, strata, sites)
     if args.few_shot:

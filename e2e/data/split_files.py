@@ -5,7 +5,7 @@ used. A format is one small function in :data:`SPLIT_FORMATS`. It looks at what 
 says which id is in which split of which fold, or None where the file is none of its own.
 
 Ours is the label table itself with a column ``fold_<k>`` for each fold, train, val, test or empty:
-one file to train on (``data.columns.split=fold_3``), labels written once, folds side by side.
+one file to train on (``data.split_file=splits.csv data.fold=3``), labels once, folds side by side.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from e2e.data.cohort import read_text
 from e2e.data.splits import SPLITS
 from e2e.errors import UserError, listing
 from e2e.registry import Registry
@@ -72,28 +73,14 @@ def read_cells(path: Path) -> Cells:
     return Cells(columns, rows)
 
 
-def read_text(path: Path) -> str:
-    """The text of a file in UTF-8; UserError that names the line which is not."""
-    if not path.is_file():
-        raise UserError(f"no file at {path}")
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{path} is not in UTF-8: byte 0x{content[error.start]:02x} in line {line}\n"
-            f"  if it is in latin-1: iconv -f latin1 -t utf8 {path} > NEW.csv"
-        ) from error
-
-
 @dataclass(frozen=True)
 class SplitFile:
     """A file to be recognised; what it holds is read once."""
 
     path: Path
-    id_column: str | None = None
-    """Where a format leaves the column of the ids open: this one if it is there, then the usual."""
+    slide_column: str | None = None
+    case_column: str | None = None
+    """Names that come before the usual ones, where a format leaves the column of the ids open."""
 
     @property
     def fold(self) -> str:
@@ -119,8 +106,9 @@ class SplitFile:
 
     def ids(self) -> str:
         """The column of the slide ids, or where there is none, of the case ids."""
-        known = [*SLIDE_IDS, *CASE_IDS]
-        for name in [self.id_column, *known]:
+        own = (self.slide_column, *SLIDE_IDS, self.case_column, *CASE_IDS)
+        known = list(dict.fromkeys(name for name in own if name))
+        for name in known:
             if name in self.cells.columns:
                 return name
         raise UserError(
@@ -219,11 +207,14 @@ def _lists(file: SplitFile, found: Any, ending: str, fold: str) -> Entries | Non
     return entries
 
 
-def read_splits(path: Path, id_column: str | None = None) -> Folds:
+def read_splits(
+    path: Path, slide_column: str | None = None, case_column: str | None = None
+) -> Folds:
     """The folds of a file, or of a folder of ``splits_<k>.csv``, ``fold_<k>.csv``, ``split_<k>.json``.
 
     Args:
-        id_column: of a table with a column of splits, if its ids are not under a usual name.
+        slide_column, case_column: of the ids in a table with a column of splits, if they have no usual
+            name; a column of slides comes before one of cases.
 
     Returns:
         Fold -> id -> train, val, test, or empty; folds in the order of their numbers.
@@ -240,7 +231,7 @@ def read_splits(path: Path, id_column: str | None = None) -> Folds:
             )
     found: Folds = {}
     for file in files:
-        for fold, splits in _read_file(SplitFile(file, id_column)).items():
+        for fold, splits in _read_file(SplitFile(file, slide_column, case_column)).items():
             known = found.setdefault(fold, splits)
             strange = known.items() ^ splits.items()
             apart = sorted({name for name, split in strange if split})
@@ -250,6 +241,23 @@ def read_splits(path: Path, id_column: str | None = None) -> Folds:
                 )
             known |= splits
     return dict(sorted(found.items(), key=lambda item: int(item[0])))
+
+
+def pick_fold(folds: Folds, fold: str | None, path: Path) -> str:
+    """The number of a fold asked for as ``3`` or ``fold_3``, or not at all where there is one alone.
+
+    Raises:
+        UserError: no such fold, or none asked for and several there; names those that are.
+    """
+    if fold is None and len(folds) == 1:
+        return next(iter(folds))
+    number = (fold or "").removeprefix("fold_")
+    if number not in folds:
+        what = f"{len(folds)} folds" if fold is None else f"no fold '{fold}'"
+        raise UserError(
+            f"{path} has {what}\n  it has: {', '.join(folds)}\n  set data.fold to one of them"
+        )
+    return number
 
 
 def _read_file(file: SplitFile) -> Folds:
@@ -330,7 +338,7 @@ def fold_table(table: Cells, id_column: str, folds: Mapping[str, Mapping[str, st
     if taken:
         raise UserError(
             f"the label table has the column(s) {', '.join(taken)} already\n"
-            "  take them out, or use them as they are: data.columns.split=fold_0"
+            "  take them out, or use them as they are: data.split_file=THE_TABLE data.fold=0"
         )
     rows = [
         [*row.values(), *(splits[row[id_column]] for splits in folds.values())]

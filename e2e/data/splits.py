@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from e2e.data.cohort import Problem, Slide
 from e2e.data.features import FeatureStore
 from e2e.data.sampler import mix
-from e2e.data.store import Slides, Store
+from e2e.data.store import PatchStore, Slides, Store
 from e2e.errors import UserError, listing
 
 SPLITS = ("train", "val", "test")
@@ -30,7 +31,7 @@ def check_splits(slides: Sequence[Slide]) -> None:
         raise UserError(
             f"{len(torn)} case(s) lie in more than one split: the test would not be honest\n"
             + listing(f"case '{c}': {', '.join(sorted(s))}" for c, s in sorted(torn.items()))
-            + "\n  give each case one split in the label table"
+            + "\n  give each case one split, in the label table or in data.split_file"
         )
     for split in ("train", "val"):
         if not any(slide.split == split for slide in slides):
@@ -66,14 +67,17 @@ def missing_classes(
 def check_copies(slides: Sequence[Slide], stores: Mapping[str, Slides]) -> None:
     """UserError when slides of different splits have the same patches: one slide under two names.
 
-    Only slides with equally many patches are looked at, by one patch each (of features: all); where
-    that is the same, all patches are compared. So a second scan, or another cut of the grid, passes.
+    Patches are compared by the CRC-32 of their JPEGs, all of them and in order; so a second scan, or
+    another cut of the grid, passes. It costs little: only slides with equally many patches are looked
+    at, a :class:`PatchStore` knows the sums, and other stores are read whole only where the middle
+    patch is the same. Features are read only where all coords are the same; of features without
+    coords copies are not found.
 
     Args:
         stores: of each slide, by its id.
     """
     alike: dict[object, list[Slide]] = {(): [slide for slide in slides if slide.split]}
-    for key in (_count, _middle, _whole):
+    for key in (_count, _glance, _whole):
         finer: dict[object, list[Slide]] = defaultdict(list)
         for before, group in alike.items():
             for slide in group:
@@ -96,23 +100,30 @@ def _count(slide: str, store: Slides) -> int:
     return store.count(slide)
 
 
-def _middle(slide: str, store: Slides) -> bytes:
-    return _digest(slide, store, [store.count(slide) // 2])  # the edges of tissue look alike
+def _glance(slide: str, store: Slides) -> object:
+    """What differs between most slides, and is cheap to see."""
+    if hasattr(store, "features"):
+        coords = store.record(slide).coords
+        return slide if coords is None else coords.tobytes()
+    middle = store.count(slide) // 2  # the edges of tissue look alike
+    return _checksums(slide, cast(Store, store), [middle]).tobytes()
 
 
 def _whole(slide: str, store: Slides) -> bytes:
-    return _digest(slide, store, range(store.count(slide)))
-
-
-def _digest(slide: str, store: Slides, rows: Sequence[int]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
+    """All that is compared; besides the sums one JPEG, since a single patch's sum may be another's."""
     if hasattr(store, "features"):
-        digest.update(cast(FeatureStore, store).features(slide)[list(rows)].numpy().tobytes())
-    else:
-        for start in range(0, len(rows), PIECE):
-            for jpeg in cast(Store, store).read(slide, rows[start : start + PIECE]):
-                digest.update(len(jpeg).to_bytes(8, "little") + jpeg)
-    return digest.digest()
+        return cast(FeatureStore, store).features(slide).numpy().tobytes()
+    count, patches = store.count(slide), cast(Store, store)
+    return _checksums(slide, patches, range(count)).tobytes() + patches.read(slide, [count // 2])[0]
+
+
+def _checksums(slide: str, store: Store, rows: Sequence[int]) -> NDArray[np.uint32]:
+    """CRC-32 of the given patches: as packed, or else of what is read."""
+    if isinstance(store, PatchStore):
+        return store.checksums(slide)[list(rows)]
+    pieces = (rows[start : start + PIECE] for start in range(0, len(rows), PIECE))
+    sums = [zlib.crc32(jpeg) for piece in pieces for jpeg in store.read(slide, piece)]
+    return np.array(sums, np.uint32)
 
 
 def assign(
