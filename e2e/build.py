@@ -18,7 +18,7 @@ import e2e.encoders
 import e2e.heads
 import e2e.losses
 import e2e.tasks  # noqa: F401  (each import registers its plug-ins)
-from e2e.config import CONFIGS, BagSettings, Columns, Data, Engine, Optim, Plugin, Select, Settings
+from e2e.config import CONFIGS, BagSettings, Data, Engine, Optim, Plugin, Select, Settings
 from e2e.data.augment import AUGMENTS
 from e2e.data.cases import by_case
 from e2e.data.cluster import read_index
@@ -38,12 +38,14 @@ from e2e.data.loader import LabelledSlide, TrainingLoader, View, label_slides, s
 from e2e.data.pixels import Look, PixelCache
 from e2e.data.sampler import SAMPLERS
 from e2e.data.seed_lmdb import open_store
-from e2e.data.splits import check_splits, cut
+from e2e.data.split_files import pick_fold, read_splits
+from e2e.data.splits import assign, check_copies, check_splits, cut, missing_classes
 from e2e.data.store import Store
 from e2e.encoders.base import ENCODERS
 from e2e.errors import UserError, listing
 from e2e.files import write_atomically
 from e2e.heads.base import HEADS, Head
+from e2e.log import Screen
 from e2e.losses.base import REGULARISERS, Regulariser
 from e2e.memory import free_memory, parse_bytes
 from e2e.model import MILModel
@@ -299,7 +301,8 @@ def load_cohort(
     """The cohort's slides, or its cases, checked, split and matched with their patches.
 
     Args:
-        problems_file: where the whole list of unusable rows goes; None on ranks that do not lead.
+        problems_file: where the whole list of unusable rows goes; None on ranks that do not lead,
+            which say nothing either.
         size: to which all patches are brought; None: they stay as stored.
         features: take ``data.features`` in place of the stores.
 
@@ -307,21 +310,23 @@ def load_cohort(
         The slides, and what was left out under ``data.unmatched=drop``.
 
     Raises:
-        UserError: data are missing, a row is unusable, or the splits are not honest.
+        UserError: data are missing, a row is unusable, the splits are not honest, or training has one
+            class alone.
     """
     require_files(data, name, task.columns, features=features)
-    columns = data.columns
     slides, problems = read_table(
         data.labels,
-        columns={"slide": columns.slide, "case": columns.case, "split": columns.split},
+        columns=_columns(data),
         targets=task.columns,
         split_names=data.splits,
         slide_suffix=data.slide_suffix,
     )
-    known, unknown = _with_known_labels(slides, task)
+    used, strange = _split_by_file(slides, data)
+    aside = {slide.id for slide in slides} - {slide.id for slide in used}
+    known, unknown = _with_known_labels(used, task)
     scales = [open_feature_stores(data)] if features else open_scales(data)
     first, unmatched = match_stores(known, scales[0])
-    problems += [*unknown, *unmatched]
+    problems += [*strange, *unknown, *(p for p in unmatched if p.slide not in aside)]
     _settle(problems, data, name, problems_file)
     kept = [slide for slide in known if slide.id in first]
     for split in ("test", "val"):
@@ -338,9 +343,55 @@ def load_cohort(
     stores = {slide.id: [first[slide.id], *more.get(slide.id, [])] for slide in kept}
     if not features:
         check_sides(stores, size)
+    check_copies(kept, first)
     if data.unit == "case":
         kept, stores = by_case(kept, stores)
-    return label_slides(kept, stores, task.encode), problems
+    items = label_slides(kept, stores, task.encode)
+    screen = Screen(leads=problems_file is not None)
+    for line in check_classes(items, task):
+        screen.say(f"NOTE {line}")
+    return items, problems
+
+
+def _split_by_file(slides: list[Slide], data: Data) -> tuple[list[Slide], list[Problem]]:
+    """The slides that the fold of ``data.split_file`` uses, in its splits; and whom it does not know."""
+    if not data.split_file:
+        return slides, []
+    path = Path(data.split_file)
+    if not path.exists():
+        raise UserError(f"no split file at {path}\n  set data.split_file=FILE, or a folder of them")
+    folds = read_splits(path, data.columns.slide, data.columns.case)
+    fold = pick_fold(folds, data.fold, path)
+    splits = {name.removesuffix(data.slide_suffix): split for name, split in folds[fold].items()}
+    return assign(slides, splits, f"{path.name}, fold {fold}")
+
+
+def check_classes(items: Sequence[LabelledSlide], task: Task) -> list[str]:
+    """A line for each split that lacks a class which another has.
+
+    Where targets are no class numbers (numbers with a fraction, several in one) there is none.
+
+    Raises:
+        UserError: training has one class alone.
+    """
+    if any(item.target.ndim or item.target.is_floating_point() for item in items):
+        return []
+    column = task.columns[0]
+    words = {task.group(item.target): f"{column}={item.slide.target[column]}" for item in items}
+    classes = {item.slide.id: [words[task.group(item.target)]] for item in items}
+    splits = {item.slide.id: item.slide.split for item in items}
+    trained = {classes[name][0] for name, split in splits.items() if split == "train"}
+    if len(trained) == 1:
+        raise UserError(
+            f"all training slides have {trained.pop()}: one class alone teaches nothing\n"
+            "  look at the label table and at what splits it: data.columns.split, data.split_file, data.cut"
+        )
+    meaning = {"train": "it cannot be learned"}
+    return [
+        f"{split} has no {' and no '.join(lacking)}: "
+        + meaning.get(split, "metrics that need every class are not defined there")
+        for split, lacking in missing_classes(splits, classes).items()
+    ]
 
 
 def _settle(problems: Sequence[Problem], data: Data, name: str, file: Path | None) -> None:
@@ -349,8 +400,9 @@ def _settle(problems: Sequence[Problem], data: Data, name: str, file: Path | Non
         write_problems(problems, file)
     if problems and data.unmatched == "error":
         where = f"  all of them: {file}\n" if file else ""
+        tables = f"{data.labels}, {data.split_file}" if data.split_file else data.labels
         raise UserError(
-            f"{data.labels} and the stores of cohort '{name}' do not agree in {len(problems)} place(s)\n"
+            f"{tables} and the stores of cohort '{name}' do not agree in {len(problems)} place(s)\n"
             f"{listing(problems)}\n{where}"
             "  mend the table or pack the slides, or set data.unmatched=drop to go on without them"
         )
@@ -428,8 +480,9 @@ def require_files(data: Data, name: str, targets: Sequence[str], *, features: bo
     if data.source:
         lines.append(f"  source: {data.source}")
     if any(kind == "label table" for kind, _ in missing):
+        names = [name for name in (*_columns(data).values(), *targets) if name]
         lines.append(
-            f"  put the label table at {data.labels} (columns {', '.join(_columns(data.columns, targets))}),"
+            f"  put the label table at {data.labels} (columns {', '.join(names)}),"
             " or set data.labels=FILE.csv"
         )
     for kind, path in missing:
@@ -476,6 +529,8 @@ def _with_known_labels(slides: Sequence[Slide], task: Task) -> tuple[list[Slide]
     return known, problems
 
 
-def _columns(columns: Columns, targets: Sequence[str]) -> list[str]:
-    named = [columns.case, columns.slide, columns.split, *targets]
-    return [name for name in named if name]
+def _columns(data: Data) -> dict[str, str | None]:
+    """Our word -> the label table's column, of what the splits' own file does not say."""
+    columns = data.columns
+    split = None if data.split_file else columns.split
+    return {"case": columns.case, "slide": columns.slide, "split": split}

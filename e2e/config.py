@@ -86,6 +86,10 @@ class Data:
     splits: dict[str, str] = setting(
         {"train": "train", "val": "val", "test": "test"}, "the table's word -> train, val or test"
     )
+    split_file: str | None = setting(
+        None, "splits of their own file, or a folder of such; in place of data.columns.split"
+    )
+    fold: str | None = setting(None, "the fold of data.split_file; null: its only one")
     cut: Cut = field(default_factory=Cut)
     slide_suffix: str = setting("", "taken off the end of the table's slide ids")
     unit: str = setting("slide", "what a bag holds: a slide, or all slides of a case")
@@ -103,6 +107,12 @@ class Data:
         _check(self.unit in ("slide", "case"), "data.unit", self.unit, "slide or case")
         for word in self.splits.values():
             _check(word in ("train", "val", "test"), "data.splits", word, "train, val or test")
+        _check(
+            self.fold is None or bool(self.split_file),
+            "data.fold",
+            self.fold,
+            "null where data.split_file names no file",
+        )
         if self.cache != "auto":
             _check_bytes("data.cache", self.cache, "auto or ")
         _check(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from e2e.data.cohort import Problem, Slide, match_stores, read_table, write_problems
+from e2e.data.splits import check_splits, cut
 from e2e.errors import UserError
 from tests.conftest import write_store
 
@@ -108,9 +110,8 @@ def test_a_missing_column_names_those_that_are_there(table):
         (HEADER + "a,b,train,x\nc,d,train,y,extra\n", "utf-8"),
         (HEADER + "a,b,train,x,\n", "utf-8"),  # would shift every column by one
         (HEADER + 'a,"b,train,x\n', "utf-8"),
-        (HEADER + "a,b,train,x\n", "utf-16"),
     ],
-    ids=["empty", "no rows", "long first row", "long row", "comma at the end", "quote", "utf-16"],
+    ids=["empty", "no rows", "long first row", "long row", "comma at the end", "quote"],
 )
 def test_a_table_that_cannot_be_read_is_one_message(table, text, encoding):
     with pytest.raises(UserError, match=r"labels.csv (is no readable table: .+|has no rows)"):
@@ -182,6 +183,57 @@ def test_problems_are_written_whole(tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 30
     assert rows[7] == {"slide": "s,7", "problem": 'has "quotes"', "where": "labels.csv line 2"}
+
+
+# --- encodings, separators, many rows ---
+
+
+def test_a_table_in_latin_1_is_told_with_the_line_and_how_to_mend_it(table):
+    path = table(HEADER + "c1,s1,train,x\nc2,Müller,train,x\n", encoding="latin-1")
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert str(error.value).splitlines() == [
+        f"{path} is not in UTF-8: byte 0xfc in line 3",
+        "  as latin-1 that line is: c2,Müller,train,x",
+        f"  if that is right: iconv -f latin1 -t utf8 '{path}' > NEW.csv",
+    ]
+
+
+def test_a_table_in_utf_16_is_told_as_such(table):
+    with pytest.raises(UserError, match=r"in UTF-16, not in UTF-8\n  iconv -f utf16 -t utf8 "):
+        read(table(HEADER + "a,b,train,x\n", encoding="utf-16"))
+
+
+def test_semicolons_are_told_as_such(table):
+    with pytest.raises(UserError, match=r"lacks column\(s\)(?s:.*)separated by ';': save it with"):
+        read(table((HEADER + "a,b,train,x\n").replace(",", ";")))
+
+
+def test_cells_of_blanks_are_empty_and_labels_that_differ_by_blanks_are_one(table):
+    rows = "c1,s1,train, x y \nc1, s1 ,train,x y\nc2,s2,train,   \nc3,\t,train,x\n"
+    slides, problems = read(table(HEADER + rows))
+    assert [(s.id, s.target["label"]) for s in slides] == [("s1", "x y")]
+    assert [p.problem for p in problems] == [
+        "duplicate row",
+        "no value for label",
+        "empty slide or case id",
+    ]
+
+
+def test_ten_thousand_cases_are_read_and_every_bad_row_of_them_is_listed(table):
+    rows = [f"c{n},s{n},{('train', 'val')[n % 5 == 0]},{'xy'[n % 2]}\n" for n in range(10_000)]
+    again = [row.replace(",x", ",y") for row in rows[::10]]  # each contradicts the first
+    slides, problems = read(table(HEADER + "".join([*rows, *again, "c,,train,x\n"])))
+    assert len({slide.id for slide in slides}) == 10_000
+    assert [p.problem for p in problems[:-1]] == ["contradicts an earlier row"] * 1000
+    assert (problems[999].where, problems[999].slide) == ("labels.csv line 11001", "s9990")
+    assert problems[-1].problem == "empty slide or case id"
+    check_splits(slides)
+    done = cut(slides, "test", 0.25, by="label", seed=0)
+    assert Counter((s.split, s.target["label"]) for s in done if s.split == "test") == {
+        ("test", "x"): 1000,
+        ("test", "y"): 1000,
+    }
 
 
 # --- real tables ---

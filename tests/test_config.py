@@ -426,3 +426,12 @@ def test_every_model_builds(path):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_further_layer_fits(path):
     load(files=[path], model="e2e_r18_abmilx")
+
+
+def test_a_fold_is_a_word_also_where_it_is_a_number_and_needs_its_file():
+    data = load("data.split_file=splits.csv", "data.fold=0").data
+    assert (data.split_file, data.fold) == ("splits.csv", "0")
+    assert load("data.split_file=folds", "data.fold=fold_3").data.fold == "fold_3"
+    assert (load().data.split_file, load().data.fold) == (None, None)
+    with pytest.raises(UserError, match=r"data\.fold must be null where data.split_file"):
+        load("data.fold=0")

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from e2e.data.cohort import Slide
-from e2e.data.splits import check_splits, cut
+from e2e.data.features import FeatureStore, open_features
+from e2e.data.seed_lmdb import SeedStore
+from e2e.data.splits import assign, check_copies, check_splits, cut, missing_classes
+from e2e.data.store import PatchStore, StoreWriter
 from e2e.errors import UserError
+from tests.conftest import RECIPE, jpeg, patches, record, write_store
+from tests.test_seed_lmdb import write_seed
 
 
 def slide(name: str, case: str = "", split: str = "train", label: str = "x") -> Slide:
@@ -98,7 +107,7 @@ def test_a_case_in_two_splits_is_named():
         "2 case(s) lie in more than one split: the test would not be honest\n"
         "  case 'A': test, train, val\n"
         "  case 'B': train, val\n"
-        "  give each case one split in the label table"
+        "  give each case one split, in the label table or in data.split_file"
     )
 
 
@@ -114,3 +123,118 @@ def test_an_empty_split_is_told_with_what_helps():
     with pytest.raises(UserError, match="no slide has the split 'train'") as error:
         check_splits([slide("a", split="val")])
     assert "data.cut" not in str(error.value)  # nothing can be cut from no training cases
+
+
+def test_a_class_that_a_split_lacks_is_told():
+    classes = {"1": ["a"], "2": ["b"], "3": ["a", "c"], "4": ["b"], "5": ["z"]}
+    splits = {"1": "train", "2": "train", "3": "val", "4": "test", "5": ""}
+    assert missing_classes(splits, classes) == {
+        "train": ["c"],
+        "val": ["b"],
+        "test": ["a", "c"],
+    }
+    assert missing_classes({"1": "train", "3": "train"}, classes) == {}
+
+
+def test_splits_are_given_by_slide_or_by_case_and_what_has_none_is_listed():
+    slides = [
+        slide("a1", "A", ""),
+        slide("a2", "A", ""),
+        slide("b1", "B", ""),
+        slide("01", "1", ""),
+    ]
+    kept, problems = assign(slides, {"A": "train", "b1": "test", "1": "", "01 ": "val"}, "f.csv")
+    assert [(s.id, s.split) for s in kept] == [("a1", "train"), ("a2", "train"), ("b1", "test")]
+    assert [str(p) for p in problems] == ["01 : the label table has no row for it (f.csv)"]
+    kept, problems = assign(slides, {"a1": "train", "1": "val", "c": "val"}, "f.csv")
+    assert [(s.id, s.split) for s in kept] == [("a1", "train"), ("01", "val")]
+    assert [str(p) for p in problems] == [
+        "a2: neither the slide nor its case has a split (f.csv)",
+        "b1: neither the slide nor its case has a split (f.csv)",
+        "c: the label table has no row for it (f.csv)",
+    ]
+
+
+def store_of(path: Path, **slides: list[bytes]) -> PatchStore:
+    with StoreWriter(path, RECIPE) as writer:
+        for name, jpegs in slides.items():
+            writer.add(record(name, len(jpegs)), jpegs)
+    return PatchStore(path)
+
+
+def test_the_same_patches_under_two_names_in_two_splits_stop_with_the_names(tmp_path):
+    one, two = patches("one", 5), patches("two", 5)
+    first = store_of(tmp_path / "a.lmdb", p=one, q=two, r=two, s=patches("s", 4))
+    second = store_of(tmp_path / "b.lmdb", x=one)
+    stores = {"p": first, "q": first, "r": first, "s": first, "x": second}
+    slides = [slide("p"), slide("q"), slide("r"), slide("s"), slide("x", split="test")]
+    with pytest.raises(UserError) as error:
+        check_copies(slides, stores)
+    assert str(error.value) == (
+        "1 slide(s) lie in more than one split under different names: the test would not be honest\n"
+        "  'p' (train) = 'x' (test): the same 5 patches\n"
+        "  keep one name of each in the label table"
+    )
+    check_copies(slides[:4], stores)  # q and r are one slide too, but in one split
+    check_copies([slide("p"), slide("x", split="")], stores)  # not used
+
+
+def test_slides_that_share_some_patches_are_not_one(tmp_path):
+    one, blank = patches("one", 5), jpeg(77)
+    other = [*patches("other", 2), one[2], *patches("more", 2)]
+    store = store_of(tmp_path / "a.lmdb", a=one, b=other, c=[blank] * 2, d=[blank] * 3, e=one[:4])
+    slides = [
+        slide(n, split=s) for n, s in zip("abcde", ("train", "val", "test") * 2, strict=False)
+    ]
+    check_copies(slides, dict.fromkeys("abcde", store))
+
+
+def test_a_slide_in_a_file_without_checksums_is_found_in_a_store_that_has_them(tmp_path):
+    theirs = SeedStore(write_seed(tmp_path / "theirs.lmdb", {"a": 6, "b": 6, "c": 1, "d": 1}))
+    ours = store_of(tmp_path / "ours.lmdb", A=patches("a", 6), C=patches("c", 1))
+    stores = dict.fromkeys("abcd", theirs) | dict.fromkeys("AC", ours)
+    slides = [slide(name) for name in "abcd"] + [slide(name, split="test") for name in "AC"]
+    with pytest.raises(UserError) as error:
+        check_copies(slides, stores)
+    assert sorted(str(error.value).splitlines()[1:3]) == [
+        "  'A' (test) = 'a' (train): the same 6 patches",
+        "  'C' (test) = 'c' (train): the same 1 patches",
+    ]
+    check_copies([slide("b"), slide("d"), *slides[4:]], stores)
+
+
+def test_a_store_with_checksums_is_not_read_to_tell_its_slides_apart(tmp_path, monkeypatch):
+    store = write_store(tmp_path / "s.lmdb", dict.fromkeys("abcd", 9))
+    monkeypatch.setattr(PatchStore, "read", lambda *_: pytest.fail("patches were read"))
+    slides = [slide(n, split="train" if n < "c" else "test") for n in "abcd"]
+    check_copies(slides, dict.fromkeys("abcd", store))
+
+
+def write_features(path: Path, seed: int, coords: np.ndarray) -> None:
+    with h5py.File(path, "w") as file:
+        file["features"] = np.random.default_rng(seed).normal(size=(7, 3)).astype(np.float32)
+        file["coords"] = coords
+
+
+def test_the_same_features_at_the_same_places_under_two_names_are_found_too(tmp_path):
+    grid = np.arange(14).reshape(7, 2) * 256
+    for name, seed, coords in (("a", 1, grid), ("b", 2, grid), ("c", 1, grid), ("d", 1, grid + 1)):
+        write_features(tmp_path / f"{name}.h5", seed, coords)
+    stores = dict.fromkeys("abcd", open_features(tmp_path))
+    slides = [slide("a"), slide("b", split="val"), slide("c", split="test")]
+    with pytest.raises(UserError, match=r"'a' \(train\) = 'c' \(test\): the same 7 patches"):
+        check_copies(slides, stores)
+    check_copies(slides[:2], stores)
+    check_copies([slides[0], slide("d", split="val")], stores)
+
+
+@pytest.mark.parametrize("placed", [True, False])
+def test_features_at_other_places_or_at_none_are_not_read(tmp_path, monkeypatch, placed):
+    for n, name in enumerate("ab"):
+        if placed:
+            write_features(tmp_path / f"{name}.h5", 1, np.full((7, 2), n))
+        else:
+            torch.save(torch.ones(7, 3), tmp_path / f"{name}.pt")
+    monkeypatch.setattr(FeatureStore, "features", lambda *_: pytest.fail("features were read"))
+    stores = dict.fromkeys("ab", open_features(tmp_path))
+    check_copies([slide("a"), slide("b", split="val")], stores)

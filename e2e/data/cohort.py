@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -128,13 +130,14 @@ def match_scales(
     What these stores have besides ``slides`` is no fault.
     """
     found: dict[str, list[Slides]] = {slide.id: [] for slide in slides}
+    named = set(found)
     problems: list[Problem] = []
     for number, stores in enumerate(scales):
         where, wrong = match_stores(slides, stores)
         problems += [
             Problem(p.slide, p.where, f"{p.problem} (data.scales[{number}])")
             for p in wrong
-            if p.slide in {slide.id for slide in slides}
+            if p.slide in named
         ]
         found = {k: [*before, where[k]] for k, before in found.items() if k in where}
     return found, problems
@@ -173,6 +176,32 @@ def write_problems(problems: Sequence[Problem], path: Path) -> None:
     write_atomically(path, table.to_csv(index=False).encode())
 
 
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark.
+
+    No other encoding is guessed: a letter read wrongly in an id is a slide that nobody finds.
+
+    Raises:
+        UserError: no such file; or its encoding, the first line that shows it, and how to mend it.
+    """
+    if not path.is_file():
+        raise UserError(f"no file at {path}")
+    content = path.read_bytes()
+    mend = f"-t utf8 '{path}' > NEW{path.suffix}"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path} is in UTF-16, not in UTF-8\n  iconv -f utf16 {mend}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = content[: error.start].count(b"\n")
+        line = content.split(b"\n")[number].decode("latin1").strip()
+        raise UserError(
+            f"{path} is not in UTF-8: byte 0x{content[error.start]:02x} in line {number + 1}\n"
+            f"  as latin-1 that line is: {line[:100]}\n"
+            f"  if that is right: iconv -f latin1 {mend}"
+        ) from error
+
+
 def _row_fault(slide: Slide, split_names: Mapping[str, str] | None) -> str | None:
     if not slide.id or not slide.case:
         return "empty slide or case id"
@@ -185,30 +214,34 @@ def _row_fault(slide: Slide, split_names: Mapping[str, str] | None) -> str | Non
 def _read_columns(path: Path, names: list[str]) -> pd.DataFrame:
     if not path.is_file():
         raise UserError(f"no label table at {path}\n  set data.labels=FILE.csv")
+    text = read_text(path)
     separator = "\t" if path.suffix in {".tsv", ".tab"} else ","
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
             table = pd.read_csv(
-                path,
+                io.StringIO(text),
                 sep=separator,
                 dtype=str,
                 keep_default_na=False,
-                encoding="utf-8-sig",
                 index_col=False,  # else a comma at each line's end shifts every column by one
             )
     except (
         pd.errors.ParserError,
         pd.errors.ParserWarning,
         pd.errors.EmptyDataError,
-        UnicodeDecodeError,
     ) as error:
         raise UserError(f"{path} is no readable table: {str(error).strip()}") from error
     missing = sorted(set(names) - set(table.columns))
     if missing:
+        remedy = (
+            "name the table's own columns: data.columns.case=, .slide=, .split=, the task's column"
+        )
+        if ";" in str(table.columns[0]):  # as spreadsheets write where the comma is decimal
+            remedy = "its cells are separated by ';': save it with commas"
         raise UserError(
-            f"{path} lacks column(s) {', '.join(missing)}\n  it has: {', '.join(table.columns)}\n"
-            "  name the table's own columns with data.columns.case=, .slide=, .split= and the task's column"
+            f"{path} lacks column(s) {', '.join(missing)}\n"
+            f"  it has: {', '.join(table.columns)}\n  {remedy}"
         )
     if table.empty:
         raise UserError(f"{path} has no rows\n{listing(table.columns)}")

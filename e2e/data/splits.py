@@ -1,18 +1,24 @@
-"""Train, validation and test: always by case."""
+"""Train, validation and test: always by case, and what makes them dishonest."""
 
 from __future__ import annotations
 
+import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
+from numpy.typing import NDArray
 
-from e2e.data.cohort import Slide
+from e2e.data.cohort import Problem, Slide
+from e2e.data.features import FeatureStore
 from e2e.data.sampler import mix
+from e2e.data.store import PatchStore, Slides, Store
 from e2e.errors import UserError, listing
 
 SPLITS = ("train", "val", "test")
+PIECE = 256  # patches in memory at once
 
 
 def check_splits(slides: Sequence[Slide]) -> None:
@@ -25,7 +31,7 @@ def check_splits(slides: Sequence[Slide]) -> None:
         raise UserError(
             f"{len(torn)} case(s) lie in more than one split: the test would not be honest\n"
             + listing(f"case '{c}': {', '.join(sorted(s))}" for c, s in sorted(torn.items()))
-            + "\n  give each case one split in the label table"
+            + "\n  give each case one split, in the label table or in data.split_file"
         )
     for split in ("train", "val"):
         if not any(slide.split == split for slide in slides):
@@ -36,26 +42,157 @@ def check_splits(slides: Sequence[Slide]) -> None:
             )
 
 
+def missing_classes(
+    splits: Mapping[str, str], classes: Mapping[str, Iterable[str]]
+) -> dict[str, list[str]]:
+    """The classes that a split lacks, of those that any other has; splits without ids are left out.
+
+    Of survival the classes are the words of the event column: a split without one lacks events.
+
+    Args:
+        splits: id -> train, val, test, or empty where it is not used.
+        classes: id -> its classes, one for a slide.
+
+    Returns:
+        Split -> sorted classes; nothing where all is well.
+    """
+    found: dict[str, set[str]] = {split: set() for split in SPLITS if split in splits.values()}
+    for name, split in splits.items():
+        if split:
+            found[split].update(classes[name])
+    known = set().union(*found.values())
+    return {split: sorted(known - own) for split, own in found.items() if known - own}
+
+
+def check_copies(slides: Sequence[Slide], stores: Mapping[str, Slides]) -> None:
+    """UserError when slides of different splits have the same patches: one slide under two names.
+
+    Patches are compared by the CRC-32 of their JPEGs, all of them and in order; so a second scan, or
+    another cut of the grid, passes. It costs little: only slides with equally many patches are looked
+    at, a :class:`PatchStore` knows the sums, and other stores are read whole only where the middle
+    patch is the same. Features are read only where all coords are the same; of features without
+    coords copies are not found.
+
+    Args:
+        stores: of each slide, by its id.
+    """
+    alike: dict[object, list[Slide]] = {(): [slide for slide in slides if slide.split]}
+    for key in (_count, _glance, _whole):
+        finer: dict[object, list[Slide]] = defaultdict(list)
+        for before, group in alike.items():
+            for slide in group:
+                finer[before, key(slide.id, stores[slide.id])].append(slide)
+        alike = {k: group for k, group in finer.items() if len({s.split for s in group}) > 1}
+    if alike:
+        raise UserError(
+            f"{len(alike)} slide(s) lie in more than one split under different names: the test "
+            "would not be honest\n"
+            + listing(
+                " = ".join(f"'{s.id}' ({s.split})" for s in sorted(group, key=lambda s: s.id))
+                + f": the same {stores[group[0].id].count(group[0].id):,} patches"
+                for group in alike.values()
+            )
+            + "\n  keep one name of each in the label table"
+        )
+
+
+def _count(slide: str, store: Slides) -> int:
+    return store.count(slide)
+
+
+def _glance(slide: str, store: Slides) -> object:
+    """What differs between most slides, and is cheap to see."""
+    if hasattr(store, "features"):
+        coords = store.record(slide).coords
+        return slide if coords is None else coords.tobytes()
+    middle = store.count(slide) // 2  # the edges of tissue look alike
+    return _checksums(slide, cast(Store, store), [middle]).tobytes()
+
+
+def _whole(slide: str, store: Slides) -> bytes:
+    """All that is compared; besides the sums one JPEG, since a single patch's sum may be another's."""
+    if hasattr(store, "features"):
+        return cast(FeatureStore, store).features(slide).numpy().tobytes()
+    count, patches = store.count(slide), cast(Store, store)
+    return _checksums(slide, patches, range(count)).tobytes() + patches.read(slide, [count // 2])[0]
+
+
+def _checksums(slide: str, store: Store, rows: Sequence[int]) -> NDArray[np.uint32]:
+    """CRC-32 of the given patches: as packed, or else of what is read."""
+    if isinstance(store, PatchStore):
+        return store.checksums(slide)[list(rows)]
+    pieces = (rows[start : start + PIECE] for start in range(0, len(rows), PIECE))
+    sums = [zlib.crc32(jpeg) for piece in pieces for jpeg in store.read(slide, piece)]
+    return np.array(sums, np.uint32)
+
+
+def assign(
+    slides: Sequence[Slide], splits: Mapping[str, str], where: str
+) -> tuple[list[Slide], list[Problem]]:
+    """Give each slide the split of its id, or of its case's.
+
+    Args:
+        splits: slide or case id -> train, val, test, or empty where it is not to be used.
+        where: they come from, for the problems.
+
+    Returns:
+        The slides that have a split; the ids that no slide has, and the slides of no id.
+    """
+    known = {slide.id for slide in slides} | {slide.case for slide in slides}
+    problems = [
+        Problem(i, where, "the label table has no row for it") for i in splits.keys() - known
+    ]
+    kept: list[Slide] = []
+    for slide in slides:
+        split = splits.get(slide.id, splits.get(slide.case))
+        if split is None:
+            problems.append(Problem(slide.id, where, "neither the slide nor its case has a split"))
+        elif split:
+            kept.append(replace(slide, split=split))
+    return kept, sorted(problems, key=lambda problem: (problem.problem, problem.slide))
+
+
 def cut(slides: Sequence[Slide], split: str, share: float, *, by: str, seed: int) -> list[Slide]:
     """Move ``share`` of the cases that are in train, or in no split yet, to ``split``.
 
     Stratified by the first value of column ``by`` of each case, so that each stratum gives its
     share to within one case; a pure function of its arguments.
     """
-    strata: dict[str, list[str]] = defaultdict(list)
-    seen: set[str] = set()
+    free: dict[str, str] = {}
     for slide in sorted(slides, key=lambda s: (s.case, s.id)):
-        if slide.split in ("", "train") and slide.case not in seen:
-            seen.add(slide.case)
-            strata[slide.target[by]].append(slide.case)
-    moved: set[str] = set()
-    owed = 0.0
-    for value, cases in sorted(strata.items()):
-        order = np.random.default_rng(mix(seed, split, value)).permutation(len(cases))
-        owed += share * len(cases)
-        take = round(owed) - len(moved)
-        moved.update(cases[i] for i in order[:take])
+        if slide.split in ("", "train"):
+            free.setdefault(slide.case, slide.target[by])
+    moved = draw(free, share, seed, split)
     return [
         replace(slide, split=split if slide.case in moved else slide.split or "train")
         for slide in slides
+    ]
+
+
+def draw(strata: Mapping[str, str], share: float, *seed: int | str) -> set[str]:
+    """A ``share`` of the cases, of each stratum to within one case.
+
+    Args:
+        strata: case -> its stratum.
+        seed: numbers and words; the same give the same cases, in whatever order ``strata`` lies.
+    """
+    chosen: set[str] = set()
+    owed = 0.0
+    for _, cases in shuffled(strata, *seed):
+        owed += share * len(cases)
+        chosen.update(cases[: round(owed) - len(chosen)])
+    return chosen
+
+
+def shuffled(strata: Mapping[str, str], *seed: int | str) -> list[tuple[str, list[str]]]:
+    """The strata, sorted, each with its cases in an order that ``seed`` and they alone decide."""
+    members: dict[str, list[str]] = defaultdict(list)
+    for case in sorted(strata):
+        members[strata[case]].append(case)
+    return [
+        (
+            value,
+            [cases[i] for i in np.random.default_rng(mix(*seed, value)).permutation(len(cases))],
+        )
+        for value, cases in sorted(members.items())
     ]

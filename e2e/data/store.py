@@ -203,6 +203,10 @@ class PatchStore:
             self.path, lambda txn: _read_patches(txn, self.path, slide, number, count, indices)
         )
 
+    def checksums(self, slide: str) -> NDArray[np.uint32]:
+        """(N,) CRC-32 of every JPEG as it was packed; errors as of :meth:`record`."""
+        return self._read_record(slide)[1]
+
     def damage(self, slide: str) -> Iterator[str]:
         """Compare every value of ``slide`` with its checksum; yields a line per fault."""
         try:
