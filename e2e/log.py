@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -176,7 +177,7 @@ class Wandb:
             project="e2e",
             name=folder.name,
             dir=folder,
-            id=own,
+            id=os.environ.get("WANDB_RUN_ID", own),  # a sweep's agent has names of its own
             resume="allow",
             mode=mode,  # pyright: ignore[reportArgumentType]
             config={"settings": settings},
