@@ -32,8 +32,8 @@ def auc(score: Array, positive: NDArray[np.bool_], weights: Array) -> Array:
     """Area under the ROC curve (Mann-Whitney: ties count half); NaN with one class."""
 
     def area(pos: Array, neg: Array) -> Array:
-        below = np.cumsum(neg, axis=1) - neg
-        return ratio((pos * (below + neg / 2)).sum(1), pos.sum(1) * neg.sum(1))
+        above = np.cumsum(pos, axis=1) - pos / 2
+        return ratio(np.einsum("rk,rk->r", neg, above), pos.sum(1) * neg.sum(1))
 
     return _by_threshold(area, score, positive, weights)
 
@@ -45,11 +45,10 @@ def average_precision(score: Array, positive: NDArray[np.bool_], weights: Array)
     """
 
     def area(pos: Array, neg: Array) -> Array:
-        found = np.cumsum(pos[:, ::-1], axis=1)[:, ::-1]
-        taken = found + np.cumsum(neg[:, ::-1], axis=1)[:, ::-1]
+        found, taken = np.cumsum(pos, axis=1), np.cumsum(pos + neg, axis=1)
         precision = found / np.where(taken > 0, taken, 1)
         both = (pos.sum(1) > 0) & (neg.sum(1) > 0)
-        return ratio((pos * precision).sum(1), np.where(both, pos.sum(1), 0))
+        return ratio(np.einsum("rk,rk->r", pos, precision), np.where(both, pos.sum(1), 0))
 
     return _by_threshold(area, score, positive, weights)
 
@@ -60,22 +59,22 @@ def _by_threshold(
     positive: NDArray[np.bool_],
     weights: Array,
 ) -> Array:
-    """``area`` of the (R, K) weights of positives and negatives at the K scores, lowest first."""
+    """``area`` of the (R, K) weights of positives and negatives at the K scores, highest first."""
     if not np.isfinite(score).all():
         return np.full(len(weights), np.nan)
-    order = np.argsort(score, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) > 0])
+    order = np.argsort(-score, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) < 0])
 
     def at_each(block: Array) -> Array:
         return np.add.reduceat(block, starts, axis=1) if len(starts) < len(order) else block
 
     return np.concatenate([
         area(at_each(block * positive[order]), at_each(block * ~positive[order]))
-        for block in (rows[:, order] for rows in row_blocks(weights))
+        for block in (rows.take(order, axis=1) for rows in row_blocks(weights))
     ])  # fmt: skip
 
 
-def row_blocks(weights: Array, numbers: int = 1 << 18) -> Iterator[Array]:
+def row_blocks(weights: Array, numbers: int = 1 << 14) -> Iterator[Array]:
     """Some rows at a time: what is made of them stays in the processor's cache."""
     step = max(1, numbers // max(1, weights.shape[1]))
     return (weights[start : start + step] for start in range(0, len(weights), step))
@@ -265,50 +264,59 @@ def regression_metrics(predicted: Array, targets: Array, weights: Array) -> Valu
     x, y, weights = predicted[known], targets[known], weights[:, known]
     total = weights.sum(1)
     squares = ratio(weights @ (x - y) ** 2, total)
-    centred = y - y.mean() if len(y) else y
-    spread = ratio(weights @ centred**2, total) - ratio(weights @ centred, total) ** 2
-    ranks = np.hstack([spearman(x, y, block) for block in row_blocks(weights)])
     return {
         "mae": ratio(weights @ np.abs(x - y), total),
         "rmse": np.sqrt(squares),
-        "r2": 1 - ratio(squares, np.where(_vary(y, weights), spread, 0)),
-        "pearson": np.hstack([pearson(x, y, block) for block in row_blocks(weights)]),
-        "spearman": ranks,
+        "r2": 1 - ratio(squares, _variance(y, weights)),
+        "pearson": pearson(x, y, weights),
+        "spearman": spearman(x, y, weights),
     }
 
 
 def pearson(x: Array, y: Array, weights: Array) -> Array:
-    """Correlation of (n,) or (R, n) numbers; NaN where one of them is constant."""
+    """Correlation of (n,) numbers; NaN where one of them is constant."""
     total = weights.sum(1)
-
-    def centre(values: Array) -> Array:
-        return values - ratio((weights * values).sum(1), total)[:, None]
-
-    vary = _vary(x, weights) & _vary(y, weights)
-    x, y = centre(x), centre(y)
-    both = (weights * x**2).sum(1) * (weights * y**2).sum(1)
-    return ratio((weights * x * y).sum(1), np.where(vary, np.sqrt(both), 0))
+    x, y = _centred(x), _centred(y)
+    means = ratio(weights @ x, total) * ratio(weights @ y, total)
+    spread = np.sqrt(_variance(x, weights) * _variance(y, weights))
+    return ratio(ratio(weights @ (x * y), total) - means, spread)
 
 
 def spearman(x: Array, y: Array, weights: Array) -> Array:
     """Correlation of the ranks, ties having their mean rank: a bag of weight 2 is two bags."""
 
-    def ranks(values: Array) -> Array:
-        order = np.argsort(values, kind="stable")
+    def ranks(order: NDArray[np.int64], values: Array, block: Array) -> Array:
         _, starts, which = np.unique(values[order], return_index=True, return_inverse=True)
-        sums = np.add.reduceat(weights[:, order], starts, axis=1)
-        found = np.empty_like(weights)
-        found[:, order] = (np.cumsum(sums, axis=1) - sums / 2)[:, which]
-        return found
+        sums = np.add.reduceat(block.take(order, axis=1), starts, axis=1)
+        upto = np.cumsum(sums, axis=1)
+        found = np.empty_like(block)
+        found[:, order] = (upto - sums / 2 - upto[:, -1:] / 2).take(which, axis=1)
+        return found  # their weighted mean is 0
 
-    return pearson(ranks(x), ranks(y), weights)
+    def correlation(block: Array) -> Array:
+        a, b = ranks(np.argsort(x), x, block), ranks(np.argsort(y), y, block)
+        xx, yy, xy = (np.einsum("rn,rn->r", block * p, q) for p, q in ((a, a), (b, b), (a, b)))
+        return ratio(xy, np.sqrt(xx * yy))
+
+    if not len(x):
+        return np.full(len(weights), np.nan)
+    return np.concatenate([correlation(block) for block in row_blocks(weights)])
 
 
-def _vary(values: Array, weights: Array) -> NDArray[np.bool_]:
-    """(R,) whether the bags that have weight differ; exact, where a variance has rounding errors."""
-    drawn = weights > 0
+def _centred(values: Array) -> Array:
+    return values - values.mean() if len(values) else values
+
+
+def _variance(values: Array, weights: Array) -> Array:
+    """(R,) of (n,) numbers; exactly 0 where those that have weight are all alike."""
+    values, total = _centred(values), weights.sum(1)
+    found = ratio(weights @ values**2, total) - ratio(weights @ values, total) ** 2
+    doubtful = found <= 1e-9 * (values**2).mean() if len(values) else found > 0
+    drawn = weights[doubtful] > 0
     low = np.where(drawn, values, np.inf).min(1, initial=np.inf)
-    return low < np.where(drawn, values, -np.inf).max(1, initial=-np.inf)
+    alike = low >= np.where(drawn, values, -np.inf).max(1, initial=-np.inf)
+    found[doubtful] = np.where(alike, 0, found[doubtful])
+    return found
 
 
 # --- resamples of the cases ---
@@ -317,9 +325,11 @@ def _vary(values: Array, weights: Array) -> NDArray[np.bool_]:
 def case_weights(cases: Sequence[str], draws: int, seed: int) -> Array:
     """(1 + draws, n): ones, then how often each bag's case was drawn in a resample of the cases."""
     names, which = np.unique(np.asarray(cases), return_inverse=True)
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
-    return np.vstack([np.ones((1, len(cases))), counts[:, which]]).astype(np.float64)
+    rng, count = np.random.default_rng(seed), len(names)
+    weights = np.ones((1 + draws, len(which)))
+    for row in weights[1:]:
+        row[:] = np.bincount(rng.integers(0, count, count), minlength=count)[which]
+    return weights
 
 
 def interval(values: Array) -> dict[str, float | None]:
