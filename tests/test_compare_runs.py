@@ -18,7 +18,7 @@ from tools import compare_runs
 
 def run_folder(folder, scores, labels, *, cases=None, classes=("no", "yes"), split="test"):
     """A run folder as training leaves it, as far as the tool reads it."""
-    chosen = {"datasets": "lung_detection", "model": "e2e_tiny_abmil", "files": []}
+    chosen = {"datasets": "lung_detection", "model": "e2e_r18_abmil", "files": []}
     asked = [f"task.classes=[{','.join(repr(c) for c in classes)}]", "data.labels=x.csv"]
     settings = config.load_settings(**chosen, overrides=asked, registries=build.REGISTRIES)
     folder.mkdir()
