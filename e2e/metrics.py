@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, rankdata
 
 from e2e.errors import UserError
 
@@ -63,15 +62,13 @@ def _by_threshold(
     if not np.isfinite(score).all():
         return np.full(len(weights), np.nan)
     order = np.argsort(-score, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) < 0])
+    starts, positive = np.flatnonzero(np.r_[True, np.diff(score[order]) < 0]), positive[order]
 
     def at_each(block: Array) -> Array:
         return np.add.reduceat(block, starts, axis=1) if len(starts) < len(order) else block
 
-    return np.concatenate([
-        area(at_each(block * positive[order]), at_each(block * ~positive[order]))
-        for block in (rows.take(order, axis=1) for rows in row_blocks(weights))
-    ])  # fmt: skip
+    blocks = (rows.take(order, axis=1) for rows in row_blocks(weights))
+    return np.concatenate([area(at_each(b * positive), at_each(b * ~positive)) for b in blocks])
 
 
 def row_blocks(weights: Array, numbers: int = 1 << 14) -> Iterator[Array]:
@@ -240,7 +237,7 @@ def multilabel_metrics(
     found: dict[str, list[Array]] = {"auc": [], "ap": [], "f1": []}
     for score, target in zip(probabilities.T, targets.T, strict=True):
         known = np.isfinite(target)
-        score, positive, some = score[known], target[known] == 1, weights[:, known]
+        score, positive, some = score[known], flags(target[known]), weights[:, known]
         table = confusion((score > 0.5).astype(np.int64), positive.astype(np.int64), 2, some)
         found["auc"].append(auc(score, positive, some))
         found["ap"].append(average_precision(score, positive, some))
@@ -375,6 +372,8 @@ def delong(first: Array, second: Array, positive: NDArray[np.bool_]) -> DeLong:
     algorithm 2). NaN with fewer than two bags of a class; p and interval also where the variance is
     0, as between runs that rank alike.
     """
+    from scipy.stats import norm, rankdata  # slow to import
+
     m, n = int(positive.sum()), int((~positive).sum())
     if m < 2 or n < 2 or not (np.isfinite(first).all() and np.isfinite(second).all()):
         return DeLong(*[float("nan")] * 5)
@@ -452,3 +451,10 @@ def _mean_of_defined(values: Array) -> Array:
     """(R, C) -> (R,) mean of what is not NaN; NaN of nothing."""
     defined = ~np.isnan(values)
     return ratio(np.where(defined, values, 0).sum(1), defined.sum(1))
+
+
+def flags(values: Array) -> NDArray[np.bool_]:
+    """True where 1, False where 0; ValueError where neither: no other code is guessed at."""
+    if not np.isin(values, (0, 1)).all():
+        raise ValueError(f"neither 0 nor 1: {values[~np.isin(values, (0, 1))][:5].tolist()}")
+    return values == 1

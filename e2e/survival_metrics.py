@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from e2e.metrics import Array, Values, auc, ratio, row_blocks
+from e2e.metrics import Array, Values, auc, flags, ratio, row_blocks
 
 Flags = NDArray[np.bool_]
 
@@ -33,7 +33,8 @@ def kaplan_meier(
     Kaplan & Meier 1958. ``of_censoring``: the chance to be still in sight; of a censoring and an
     event at one time the event came first.
     """
-    points, starts, order = _points(time)
+    order = np.argsort(time, kind="stable")
+    points, starts = np.unique(time[order], return_index=True)
     leaving = ~event if of_censoring else event
     gone = np.add.reduceat((weights * leaving)[:, order], starts, axis=1)
     others = np.add.reduceat((weights * ~leaving)[:, order], starts, axis=1)
@@ -104,23 +105,28 @@ def _concordance(risk: Array, time: Array, event: Flags, counts: Array, weights:
         return np.full(len(weights), np.nan)
     order = np.lexsort((~event, time))  # of one time the events come first
     risk, time, event, counts = risk[order], time[order], event[order], counts[order]
-    weights = weights[:, order]
     # Comparable with an event is whatever comes after the events of its time.
-    _, starts, which = _group(time)
+    _, starts, which = np.unique(time, return_index=True, return_inverse=True)
     after = (starts + np.add.reduceat(event.astype(np.int64), starts))[which]
-    tail = np.zeros((len(weights), len(time) + 1))
-    tail[:, :-1] = np.cumsum(weights[:, ::-1], axis=1)[:, ::-1]
     events = np.flatnonzero(counts > 0)
-    right, pairs = np.zeros(len(weights)), np.zeros(len(weights))
-    for start in range(0, len(events), EVENTS_AT_ONCE):
-        some = events[start : start + EVENTS_AT_ONCE]
-        first = after[some[0]]  # nothing before is comparable with any of them
-        wins = (risk[some, None] > risk[first:]) + 0.5 * (risk[some, None] == risk[first:])
-        wins *= np.arange(first, len(time)) >= after[some, None]
-        ours = weights[:, some] * counts[some]
-        right += np.einsum("rj,rj->r", ours @ wins, weights[:, first:])
-        pairs += (ours * tail[:, after[some]]).sum(1)
-    return ratio(right, pairs)
+
+    def share(block: Array) -> Array:
+        tail = np.zeros((len(block), len(time) + 1))
+        tail[:, :-1] = np.cumsum(block[:, ::-1], axis=1)[:, ::-1]
+        right, pairs = np.zeros(len(block)), np.zeros(len(block))
+        for start in range(0, len(events), EVENTS_AT_ONCE):
+            some = events[start : start + EVENTS_AT_ONCE]
+            first = after[some[0]]  # nothing before is comparable with any of them
+            wins = (risk[some, None] > risk[first:]) + 0.5 * (risk[some, None] == risk[first:])
+            wins *= np.arange(first, len(time)) >= after[some, None]
+            ours = block[:, some] * counts[some]
+            right += np.einsum("rj,rj->r", ours @ wins, block[:, first:])
+            pairs += np.einsum("re,re->r", ours, tail[:, after[some]])
+        return ratio(right, pairs)
+
+    # Many rows at a time: the table of pairs is made anew for each block of them.
+    blocks = row_blocks(weights, numbers=1 << 22)
+    return np.concatenate([share(block.take(order, axis=1)) for block in blocks])
 
 
 def dynamic_auc(
@@ -134,17 +140,10 @@ def dynamic_auc(
     scale = censoring.weight(time, event)
     found = []
     for at in times:
-        ill, well = (time <= at) & (scale > 0), time > at
-        used = ill | well
+        ill = (time <= at) & (scale > 0)
+        used = ill | (time > at)
         factor = np.where(ill, scale, 1.0)[used]
-        found.append(
-            np.concatenate([
-                auc(risk[used], ill[used], block[:, used] * factor)
-                for block in row_blocks(weights)
-            ])
-            if used.any()
-            else np.full(len(weights), np.nan)
-        )  # fmt: skip
+        found.append(auc(risk[used], ill[used], weights[:, used] * factor))
     return np.stack(found, axis=1)
 
 
@@ -215,9 +214,12 @@ def survival_metrics(
         times: (T,) ascending, two or more; with ``censoring``, adds ``auc_dynamic_mean``.
         survival: (n, T) predicted chances to be without an event after ``times``; adds
             ``integrated_brier``.
+
+    Raises:
+        ValueError: an event is neither 0 nor 1.
     """
     known = np.isfinite(targets).all(axis=1)
-    time, event = targets[known, 0], targets[known, 1] == 1
+    time, event = targets[known, 0], flags(targets[known, 1])
     risk, weights = risk[known], weights[:, known]
     values = {"c_index": c_index(risk, time, event, weights)}
     if censoring is None:
@@ -226,21 +228,10 @@ def survival_metrics(
     values["c_index_uno"] = c_index_uno(*given, censoring=censoring)
     if times is None:
         return values
-    at = {"times": times, "censoring": censoring}
-    values["auc_dynamic_mean"] = dynamic_auc_mean(*given, **at)
+    mean = dynamic_auc_mean(*given, times=times, censoring=censoring)
+    values["auc_dynamic_mean"] = mean
     if survival is not None:
-        values["integrated_brier"] = integrated_brier(survival[known], *given[1:], **at)
+        values["integrated_brier"] = integrated_brier(
+            survival[known], time, event, weights, times=times, censoring=censoring
+        )
     return values
-
-
-def _points(time: Array) -> tuple[Array, NDArray[np.int64], NDArray[np.int64]]:
-    """Distinct times, where each starts in the order of time, and that order."""
-    order = np.argsort(time, kind="stable")
-    points, starts, _ = _group(time[order])
-    return points, starts, order
-
-
-def _group(ascending: Array) -> tuple[Array, NDArray[np.int64], NDArray[np.int64]]:
-    """Distinct values, where each starts, and which of them each element is."""
-    points, starts, which = np.unique(ascending, return_index=True, return_inverse=True)
-    return points, starts, which

@@ -239,3 +239,9 @@ def test_only_the_order_of_risks_counts_nor_that_of_cases_and_a_case_of_weight_t
         np.testing.assert_allclose(np.ravel(found), np.ravel(expected), **CLOSE)
     backwards = sm.c_index(-risk, time, event, weights)
     np.testing.assert_allclose(backwards, 1 - expected[0], **CLOSE)
+
+
+def test_an_event_that_is_neither_0_nor_1_is_no_event_and_no_censoring():
+    for coded in ([1, 2], [0, -1]):
+        with pytest.raises(ValueError, match="neither 0 nor 1"):
+            sm.survival_metrics(np.ones(2), np.c_[[1.0, 2.0], coded], np.ones((1, 2)))

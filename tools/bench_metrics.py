@@ -34,8 +34,9 @@ def main() -> None:
         print(f"{time.perf_counter() - started:7.2f} s  {name}", flush=True)
 
     print(f"{args.draws:,} draws of {n:,} cases, numpy {np.__version__}")
-    timed("case_weights", lambda: m.case_weights([str(k) for k in range(n)], args.draws, 0))
-    weights = m.case_weights([str(k) for k in range(n)], args.draws, 0)
+    cases = [str(k) for k in range(n)]
+    timed("case_weights", lambda: m.case_weights(cases, args.draws, 0))
+    weights = m.case_weights(cases, args.draws, 0)
     raw = rng.random((n, 6))
     for classes in (2, 6):
         labels = rng.integers(0, classes, n)
@@ -46,15 +47,13 @@ def main() -> None:
     timed("average_precision", lambda: m.average_precision(raw[:, 0], raw[:, 1] > 0.5, weights))
     timed("all of regression", lambda: m.regression_metrics(raw[:, 0], raw[:, 1], weights))
     follow, event = rng.exponential(size=n), rng.random(n) < 0.5
-    at = np.quantile(follow, np.linspace(0.1, 0.9, 9))
-    censoring = sm.Censoring.fit(follow, event)
-    given = raw[:, 0], follow, event, weights
-    timed("c_index, half of the cases with events", lambda: sm.c_index(*given))
-    timed("c_index_uno", lambda: sm.c_index_uno(*given, censoring=censoring))
-    also = {"times": at, "censoring": censoring}
-    timed("auc_dynamic_mean, 9 times", lambda: sm.dynamic_auc_mean(*given, **also))
-    survival = np.exp(-at * (0.5 + raw[:, :1]))
-    timed("integrated_brier, 9 times", lambda: sm.integrated_brier(survival, *given[1:], **also))
+    at, g = np.quantile(follow, np.linspace(0.1, 0.9, 9)), sm.Censoring.fit(follow, event)
+    followed = raw[:, 0], follow, event, weights
+    timed("c_index, half of the cases with events", lambda: sm.c_index(*followed))
+    timed("c_index_uno", lambda: sm.c_index_uno(*followed, censoring=g))
+    timed("auc_dynamic_mean, 9 times", lambda: sm.dynamic_auc_mean(*followed, times=at, censoring=g))
+    curves = np.exp(-at * (0.5 + raw[:, :1])), *followed[1:]
+    timed("integrated_brier, 9 times", lambda: sm.integrated_brier(*curves, times=at, censoring=g))
 
 
 if __name__ == "__main__":

@@ -84,8 +84,9 @@ def check_same(a: Run, b: Run) -> None:
     if a.task.output_names != b.task.output_names:
         kinds = [f"  {run.folder}: {', '.join(run.task.output_names)}" for run in (a, b)]
         raise UserError("\n".join(["the runs have different outputs:", *kinds]))
-    only = [f"{s}: only in {a.folder}" for s in a.slides if s not in set(b.slides)]
-    only += [f"{s}: only in {b.folder}" for s in b.slides if s not in set(a.slides)]
+    ours, theirs = set(a.slides), set(b.slides)
+    only = [f"{s}: only in {a.folder}" for s in sorted(ours - theirs)]
+    only += [f"{s}: only in {b.folder}" for s in sorted(theirs - ours)]
     if only:
         raise UserError(
             f"the runs are judged on different slides, {len(only)} of them:\n{listing(only)}\n"
@@ -113,7 +114,7 @@ def compare(a: Run, b: Run, metric: str, *, draws: int, seed: int = 0) -> dict[s
     weights = case_weights(a.cases, draws, seed)
     found = [run.task.metrics(run.predicted, run.targets, weights) for run in (a, b)]
     metric = metric or a.task.monitor
-    if metric not in found[0]:
+    if any(metric not in values for values in found):
         raise UserError(f"no metric '{metric}'{suggest(metric, list(found[0]))}")
     first, second = (values[metric] for values in found)
     difference, p, test = interval(first - second), bootstrap_p(first - second), "paired bootstrap"
