@@ -16,7 +16,7 @@ demo: env
 	@$(RUN) tools/demo.py --out "$(OUT)"
 
 test: env
-	@$(RUN) -m pytest
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
 
 lint: env
 	@$(RUN) -m ruff check

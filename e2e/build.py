@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import glob
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +33,7 @@ from e2e.data.cohort import (
 )
 from e2e.data.decode import build_decoder, set_threads
 from e2e.data.feature_rows import FeatureCache
-from e2e.data.features import FeatureStore, common_width, open_features
+from e2e.data.features import FeatureStore, common_width, made_by, open_features
 from e2e.data.loader import LabelledSlide, TrainingLoader, View, label_slides, some_slides
 from e2e.data.pixels import Look, PixelCache
 from e2e.data.sampler import SAMPLERS
@@ -95,9 +96,7 @@ def build_model(
     with torch.random.fork_rng([]):
         torch.manual_seed(settings.run.seed)
         encoder = ENCODERS.build(settings.encoder.name, **options)
-        head = HEADS.build(
-            settings.head.name, encoder.dim, task.num_outputs, **settings.head.options
-        )
+        head = build_head(settings.head, encoder.dim, task.num_outputs)
     regularisers = build_regularisers(settings, head, encoder.dim)
     policy = engine.batch_norm
     has_norms = any(isinstance(module, _BatchNorm) for module in encoder.modules())
@@ -125,8 +124,25 @@ def build_model(
         regularisers=regularisers,
     )
     if engine.compile and not encoder.given:
-        model.compile()
+        _check_graphs(engine, device)
+        model.compile(cuda_graphs=engine.cuda_graphs)
     return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def build_head(plugin: Plugin, in_dim: int, num_outputs: int) -> Head:
+    """The head of the settings; UserError where an option's value makes no head."""
+    endless = [
+        k for k, v in plugin.options.items() if isinstance(v, float) and not math.isfinite(v)
+    ]
+    try:
+        if endless:
+            raise ValueError(f"{endless[0]} is not finite")
+        return HEADS.build(plugin.name, in_dim, num_outputs, **plugin.options)
+    except (ValueError, RuntimeError, ZeroDivisionError, AssertionError) as error:
+        given = ", ".join(f"{key}={value}" for key, value in plugin.options.items())
+        raise UserError(
+            f"head '{plugin.name}' cannot be built: {error}\n  its options are {given}"
+        ) from error
 
 
 def build_regularisers(settings: Settings, head: Head, dim: int) -> list[Regulariser]:
@@ -137,7 +153,7 @@ def build_regularisers(settings: Settings, head: Head, dim: int) -> list[Regular
         if options["weight"]
     ]
     if made:
-        with torch.random.fork_rng([]), torch.no_grad():
+        with torch.random.fork_rng([]):
             example = head(torch.zeros(1, 2, dim), torch.ones(1, 2, dtype=torch.bool))
         for regulariser in made:
             regulariser.check(example)
@@ -154,6 +170,15 @@ def build_strategy(engine: Engine, device: torch.device) -> Strategy:
         deepspeed=file if file.is_file() else CONFIGS.parent / file,
         timeout=60 * engine.timeout,
     )
+
+
+def _check_graphs(engine: Engine, device: torch.device) -> None:
+    """UserError where CUDA graphs are asked for without CUDA."""
+    if engine.cuda_graphs and device.type != "cuda":
+        raise UserError(
+            f"engine.cuda_graphs=true needs a CUDA device; this run is on {device.type}\n"
+            "  set engine.cuda_graphs=false"
+        )
 
 
 def _check_policy(engine: Engine, policy: str) -> None:
@@ -309,6 +334,7 @@ def load_cohort(
     problems += lacking
     _settle(problems, data, name, problems_file)
     kept = [slide for slide in kept if slide.split != "train" or slide.id in more]
+    check_splits(kept)
     stores = {slide.id: [first[slide.id], *more.get(slide.id, [])] for slide in kept}
     if not features:
         check_sides(stores, size)
@@ -338,9 +364,22 @@ def open_feature_stores(data: Data) -> list[FeatureStore]:
     return found
 
 
-def feature_width(items: Sequence[LabelledSlide]) -> int:
-    """Of the slides' features, which is one for all."""
-    return cast(FeatureStore, items[0].store).width
+def describe_features(items: Sequence[LabelledSlide]) -> dict[str, Any]:
+    """``width`` and ``encoder`` (empty where the files do not say) of the slides' features."""
+    makers = (made_by(item.store.recipe) for item in items)
+    width = cast(FeatureStore, items[0].store).width
+    return {"width": width, "encoder": next(filter(None, makers), "")}
+
+
+def check_features(now: Mapping[str, Any], trained: Mapping[str, Any], run: Path) -> None:
+    """UserError where features differ from those a run was trained on, as far as both are known."""
+    differ = [key for key in trained if now[key] and trained[key] and now[key] != trained[key]]
+    if differ:
+        lines = [f"{key}: {trained[key]} in training, {now[key]} now" for key in differ]
+        raise UserError(
+            f"{run} was trained on other features\n{listing(lines)}\n"
+            "  set data.features to those of the same encoder and weights"
+        )
 
 
 def open_scales(data: Data) -> list[list[Store]]:

@@ -192,6 +192,10 @@ class Engine:
     fold: bool = setting(True, "put frozen BatchNorms into their convolutions")
     precision: str = setting("auto", "fp32 | tf32 | bf16; auto: the fastest the GPU has, else fp32")
     compile: bool = setting(False, "compile the encoder for chunks of one shape (frozen BatchNorm)")
+    cuda_graphs: bool = setting(
+        False,
+        "with compile: replay CUDA graphs for chunks encoded twice (not under fsdp, deepspeed)",
+    )
     checkpoint_blocks: bool = setting(
         False, "the encoder's own gradient checkpointing inside a chunk (frozen BatchNorm)"
     )
@@ -220,6 +224,16 @@ class Engine:
         ):
             value = getattr(self, name)
             _check(value in known, f"engine.{name}", value, " or ".join(known))
+        if self.cuda_graphs:
+            _check(
+                self.compile, "engine.cuda_graphs", True, "false, or engine.compile=true with it"
+            )
+            _check(
+                self.strategy in ("auto", "ddp"),
+                "engine.cuda_graphs",
+                True,
+                f"false with engine.strategy={self.strategy}, whose weights move in memory",
+            )
         if self.keep_graphs not in ("auto", "none", "all"):
             _check_bytes("engine.keep_graphs", self.keep_graphs, "auto, none, all or ")
 
@@ -506,6 +520,10 @@ def _reject_unknown_keys(values: dict[str, Any], schema: Any, path: str, source:
             if f"{path}.{key}" in MOVED:
                 raise UserError(f"{source}: {path}.{key} is {MOVED[f'{path}.{key}']} now")
             raise UserError(f"{source}: unknown setting '{path}.{key}'{suggest(str(key), fields)}")
+        if fields[key].type in (bool, "bool") and type(value) in (int, float):
+            raise UserError(
+                f"{source}: setting {path}.{key} must be true or false, found {value!r}"
+            )
         nested = fields[key].default_factory
         if dataclasses.is_dataclass(nested) and not isinstance(value, dict):
             raise UserError(f"{source}: setting {path}.{key} must hold keys, found {value!r}")

@@ -213,8 +213,12 @@ def extract_slides(
             "--slides works in one process\n"
             "  pack the slides with tools/pack_lmdb.py, then give --stores to torchrun"
         )
+    _build(encoder, options)  # hours of cutting are no time to find that it has no weights
     overrides = read_mpp(mpp_override) if mpp_override else {}
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {out}: {error.strerror}") from error
     source = SlideFiles(find_slides(slides), tiling, mpp=overrides)
     packed = pack(source, out / "slides.lmdb", workers=workers)
     if packed.problems:
@@ -351,7 +355,12 @@ def _build(name: str, options: Mapping[str, Any]) -> Encoder:
     """The encoder; random weights are the same each time."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        return ENCODERS.build(name, **options)
+        encoder = ENCODERS.build(name, **options)
+    if encoder.given:
+        raise UserError(
+            f"the encoder '{name}' encodes nothing\n  name a network, such as r50 or uni"
+        )
+    return encoder
 
 
 def _built_for(encoder: Encoder) -> int | None:
@@ -397,10 +406,24 @@ def _settle(places: Iterable[Place], recipe: Mapping[str, Any], strategy: Strate
 def _todo(
     items: Sequence[LabelledSlide], places: Mapping[str, Place], strategy: Strategy
 ) -> list[LabelledSlide]:
-    """What is not there yet, by the list of rank 0: files may come while the others look."""
-    there = {item.slide.id for item in items if places[item.slide.id].file(item.slide.id).exists()}
+    """What is not there whole, by the list of rank 0: files may come while the others look."""
+    there = {
+        item.slide.id
+        for item in items
+        if strategy.leads
+        and _is_whole(places[item.slide.id].file(item.slide.id), item.record.count)
+    }
     there = strategy.gather(there)[0]
     return [item for item in items if item.slide.id not in there]
+
+
+def _is_whole(file: Path, patches: int) -> bool:
+    """Whether it has features of so many patches. A copy of it may have been cut short."""
+    try:
+        with h5py.File(file, "r", locking=False) as h5:
+            return len(h5["features"]) == patches  # pyright: ignore[reportArgumentType]
+    except (OSError, KeyError):
+        return False
 
 
 def _fits(value: object, kind: Any) -> bool:

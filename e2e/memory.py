@@ -38,17 +38,21 @@ def show_bytes(count: float) -> str:
 class Slabs:
     """Main memory for chunk after chunk, handed out again when its last tensor is gone.
 
-    The first touch of new memory costs as much as half a JPEG decode of what goes into it. As many
-    slabs are held as were in use at once; each grows to the largest chunk it was asked for.
+    The first touch of new memory costs as much as half a JPEG decode of what goes into it. At most
+    :data:`MOST` slabs wait to be used again; each grows to the largest chunk it was asked for.
     """
 
+    MOST = 8
+
     def __init__(self) -> None:
-        # Its methods are atomic: no lock to wait for.
-        self._free: deque[NDArray[np.uint8]] = deque()
+        # Its methods are atomic: no lock to wait for. What comes back last is still in the cache.
+        self._free: deque[NDArray[np.uint8]] = deque(maxlen=self.MOST)
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """(*shape) of any content."""
         size = math.prod(shape) * dtype.itemsize
+        if size == 0:
+            return torch.empty(shape, dtype=dtype)
         try:
             memory = self._free.pop()
         except IndexError:

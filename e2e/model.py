@@ -85,15 +85,21 @@ class MILModel(nn.Module):
         self.batch_norm = POLICIES[batch_norm](encoder, fold=fold)
         self.budget = GraphBudget(keep_graphs, chunk)
         self._compiled: Callable[[Tensor], Tensor] | None = None
+        self._replayed: Callable[[Tensor], Tensor] | None = None
         if not train_encoder:
             encoder.requires_grad_(False)
 
-    def compile(self) -> None:  # type: ignore[override]
+    def compile(self, *, cuda_graphs: bool = False) -> None:  # type: ignore[override]
         """Compile the encoder for one shape: every chunk is padded to ``chunk`` patches.
 
-        Rows must not depend on each other, so BatchNorm has to be frozen.
+        Rows must not depend on each other, so BatchNorm has to be frozen. With ``cuda_graphs`` the
+        chunks that are encoded twice are replayed from recorded CUDA graphs.
         """
         self._compiled = torch.compile(self.encoder.forward, dynamic=False)
+        if cuda_graphs:
+            self._replayed = torch.compile(
+                self.encoder.forward, dynamic=False, mode="reduce-overhead"
+            )
 
     def train(self, mode: bool = True) -> MILModel:
         """As usual, but frozen parts of the encoder stay in eval mode."""
@@ -140,11 +146,8 @@ class MILModel(nn.Module):
         """The head over a batch of bags, each of which is one chunk of features."""
         rows = [bag.pixels(chunk.start, chunk.stop, device) for chunk in bag.chunks]
         features, mask = pad(rows)
-        coords = None
-        if all(places is not None for places in bag.coords):
-            coords, _ = pad([places.to(device) for places in bag.coords if places is not None])
         with self._draws(bag.seeds[0], device), self._autocast(device):
-            return self.head(features, mask, coords)
+            return self.head(features, mask, pad_coords(bag.coords, device))
 
     def _encode_all(self, bag: Bag, device: torch.device, ranks: Ranks | None) -> Tensor:
         """(rows, dim) features of this rank's patches, at least float32."""
@@ -201,7 +204,7 @@ class MILModel(nn.Module):
                 self._autocast(device),
                 around(rows, passes > 1),
             ):
-                features = self._features(pixels)
+                features = self._features(pixels, twice=twice)
             features = features.to(torch.promote_types(features.dtype, torch.float32))
             if self.verify and passes > 1:
                 _compare(first, features, bag, chunk)
@@ -211,12 +214,17 @@ class MILModel(nn.Module):
 
         return encode
 
-    def _features(self, pixels: Tensor) -> Tensor:
+    def _features(self, pixels: Tensor, *, twice: bool) -> Tensor:
         if self._compiled is None:
             return self.encoder(pixels)
         missing = self.chunk - len(pixels)
         padded = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])])
-        return self._compiled(padded)[: len(pixels)]
+        if self._replayed is None or not twice:
+            return self._compiled(padded)[: len(pixels)]
+        # The next replay writes over the features (so they are copied) and over the gradients: these are
+        # added at once to those of the last chunk, whose graph is always kept and never replayed.
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._replayed(padded)[: len(pixels)].clone()
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
         if self.autocast is None:
@@ -250,6 +258,12 @@ def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         whole[len(own) :] = 0
         real[: len(own)] = True
     return padded, mask
+
+
+def pad_coords(coords: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+    """B times (n,2) -> (B,N,2) on ``device``, 0 behind the n rows; None where a bag's are unknown."""
+    known = [places.to(device) for places in coords if places is not None]
+    return pad(known)[0] if len(known) == len(coords) else None
 
 
 def _compare(first: Tensor | None, second: Tensor, bag: Bag, chunk: Chunk) -> None:

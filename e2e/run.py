@@ -4,11 +4,12 @@ but build.py, which makes the parts."""
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,14 @@ from e2e.data.pixels import Look
 from e2e.data.sources import SlideFiles, read_mpp
 from e2e.data.store import PatchStore
 from e2e.errors import UserError
-from e2e.evaluate import evaluate_run, heatmap_drawer, patch_attention, score, write_predictions
+from e2e.evaluate import (
+    evaluate_run,
+    heatmap_drawer,
+    patch_attention,
+    score,
+    write_json,
+    write_predictions,
+)
 from e2e.evaluate import predict as predict_slides
 from e2e.files import write_atomically
 from e2e.log import MetricsLog, Screen, clock
@@ -41,6 +49,10 @@ PARTLY_DONE = 3
 """Exit code: the work is done but for some slides, which are named."""
 
 
+FEATURES = "features.json"
+"""In a run's folder: which features it was trained on, in the two-stage mode."""
+
+
 @dataclass(frozen=True)
 class _Parts:
     """What a run is made of, before a strategy has its hands on the model."""
@@ -50,6 +62,8 @@ class _Parts:
     view: View
     """Of evaluation."""
     model: MILModel
+    features: dict[str, Any] | None
+    """What is known of the features, in the two-stage mode."""
 
     def of_split(self, split: str) -> list[LabelledSlide]:
         """The slides of one split."""
@@ -71,7 +85,9 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
         with strategy.watch():
             parts = _on_every_rank(
                 strategy,
-                lambda: _prepare(settings, strategy, folder, new=not resume, trained=resume),
+                lambda: _as_trained(
+                    _prepare(settings, strategy, folder, new=not resume, trained=resume), folder
+                ),
             )
             strategy.agree(_facts(settings, parts.items))
             if strategy.leads:
@@ -99,7 +115,10 @@ def evaluate(settings: Settings, folder: Path, out: Path) -> None:
     try:
         with strategy.watch():
             parts = _on_every_rank(
-                strategy, lambda: _prepare(settings, strategy, None, new=False, trained=True)
+                strategy,
+                lambda: _as_trained(
+                    _prepare(settings, strategy, None, new=False, trained=True), folder
+                ),
             )
             strategy.setup(parts.model, None, clip=None)
             out.mkdir(parents=True, exist_ok=True)
@@ -132,15 +151,28 @@ def _prepare(
         features=features,
     )
     view = build.build_view(settings.data, settings.bag, strategy.device, features=features)
-    width = build.feature_width(items) if features else None
+    known = build.describe_features(items) if features else None
+    width = known["width"] if known else None
     model = build.build_model(settings, task, strategy.device, trained=trained, width=width)
-    parts = _Parts(task, items, view, model)
+    parts = _Parts(task, items, view, model, known)
     loader = build.build_loader(settings, parts.of_split("train"), view, model=model, task=task)
     loader.check(strategy.world_size, settings.optim.epochs)
+    if model.head.needs_coords:
+        for item in items:
+            view.check_places(item)
     if new and ours is not None:
         ours.mkdir(parents=True, exist_ok=True)
         build.write_cohort(items, problems, ours / "cohort.csv")
+        if known:
+            write_json(ours / FEATURES, known)
         write_atomically(ours / "settings.yaml", dump_settings(settings).encode())
+    return parts
+
+
+def _as_trained(parts: _Parts, run: Path) -> _Parts:
+    """``parts``; UserError where they have other features than the run was started with."""
+    if parts.features and (run / FEATURES).is_file():
+        build.check_features(parts.features, json.loads((run / FEATURES).read_bytes()), run)
     return parts
 
 

@@ -29,7 +29,7 @@ from e2e.files import write_atomically
 from e2e.heads.base import Head, HeadOutput
 from e2e.log import MetricsLog, Screen
 from e2e.losses.base import Regulariser
-from e2e.model import MILModel, pad
+from e2e.model import MILModel, pad_coords
 from e2e.optim import WeightAverage, build_optimizer, learning_rate
 from e2e.parallel import Strategy
 from e2e.tasks.base import Task
@@ -441,11 +441,8 @@ def _extra(
     own = head.aux_loss(output, target, task.loss)
     added = zero if own is None else zero + own
     regularisers: Iterable[Regulariser] = model.regularisers  # pyright: ignore[reportAssignmentType]
+    coords = pad_coords(places, zero.device) if model.regularisers else None
     for regulariser in regularisers:
-        known = [own for own in places if own is not None]
-        coords = (
-            pad([own.to(zero.device) for own in known])[0] if len(known) == len(places) else None
-        )
         added = added + regulariser.weight.at(progress) * regulariser(output, target, coords)
     return added
 

@@ -219,6 +219,13 @@ def test_a_crop_of_one_colour_is_that_colour(seeds, value, size):
     torch.testing.assert_close(cropped, torch.full_like(cropped, value / 255))
 
 
+@pytest.mark.parametrize("least_area", [0.08, 0.9])
+def test_a_window_lies_within_the_patch(least_area):
+    x, y, width, height = random_windows(SEEDS, least_area).T
+    for place, length in ((x, width), (y, height)):
+        assert (abs(place) + length <= 1 + 1e-12).all()
+
+
 def windows(least_area: float, side: int = 64, size: int = 32) -> np.ndarray:
     """(n, 4) left, top, width, height as shares of the side, measured on the pixels.
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e2e.build import REGISTRIES, build_schedule, build_task
+from e2e.build import REGISTRIES, build_model, build_schedule, build_task
 from e2e.config import (
     CONFIGS,
     PLAIN,
@@ -178,6 +179,12 @@ WRONG = {
     "optim.encoder_lr=0": ("setting optim.encoder_lr must be over 0 or null", "found 0.0"),
     "optim.layer_decay=1.5": ("setting optim.layer_decay must be in (0, 1], found 1.5",),
     "optim.layer_decay=0": ("setting optim.layer_decay must be in (0, 1], found 0.0",),
+    "engine.cuda_graphs=true": (
+        "setting engine.cuda_graphs must be false, or engine.compile=true with it, found True",
+    ),
+    "engine.cuda_graphs=true engine.compile=true engine.strategy=fsdp": (
+        "setting engine.cuda_graphs must be false with engine.strategy=fsdp",
+    ),
     "optim.bags=0": ("setting optim.bags must be at least 1, found 0",),
     "optim.ema=1": ("setting optim.ema must be in [0, 1), found 1.0",),
     "optim.clip=0": ("setting optim.clip must be over 0 or null, found 0.0",),
@@ -211,10 +218,23 @@ WRONG = {
 
 @pytest.mark.parametrize("override", WRONG)
 def test_a_mistake_is_one_message_with_its_dotted_path(override):
-    text = message(override)
+    text = message(*override.split(" "))
     for expected in WRONG[override]:
         assert expected in text
     assert len(text.splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("engine.batch_norm=frozen engine.cuda_graphs=true", "needs a CUDA device"),
+        ("engine.batch_norm=chunk", "does not go with engine.batch_norm=chunk"),
+    ],
+)
+def test_a_compiled_encoder_is_refused_where_it_would_be_wrong(overrides, expected):
+    settings = load("engine.compile=true", *overrides.split(" "))
+    with pytest.raises(UserError, match=expected):
+        build_model(settings, build_task(settings.task), torch.device("cpu"), trained=True)
 
 
 def test_a_word_where_keys_belong_is_told_as_such():

@@ -194,6 +194,18 @@ def test_what_is_there_is_left_alone(store, tmp_path):
     assert all(after[name] == before[name] for name in before)
 
 
+@pytest.mark.parametrize("fault", ["cut short", "of other patches"])
+def test_what_is_there_but_not_whole_is_made_again(store, tmp_path, fault):
+    run(store, tmp_path / "out")
+    folder = features_of(tmp_path / "out")
+    whole = (folder / "s1.h5").read_bytes()
+    (folder / "s1.h5").write_bytes(
+        whole[: len(whole) // 2] if fault == "cut short" else (folder / "s2.h5").read_bytes()
+    )
+    assert run(store, tmp_path / "out") == 0
+    assert len(open_features(folder).features("s1")) == COUNTS["s1"]
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -374,7 +386,7 @@ def test_a_vit_gets_the_size_that_it_is_built_for(store, tmp_path, monkeypatch, 
 def test_two_ranks_share_the_slides(store, tmp_path):
     argv = ["--stores", store.path, "--encoder", ENCODER, "encoder.pretrained=false", "--out",
             tmp_path / "out", "--device", "cpu", "--dtype", "float32", "--batch", "4"]  # fmt: skip
-    ranks = [BIN / "torchrun", "--nproc-per-node", "2", "launch/extract.py"]
+    ranks = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "launch/extract.py"]
     done = subprocess.run(
         [str(word) for word in (*ranks, *argv)],
         check=False, cwd=ROOT, capture_output=True, text=True,

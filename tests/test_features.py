@@ -238,10 +238,13 @@ def test_trident_says_where_the_patches_lie_and_who_made_the_features(tmp_path):
 
 def test_trident_is_found_from_the_folder_above_too(tmp_path):
     folder = make_trident(tmp_path, "float32").parent
-    assert open_features(folder).slides == sorted(COUNTS)
+    for above in (folder, folder.parent):
+        assert open_features(above).slides == sorted(COUNTS)
     make_pt(folder / "features_uni_v2", "float32")
-    with pytest.raises(UserError, match=r"2 encoders\n  features_uni_v1\n  features_uni_v2\n"):
-        open_features(folder)
+    for above, grid in ((folder, ""), (folder.parent, f"{folder.name}/")):
+        names = rf"2 encoders or grids\n  {grid}features_uni_v1\n  {grid}features_uni_v2\n"
+        with pytest.raises(UserError, match=names):
+            open_features(above)
 
 
 def test_trident_writes_the_text_none_for_what_it_does_not_know(tmp_path):
@@ -314,7 +317,7 @@ def test_features_without_coords_are_placeless(tmp_path):
     record = open_features(make_npy(tmp_path / "f", "float32")).record("s1")
     assert isinstance(record, PlacelessRecord)
     assert (record.coords, record.count) == (None, 5)
-    with pytest.raises(UserError, match="no coords of slide 's1'"):
+    with pytest.raises(UserError, match="the coords of slide 's1'"):
         _ = record.places
 
 
@@ -371,7 +374,7 @@ def test_two_formats_in_one_folder_are_named(tmp_path):
 def test_other_h5_files_are_no_features(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as h5:
         h5["coords"] = grid(3)
-    with pytest.raises(UserError, match=r"no known format.*\n  found: a.h5"):
+    with pytest.raises(UserError, match=r"no known format.*\n  found: a.h5; in the .h5: coords"):
         open_features(tmp_path)
 
 

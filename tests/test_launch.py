@@ -100,7 +100,9 @@ def test_a_run_folder_holds_all_that_is_promised(finished):
             auc = report[split][weights]["auc"]
             assert 0 <= auc["low"] <= auc["value"] <= auc["high"] <= 1
     predictions = pd.read_csv(finished / "predictions.csv", dtype={"slide": str})
-    assert list(predictions) == ["case", "slide", "split", "label", "prob_bright", "prob_dark"]
+    said = ["case", "slide", "split", "label", "prob_bright", "prob_dark", "attention_entropy"]
+    assert list(predictions) == said
+    assert predictions["attention_entropy"].between(0, 1).all()
     assert sorted(predictions["slide"]) == list(COUNTS)[9:]
     np.testing.assert_allclose(predictions[["prob_bright", "prob_dark"]].sum(axis=1), 1)
     maps = sorted(path.name for path in (finished / "heatmaps").glob("*.png"))

@@ -119,7 +119,10 @@ def test_options_out_of_range_are_refused(options, message):
 def test_a_head_without_attention_is_refused_before_training():
     with pytest.raises(UserError, match="the head has no attention"):
         aem().check(HeadOutput(torch.zeros(1, 2)))
-    aem().check(output())
+    fixed = torch.zeros(1, 1, 2)  # as the head "mean" has it
+    with pytest.raises(UserError, match="the head has no attention that learns"):
+        aem().check(HeadOutput(torch.zeros(1, 2), attention_logits=fixed))
+    aem().check(HeadOutput(torch.zeros(1, 2), attention_logits=fixed.requires_grad_()))
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.25, 1.0])

@@ -377,6 +377,78 @@ def test_a_compiled_encoder_sees_one_shape_and_gives_the_same_gradients(monkeypa
     assert set(shapes) == {5}
 
 
+class OneMemory:
+    """A function that, as a recorded CUDA graph, has one memory for features, activations, gradients."""
+
+    def __init__(self, function, parameters):
+        self.function, self.parameters, self.calls = function, list(parameters), 0
+        self.features = self.graph = None
+        self.gradients = [torch.empty_like(parameter) for parameter in self.parameters]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        memory = self
+
+        class Replay(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, pixels, *parameters):
+                with torch.enable_grad():
+                    memory.graph = memory.function(pixels)
+                if memory.features is None:
+                    memory.features = torch.empty_like(memory.graph)
+                memory.features.copy_(memory.graph)
+                ctx.save_for_backward(*parameters)
+                return memory.features.detach()
+
+            @staticmethod
+            def backward(ctx, gradient):
+                parameters = ctx.saved_tensors  # the second pass of a checkpoint runs here
+                found = torch.autograd.grad(memory.graph, parameters, gradient)
+                for own, new in zip(memory.gradients, found, strict=True):
+                    own.copy_(new)
+                return None, *(own.detach() for own in memory.gradients)
+
+        self.calls += 1
+        return Replay.apply(pixels, *self.parameters)
+
+
+@pytest.mark.parametrize("kept", [1, 6])  # the last always is
+def test_what_a_cuda_graph_writes_over_is_not_used(monkeypatch, kept):
+    made = []
+
+    def compiled(function, *, mode="default", **options):
+        if mode != "reduce-overhead":
+            return function
+        made.append(OneMemory(function, model.encoder.parameters()))
+        return made[0]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    model, bag = make_model(batch_norm="frozen", fold=False), make_bag()
+    want = gradients(model, bag)
+    twice = len(bag.chunks) - kept
+    monkeypatch.setattr(model.budget, "first_kept", lambda *_: twice)
+    model.compile(cuda_graphs=True)
+    assert apart(gradients(model, bag), want) <= 1e-12
+    assert made[0].calls == 2 * twice
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_compiled_encoder_gives_the_same_gradients_on_cuda(graphs):
+    device = torch.device("cuda")
+    model = make_model(batch_norm="frozen", fold=False).float().to(device)
+
+    def found() -> dict[str, Tensor]:
+        model.zero_grad(set_to_none=True)
+        bag = make_bag(dtype=torch.float32)
+        sum(output.logits.sum() for output in model(bag, device)).backward()
+        return {k: p.grad.double().cpu() for k, p in model.named_parameters()}
+
+    want = found()
+    model.compile(cuda_graphs=graphs)
+    for _ in range(3):  # warming up, recording, replaying
+        assert apart(found(), want) <= 1e-4
+
+
 def test_features_that_are_not_finite_are_no_replay_error():
     model, bag = make_model(batch_norm="frozen", verify=True), make_bag((12,))
     bag.pixels.pixels[0] = float("nan")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from e2e.build import open_scales, store_files
-from e2e.config import Data
+from e2e.build import build_task, load_cohort, open_scales, store_files
+from e2e.config import Columns, Data, Plugin
 from e2e.data.augment import Augment
 from e2e.data.cohort import Slide, check_sides, match_scales
 from e2e.data.decode import build_decoder
@@ -214,7 +214,7 @@ def test_regions_without_coords_are_refused_before_training(items, monkeypatch):
     loader.check(1, 1)
     known = PatchStore.record
     monkeypatch.setattr(PatchStore, "record", lambda *a: replace(known(*a), coords=None))
-    with pytest.raises(UserError, match=r"no coords of slide 'a'(?s:.*)data\.coords"):
+    with pytest.raises(UserError, match=r"the coords of slide 'a'(?s:.*)data\.coords"):
         loader.check(1, 1)
 
 
@@ -226,3 +226,20 @@ def test_stores_are_files_globs_or_an_index(tmp_path):
     assert store_files(f"{tmp_path}/*.lmdb") == both
     scales = open_scales(Data(stores=[f"{tmp_path}/*.lmdb"], scales=[[str(both[1])]]))
     assert [[store.slides for store in stores] for stores in scales] == [[["a"], ["b"]], [["b"]]]
+
+
+def test_no_training_slide_at_the_other_magnification_is_told_before_training(tmp_path):
+    main, sub = tmp_path / "main.lmdb", tmp_path / "sub.lmdb"
+    write_store(main, MAIN)
+    write_store(sub, {"other": 2})
+    table = tmp_path / "labels.csv"
+    table.write_text("slide,case,split,label\na,a,train,0\nb,b,train,1\nc,c,val,1\n")
+    data = Data(
+        labels=str(table), stores=[str(main)], scales=[[str(sub)]], columns=Columns(split="split"),
+        unmatched="drop",
+    )  # fmt: skip
+    task = build_task(Plugin("classification", {"classes": ["0", "1"], "column": "label"}))
+    with pytest.raises(UserError, match="no slide has the split 'train'"):
+        load_cohort(data, task, name="mine", seed=0, problems_file=tmp_path / "problems.csv")
+    told = (tmp_path / "problems.csv").read_text()
+    assert [f"{slide}," in told for slide in "abc"] == [True, True, False]

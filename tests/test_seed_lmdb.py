@@ -176,6 +176,7 @@ def test_lists_of_another_kind_are_refused(tmp_path, meta):
     [
         (b"", "patch 1 is of zero bytes"),
         (pickle.dumps(b""), "patch 1 is of zero bytes"),
+        (pickle.dumps(b"", 2), "patch 1 is of zero bytes"),  # a call of bytes without anything
         (jpeg(), "patch 1 is refused"),  # no pickle around it
         (pickle.dumps(jpeg())[:-100], "patch 1 is refused"),
         (pickle.dumps("text"), "patch 1 is refused: it holds something else"),

@@ -496,8 +496,22 @@ COMMIT_TWICE = """
 """
 
 
+def test_what_a_reader_looks_at_is_not_overwritten_where_it_can_say_so(tmp_path):
+    path = put(tmp_path / "x.lmdb", key=b"0")
+
+    def slow(txn):
+        first = bytes(txn.get(b"key"))
+        for _ in range(4):
+            assert run(COMMIT_TWICE, path).returncode == 0
+        return first, bytes(txn.get(b"key"))
+
+    assert snapshot(path, slow) == (b"0", b"0")
+    assert snapshot(path, lambda txn: bytes(txn.get(b"key"))) != b"0"
+
+
 def test_a_snapshot_that_was_overwritten_is_taken_again(tmp_path):
     path = put(tmp_path / "x.lmdb", key=b"0")
+    Path(f"{path}-lock").unlink()  # as on a disk that cannot be written
     snapshots = []
 
     def disturbed(times):

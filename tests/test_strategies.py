@@ -162,9 +162,8 @@ def test_what_one_process_saves_all_load_and_the_other_way_round(found):
 
 @pytest.mark.parametrize(("kind", "fault"), [("ddp", "dies"), ("zero2", "hangs")])
 def test_a_lost_rank_ends_the_others_with_one_message(tmp_path, kind, fault):
-    code, said, took = two_ranks.lose_a_rank(kind, fault, tmp_path)
+    code, said = two_ranks.lose_a_rank(kind, fault, tmp_path)
     assert code == 4, said
     assert "error: rank 0 lost contact with another rank" in said
     assert "--resume" in said
     assert len(said.strip().splitlines()) == 3
-    assert took < 45

@@ -158,7 +158,7 @@ def test_stored_pixels_are_the_same_ahead_of_time(items, keep):  # noqa: F811
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_the_number_of_threads_changes_no_pixel_and_no_process_is_started(items, count):  # noqa: F811
     expected = bag_of(items, augment=Augment(crop=0.3))
-    before, others = set(os.listdir("/dev/shm")), children()
+    before, others = shared_memory(), children()
     try:
         set_threads(count)
         ((streamed, _),) = ahead([(bag_of(items, augment=Augment(crop=0.3)), 0)], CPU)
@@ -166,12 +166,18 @@ def test_the_number_of_threads_changes_no_pixel_and_no_process_is_started(items,
             pixels = streamed.pixels(chunk.start, chunk.stop, CPU)
             assert torch.equal(pixels, expected.pixels(chunk.start, chunk.stop, CPU))
         assert children() <= others  # another test may have left one
-        assert set(os.listdir("/dev/shm")) <= before
+        assert shared_memory() <= before
     finally:
         set_threads(threads_before)
 
 
 threads_before = threads()
+
+
+def shared_memory() -> set[str]:
+    """Files of /dev/shm that this process has mapped."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split()[-1] for line in lines if "/dev/shm/" in line}
 
 
 def children() -> set[str]:

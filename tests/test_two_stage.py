@@ -18,7 +18,7 @@ from torch import Tensor
 
 from e2e.data.cohort import Slide
 from e2e.data.feature_rows import FeatureCache
-from e2e.data.features import open_features
+from e2e.data.features import made_by, open_features
 from e2e.data.loader import LabelledSlide, TrainingLoader, View, whole_bag
 from e2e.data.order import WINDOW, gather_alike, plan_epoch
 from e2e.encoders.base import ENCODERS
@@ -295,7 +295,7 @@ def test_a_label_outside_the_classes_is_listed(cohort, monkeypatch, capsys):
 def test_features_without_coords_are_refused_where_coords_are_needed(cohort, monkeypatch, capsys):
     write_slide(cohort / "feats", "s01", features_of(1, COUNTS["s01"]), coords=False)
     said = refusal(cohort, monkeypatch, capsys, "sampler.name=regions", "bag.patches=2")
-    assert "no coords of slide 's01'" in said
+    assert "the coords of slide 's01'" in said
 
 
 def test_a_head_option_of_another_type_is_refused(cohort, monkeypatch, capsys):
@@ -331,3 +331,67 @@ def test_classes_that_yaml_read_as_true_and_false_are_told_so(cohort, monkeypatc
     file.write_text(file.read_text().replace("[plain, marked]", "[no, yes]"))
     said = refusal(cohort, monkeypatch, capsys)
     assert "none of task.classes: False, True (YAML reads yes and no as True and False" in said
+
+
+def test_a_head_that_needs_coords_is_refused_without_them(cohort, monkeypatch, capsys):
+    write_slide(cohort / "feats", "s15", features_of(15, COUNTS["s15"]), coords=False)
+    assert call(train.main, monkeypatch, capsys, *arguments(cohort, "optim.epochs=1"))[0] == 0
+    monkeypatch.setattr(HEADS.factory("abmil"), "needs_coords", True)
+    said = refusal(cohort, monkeypatch, capsys, f"run.out={cohort}/other")
+    assert "the coords of slide 's15'" in said
+
+
+def test_features_of_two_encoders_are_refused_with_both(cohort, monkeypatch, capsys):
+    for name in ("feats", "more"):
+        write_slide(cohort / name, f"of_{name}", np.zeros((3, D), np.float32))
+        for file in (cohort / name).glob("*.h5"):
+            with h5py.File(file, "r+") as h5:
+                h5["features"].attrs["encoder"] = f"encoder_{name}"
+    more = f"data.features=[{cohort}/feats, {cohort}/more]"
+    said = refusal(cohort, monkeypatch, capsys, more, "data.unmatched=drop")
+    assert "encoder_feats" in said
+    assert "encoder_more" in said
+
+
+def test_features_of_another_encoder_than_in_training_are_refused(cohort, monkeypatch, capsys):
+    def mark(encoder: str) -> None:
+        for file in (cohort / "feats").glob("*.h5"):
+            with h5py.File(file, "r+") as h5:
+                h5["features"].attrs["encoder"] = encoder
+
+    again = [str(cohort / "run"), "--out", str(cohort / "again")]
+    mark("one")
+    assert call(train.main, monkeypatch, capsys, *arguments(cohort, "optim.epochs=1"))[0] == 0
+    assert call(evaluate.main, monkeypatch, capsys, *again)[0] == 0
+    mark("other")
+    for main, argv in ((evaluate.main, again), (train.main, ["--resume", f"{cohort}/run"])):
+        code, said = call(main, monkeypatch, capsys, *argv)
+        assert code == 2
+        assert "was trained on other features\n  encoder: one in training, other now" in said
+
+
+def test_the_weights_that_extraction_noted_are_part_of_who_made_features(tmp_path):
+    recipes = []
+    for weights in ("a", "b"):
+        folder = tmp_path / weights / "20x_256px_0px_overlap" / "features_r50"
+        write_slide(folder, "s", np.zeros((3, D), np.float32))
+        with h5py.File(folder / "s.h5", "r+") as h5:
+            h5["features"].attrs["encoder"] = "r50"
+        note = folder.with_name("_config_feats_r50.json")
+        note.write_text(json.dumps({"encoder": "r50", "weights": weights}))
+        recipes.append(open_features(tmp_path / weights).recipe)
+    assert [made_by(recipe) for recipe in recipes] == ["r50 a", "r50 b"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("head.embed_dim=0", "embed_dim must be at least 1, found 0"),
+        ("head.attn_dim=-1", "attn_dim must be at least 1, found -1"),
+        ("head.dropout=1.5", "head 'abmil' cannot be built: dropout probability"),
+        ("head.dropout=.nan", "dropout is not finite"),
+        ("head.gated=3", "head.gated must be true or false, found 3"),
+    ],
+)
+def test_a_head_option_out_of_range_is_refused(cohort, monkeypatch, capsys, option, message):
+    assert message in refusal(cohort, monkeypatch, capsys, option)

@@ -436,18 +436,16 @@ def _doomed(rank: int, port: int, kind: str, fault: str, err: Path) -> None:
         sys.exit(exit_code(main))
 
 
-def lose_a_rank(kind: str, fault: str, folder: Path) -> tuple[int | None, str, float]:
-    """Exit code and stderr of rank 0, and how many seconds after rank 1's start of failing."""
+def lose_a_rank(kind: str, fault: str, folder: Path) -> tuple[int | None, str]:
+    """Exit code and stderr of rank 0, which ends by itself or is killed after much too long."""
     context, port, err = mp.get_context("spawn"), free_port(), folder / "stderr"
     ranks = [
         context.Process(target=_doomed, args=(rank, port, kind, fault, err)) for rank in range(2)
     ]
     for process in ranks:
         process.start()
-    started = time.monotonic()
-    ranks[0].join(60)
-    took = time.monotonic() - started
+    ranks[0].join(240)
     for process in ranks:
         process.kill()
         process.join()
-    return ranks[0].exitcode, err.with_suffix(".0").read_text(), took
+    return ranks[0].exitcode, err.with_suffix(".0").read_text()

@@ -76,6 +76,8 @@ class Way:
     channels_last: bool = True
     precision: str = "fp32"
     compile: bool = False
+    cuda_graphs: bool = False
+    """With ``compile``: replay CUDA graphs for chunks encoded twice."""
     drop_path: float = 0.0
     dropout: float = 0.0
     dtype: str = "float32"
@@ -193,7 +195,7 @@ def build_model(work: Work, way: Way) -> MILModel:
     if way.mode == "checkpoint":
         encoder.checkpoint_blocks()
     if way.compile:
-        model.compile()
+        model.compile(cuda_graphs=way.cuda_graphs)
     return model.train()
 
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,28 @@ class Row:
     def __str__(self) -> str:
         mark = {True: "ok  ", False: "FAIL", None: "    "}[self.good]
         return f"{mark} {self.what} | bar {self.bar} | measured {self.measured} | control {self.control}"
+
+
+def report(
+    rows: Mapping[str, Callable[[], Iterator[Row]]],
+    names: Sequence[str] | None,
+    tail: Callable[[], str] = str,
+) -> int:
+    """Print the rows of ``names`` (None: all), and ``tail`` at the end; 1 where one falls short.
+
+    Raises:
+        UserError: a name is unknown.
+    """
+    unknown = [name for name in names or () if name not in rows]
+    if unknown:
+        raise UserError(f"no row {', '.join(unknown)}; known: {', '.join(rows)}")
+    began, short = time.monotonic(), 0
+    for name in names or rows:
+        for row in rows[name]():
+            print(row, flush=True)
+            short += row.good is False
+    print(f"{short} short of the bar; {(time.monotonic() - began) / 60:.1f} minutes{tail()}")
+    return 1 if short else 0
 
 
 def gradient(folder: Path) -> Iterator[Row]:
@@ -445,14 +467,9 @@ ROWS: dict[str, Callable[[Path], Iterator[Row]]] = {
 def check(names: Sequence[str] | None, *, long: bool, threads: int = 1) -> int:
     """Print every row; 1 where one falls short."""
     rows = dict(ROWS) | ({"whole_slide": partial(whole_slide, threads=threads)} if long else {})
-    unknown = [name for name in names or () if name not in rows]
-    if unknown:
-        raise UserError(f"no row {', '.join(unknown)}; known: {', '.join(rows)}")
-    began, short = time.monotonic(), 0
-    for name in names or rows:
+
+    def in_folder(make: Callable[[Path], Iterator[Row]]) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as folder:
-            for row in rows[name](Path(folder)):
-                print(row, flush=True)
-                short += row.good is False
-    print(f"{short} short of the bar; {(time.monotonic() - began) / 60:.1f} minutes")
-    return 1 if short else 0
+            yield from make(Path(folder))
+
+    return report({name: partial(in_folder, make) for name, make in rows.items()}, names)

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ import h5py
 import numpy as np
 import torch
 from bench_step import synchronise
-from check_engine import Row
+from check_engine import Row, report
 from torch import Tensor
 
 from e2e.bag import Bag
@@ -37,7 +38,6 @@ from e2e.data.loader import LabelledSlide, TrainingLoader, View
 from e2e.data.order import plan_epoch
 from e2e.data.stream import ahead
 from e2e.encoders.base import ENCODERS
-from e2e.errors import UserError
 from e2e.heads.base import HEADS
 from e2e.memory import show_bytes
 from e2e.model import MILModel, pad, seeded
@@ -332,16 +332,5 @@ ROWS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
 
 def check(names: Sequence[str] | None, args: argparse.Namespace) -> int:
     """Print every row; 1 where one falls short."""
-    unknown = [name for name in names or () if name not in ROWS]
-    if unknown:
-        raise UserError(f"no row {', '.join(unknown)}; known: {', '.join(ROWS)}")
-    began, short = time.monotonic(), 0
-    for name in names or ROWS:
-        for row in ROWS[name](args):
-            print(row, flush=True)
-            short += row.good is False
-    print(
-        f"{short} short of the bar; {(time.monotonic() - began) / 60:.1f} minutes,"
-        f" load {os.getloadavg()[0]:.1f}"
-    )
-    return 1 if short else 0
+    rows = {name: partial(make, args) for name, make in ROWS.items()}
+    return report(rows, names, lambda: f", load {os.getloadavg()[0]:.1f}")

@@ -8,7 +8,6 @@ could not fail would say nothing.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +17,7 @@ import bench_loader as bench
 import numpy as np
 import torch
 from bench_loader import Bench, OtherPixelsError, Pixels
-from check_engine import Row
+from check_engine import Row, report
 
 from e2e.data.augment import Augment
 from e2e.data.decode import DECODERS, Decoder, build_decoder
@@ -337,16 +336,6 @@ ROWS: dict[str, Callable[[Bench], Iterator[Row]]] = {
 
 def check(names: Sequence[str] | None, bench_: Bench) -> int:
     """Print every row; 1 where one falls short."""
-    unknown = [name for name in names or () if name not in ROWS]
-    if unknown:
-        raise UserError(f"no row {', '.join(unknown)}; known: {', '.join(ROWS)}")
-    began, short = time.monotonic(), 0
-    for name in names or ROWS:
-        for row in ROWS[name](bench_):
-            print(row, flush=True)
-            short += row.good is False
-    print(
-        f"{short} short of the bar; {(time.monotonic() - began) / 60:.1f} minutes,"
-        f" load {os.getloadavg()[0]:.1f} on {len(bench_.cores)} cores"
-    )
-    return 1 if short else 0
+    rows = {name: partial(make, bench_) for name, make in ROWS.items()}
+    cores = len(bench_.cores)
+    return report(rows, names, lambda: f", load {os.getloadavg()[0]:.1f} on {cores} cores")

@@ -119,9 +119,12 @@ class Augment:
         """
         if len(pixels) == 0:  # affine_grid refuses an empty batch: the shape, by an example
             return self(pixels.new_zeros(1, *pixels.shape[1:]), np.zeros(1, np.uint64))[:0]
+        given = pixels
         if self.flip != "none":
             pixels = flip_and_turn(pixels, seeds, turn=self.flip != "mirrors")
         pixels = self._place(pixels, seeds, seeds if shared is None else shared)
+        if pixels is given and pixels.is_floating_point():
+            pixels = pixels.clone()  # colours are changed in place
         return self._recolour(pixels, seeds)
 
     def _place(self, pixels: Tensor, seeds: Seeds, crop_seeds: Seeds) -> Tensor:

@@ -39,7 +39,7 @@ from time import monotonic, sleep
 from types import ModuleType
 from typing import Any
 
-from e2e.data.pack import CHUNK, Progress, Report, Row, interrupts_held, pack_one
+from e2e.data.pack import CHUNK, Progress, Report, Row, interrupts_held, no_processes, pack_one
 from e2e.data.sources import Job, Source
 from e2e.data.store import PatchStore, StoreWriter
 from e2e.errors import UserError, listing
@@ -82,6 +82,7 @@ def read_index(path: Path) -> list[Path]:
     try:
         index = json.loads(path.read_text())
         known = index["format"] == FORMAT
+        files = [path.parent / store["file"] for store in index["stores"]] if known else []
     except OSError as error:
         raise UserError(f"cannot read the index {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -93,7 +94,6 @@ def read_index(path: Path) -> list[Path]:
             f"{path} has index version {index['version']}; this program reads up to {VERSION}\n"
             "  update the program"
         )
-    files = [path.parent / store["file"] for store in index["stores"]]
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise UserError(
@@ -136,16 +136,19 @@ def connected(scheduler: str, workers: int) -> Iterator[Client]:
         address = scheduler
         if scheduler == "local":
             with interrupts_held():
-                cluster = dask.LocalCluster(
-                    n_workers=workers,
-                    threads_per_worker=1,
-                    memory_limit=0,
-                    host="127.0.0.1",
-                    # A server there must be, but one without pages.
-                    dashboard_address="127.0.0.1:0",
-                    scheduler_kwargs={"dashboard": False},
-                    silence_logs=logging.ERROR,
-                )
+                try:
+                    cluster = dask.LocalCluster(
+                        n_workers=workers,
+                        threads_per_worker=1,
+                        memory_limit=0,
+                        host="127.0.0.1",
+                        # A server there must be, but one without pages.
+                        dashboard_address="127.0.0.1:0",
+                        scheduler_kwargs={"dashboard": False},
+                        silence_logs=logging.ERROR,
+                    )
+                except (OSError, RuntimeError) as error:
+                    raise no_processes(error) from error
                 address = stack.enter_context(cluster).scheduler_address
         try:
             client = dask.Client(address, timeout=SECONDS_TO_ANSWER, direct_to_workers=False)

@@ -31,7 +31,8 @@ Size = tuple[int, int]
 """(height, width) in pixels."""
 
 CALLS = 2
-"""Decode calls that are under way at once and share the threads: more threads than cores are slower."""
+"""Decode calls for the CPU that are under way at once and share the threads: more threads than cores
+are slower. For a GPU there is one at a time, see :mod:`e2e.data.stream`."""
 
 FAULTS = (ValueError, OSError, SyntaxError, RuntimeError)
 """What the libraries raise for a damaged image."""
@@ -104,7 +105,8 @@ class CpuDecoder(Decoder):
         slab = _memory((len(jpegs), *size, 3), device) if out is None else out
         rows = slab.numpy()
         # A few images to a thread at least: handing over costs more than one image.
-        blocks = max(1, min(threads() // CALLS, len(jpegs) // 8))
+        share = threads() if device.type == "cuda" else threads() // CALLS
+        blocks = max(1, min(share, len(jpegs) // 8))
         cuts = [len(jpegs) * block // blocks for block in range(blocks + 1)]
         first, *others = pairwise(cuts)
         running = [_pool().submit(self._block, jpegs, rows, *block) for block in others]

@@ -8,6 +8,7 @@ so a store may be copied into threads and over a fork.
 
 from __future__ import annotations
 
+import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -255,15 +256,36 @@ class FeatureStore:
         try:
             with self._layout.open(slide) as entry:
                 yield entry
-        except (OSError, EOFError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (
+            OSError,
+            EOFError,
+            LookupError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+            AttributeError,
+        ) as error:
             raise DamagedDataError(
                 f"{self._layout.files[slide]}: features of slide '{slide}' cannot be read: "
                 f"{_first_line(error)}\n  copy the file again, or extract the slide anew"
             ) from error
 
 
+def made_by(recipe: Mapping[str, Any]) -> str:
+    """The encoder and a digest of its weights, as far as a store's recipe says; else empty."""
+    said = (recipe.get(name) for name in ("encoder", "extractor", "weights"))
+    return " ".join(str(word) for word in said if word)
+
+
 def common_width(stores: Sequence[FeatureStore]) -> int:
-    """The width of all of them; UserError, naming two, where they differ."""
+    """The width of all of them; UserError where that, or their encoders, differ."""
+    makers = {store.path: made_by(store.recipe) for store in stores}
+    known = {path: maker for path, maker in makers.items() if maker}
+    if len(set(known.values())) > 1:
+        raise UserError(
+            f"features of different encoders\n{listing(f'{p}: {m}' for p, m in known.items())}\n"
+            "  take features of one encoder"
+        )
     widths = {store.path: store.width for store in stores}
     (first, width), *others = widths.items()
     for path, other in others:
@@ -280,14 +302,16 @@ def common_width(stores: Sequence[FeatureStore]) -> int:
 
 @FEATURE_FORMATS.register("trident")
 def trident(path: Path) -> Layout | None:
-    """TRIDENT 0.3: ``features_<encoder>/<slide>.h5``, or the folder of one ``features_<encoder>``.
+    """TRIDENT 0.3: ``features_<encoder>/<slide>.h5``, or a folder with one such folder in it or in a grid's.
 
     ``features`` with the attribute ``encoder``, ``coords`` (level-0 pixels) with those of the grid.
     """
-    inner = [p for p in sorted(path.glob("features_*")) if p.is_dir()] if path.is_dir() else []
+    places = ("features_*", "*x_*px_*px_overlap/features_*")
+    inner = sorted(p for place in places for p in path.glob(place) if p.is_dir())
     if len(inner) > 1:
+        names = (str(folder.relative_to(path)) for folder in inner)
         raise UserError(
-            f"{path} holds features of {len(inner)} encoders\n{listing(p.name for p in inner)}\n"
+            f"{path} holds features of {len(inner)} encoders or grids\n{listing(names)}\n"
             "  name one of these folders"
         )
     files = _files(inner[0] if inner else path, ".h5")
@@ -297,7 +321,17 @@ def trident(path: Path) -> Layout | None:
     if "features" not in names or not {"encoder", "patch_size_level0"} & attrs.keys():
         return None
     said = ("encoder", "target_magnification", "patch_size", "overlap", "mpp")
-    return Layout(files, ("features",), recipe=_plain_values(attrs, said))
+    recipe = _plain_values(attrs, said) | _weights_said(next(iter(files.values())).parent)
+    return Layout(files, ("features",), recipe=recipe)
+
+
+def _weights_said(folder: Path) -> dict[str, Any]:
+    """What launch/extract.py wrote of the encoder's weights beside a folder of features."""
+    beside = folder.with_name(f"_config_feats_{folder.name.removeprefix('features_')}.json")
+    try:
+        return {"weights": json.loads(beside.read_bytes())["weights"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}  # TRIDENT's own says nothing of them
 
 
 @FEATURE_FORMATS.register("clam")
@@ -363,7 +397,10 @@ def _plain(folder: Path, recipe: dict[str, Any]) -> Layout | None:
     by_suffix = {suffix: _files(folder, suffix) for suffix in _PLAIN}
     files = {slide: file for found in by_suffix.values() for slide, file in found.items()}
     if sum(map(len, by_suffix.values())) > len(files):
-        raise UserError(f"{folder} holds the same slides as {' and '.join(map(str, by_suffix))}")
+        raise UserError(
+            f"{folder} holds the same slides as {' and '.join(map(str, by_suffix))}\n"
+            "  keep one of them there"
+        )
     return Layout(files, recipe=recipe) if files else None
 
 
@@ -430,7 +467,9 @@ def _open_pt(file: Path, names: Sequence[str]) -> Entry:
         mapped = zipfile.is_zipfile(file)
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # what is no pickle may raise anything when read as one
-        raise ValueError(f"it is refused: {_first_line(error)}") from error
+        raise ValueError(
+            "it is refused, for it is cut short or holds more than tensors and arrays of numbers"
+        ) from error
     if not isinstance(found, dict):
         return Entry(_checked(found), None, {})
     features = _checked(found[_name_of(found, names)])
@@ -508,4 +547,7 @@ def _described(path: Path) -> str:
     if path.is_file():
         return f"one file, {path.name}; give its folder, unless it holds a group for each slide"
     names = sorted(p.name + ("/" if p.is_dir() else "") for p in path.iterdir())
-    return ", ".join([*names[:8], *(["..."] if len(names) > 8 else [])]) or "an empty folder"
+    held, _ = _glance(_files(path, ".h5"))
+    inside = f"; in the .h5: {', '.join(sorted(held))}" if held else ""
+    named = ", ".join([*names[:8], *(["..."] if len(names) > 8 else [])])
+    return f"{named}{inside}" if named else "an empty folder"

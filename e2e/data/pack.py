@@ -302,7 +302,10 @@ def _pool(workers: int) -> Iterator[Executor]:
         return
     # Spawned, not forked: LMDB and OpenSlide must not be carried over a fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
+    try:
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
+    except OSError as error:
+        raise no_processes(error) from error
     try:
         with interrupts_held():
             # Ctrl-C is the parent's business. A task for each worker makes all of them start here.
@@ -311,6 +314,14 @@ def _pool(workers: int) -> Iterator[Executor]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def no_processes(error: Exception) -> UserError:
+    """What to do where processes that work together cannot be started."""
+    return UserError(
+        f"no worker processes can be started here: {error}\n"
+        "  they need a little of /dev/shm: free some (docker run --shm-size=1g), or pack with --workers 0"
+    )
 
 
 @contextmanager

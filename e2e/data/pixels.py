@@ -196,7 +196,8 @@ class PixelCache:
                 fits = self.held + made.nbytes <= self.most
                 self.held += made.nbytes if fits else 0
             if fits:
-                self._found[slide, start, stop] = made.cpu()
+                # A copy: the pixels may lie in a larger slab that is wanted again.
+                self._found[slide, start, stop] = made.to("cpu", copy=True)
             return made
 
         return pixels

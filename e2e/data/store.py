@@ -48,6 +48,10 @@ _HEADER = b"header"
 _SLIDE = b"s:"
 
 
+READERS = 1024
+"""Reading transactions at a time that a lock file has room for, over all processes of a machine."""
+
+
 @dataclass(frozen=True)
 class SlideRecord:
     """All that a store knows of a slide but the pixels."""
@@ -74,8 +78,9 @@ class SlideRecord:
         """``coords``, for those who cannot do without; UserError where nobody knows them."""
         if self.coords is None:
             raise UserError(
-                f"the store has no coords of slide '{self.slide}'\n"
-                "  set data.coords to the folder of the h5 files that its patches were cut by"
+                f"nobody knows the coords of slide '{self.slide}'\n"
+                "  of patches, set data.coords to the folder of the h5 files that they were cut by; of"
+                " features, extract them again with coords"
             )
         return self.coords
 
@@ -242,7 +247,10 @@ class StoreWriter:
         try:
             if existed:
                 _check_length(self.path)
-            self._env = lmdb.open(str(self.path), subdir=False, map_size=MAP_SIZE)
+            self._env = lmdb.open(
+                str(self.path), subdir=False, map_size=MAP_SIZE, max_readers=READERS
+            )
+            self._env.reader_check()  # readers that were killed hold their snapshots for ever
         except lmdb.Error as error:
             raise _open_error(self.path, error) from error
         try:
@@ -343,8 +351,8 @@ def snapshot(path: Path, work: Callable[[lmdb.Transaction], T]) -> T:
     """What ``work`` makes of a read transaction of the LMDB file ``path``.
 
     Keys and values come as buffers that end with the transaction. ``work`` may be called again:
-    files are read without a lock (on a read-only or network disk there is none), so a writer may
-    overwrite pages of a snapshot from the second commit after it on. What was read then is dropped.
+    without a lock file that can be written (on a read-only disk there is none) a writer may overwrite
+    pages of a snapshot from the second commit after it on. What was read then is dropped.
 
     Raises:
         UserError: what ``work`` raises; not an LMDB file; cut short; written too fast to be read.
@@ -366,7 +374,7 @@ def snapshot(path: Path, work: Callable[[lmdb.Transaction], T]) -> T:
             ) from error
         except (lmdb.Error, ValueError, KeyError, UserError) as error:  # ValueError: json, unicode
             fault = error
-        if environment.info()["last_txnid"] - began < 2:
+        if environment.flags()["lock"] or environment.info()["last_txnid"] - began < 2:
             if fault is None:
                 return result
             if isinstance(fault, UserError):
@@ -407,7 +415,8 @@ def _environment(path: Path) -> lmdb.Environment:
                     map_size=path.stat().st_size + GROWTH,
                     subdir=False,
                     readonly=True,
-                    lock=False,
+                    lock=_may_lock(path),
+                    max_readers=READERS,
                     # For a few patches of many, the kernel's readahead reads what nobody wants.
                     # For many of a slide, read_ahead asks for them all.
                     readahead=False,
@@ -416,6 +425,14 @@ def _environment(path: Path) -> lmdb.Environment:
             except lmdb.Error as error:
                 raise _open_error(path, error) from error
         return _ENVIRONMENTS[key]
+
+
+def _may_lock(path: Path) -> bool:
+    """Whether readers can be known to a writer: without that it would overwrite what they read.
+
+    A store that no writer has been at has no lock file, and none is made for reading it.
+    """
+    return os.access(f"{path}-lock", os.R_OK | os.W_OK)
 
 
 def read_ahead(get: Callable[[int], Any], indices: Sequence[int]) -> None:

@@ -2,7 +2,7 @@
 
 Two threads make chunks (read, decode, augment), and the decoder spreads each over threads of its own:
 JPEG decoding lets go of the interpreter, so no process has to be started, nothing is pickled, and
-nothing passes through shared memory. On a GPU they have a stream of their own.
+nothing passes through shared memory. On a GPU it is one thread, with a stream of its own.
 
 Memory of a process: the pixels of :data:`AHEAD` chunks besides the one that is computed, and what a
 pixel source keeps for a second pass.
@@ -102,7 +102,8 @@ class PixelsAhead:
     def _begin(self, spans: Iterable[Span]) -> None:
         for span in spans:
             if span not in self._made:
-                self._made[span] = _makers().submit(_make, self._source, span, self._device)
+                makers = _makers(self._device.type)
+                self._made[span] = makers.submit(_make, self._source, span, self._device)
 
 
 def ahead(
@@ -147,8 +148,11 @@ def _make(source: PixelSource, span: Span, device: torch.device) -> _Made:
 
 
 @cache
-def _makers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(CALLS, threads()), thread_name_prefix="pixels")
+def _makers(device: str) -> ThreadPoolExecutor:
+    # One on a GPU: they share a stream, and memory that one has given back while its kernels wait in the
+    # queue would be decoded into by the other, for whom nvJPEG does not wait.
+    count = 1 if device == "cuda" else min(CALLS, threads())
+    return ThreadPoolExecutor(count, thread_name_prefix="pixels")
 
 
 # A forked process has the pool but none of its threads, and would wait for them for ever.

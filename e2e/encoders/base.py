@@ -42,7 +42,8 @@ class Encoder(nn.Module):
         """See the class."""
         most = 1 if pixels.is_floating_point() else 255
         scale, shift = 1 / (most * self.std), -self.mean / self.std
-        if pixels.device.type == "cpu" and pixels.is_contiguous(memory_format=torch.channels_last):
+        by_rows = pixels.device.type == "cpu" and not pixels.requires_grad
+        if by_rows and pixels.is_contiguous(memory_format=torch.channels_last):
             normal = _scaled_rows(pixels, scale, shift)
         else:
             normal = torch.addcmul(shift, pixels.to(scale.dtype), scale)

@@ -45,6 +45,9 @@ class Head(nn.Module):
     Its input is left untouched. Constructor: ``(in_dim, num_outputs, *, options)``.
     """
 
+    needs_coords = False
+    """Whether a slide without coords cannot be pooled."""
+
     order_free = True
     """Whether the result is free of the order of the patches."""
 

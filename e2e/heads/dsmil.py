@@ -33,7 +33,7 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ``average=False`` gives the bag stream's score alone, as their test script does by default::
 
         head = HEADS.build("dsmil", 512, 1, average=False)  # their CAMELYON16 head
-        head.load_state_dict(from_published(torch.load(path, weights_only=True)))
+        head.load_state_dict(from_published(torch.load(path, "cpu", weights_only=True)))
 
     Raises:
         UserError: a key is none of theirs.

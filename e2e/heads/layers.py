@@ -48,6 +48,8 @@ def projection(
     """
     layers: list[nn.Module] = [nn.LayerNorm(in_dim, bias=bias)] if norm else []
     if embed_dim is not None:
+        if embed_dim < 1:
+            raise UserError(f"a head's embed_dim must be at least 1, found {embed_dim}")
         layers += [nn.Linear(in_dim, embed_dim, bias=bias), activation(act)]
     return nn.Sequential(*layers, nn.Dropout(dropout))
 
@@ -81,6 +83,8 @@ class AttentionMLP(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if hidden < 1:
+            raise UserError(f"a head's attn_dim must be at least 1, found {hidden}")
         self.value = nn.Sequential(
             nn.Linear(dim, hidden, bias=bias), activation(act), nn.Dropout(dropout)
         )

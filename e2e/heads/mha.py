@@ -28,7 +28,7 @@ class MHA(Head):
     The start is the published one: q from N(0, 1e-6^2) and PyTorch's defaults for the rest. What
     looks at the patches at first is therefore b_q; with zero biases the attention would start flat
     and W_k would get next to no gradient. b_k moves all scores of a head alike, so its gradient is
-    zero; it is kept so that published weights fit.
+    zero; it is kept because the published model has it.
 
     Args:
         in_dim: width D of the encoder's features.

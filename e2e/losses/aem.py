@@ -53,9 +53,10 @@ class AttentionEntropy(Regulariser):
 
     def check(self, output: HeadOutput) -> None:
         """See :class:`Regulariser`."""
-        if output.attention_logits is None:
+        logits = output.attention_logits
+        if logits is None or not logits.requires_grad:
             raise UserError(
-                "aem.weight is over 0, but the head has no attention whose entropy it could raise\n"
+                "aem.weight is over 0, but the head has no attention that learns, so none to spread\n"
                 "  choose another head (abmil, mha, ...), or set aem.weight=0"
             )
 

@@ -72,7 +72,7 @@ class Regulariser(nn.Module):
         raise NotImplementedError
 
     def check(self, output: HeadOutput) -> None:
-        """UserError where a head with outputs like this one cannot be regularised so."""
+        """UserError where a head with outputs like this one (with their graph) cannot be regularised so."""
 
     def after_step(self, good: Tensor) -> None:
         """As :meth:`e2e.heads.base.Head.after_step`."""
