@@ -148,9 +148,7 @@ def kappa(table: Array, power: int) -> Array:
     classes = table.shape[1]
     distance = np.abs(np.subtract.outer(np.arange(classes), np.arange(classes)))
     cost = (distance > 0).astype(float) if power == 0 else distance.astype(float) ** power
-    chance = ratio(
-        np.einsum("ri,rj,ij->r", table.sum(2), table.sum(1), cost), table.sum((1, 2))
-    )
+    chance = ratio(np.einsum("ri,rj,ij->r", table.sum(2), table.sum(1), cost), table.sum((1, 2)))
     return 1 - ratio(np.einsum("rij,ij->r", table, cost), chance)
 
 

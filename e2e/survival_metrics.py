@@ -42,7 +42,7 @@ def kaplan_meier(
     if of_censoring:
         at_risk = at_risk - others
     stay = 1 - gone / np.where(at_risk > 0, at_risk, 1)
-    curve = np.hstack([np.ones((len(weights), 1)), np.cumprod(stay, axis=1)])
+    curve: Array = np.hstack([np.ones((len(weights), 1)), np.cumprod(stay, axis=1)])
     return curve[:, np.searchsorted(points, at, side="right")]
 
 
@@ -116,7 +116,7 @@ def _concordance(risk: Array, time: Array, event: Flags, counts: Array, weights:
         right, pairs = np.zeros(len(block)), np.zeros(len(block))
         for start in range(0, len(events), EVENTS_AT_ONCE):
             some = events[start : start + EVENTS_AT_ONCE]
-            first = after[some[0]]  # nothing before is comparable with any of them
+            first = int(after[some[0]])  # nothing before is comparable with any of them
             wins = (risk[some, None] > risk[first:]) + 0.5 * (risk[some, None] == risk[first:])
             wins *= np.arange(first, len(time)) >= after[some, None]
             ours = block[:, some] * counts[some]

@@ -48,7 +48,9 @@ def call(monkeypatch, capsys, *words):
 def drawn():
     rng = np.random.default_rng(2)
     labels = np.arange(60) % 2
-    good, poor = (np.clip(0.5 + f * (labels - 0.5) + rng.normal(0, 0.2, 60), 0, 1) for f in (0.4, 0.1))
+    good, poor = (
+        np.clip(0.5 + f * (labels - 0.5) + rng.normal(0, 0.2, 60), 0, 1) for f in (0.4, 0.1)
+    )
     return labels, good, poor
 
 
@@ -93,7 +95,9 @@ def test_a_run_is_no_better_than_itself(tmp_path, monkeypatch, capsys, drawn):
     labels, good, _ = drawn
     a = run_folder(tmp_path / "a", of_two(good), labels)
     out = tmp_path / "ab.json"
-    assert call(monkeypatch, capsys, a, a, "--metric", "brier", "--draws", 50, "--json", out)[0] == 0
+    assert (
+        call(monkeypatch, capsys, a, a, "--metric", "brier", "--draws", 50, "--json", out)[0] == 0
+    )
     result = json.loads(out.read_text())
     assert result["difference"] == {"value": 0, "low": 0, "high": 0}
     assert result["p"] == 1
@@ -108,7 +112,9 @@ def test_what_is_not_defined_is_said_so(tmp_path, monkeypatch, capsys):
     assert "0.5" not in said.replace("0.95", "")
 
 
-def test_slides_are_matched_by_id_and_those_without_label_left_out(tmp_path, monkeypatch, capsys, drawn):
+def test_slides_are_matched_by_id_and_those_without_label_left_out(
+    tmp_path, monkeypatch, capsys, drawn
+):
     labels, good, poor = drawn
     a = run_folder(tmp_path / "a", of_two([*good, 0.5]), [*labels, None])
     b = run_folder(tmp_path / "b", of_two([*poor, 0.5]), [*labels, None])
@@ -149,7 +155,11 @@ def table_of(change):
         (table_of(lambda t: pd.concat([t, t[:1]])), (), "slides twice"),
         (table_of(lambda t: t.drop(columns="prob_yes")), (), "has no column prob_yes"),
         (table_of(lambda t: t.assign(prob_yes="x")), (), "a prediction that is no number"),
-        (table_of(lambda t: t), ("--split", "val"), "no labelled slide of split 'val'; it has: test"),
+        (
+            table_of(lambda t: t),
+            ("--split", "val"),
+            "no labelled slide of split 'val'; it has: test",
+        ),
         (table_of(lambda t: t), ("--metric", "aux"), "no metric 'aux'"),
         (table_of(lambda t: t), ("--draws", "0"), "--draws must be at least 1"),
         (lambda folder: (folder / "predictions.csv").unlink(), (), "the run is not evaluated"),

@@ -260,7 +260,9 @@ def test_only_the_order_of_scores_counts_nor_that_of_bags_and_a_bag_of_weight_tw
             metric(np.exp(score) - 50, positive, weights),
             metric(score[order] / 7, positive[order], weights[:, order]),
             metric(
-                np.repeat(score, weight) / 7, np.repeat(positive, weight), np.ones((1, weight.sum()))
+                np.repeat(score, weight) / 7,
+                np.repeat(positive, weight),
+                np.ones((1, weight.sum())),
             ),
         ):
             np.testing.assert_allclose(found, expected, **EXACT)
@@ -293,7 +295,9 @@ def test_each_label_of_several_is_judged_by_itself_on_the_bags_where_it_is_known
     assert np.isnan(values["auc_macro"]).all()
     both = multilabel_metrics(probabilities[:, :2], targets[:, :2], weights, names=names[:2])
     np.testing.assert_allclose(both["auc_macro"], (values["auc_er"] + values["auc_pr"]) / 2)
-    unknown = multilabel_metrics(probabilities[:, :1], np.full((50, 1), np.nan), weights, names=["er"])
+    unknown = multilabel_metrics(
+        probabilities[:, :1], np.full((50, 1), np.nan), weights, names=["er"]
+    )
     assert all(np.isnan(value).all() for value in unknown.values())
     with pytest.raises(ValueError, match="neither 0 nor 1"):
         multilabel_metrics(probabilities, 2 * targets, weights, names=names)

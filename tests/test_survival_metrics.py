@@ -19,7 +19,10 @@ from e2e import survival_metrics as sm
 from e2e.metrics import case_weights
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
-COLUMNS = {"whas500": ("fstat", "lenfol", "age", load_whas500), "gbsg2": ("cens", "time", "pnodes", load_gbsg2)}
+COLUMNS = {
+    "whas500": ("fstat", "lenfol", "age", load_whas500),
+    "gbsg2": ("cens", "time", "pnodes", load_gbsg2),
+}
 
 
 @pytest.fixture(scope="module", params=COLUMNS)
@@ -163,7 +166,9 @@ def test_the_integrated_brier_score_is_scikit_survivals(cohort):
     whole = sm.integrated_brier(survival, time, event, weights, **given)
     for number, row in enumerate(weights):
         outcome, s = copies(row, test, survival)
-        np.testing.assert_allclose(each[number], sk.brier_score(train, outcome, s, times)[1], **CLOSE)
+        np.testing.assert_allclose(
+            each[number], sk.brier_score(train, outcome, s, times)[1], **CLOSE
+        )
         expected = sk.integrated_brier_score(train, outcome, s, times)
         np.testing.assert_allclose(whole[number], expected, **CLOSE)
 
@@ -191,7 +196,9 @@ def test_what_is_not_defined_is_nan():
     short = sm.Censoring(np.array([1.0]), np.array([1.0]))
     brier = sm.brier_at(half, time, first, once[:1], times=given["times"], censoring=short)
     assert np.isnan(brier).tolist() == [[False, True, True]]
-    assert np.isnan(sm.c_index_uno(risk, time, np.array([False, True, False]), once[:1], censoring=short))
+    assert np.isnan(
+        sm.c_index_uno(risk, time, np.array([False, True, False]), once[:1], censoring=short)
+    )
 
 
 def test_survival_metrics_hold_what_is_given_and_leave_out_what_is_not_known(cohort):
@@ -214,12 +221,16 @@ def test_survival_metrics_hold_what_is_given_and_leave_out_what_is_not_known(coh
 
 
 small = st.integers(0, 6)
-people = st.lists(st.tuples(small, st.integers(1, 6), st.booleans(), st.integers(0, 3)), min_size=2, max_size=25)
+people = st.lists(
+    st.tuples(small, st.integers(1, 6), st.booleans(), st.integers(0, 3)), min_size=2, max_size=25
+)
 
 
 @settings(max_examples=60, deadline=None)
 @given(people, st.randoms(use_true_random=False))
-def test_only_the_order_of_risks_counts_nor_that_of_cases_and_a_case_of_weight_two_is_two(rows, random):
+def test_only_the_order_of_risks_counts_nor_that_of_cases_and_a_case_of_weight_two_is_two(
+    rows, random
+):
     risk, time, event, weight = (np.array(column) for column in zip(*rows, strict=True))
     risk, time, weights = risk.astype(float), time.astype(float), weight[None].astype(float)
     censoring = sm.Censoring.fit(time, event)

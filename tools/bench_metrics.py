@@ -1,7 +1,7 @@
 """How long the intervals take: every metric under DRAWS resamples of CASES simulated cases.
 
-  OMP_NUM_THREADS=1 python tools/bench_metrics.py
-  python tools/bench_metrics.py --cases 10000 --draws 1000
+OMP_NUM_THREADS=1 python tools/bench_metrics.py
+python tools/bench_metrics.py --cases 10000 --draws 1000
 """
 
 import argparse
@@ -42,7 +42,10 @@ def main() -> None:
         labels = rng.integers(0, classes, n)
         chance = raw[:, :classes] / raw[:, :classes].sum(1, keepdims=True)
         given = chance, labels, weights
-        timed(f"all of classification, {classes} classes", lambda g=given: m.classification_metrics(*g))
+        timed(
+            f"all of classification, {classes} classes",
+            lambda g=given: m.classification_metrics(*g),
+        )
     timed("auc", lambda: m.auc(raw[:, 0], raw[:, 1] > 0.5, weights))
     timed("average_precision", lambda: m.average_precision(raw[:, 0], raw[:, 1] > 0.5, weights))
     timed("all of regression", lambda: m.regression_metrics(raw[:, 0], raw[:, 1], weights))
@@ -51,7 +54,9 @@ def main() -> None:
     followed = raw[:, 0], follow, event, weights
     timed("c_index, half of the cases with events", lambda: sm.c_index(*followed))
     timed("c_index_uno", lambda: sm.c_index_uno(*followed, censoring=g))
-    timed("auc_dynamic_mean, 9 times", lambda: sm.dynamic_auc_mean(*followed, times=at, censoring=g))
+    timed(
+        "auc_dynamic_mean, 9 times", lambda: sm.dynamic_auc_mean(*followed, times=at, censoring=g)
+    )
     curves = np.exp(-at * (0.5 + raw[:, :1])), *followed[1:]
     timed("integrated_brier, 9 times", lambda: sm.integrated_brier(*curves, times=at, censoring=g))
 

@@ -62,8 +62,8 @@ def read_run(folder: Path, split: str) -> Run:
     labels = ["label"] if len(task.columns) == 1 else list(task.columns)
     if missing := {"case", "slide", "split", *labels, *outputs} - set(table.columns):
         raise UserError(f"{path} has no column {', '.join(sorted(missing))}")
-    labelled = table[(table[labels] != "").all(axis=1)]
-    ours = labelled[labelled["split"] == split].sort_values("slide")
+    labelled = table.loc[(table[labels] != "").all(axis=1)]
+    ours = labelled.loc[labelled["split"] == split].sort_values("slide")
     if ours.empty:
         there = ", ".join(sorted(set(labelled["split"]))) or "none"
         raise UserError(f"{path} has no labelled slide of split '{split}'; it has: {there}")
@@ -169,14 +169,18 @@ def main() -> None:
     result = compare(a, b, args.metric, draws=args.draws)
     result |= {"split": args.split, "runs": [str(folder) for folder in args.runs]}
     better = "lower" if result["metric"] in LOWER_IS_BETTER else "higher"
-    title = f"{args.split}: {result['slides']} slides of {result['cases']} cases, {better} is better"
+    title = (
+        f"{args.split}: {result['slides']} slides of {result['cases']} cases, {better} is better"
+    )
     names = [f"{letter}: {folder}" for letter, folder in zip("AB", args.runs, strict=True)]
     screen = Screen(leads=True)
     screen.table(title, ["run", result["metric"], "95 % interval"], rows(result, names))
     p = "undefined" if result["p"] is None else f"{result['p']:.4g}"
     screen.say(f"p = {p} ({result['test']}), {args.draws:,} resamples of the cases")
     if result["undefined_draws"]:
-        screen.say(f"{result['undefined_draws']:,} resamples leave it undefined and are not counted")
+        screen.say(
+            f"{result['undefined_draws']:,} resamples leave it undefined and are not counted"
+        )
     if args.json:
         write_json(args.json, result)
 
