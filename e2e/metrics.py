@@ -19,7 +19,9 @@ from e2e.errors import UserError
 Array = NDArray[np.float64]
 Values = dict[str, Array]
 
-LOWER_IS_BETTER = frozenset({"log_loss", "brier", "ece", "mae", "rmse", "integrated_brier"})
+LOWER_IS_BETTER = frozenset(
+    {"log_loss", "brier", "ece", "mae", "rmse", "integrated_brier", "survival_nll"}
+)
 """Of all other metrics here more is better."""
 ECE_BINS = 15
 
@@ -59,7 +61,7 @@ def _by_threshold(
     weights: Array,
 ) -> Array:
     """``area`` of the (R, K) weights of positives and negatives at the K scores, highest first."""
-    if not np.isfinite(score).all():
+    if not len(score) or not np.isfinite(score).all():
         return np.full(len(weights), np.nan)
     order = np.argsort(-score, kind="stable")
     starts, positive = np.flatnonzero(np.r_[True, np.diff(score[order]) < 0]), positive[order]
@@ -184,15 +186,22 @@ def ece(
 
 
 def classification_metrics(
-    probabilities: Array, labels: NDArray[np.int64], weights: Array
+    probabilities: Array,
+    labels: NDArray[np.int64],
+    weights: Array,
+    *,
+    decided: NDArray[np.int64] | None = None,
 ) -> Values:
     """All of the above for (n, C) probabilities.
+
+    ``decided`` (n,) are the classes that are predicted; None: the most probable ones.
 
     For two classes AUC and AP are those of the second, and so are ``f1``, ``precision`` and
     ``recall``; for more they are means over one class versus the rest.
     """
     classes = probabilities.shape[1]
-    table = confusion(probabilities.argmax(1), labels, classes, weights)
+    chosen = probabilities.argmax(1) if decided is None else decided
+    table = confusion(chosen, labels, classes, weights)
     if classes == 2:
         pair = probabilities[:, 1], labels == 1, weights
         values = {"auc": auc(*pair), "ap": average_precision(*pair)}
@@ -224,13 +233,13 @@ def classification_metrics(
 def multilabel_metrics(
     probabilities: Array, targets: Array, weights: Array, *, names: Sequence[str]
 ) -> Values:
-    """AUC, AP and F1 (at probability 0.5) of each of L labels, and their means.
+    """AUC, AP and F1 (at probability 0.5) of each of L labels, their means, and ``log_loss``.
 
     Args:
         probabilities: (n, L), of each label by itself.
         targets: (n, L) of 0 and 1; NaN where it is not known, which counts for no label's metrics.
         names: L words; the metrics are ``auc_<name>`` and so on, and ``auc_macro``, which is not
-            defined where that of one label is not.
+            defined where that of one label is not. ``log_loss`` is a mean over all known labels.
     """
     found: dict[str, list[Array]] = {"auc": [], "ap": [], "f1": []}
     for score, target in zip(probabilities.T, targets.T, strict=True):
@@ -243,7 +252,10 @@ def multilabel_metrics(
     values = {f"{kind}_macro": np.mean(each, axis=0) for kind, each in found.items()}
     for kind, each in found.items():
         values |= {f"{kind}_{name}": one for name, one in zip(names, each, strict=True)}
-    return values
+    known = np.isfinite(targets)
+    true = np.clip(np.where(targets == 1, probabilities, 1 - probabilities), 1e-12, 1.0)
+    lost = np.where(known, -np.log(true), 0).sum(1)
+    return values | {"log_loss": ratio(weights @ lost, weights @ known.sum(1))}
 
 
 # --- of a number ---

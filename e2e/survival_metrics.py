@@ -42,7 +42,8 @@ def kaplan_meier(
     if of_censoring:
         at_risk = at_risk - others
     stay = 1 - gone / np.where(at_risk > 0, at_risk, 1)
-    curve: Array = np.hstack([np.ones((len(weights), 1)), np.cumprod(stay, axis=1)])
+    curve = np.ones((len(weights), 1 + len(points)))
+    np.cumprod(stay, axis=1, out=curve[:, 1:])
     return curve[:, np.searchsorted(points, at, side="right")]
 
 

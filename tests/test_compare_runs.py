@@ -11,7 +11,7 @@ import pytest
 
 from e2e import build, config
 from e2e.errors import exit_code
-from e2e.evaluate import Prediction, write_predictions
+from e2e.evaluate import Prediction, write_json, write_predictions
 from e2e.metrics import delong
 from tools import compare_runs
 
@@ -24,9 +24,10 @@ def run_folder(folder, scores, labels, *, cases=None, classes=("no", "yes"), spl
     folder.mkdir()
     (folder / "settings.yaml").write_text(config.dump_settings(settings))
     task = build.build_task(settings.task)
+    write_json(folder / "task.json", task.state())
     cases = cases or [f"c{k}" for k in range(len(labels))]
     rows = [
-        Prediction(case, f"s{k}", split, list(score), None if label is None else float(label))
+        Prediction(case, f"s{k}", split, list(score), np.nan if label is None else float(label))
         for k, (case, score, label) in enumerate(zip(cases, scores, labels, strict=True))
     ]
     write_predictions(rows, task, folder / "predictions.csv")
@@ -154,7 +155,7 @@ def table_of(change):
         (table_of(lambda t: t.assign(case="one")), (), "s3: c3/yes in"),
         (table_of(lambda t: pd.concat([t, t[:1]])), (), "slides twice"),
         (table_of(lambda t: t.drop(columns="prob_yes")), (), "has no column prob_yes"),
-        (table_of(lambda t: t.assign(prob_yes="x")), (), "a prediction that is no number"),
+        (table_of(lambda t: t.assign(prob_yes="x")), (), "a prediction or label that is no number"),
         (
             table_of(lambda t: t),
             ("--split", "val"),
@@ -164,6 +165,8 @@ def table_of(change):
         (table_of(lambda t: t), ("--draws", "0"), "--draws must be at least 1"),
         (lambda folder: (folder / "predictions.csv").unlink(), (), "the run is not evaluated"),
         (lambda folder: (folder / "settings.yaml").unlink(), (), "is no run folder"),
+        (lambda folder: (folder / "task.json").unlink(), (), "has no task.json"),
+        (lambda folder: (folder / "task.json").write_text("[]"), (), "does not fit the task"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_by_name(

@@ -53,16 +53,15 @@ class Run:
 
 def read_run(folder: Path, split: str) -> Run:
     """From a run folder; UserError where it has no such predictions."""
-    task = build.build_task(config.saved_settings(folder, [], build.REGISTRIES).task)
+    task = build.load_task(config.saved_settings(folder, [], build.REGISTRIES).task, folder)
     path = folder / "predictions.csv"
     if not path.is_file():
         raise UserError(f"no {path}: the run is not evaluated\n  let it end, then compare")
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    outputs = [f"prob_{output}" for output in task.output_names]
-    labels = ["label"] if len(task.columns) == 1 else list(task.columns)
+    outputs, labels = [*task.prediction_columns], [*task.label_columns]
     if missing := {"case", "slide", "split", *labels, *outputs} - set(table.columns):
         raise UserError(f"{path} has no column {', '.join(sorted(missing))}")
-    labelled = table.loc[(table[labels] != "").all(axis=1)]
+    labelled = table.loc[(table[labels] != "").any(axis=1)]
     ours = labelled.loc[labelled["split"] == split].sort_values("slide")
     if ours.empty:
         there = ", ".join(sorted(set(labelled["split"]))) or "none"
@@ -71,10 +70,9 @@ def read_run(folder: Path, split: str) -> Run:
         raise UserError(f"{path} has slides twice:\n{listing(twice)}")
     try:
         predicted = ours[outputs].to_numpy(np.float64)
+        targets = np.array([task.read(row) for row in ours[labels].to_numpy()], np.float64)
     except ValueError as error:
-        raise UserError(f"{path} has a prediction that is no number: {error}") from error
-    words = [dict(zip(task.columns, row, strict=True)) for row in ours[labels].to_numpy()]
-    targets = np.stack([task.encode(word).numpy() for word in words]).astype(np.float64)
+        raise UserError(f"{path} has a prediction or label that is no number: {error}") from error
     facts = [tuple(row) for row in ours[["case", *labels]].to_numpy()]
     return Run(folder, task, ours["slide"].tolist(), facts, targets, predicted)
 
