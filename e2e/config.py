@@ -356,6 +356,36 @@ def train_parser(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
+def many_runs_parser(doc: str) -> argparse.ArgumentParser:
+    """The command line of what trains many runs that have most settings in common."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--datasets", required=True, help="as for launch/train.py")
+    parser.add_argument("--model", required=True, help="as for launch/train.py")
+    parser.add_argument("-c", "--config", action="append", default=[], help="a further YAML layer")
+    parser.add_argument("--out", type=Path, required=True, help="folder of all runs and the tables")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings, for every run"
+    )
+    return parser
+
+
+def common_settings(
+    args: argparse.Namespace, registries: Mapping[str, Registry[Any]]
+) -> tuple[Settings, list[str]]:
+    """The settings that a :func:`many_runs_parser` was asked for, and the words that ask launch/train.py."""
+    settings = load_settings(
+        datasets=args.datasets,
+        model=args.model,
+        files=args.config,
+        overrides=args.overrides,
+        registries=registries,
+    )
+    layers = [word for path in args.config for word in ("-c", path)]
+    return settings, ["--datasets", args.datasets, "--model", args.model, *layers, *args.overrides]
+
+
 def settings_help() -> str:
     """Every setting with its default and meaning."""
     lines = [

@@ -19,6 +19,7 @@ from e2e.data.loader import LabelledSlide, View, whole_bag
 from e2e.data.pixels import Look, Sight
 from e2e.data.stream import ahead
 from e2e.errors import UserError
+from e2e.figures import write_pictures
 from e2e.files import write_atomically
 from e2e.heads.base import HeadOutput
 from e2e.heatmap import draw_heatmap, patch_scores
@@ -191,8 +192,8 @@ def evaluate_run(
     """Judge a run's best epoch on validation and test, and write what it says.
 
     Writes to ``out``: predictions.csv and heatmaps/ by the ``judged`` weights (``model`` or
-    ``ema``), metrics.json for both, and for the judged ones also centre by centre. Returns the
-    content of metrics.json.
+    ``ema``), of the test split figures/ too; metrics.json for both, and for the judged ones also
+    centre by centre. Returns the content of metrics.json.
     """
     strategy.wait()  # for the rank that writes it
     tensors, state = load_checkpoint(best)
@@ -235,6 +236,9 @@ def evaluate_run(
     if strategy.leads:
         write_predictions(kept, task, out / "predictions.csv")
         write_json(out / "metrics.json", report)
+        tested = [p for p in kept if p.split == "test"]
+        if tested:
+            write_pictures(task.pictures(*_arrays(tested)), out / "figures")
     screen.table(f"epoch {report['epoch']}, chosen on val by {judged}", *metric_table(report))
     return report
 

@@ -15,69 +15,22 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import pandas as pd
 
-from e2e import build, config
 from e2e.errors import UserError, exit_code, listing
 from e2e.evaluate import write_json
+from e2e.judged import Judged, read_judged
 from e2e.log import Screen
-from e2e.metrics import LOWER_IS_BETTER, Array, bootstrap_p, case_weights, delong, interval
+from e2e.metrics import LOWER_IS_BETTER, bootstrap_p, case_weights, delong, interval
 from e2e.registry import suggest
-from e2e.tasks.base import Task
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a run says of the labelled slides of one split, in the order of their ids."""
-
-    folder: Path
-    task: Task
-    slides: list[str]
-    facts: list[tuple[str, ...]]
-    """Case and label of each slide, in the table's words."""
-    targets: Array
-    predicted: Array
-
-    @property
-    def cases(self) -> list[str]:
-        """The case of each slide."""
-        return [case for case, *_ in self.facts]
-
-
-def read_run(folder: Path, split: str) -> Run:
-    """From a run folder; UserError where it has no such predictions."""
-    task = build.load_task(config.saved_settings(folder, [], build.REGISTRIES).task, folder)
-    path = folder / "predictions.csv"
-    if not path.is_file():
-        raise UserError(f"no {path}: the run is not evaluated\n  let it end, then compare")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    outputs, labels = [*task.prediction_columns], [*task.label_columns]
-    if missing := {"case", "slide", "split", *labels, *outputs} - set(table.columns):
-        raise UserError(f"{path} has no column {', '.join(sorted(missing))}")
-    labelled = table.loc[(table[labels] != "").any(axis=1)]
-    ours = labelled.loc[labelled["split"] == split].sort_values("slide")
-    if ours.empty:
-        there = ", ".join(sorted(set(labelled["split"]))) or "none"
-        raise UserError(f"{path} has no labelled slide of split '{split}'; it has: {there}")
-    if twice := sorted(set(ours["slide"][ours["slide"].duplicated()])):
-        raise UserError(f"{path} has slides twice:\n{listing(twice)}")
-    try:
-        predicted = ours[outputs].to_numpy(np.float64)
-        targets = np.array([task.read(row) for row in ours[labels].to_numpy()], np.float64)
-    except ValueError as error:
-        raise UserError(f"{path} has a prediction or label that is no number: {error}") from error
-    facts = [tuple(row) for row in ours[["case", *labels]].to_numpy()]
-    return Run(folder, task, ours["slide"].tolist(), facts, targets, predicted)
-
-
-def check_same(a: Run, b: Run) -> None:
+def check_same(a: Judged, b: Judged) -> None:
     """UserError where the runs are not judged on the same slides, cases, labels and outputs."""
     if a.task.output_names != b.task.output_names:
         kinds = [f"  {run.folder}: {', '.join(run.task.output_names)}" for run in (a, b)]
@@ -102,7 +55,7 @@ def check_same(a: Run, b: Run) -> None:
         )
 
 
-def compare(a: Run, b: Run, metric: str, *, draws: int, seed: int = 0) -> dict[str, Any]:
+def compare(a: Judged, b: Judged, metric: str, *, draws: int, seed: int = 0) -> dict[str, Any]:
     """``a``, ``b`` and ``difference`` with intervals, ``p`` (None: not defined) and its ``test``.
 
     Raises:
@@ -163,7 +116,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.draws < 1:
         raise UserError(f"--draws must be at least 1, found {args.draws}")
-    a, b = (read_run(folder, args.split) for folder in args.runs)
+    a, b = (read_judged(folder, args.split) for folder in args.runs)
     result = compare(a, b, args.metric, draws=args.draws)
     result |= {"split": args.split, "runs": [str(folder) for folder in args.runs]}
     better = "lower" if result["metric"] in LOWER_IS_BETTER else "higher"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.errors import UserError
+from e2e.figures import Picture
 from e2e.metrics import LOWER_IS_BETTER
 from e2e.registry import Registry, suggest
 
@@ -41,6 +42,9 @@ class Task:
     whole_update = False
     """Whether a bag's loss hangs on the other bags of its update: :meth:`loss` then has to see the
     bags of all ranks at once, and means nothing for one alone."""
+
+    pools = True
+    """Whether predictions of models that were fitted to other cases can be judged as one set."""
 
     def encode(self, words: Mapping[str, str]) -> Tensor:
         """The target of one slide; not known where the word is empty; UserError when it is strange."""
@@ -93,6 +97,12 @@ class Task:
             predicted: (n, P) of :meth:`predict`.
             targets: (n,) or (n, ...) of :meth:`numbers`.
         """
+        raise NotImplementedError
+
+    def pictures(
+        self, predicted: NDArray[np.float64], targets: NDArray[np.float64]
+    ) -> list[Picture]:
+        """What shows how well it went, for the same arguments as :meth:`metrics`."""
         raise NotImplementedError
 
     def merit(self, found: Mapping[str, float | None]) -> tuple[float, float]:

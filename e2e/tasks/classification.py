@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.errors import UserError
+from e2e.figures import Picture, of_classes
 from e2e.metrics import classification_metrics
 from e2e.tasks.base import TASKS, Numbers, Task, at_least, choose_monitor, one_of
 
@@ -159,6 +160,14 @@ class Classification(Task):
         return classification_metrics(
             chances, labels, weights[:, known], decided=self._decide(chances)
         )
+
+    def pictures(
+        self, predicted: NDArray[np.float64], targets: NDArray[np.float64]
+    ) -> list[Picture]:
+        """See :func:`e2e.figures.of_classes`."""
+        known = np.isfinite(targets)
+        chances, labels = predicted[known], targets[known].astype(np.int64)
+        return of_classes(chances, labels, self.output_names, self._decide(chances))
 
     def _decide(self, probabilities: NDArray[np.float64]) -> NDArray[np.int64]:
         """(n,) the class that is predicted."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.errors import UserError
+from e2e.figures import Picture, of_scores
 from e2e.metrics import multilabel_metrics
 from e2e.tasks.base import TASKS, Task, at_least, choose_monitor, is_code, one_of, other_code
 
@@ -134,6 +135,16 @@ class Multilabel(Task):
     ) -> dict[str, NDArray[np.float64]]:
         """See :func:`e2e.metrics.multilabel_metrics`."""
         return multilabel_metrics(predicted, targets, weights, names=self.output_names)
+
+    def pictures(
+        self, predicted: NDArray[np.float64], targets: NDArray[np.float64]
+    ) -> list[Picture]:
+        """See :func:`e2e.figures.of_scores`; of each label the slides where it is known."""
+        scores = {}
+        for name, score, target in zip(self.output_names, predicted.T, targets.T, strict=True):
+            known = np.isfinite(target)
+            scores[name] = (score[known], target[known] == 1)
+        return of_scores(scores)
 
     def read(self, words: Sequence[str]) -> list[float]:
         """See :class:`Task`."""

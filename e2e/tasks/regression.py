@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.errors import UserError
+from e2e.figures import Picture, of_numbers
 from e2e.metrics import regression_metrics
 from e2e.tasks.base import TASKS, Task, choose_monitor, one_of
 
@@ -92,6 +93,13 @@ class Regression(Task):
     ) -> dict[str, NDArray[np.float64]]:
         """See :func:`e2e.metrics.regression_metrics`."""
         return regression_metrics(predicted[:, 0], targets, weights)
+
+    def pictures(
+        self, predicted: NDArray[np.float64], targets: NDArray[np.float64]
+    ) -> list[Picture]:
+        """See :func:`e2e.figures.of_numbers`."""
+        known = np.isfinite(targets)
+        return of_numbers(predicted[known, 0], targets[known], self.columns[0])
 
     def shown(self, predicted: Sequence[float]) -> tuple[int, str]:
         """The number."""

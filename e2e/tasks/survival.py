@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.errors import UserError
+from e2e.figures import Picture, of_survival
 from e2e.losses.survival import cox_loss, discrete_nll
 from e2e.metrics import Array, ratio
 from e2e.survival_metrics import Censoring, survival_metrics
@@ -50,6 +51,7 @@ class Survival(Task):
 
     label_columns = ("time", "event")
     output_names = ("risk",)
+    pools = False  # risks of two models, or of other intervals, are on other scales
 
     def __init__(
         self,
@@ -176,6 +178,16 @@ class Survival(Task):
             found["survival_nll"] = self._nll(curve, targets, weights)
         undefined = np.full(len(weights), np.nan)
         return {name: found.get(name, undefined) for name in self.metric_names}
+
+    def pictures(
+        self, predicted: NDArray[np.float64], targets: NDArray[np.float64]
+    ) -> list[Picture]:
+        """See :func:`e2e.figures.of_survival`."""
+        known = np.isfinite(targets).all(axis=1)
+        time, event = targets[known].T
+        curve = None if self.whole_update else predicted[known, 1:-1]
+        edges = [] if self.whole_update else self.edges
+        return of_survival(predicted[known, 0], time, event == 1, survival=curve, edges=edges)
 
     def _nll(self, curve: Array, targets: Array, weights: Array) -> Array:
         known = np.isfinite(targets).all(axis=1)

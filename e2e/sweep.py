@@ -1,0 +1,146 @@
+"""Search of settings by Optuna: each trial is a run, judged on validation alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from e2e.crossval import train_run
+from e2e.errors import UserError, listing
+from e2e.evaluate import write_json
+
+
+def read_space(path: Path) -> dict[str, Any]:
+    """Setting -> list of choices, or ``low`` and ``high`` of a number, with ``log`` or ``step``.
+
+    Raises:
+        UserError: no such file, or an entry that says no range; names it.
+    """
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"the space {path} cannot be read: {str(error).splitlines()[0]}") from error
+    wrong = ["it holds no settings"] if not isinstance(found, dict) or not found else []
+    wrong = wrong or [f"{k}: {v}" for k, v in found.items() if not _is_range(v)]
+    if wrong:
+        raise UserError(
+            f"{path} says no range\n{listing(wrong)}\n"
+            "  write optim.lr: {low: 1.0e-5, high: 1.0e-3, log: true}, or head.attn_dim: [64, 128]"
+        )
+    return found
+
+
+def _is_range(value: object) -> bool:
+    if isinstance(value, list):
+        return len(value) > 0
+    if not isinstance(value, dict) or not {"low", "high"} <= value.keys() <= {
+        "low",
+        "high",
+        "log",
+        "step",
+    }:
+        return False
+    numbers = [value[key] for key in ("low", "high")]
+    return all(type(n) in (int, float) for n in numbers) and numbers[0] < numbers[1]
+
+
+def search(
+    command: Sequence[str],
+    space: Mapping[str, Any],
+    *,
+    out: Path,
+    trials: int,
+    metric: str,
+    seed: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Trials until ``trials`` are done in ``out``, those of earlier calls among them; the best one.
+
+    Tree-structured Parzen estimator, seeded. A trial that was stopped is trained on to its end.
+
+    Args:
+        command: of launch/train.py.
+        space: of :func:`read_space`.
+        metric: of validation, by the judged weights; higher is better.
+
+    Raises:
+        UserError: another search lies in ``out``; a run failed (its log is named).
+    """
+    import optuna
+
+    out.mkdir(parents=True, exist_ok=True)
+    _keep(out / "sweep.json", {"command": list(command), "space": dict(space), "metric": metric})
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=f"sqlite:///{out.resolve()}/optuna.db",
+        study_name="sweep",
+        sampler=optuna.samplers.TPESampler(seed=seed),
+        direction="maximize",
+        load_if_exists=True,
+    )
+    running, done = optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.COMPLETE
+    for stopped in study.get_trials(deepcopy=False, states=(running,)):
+        study.tell(stopped.number, state=optuna.trial.TrialState.FAIL)
+        study.enqueue_trial(stopped.params)
+    while len(study.get_trials(deepcopy=False, states=(done,))) < trials:
+        trial = study.ask()
+        chosen = {name: _suggest(trial, name, entry) for name, entry in space.items()}
+        folder = out / "runs" / _name(chosen)
+        said = ", ".join(f"{name}={value}" for name, value in chosen.items())
+        say(f"trial {trial.number}: {said}")
+        value = judge(command, chosen, folder, metric)
+        study.tell(trial, value)
+        say(f"  {metric} on validation {value:.4f}; best so far {study.best_value:.4f}")
+    table = study.trials_dataframe(attrs=("number", "value", "params", "state"))
+    table.to_csv(out / "trials.csv", index=False)
+    best = {"metric": metric, "value": study.best_value, "settings": study.best_params}
+    best["run"] = str(out / "runs" / _name(study.best_params))
+    write_json(out / "best.json", best)
+    return best
+
+
+def judge(command: Sequence[str], chosen: Mapping[str, Any], folder: Path, metric: str) -> float:
+    """Train the run, or go on with it; its ``metric`` on validation."""
+    report = folder / "metrics.json"
+    if not report.is_file():
+        words = [f"{name}={json.dumps(value)}" for name, value in chosen.items()]
+        arguments = [*command, *words, f"run.out={folder}"]
+        if (folder / "settings.yaml").is_file():
+            arguments = ["--resume", str(folder)]
+        log = folder.with_name(f"{folder.name}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        code = train_run(arguments, log)
+        if code:
+            raise UserError(
+                f"the run {folder.name} ended with exit code {code}; {log} says why\n"
+                "  mend it, then give the same command again: it goes on from here"
+            )
+    found = json.loads(report.read_bytes())
+    values = found["val"][found["judged"]]
+    if metric not in values or values[metric]["value"] is None:
+        raise UserError(f"{report} has no '{metric}' on validation; it has: {', '.join(values)}")
+    return float(values[metric]["value"])
+
+
+def _suggest(trial: Any, name: str, entry: Any) -> Any:
+    if isinstance(entry, list):
+        return trial.suggest_categorical(name, entry)
+    whole = isinstance(entry["low"], int) and isinstance(entry["high"], int)
+    suggest = trial.suggest_int if whole else trial.suggest_float
+    return suggest(name, **entry)
+
+
+def _name(chosen: Mapping[str, Any]) -> str:
+    text = json.dumps(chosen, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
+
+
+def _keep(file: Path, ours: Mapping[str, Any]) -> None:
+    if file.is_file() and json.loads(file.read_bytes()) != ours:
+        raise UserError(f"{file.parent} holds another search\n  choose another --out")
+    write_json(file, ours)

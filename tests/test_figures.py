@@ -1,0 +1,139 @@
+"""Pictures and the numbers behind them: the numbers are those of the metrics, and each has its picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from e2e.figures import (
+    Curves,
+    Matrix,
+    calibration,
+    of_classes,
+    of_numbers,
+    of_survival,
+    write_pictures,
+)
+from e2e.metrics import auc, ece
+
+
+def drawn(classes: int, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(classes)
+    labels = rng.integers(0, classes, count)
+    logits = rng.normal(size=(count, classes))
+    logits[np.arange(count), labels] += 1
+    shares = np.exp(logits)
+    return shares / shares.sum(1, keepdims=True), labels
+
+
+def by_name(pictures) -> dict:
+    return {picture.name: picture for picture in pictures}
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_area_under_each_roc_is_the_auc(classes):
+    shares, labels = drawn(classes)
+    names = [f"c{k}" for k in range(classes)]
+    lines = by_name(of_classes(shares, labels, names, shares.argmax(1)))["roc"].lines
+    assert list(lines) == (names if classes > 2 else names[1:])
+    for name, (x, y) in lines.items():
+        k = names.index(name)
+        want = auc(shares[:, k], labels == k, np.ones((1, len(labels))))[0]
+        assert np.trapezoid(y, x) == pytest.approx(want, abs=1e-12)
+
+
+def test_calibrations_gaps_weighted_by_slides_are_the_expected_calibration_error():
+    shares, labels = drawn(3)
+    curve = calibration(shares.max(1), shares.argmax(1) == labels)
+    [(said, true)] = curve.lines.values()
+    slides = curve.more["slides"]
+    assert slides.sum() == len(labels)
+    gap = (slides * abs(said - true)).sum() / slides.sum()
+    assert gap == pytest.approx(ece(shares, labels, np.ones((1, len(labels))))[0], abs=1e-12)
+
+
+def test_confusion_has_labels_in_rows_and_predictions_in_columns():
+    shares = np.array([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]])
+    counts = by_name(of_classes(shares, np.array([0, 0, 1]), ["a", "b"], shares.argmax(1)))[
+        "confusion"
+    ].counts
+    assert counts.tolist() == [[1, 1], [0, 1]]
+
+
+def test_a_class_that_no_slide_has_gets_no_line_and_one_class_alone_no_roc():
+    shares, labels = drawn(3)
+    names, called = ["a", "b", "c"], shares.argmax(1)
+    some, one = labels < 2, labels == 0
+    pictures = by_name(of_classes(shares[some], labels[some], names, called[some]))
+    assert list(pictures["roc"].lines) == ["a", "b"]
+    alone = by_name(of_classes(shares[one], labels[one], names, called[one]))
+    assert set(alone) == {"calibration", "confusion"}
+
+
+def test_each_picture_is_a_png_with_a_csv_of_its_points(tmp_path: Path):
+    line = (np.array([0.0, 0.5]), np.array([1.0, 0.25]))
+    pictures = [
+        Curves("steps", "t", "months", "alive", {"low": line, "high": line}, steps=True),
+        Matrix("confusion", "t", ["a", "b"], np.array([[3, 1], [0, 2]])),
+    ]
+    write_pictures(pictures, tmp_path / "figures")
+    for name in ("steps", "confusion"):
+        with Image.open(tmp_path / "figures" / f"{name}.png") as image:
+            assert len(np.unique(np.asarray(image.convert("L")))) > 10
+    table = pd.read_csv(tmp_path / "figures" / "steps.csv")
+    assert table.to_dict("list") == {
+        "line": ["low", "low", "high", "high"],
+        "months": [0, 0.5, 0, 0.5],
+        "alive": [1, 0.25, 1, 0.25],
+    }
+    table = pd.read_csv(tmp_path / "figures" / "confusion.csv")
+    assert table.to_dict("list") == {"label": ["a", "b"], "a": [3, 0], "b": [1, 2]}
+
+
+def test_survival_of_two_risk_groups_by_hand():
+    time = np.array([1.0, 2.0, 3.0, 1.0, 4.0, 5.0])
+    event = np.array([True, False, True, True, True, False])
+    risk = np.array([9.0, 8.0, 7.0, 1.0, 2.0, 3.0])  # the first three are of high risk
+    [curves] = of_survival(risk, time, event)
+    low, high = curves.lines.values()
+    assert high[0].tolist() == [0, 1, 2, 3]
+    assert high[1].tolist() == pytest.approx([1, 2 / 3, 2 / 3, 0])
+    assert low[0].tolist() == [0, 1, 4, 5]
+    assert low[1].tolist() == pytest.approx([1, 2 / 3, 1 / 3, 1 / 3])
+    assert list(curves.lines) == ["low risk (3, 2 events)", "high risk (3, 2 events)"]
+
+
+def test_the_log_rank_p_is_small_where_risks_tell_and_undefined_where_all_are_one():
+    rng = np.random.default_rng(0)
+    risk = rng.normal(size=200)
+    time = rng.exponential(np.exp(-2 * risk)) + 1e-3
+    event = rng.uniform(size=200) < 0.8
+    told = of_survival(risk, time, event)[0].title
+    blind = of_survival(rng.normal(size=200), time, event)[0].title
+    assert (
+        float(told.removeprefix("log-rank p = "))
+        < 1e-6
+        < float(blind.removeprefix("log-rank p = "))
+    )
+    assert "undefined" in of_survival(np.zeros(200), time, event)[0].title
+
+
+def test_survival_that_is_predicted_right_lies_on_the_diagonal():
+    rng = np.random.default_rng(1)
+    scale = rng.uniform(0.5, 4, 8000)
+    time, edges = rng.exponential(scale), (0.5, 2.0)
+    survival = np.exp(-np.array(edges) / scale[:, None])
+    curves = by_name(of_survival(-scale, time, time > 0, survival=survival, edges=edges))
+    for said, true in curves["calibration"].lines.values():
+        np.testing.assert_allclose(said, true, atol=0.03)
+    assert np.ptp(said) > 0.2
+
+
+def test_numbers_are_shown_against_their_labels():
+    [picture] = of_numbers(np.array([1.0, 2.0]), np.array([0.0, 3.0]), "age")
+    [(x, y)] = picture.lines.values()
+    assert (x.tolist(), y.tolist()) == ([0, 3], [1, 2])

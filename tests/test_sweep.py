@@ -1,0 +1,116 @@
+"""A search of settings: ranges are checked, trials go on after a stop, validation alone decides."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import optuna
+import pandas as pd
+import pytest
+
+from e2e.errors import UserError
+from e2e.sweep import judge, read_space, search
+from launch import sweep as command
+from tests.test_launch import call
+from tests.test_two_stage import arguments
+from tests.test_two_stage import cohort as cohort
+
+SPACE = "optim.lr: {low: 1.0e-4, high: 1.0e-2, log: true}\nhead.embed_dim: [4, 8]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "it holds no settings"),
+        ("[1, 2]", "it holds no settings"),
+        ("optim.lr: 3", "optim.lr: 3"),
+        ("optim.lr: {low: 1}", "optim.lr: "),
+        ("optim.lr: {low: 2, high: 1}", "optim.lr: "),
+        ("optim.lr: {low: 1, high: 2, steps: 3}", "optim.lr: "),
+        ("optim.lr: {low: 1e-4, high: 1}", "optim.lr: "),  # to YAML 1e-4 is a word
+        ("head.act: []", "head.act: "),
+        ("a: [b", "cannot be read"),
+    ],
+)
+def test_a_space_that_says_no_range_is_refused(tmp_path, text, fault):
+    (tmp_path / "space.yaml").write_text(text)
+    with pytest.raises(UserError, match=fault):
+        read_space(tmp_path / "space.yaml")
+
+
+def report(folder: Path, value: float | None) -> None:
+    """A run that was judged."""
+    folder.mkdir(parents=True)
+    content = {
+        "judged": "ema",
+        "val": {"ema": {"auc": {"value": value}}},
+        "test": {"ema": {"auc": {"value": 1.0}}},
+    }
+    (folder / "metrics.json").write_text(json.dumps(content))
+
+
+def test_a_trial_is_worth_what_it_has_on_validation(tmp_path):
+    report(tmp_path / "a", 0.25)
+    assert judge([], {}, tmp_path / "a", "auc") == 0.25
+    for name, value, metric in (("b", None, "auc"), ("c", 0.5, "kappa")):
+        report(tmp_path / name, value)
+        with pytest.raises(UserError, match=f"no '{metric}' on validation; it has: auc"):
+            judge([], {}, tmp_path / name, metric)
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_after_a_stop_and_keeps_the_best_on_validation(
+    cohort, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "space.yaml").write_text(SPACE)
+    words = [
+        w
+        for w in arguments(cohort, "optim.epochs=1")
+        if not w.startswith(("run.out", "head.embed"))
+    ]
+    asked = [*words, "--space", tmp_path / "space.yaml", "--out", tmp_path / "sweep"]
+    code, said = call(command.main, monkeypatch, capsys, *asked, "--trials", 2)
+    assert code == 0, said
+    table = pd.read_csv(tmp_path / "sweep" / "trials.csv")
+    assert len(table) == 2
+    best = json.loads((tmp_path / "sweep" / "best.json").read_text())
+    row = table.loc[table["value"].idxmax()]
+    assert best["value"] == row["value"]
+    assert best["settings"]["optim.lr"] == row["params_optim.lr"]
+    judged = json.loads((Path(best["run"]) / "metrics.json").read_text())
+    assert judged["val"]["ema"][best["metric"]]["value"] == best["value"]
+    assert (
+        f"lr: {best['settings']['optim.lr']}" in (Path(best["run"]) / "settings.yaml").read_text()
+    )
+
+    storage = f"sqlite:///{tmp_path}/sweep/optuna.db"
+    stopped = optuna.load_study(study_name="sweep", storage=storage).ask()
+    lost = {"optim.lr": stopped.suggest_float("optim.lr", 1e-4, 1e-2, log=True)}
+    lost["head.embed_dim"] = stopped.suggest_categorical("head.embed_dim", [4, 8])
+    code, said = call(command.main, monkeypatch, capsys, *asked, "--trials", 3)
+    assert code == 0, said
+    table = pd.read_csv(tmp_path / "sweep" / "trials.csv")
+    assert (table["state"] == "COMPLETE").sum() == 3
+    assert lost["optim.lr"] in table.loc[table["state"] == "COMPLETE", "params_optim.lr"].to_list()
+
+    code, said = call(command.main, monkeypatch, capsys, *asked, "optim.bags=2")
+    assert code == 2
+    assert "holds another search" in said
+
+
+def test_a_run_that_fails_ends_the_search_with_its_log(tmp_path):
+    wrong = ["--datasets", "panda", "--model", "abmil"]  # without features
+    with pytest.raises(UserError, match=r"exit code 2; .*\.log says why"):
+        search(
+            wrong,
+            {"optim.lr": [1e-3]},
+            out=tmp_path / "sweep",
+            trials=1,
+            metric="auc",
+            seed=0,
+            say=lambda text: print(text, file=sys.stderr),
+        )
+    [log] = (tmp_path / "sweep" / "runs").glob("*.log")
+    assert "data.features" in log.read_text()
