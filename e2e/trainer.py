@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, chain, islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from e2e.data.loader import TrainingLoader
 from e2e.data.stream import Waiting, ahead
 from e2e.errors import UserError, listing
 from e2e.files import write_atomically
-from e2e.heads.base import Head, HeadOutput
+from e2e.heads.base import BagLoss, Head, HeadOutput
 from e2e.log import MetricsLog, Screen
 from e2e.losses.base import Regulariser
 from e2e.model import MILModel, pad_coords
@@ -56,7 +56,7 @@ class Progress:
     losses: int = 0
     """How many those are."""
     best: tuple[float, float] | None = None
-    """(metric, minus the tie-break) of the best validation."""
+    """The :meth:`e2e.tasks.base.Task.merit` of the best validation."""
     best_epoch: int | None = None
     stale: int = 0
     """Validations since the best one."""
@@ -315,7 +315,7 @@ class Trainer:
             with self.strategy.whole_parameters(shards):
                 found[name] = self.validate(self.model)
         progress = self.progress
-        judged = self._judge(found[self.schedule.judged])
+        judged = self.task.merit(found[self.schedule.judged])
         if progress.best is None or judged > progress.best:
             progress.best, progress.best_epoch, progress.stale = judged, progress.epoch, 0
             self._save("best")
@@ -386,11 +386,6 @@ class Trainer:
         average = {} if self.average is None else {"ema": self.average.state}
         return {"model": None, **average}
 
-    def _judge(self, found: Mapping[str, float | None]) -> tuple[float, float]:
-        """What epochs are compared by: the monitored metric, and among equals the tie-break."""
-        value, tie = found[self.task.monitor], found[self.task.tie_break]
-        return (-math.inf if value is None else value, math.inf if tie is None else -tie)
-
     def _should_stop(self, epochs_done: int) -> bool:
         patience = self.schedule.patience
         if patience is None or epochs_done < self.schedule.min_epochs:
@@ -412,33 +407,65 @@ class Trainer:
 def bag_losses(strategy: Strategy, bag: Bag, task: Task, progress: float = 0.0) -> Tensor:
     """(B,) weighted loss of each of this rank's bags: task, head and regularisers together.
 
+    Of a task that compares the bags of an update (``whole_update``) each bag has an equal part.
+
     The gradient of the sum over bags and ranks, over the number of bags on all ranks, is the
     update's: a mean of ranks' means would be wrong on ragged batches. ``progress`` is the share of
     the training that is done, by which regularisers are weighted.
     """
     outputs = strategy.module(bag, strategy.device, strategy)
     target, weight = bag.target.to(strategy.device), bag.weight.to(strategy.device)
-    losses = task.loss(torch.cat([output.logits for output in outputs]), target)
+    logits = torch.cat([output.logits for output in outputs])
     ends = list(accumulate(len(output.logits) for output in outputs))
+    single = _no_single_bags if task.whole_update else task.loss
     extra = [
-        _extra(strategy.model, output, target[start:stop], task, bag.coords[start:stop], progress)
+        _extra(strategy.model, output, target[start:stop], single, bag.coords[start:stop], progress)
         for output, start, stop in zip(outputs, [0, *ends], ends, strict=False)
     ]
-    return (losses + torch.cat(extra)) * weight
+    if task.whole_update:
+        return _part_of_update(strategy, bag, logits, task) + torch.cat(extra) * weight
+    return (task.loss(logits, target) + torch.cat(extra)) * weight
+
+
+def _part_of_update(strategy: Strategy, bag: Bag, logits: Tensor, task: Task) -> Tensor:
+    """(B,) equal parts of this rank's 1/world_size of a loss that sees all bags of the update.
+
+    Every rank gathers the logits of all, has the same loss of them, and sends to its own rows their
+    gradient of it (:meth:`Strategy.gather_rows`). A bag that several ranks have, each with its share
+    of the weight, is one again before the loss; one of weight 0 is none. The ranks tell each other
+    which bags they have: the host waits for that once an update.
+    """
+    told = strategy.gather((bag.seeds, bag.weight, bag.target))
+    rows = strategy.gather_rows(logits.float(), [len(seeds) for seeds, _, _ in told])
+    keys = [seed for seeds, _, _ in told for seed in seeds]
+    bags = list(dict.fromkeys(keys))
+    merge = torch.zeros(len(bags), len(keys))
+    merge[[bags.index(key) for key in keys], range(len(keys))] = torch.cat([w for _, w, _ in told])
+    target = torch.cat([t for _, _, t in told])[[keys.index(key) for key in bags]]
+    losses = task.loss(merge.to(rows.device) @ rows, target.to(rows.device))
+    return (losses.sum() / (strategy.world_size * len(bag))).expand(len(bag))
+
+
+def _no_single_bags(logits: Tensor, target: Tensor) -> Tensor:
+    raise UserError(
+        "the head's own loss takes the task's loss of single bags, and this task's compares all bags "
+        "of an update\n  give that part of the head the weight 0 where it has one "
+        "(head.aux_weight), or choose another head or task.loss"
+    )
 
 
 def _extra(
     model: nn.Module,
     output: HeadOutput,
     target: Tensor,
-    task: Task,
+    loss: BagLoss,
     places: Sequence[Tensor | None],
     progress: float,
 ) -> Tensor:
     """(B,) what head and regularisers add to the loss of the B bags of ``output``."""
     head: Head = model.head  # pyright: ignore[reportAssignmentType]
     zero = output.logits.new_zeros(len(output.logits), dtype=torch.float32)
-    own = head.aux_loss(output, target, task.loss)
+    own = head.aux_loss(output, target, loss)
     added = zero if own is None else zero + own
     regularisers: Iterable[Regulariser] = model.regularisers  # pyright: ignore[reportAssignmentType]
     coords = pad_coords(places, zero.device) if model.regularisers else None

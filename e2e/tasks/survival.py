@@ -77,15 +77,15 @@ class Survival(Task):
             )
         self.event, self.censored = event, other_code("censored", event, censored, "censored")
         self.columns = (event_column, time_column)
-        self.whole_update = one_of("loss", loss, LOSSES) == "cox"
+        self.cox = self.whole_update = one_of("loss", loss, LOSSES) == "cox"
         self.bins, self.alpha, self.ties = bins, alpha, one_of("ties", ties, TIES)
-        self.num_outputs = 1 if self.whole_update else bins
-        curve = () if self.whole_update else tuple(f"survival_{k + 1}" for k in range(bins))
+        self.num_outputs = 1 if self.cox else bins
+        curve = () if self.cox else tuple(f"survival_{k + 1}" for k in range(bins))
         self.prediction_columns = ("risk", *curve)
-        of_curves = () if self.whole_update else ("integrated_brier", "survival_nll")
+        of_curves = () if self.cox else ("integrated_brier", "survival_nll")
         self.metric_names = ("c_index", "c_index_uno", "auc_dynamic_mean", *of_curves)
         self.monitor = choose_monitor(monitor, "c_index", self.metric_names)
-        self.tie_break = "c_index_uno" if self.whole_update else "survival_nll"
+        self.tie_break = "c_index_uno" if self.cox else "survival_nll"
         self.edges: list[float] = []
         """Where one interval ends and the next begins; cut by :meth:`fit`."""
         self.censoring: Censoring | None = None
@@ -116,7 +116,7 @@ class Survival(Task):
             )
         cuts = np.quantile(time[event], np.arange(1, self.bins) / self.bins)
         self.edges = np.unique(cuts).tolist()
-        if not self.whole_update and (len(self.edges) < self.bins - 1 or event.sum() < self.bins):
+        if not self.cox and (len(self.edges) < self.bins - 1 or event.sum() < self.bins):
             raise UserError(
                 f"the {event.sum()} events of the training cases do not make {self.bins} intervals of "
                 "time\n  lower task.bins, or set task.loss=cox"
@@ -133,7 +133,7 @@ class Survival(Task):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See :class:`Task`."""
         edges, known = [float(edge) for edge in state["edges"]], state["censoring"]
-        if not self.whole_update and len(edges) != self.bins - 1:
+        if not self.cox and len(edges) != self.bins - 1:
             raise ValueError(f"{len(edges) + 1} intervals where task.bins={self.bins}")
         self.edges = edges
         self.censoring = Censoring(np.array(known["times"]), np.array(known["chance"]))
@@ -141,7 +141,7 @@ class Survival(Task):
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """See :class:`Task`; of ``cox`` the terms of a likelihood whose risk set is all of them."""
         time, event = target.unbind(dim=1)
-        if self.whole_update:
+        if self.cox:
             return cox_loss(logits[:, 0], time, event, ties=self.ties)
         return discrete_nll(logits, self._interval(time), event, alpha=self.alpha)
 
@@ -152,7 +152,7 @@ class Survival(Task):
     def predict(self, logits: Tensor) -> Tensor:
         """(B, 1) risk; of ``nll`` (B, 1 + bins), the chances behind it to outlive each interval."""
         logits = logits.float()
-        if self.whole_update:
+        if self.cox:
             return logits
         alive = F.logsigmoid(-logits).cumsum(dim=1).exp()
         return torch.cat([-alive.sum(dim=1, keepdim=True), alive], dim=1)
@@ -174,7 +174,7 @@ class Survival(Task):
             times=np.array(self.edges) if several else None,
             survival=curve[:, :-1] if several and curve.size else None,
         )
-        if not self.whole_update:
+        if not self.cox:
             found["survival_nll"] = self._nll(curve, targets, weights)
         undefined = np.full(len(weights), np.nan)
         return {name: found.get(name, undefined) for name in self.metric_names}

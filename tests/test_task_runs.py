@@ -1,0 +1,200 @@
+"""Runs of every task, from a table to results; survival against scikit-survival on its data sets."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from sksurv.datasets import load_gbsg2, load_whas500
+    from sksurv.linear_model import CoxPHSurvivalAnalysis
+    from sksurv.preprocessing import OneHotEncoder
+
+from e2e.metrics import case_weights, interval
+from e2e.survival_metrics import c_index
+from launch import evaluate, train
+from tests.test_launch import call
+from tests.test_two_stage import arguments, cohort  # noqa: F401  (a fixture)
+
+TASKS = {
+    "multilabel": (
+        ["task.labels=[er,pr]"],
+        ["label_er", "label_pr", "prob_er", "prob_pr"],
+        ["auc_macro", "auc_er", "log_loss"],
+    ),
+    "regression": (["task.column=number"], ["label", "predicted"], ["rmse", "spearman"]),
+    "survival": (
+        ["task.event=1", "task.event_column=status", "task.bins=2", "task.time_column=months"],
+        ["time", "event", "risk", "survival_1", "survival_2"],
+        ["c_index", "survival_nll"],
+    ),
+    "survival cox": (
+        [
+            *("task.event=dead", "task.censored=alive", "task.event_column=vital"),
+            *("task.loss=cox", "task.time_column=months"),
+        ],
+        ["time", "event", "risk"],
+        ["c_index", "c_index_uno"],
+    ),
+    "grading": (
+        ["task.classes=[I,II,III]", "task.column=grade", "task.loss=coral"],
+        ["label", "prob_I", "prob_II", "prob_III"],
+        ["kappa_quadratic", "kappa"],
+    ),
+}
+"""Name -> settings, columns of the label and the prediction, some metrics."""
+
+
+@pytest.fixture
+def labelled(cohort: Path) -> Path:  # noqa: F811
+    """The cohort with a column for every task; slides of odd numbers have one patch that tells."""
+    table = pd.read_csv(cohort / "labels.csv")
+    k = np.arange(len(table))
+    table["case"] = [f"TCGA-{('AA', 'BB')[n // 2 % 2]}-{n:04d}" for n in k]
+    table["er"], table["pr"] = k % 2, 1 - k % 2
+    table["number"] = 100 + 10.5 * (k % 2) + k / 100
+    table["months"] = np.where(k % 2, 3, 30) + k / 2
+    table["status"] = (k % 5 != 0).astype(int)
+    table["vital"] = np.where(k % 5 != 0, "dead", "alive")
+    table["grade"] = np.where(k % 2, "III", np.where(k % 4, "II", "I"))
+    table.to_csv(cohort / "labels.csv", index=False)
+    return cohort
+
+
+def run(folder: Path, monkeypatch, capsys, name: str, *more: str) -> tuple[int, str]:
+    line = arguments(folder, f"task.name={name.split()[0]}", *TASKS[name][0], *more)
+    return call(train.main, monkeypatch, capsys, *line)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_runs_from_its_columns_to_its_metrics_and_again(labelled, monkeypatch, capsys, name):
+    _, columns, metrics = TASKS[name]
+    code, said = run(labelled, monkeypatch, capsys, name)
+    assert code == 0, said
+    folder = labelled / "run"
+    table = pd.read_csv(folder / "predictions.csv")
+    head = ["case", "slide", "split"]
+    assert list(table) == [*head, *columns, "attention_entropy"]
+    assert len(table) == 8
+    assert table[columns].notna().all().all()
+    report = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics) <= report["test"]["ema"].keys()
+    assert report["test"]["ema"][metrics[0]]["value"] is not None
+    assert {c: (v["slides"], v["cases"]) for c, v in report["test"]["centres"].items()} == {
+        "AA": (2, 2),
+        "BB": (2, 2),
+    }
+    assert json.loads((folder / "task.json").read_text()) or name == "multilabel"
+    assert call(evaluate.main, monkeypatch, capsys, folder)[0] == 0
+    for file in ("metrics.json", "predictions.csv"):
+        assert (folder / file).read_bytes() == (folder / "evaluation" / file).read_bytes()
+
+
+def test_evaluation_and_resuming_go_by_what_the_run_saved_of_its_training(
+    labelled, monkeypatch, capsys
+):
+    assert run(labelled, monkeypatch, capsys, "regression")[0] == 0
+    folder = labelled / "run"
+    saved = json.loads((folder / "task.json").read_text())
+    table = pd.read_csv(labelled / "labels.csv")
+    assert saved["mean"] == pytest.approx(table["number"][:8].mean())  # of the training slides
+    table.loc[:7, "number"] *= 3
+    table.to_csv(labelled / "labels.csv", index=False)
+    (folder / "task.json").write_text(json.dumps(saved | {"mean": saved["mean"] + 1000}))
+    assert call(evaluate.main, monkeypatch, capsys, folder)[0] == 0
+    before = pd.read_csv(folder / "predictions.csv")["predicted"]
+    after = pd.read_csv(folder / "evaluation" / "predictions.csv")["predicted"]
+    np.testing.assert_allclose(after, before + 1000, rtol=1e-6)
+    (folder / "task.json").write_text("{}")
+    for main, line in ((evaluate.main, (folder,)), (train.main, ("--resume", folder))):
+        code, said = call(main, monkeypatch, capsys, *line)
+        assert code == 2
+        assert "task.json does not fit the task 'regression' of the settings" in said
+    (folder / "task.json").unlink()
+    code, said = call(evaluate.main, monkeypatch, capsys, folder)
+    assert code == 2
+    assert "has no task.json" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "said"),
+    [
+        ("survival", ["task.event=''"], "task.event is missing: which code of column 'status'"),
+        ("survival", ["task.event=2"], "task.censored must say which code means censored: '2'"),
+        ("survival", ["task.event=2", "task.censored=0"], "means neither an event ('2')"),
+        ("survival", ["task.event_column=vital"], "'dead' in column 'vital' means neither"),
+        ("survival", ["task.time_column=er"], "'0' in column 'er' is no time"),
+        ("survival cox", ["optim.bags=1"], "optim.bags must be 2 or more, found 1"),
+        ("survival cox", ["head.name=dtfd"], "compares all bags of an update"),
+        ("regression", ["task.column=grade"], "'I' in column 'grade' is no number"),
+        ("multilabel", ["task.labels=[er,split]"], "neither task.positive ('1') nor"),
+        ("grading", ["task.classes=[I,II,III,IV]", "task.class_weights=balanced"], "of class IV"),
+    ],
+)
+def test_what_cannot_be_learned_is_one_message(labelled, monkeypatch, capsys, name, more, said):
+    code, found = run(labelled, monkeypatch, capsys, name, *more)
+    assert code == 2, found
+    assert said in found
+    assert "Traceback" not in found
+
+
+SETS = {"whas500": (load_whas500, "fstat", "lenfol"), "gbsg2": (load_gbsg2, "cens", "time")}
+
+
+@pytest.fixture(scope="module", params=SETS)
+def tabular(request, tmp_path_factory) -> tuple[Path, np.ndarray]:
+    """A cohort of one row a bag, and the risks of scikit-survival's Cox model for its test cases."""
+    load, event, time = SETS[request.param]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        raw, outcome = load()
+        numbers = OneHotEncoder().fit_transform(raw).astype(float)
+        split = np.random.default_rng(0).permutation(len(raw)) % 5  # 0: test, 1: val
+        train_rows = split > 1
+        numbers = (numbers - numbers[train_rows].mean()) / numbers[train_rows].std()
+        model = CoxPHSurvivalAnalysis().fit(numbers[train_rows], outcome[train_rows])
+        risk = model.predict(numbers[split == 0])
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "rows").mkdir()
+    names = [f"p{k:03d}" for k in range(len(raw))]
+    for name, row in zip(names, numbers.to_numpy(np.float32), strict=True):
+        np.save(folder / "rows" / f"{name}.npy", row[None])
+    words = np.array(["test", "val", "train", "train", "train"])[split]
+    columns = {"case": names, "slide": names, "split": words}
+    columns |= {"months": outcome[time], "status": outcome[event].astype(int)}
+    pd.DataFrame(columns).to_csv(folder / "labels.csv", index=False)
+    (folder / "cohort.yaml").write_text(
+        f"data: {{labels: {folder}/labels.csv, features: [{folder}/rows], stores: [none.lmdb]}}\n"
+        "task: {name: survival, event: 1, event_column: status, time_column: months}\n"
+    )
+    return folder, risk
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["cox", "nll"])
+def test_tabular_bags_reach_the_c_index_of_scikit_survivals_cox_model(
+    tabular, loss, monkeypatch, capsys, record_property
+):
+    folder, risk = tabular
+    out = folder / loss
+    line = ["--datasets", f"{folder}/cohort.yaml", "--model", "mean", "head.embed_dim=null"]
+    line += ["optim.epochs=50", "optim.bags=100", "optim.lr=0.02", "optim.ema=0", "run.heatmaps=0"]
+    line += ["select.every=50", "engine.device=cpu", "run.bootstrap=10", f"run.out={out}"]
+    code, said = call(train.main, monkeypatch, capsys, *line, f"task.loss={loss}")
+    assert code == 0, said
+    table = pd.read_csv(folder / "labels.csv")
+    table = table[table["split"] == "test"].reset_index(drop=True)
+    judged = table["months"].to_numpy(float), table["status"].to_numpy() == 1
+    theirs = interval(c_index(risk, *judged, case_weights(table["case"], 2000, 0)))
+    ours = json.loads((out / "metrics.json").read_text())["test"]["model"]["c_index"]["value"]
+    for name, value in (("ours", ours), ("theirs", theirs)):
+        record_property(name, value)
+    print(folder.name, loss, ours, theirs)
+    assert theirs["low"] < ours < theirs["high"]
+    assert ours > theirs["value"] - 0.03
