@@ -39,7 +39,7 @@ from e2e.log import TRACKERS, MetricsLog, Screen, clock
 from e2e.model import MILModel
 from e2e.parallel import Strategy, pick_device
 from e2e.tasks.base import Task
-from e2e.trainer import Trainer
+from e2e.trainer import LAST, Trainer
 from e2e.wsi.slide import find_slides
 from e2e.wsi.tiling import Tiling
 
@@ -83,10 +83,12 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
     log = MetricsLog(None)
     try:
         with strategy.watch():
+            # A run that was stopped before it first saved begins anew, pretrained weights and all.
+            begun = resume and (folder / LAST).is_file()
             parts = _on_every_rank(
                 strategy,
                 lambda: _as_trained(
-                    _prepare(settings, strategy, folder, new=not resume, writes=True), folder
+                    _prepare(settings, strategy, folder, new=not resume, trained=begun), folder
                 ),
             )
             strategy.agree(_facts(settings, parts.items))
@@ -118,7 +120,8 @@ def evaluate(settings: Settings, folder: Path, out: Path) -> None:
             parts = _on_every_rank(
                 strategy,
                 lambda: _as_trained(
-                    _prepare(settings, strategy, folder, new=False, writes=False), folder
+                    _prepare(settings, strategy, folder, new=False, trained=True, writes=False),
+                    folder,
                 ),
             )
             strategy.setup(parts.model, None, clip=None)
@@ -131,16 +134,25 @@ def evaluate(settings: Settings, folder: Path, out: Path) -> None:
 
 
 def _prepare(
-    settings: Settings, strategy: Strategy, folder: Path, *, new: bool, writes: bool
+    settings: Settings,
+    strategy: Strategy,
+    folder: Path,
+    *,
+    new: bool,
+    trained: bool,
+    writes: bool = True,
 ) -> _Parts:
-    """Data and model; with ``writes`` the rank that leads also looks after the run's ``folder``."""
+    """Data and model; with ``writes`` the rank that leads also looks after the run's ``folder``.
+
+    What a checkpoint holds is not made (``trained``): weights of the encoder, what the task fits.
+    """
     ours = folder if writes and strategy.leads else None
     if new and ours is not None and ours.exists() and any(ours.iterdir()):
         raise UserError(
             f"the run folder {ours} exists\n"
             f"  go on with it: --resume {ours}; or choose another: run.out=FOLDER"
         )
-    task = build.build_task(settings.task) if new else build.load_task(settings.task, folder)
+    task = build.load_task(settings.task, folder) if trained else build.build_task(settings.task)
     if task.whole_update and settings.optim.bags < 2:
         raise UserError(
             "the task's loss compares the bags of an update: optim.bags must be 2 or more, found 1"
@@ -158,9 +170,9 @@ def _prepare(
     view = build.build_view(settings.data, settings.bag, strategy.device, features=features)
     known = build.describe_features(items) if features else None
     width = known["width"] if known else None
-    model = build.build_model(settings, task, strategy.device, trained=not new, width=width)
+    model = build.build_model(settings, task, strategy.device, trained=trained, width=width)
     parts = _Parts(task, items, view, model, known)
-    if new:
+    if not trained:
         learned = parts.of_split("train")
         task.fit([item.target for item in learned], [item.slide.case for item in learned])
     loader = build.build_loader(settings, parts.of_split("train"), view, model=model, task=task)
@@ -168,7 +180,7 @@ def _prepare(
     if model.head.needs_coords:
         for item in items:
             view.check_places(item)
-    if new and ours is not None:
+    if not trained and ours is not None:
         ours.mkdir(parents=True, exist_ok=True)
         build.write_cohort(items, problems, ours / "cohort.csv")
         write_json(ours / build.TASK, task.state())

@@ -34,6 +34,8 @@ from e2e.optim import WeightAverage, build_optimizer, learning_rate
 from e2e.parallel import Strategy
 from e2e.tasks.base import Task
 
+LAST = "last.safetensors"
+"""In a run's folder: where it stopped."""
 MUCH_WAITING = 0.05
 """Share of the time spent waiting for pixels from which on the screen says so."""
 
@@ -175,7 +177,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from last.safetensors; a run stopped before its first one starts again."""
-        path = self.folder / "last.safetensors"
+        path = self.folder / LAST
         if path.exists():
             tensors, state = load_checkpoint(path)
             self.progress = Progress(**state)

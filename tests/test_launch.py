@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
@@ -134,6 +135,23 @@ def test_settings_saved_with_a_run_alone_repeat_it_to_the_bit(
     code, _ = call(train.main, monkeypatch, capsys, "--resume", again)
     assert code == 0
     assert_same_weights(finished, again)
+
+
+@pytest.mark.slow
+def test_a_run_stopped_before_it_first_saved_begins_with_the_pretrained_weights(
+    cohort, tmp_path, monkeypatch, capsys
+):
+    torch.manual_seed(7)
+    weights = tmp_path / "weights.pt"
+    torch.save(timm.create_model("test_resnet").state_dict(), weights)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    more = (f"encoder.weights={weights}", "optim.epochs=1", "run.heatmaps=0")
+    code, said = call(train.main, monkeypatch, capsys, *arguments(cohort, whole, *more))
+    assert code == 0, said
+    stopped.mkdir()
+    shutil.copy(whole / "settings.yaml", stopped)
+    assert call(train.main, monkeypatch, capsys, "--resume", stopped)[0] == 0
+    assert_same_weights(whole, stopped)
 
 
 @pytest.mark.slow
