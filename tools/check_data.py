@@ -136,9 +136,10 @@ def describe_table(data: Data, task: Task, slides: Sequence[Slide]) -> list[str]
     ]
     for column in task.columns:
         found = Counter(slide.target[column] for slide in slides)
-        shown = ", ".join(f"'{word}' {n:,}" for word, n in sorted(found.items())[:MANY])
-        more = f", ... {len(found):,} different" if len(found) > MANY else ""
-        lines.append(f"  {column}: {shown}{more}")
+        shown = ", ".join(f"'{word}' {n:,}" for word, n in sorted(found.items()))
+        if len(found) > MANY:
+            shown = f"{len(found):,} different, such as {', '.join(list(found)[:3])}"
+        lines.append(f"  {column}: {shown}")
     return lines
 
 
