@@ -322,8 +322,10 @@ def load_cohort(
         slide_suffix=data.slide_suffix,
     )
     used, strange = _split_by_file(slides, data)
-    aside = {slide.id for slide in slides} - {slide.id for slide in used}
     known, unknown = _with_known_labels(used, task)
+    # A store's slide that no known slide is may yet have its row.
+    rows = {slide.id for slide in slides} | {problem.slide for problem in problems}
+    aside = rows - {slide.id for slide in known}
     scales = [open_feature_stores(data)] if features else open_scales(data)
     first, unmatched = match_stores(known, scales[0])
     problems += [*strange, *unknown, *(p for p in unmatched if p.slide not in aside)]

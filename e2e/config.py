@@ -279,7 +279,13 @@ class Run:
     save_every: int = setting(0, "also save every so many updates within an epoch; 0: no")
     bootstrap: int = setting(1000, "resamples of the cases for the 95 % intervals")
     heatmaps: int | None = setting(None, "draw at most so many test slides; null: all")
-    wandb: bool = setting(False, "send the metrics to Weights & Biases")
+    track: list[str] = setting(
+        [], "also log to: tensorboard, wandb (its files, sent by nobody), wandb-online"
+    )
+
+    def __post_init__(self) -> None:
+        known = ("tensorboard", "wandb", "wandb-online")
+        _check(set(self.track) <= set(known), "run.track", self.track, f"some of {known}")
 
 
 @dataclass(frozen=True)
@@ -325,7 +331,11 @@ DEFAULTS: Layer = (
     {"sampler": {"name": "random"}, "augment": {"name": "turns"}},
 )
 """Below all layers: the plug-ins of a run that names none."""
-MOVED = {"bag.flip": "augment.flip (turns, mirrors or none)", "bag.crop": "augment.crop"}
+MOVED = {
+    "bag.flip": "augment.flip (turns, mirrors or none)",
+    "bag.crop": "augment.crop",
+    "run.wandb": "run.track=[wandb] or [wandb-online]",
+}
 
 
 def train_parser(doc: str) -> argparse.ArgumentParser:

@@ -1,13 +1,16 @@
-"""What a run tells: one progress line, tables, metrics.jsonl, and Weights & Biases when asked."""
+"""What a run tells: one progress line, tables, metrics.jsonl; TensorBoard, Weights & Biases when asked."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -79,13 +82,29 @@ class Screen:
         self.console.print(table)
 
 
-class MetricsLog:
-    """metrics.jsonl of a run: one JSON object a line, in order of the optimiser steps."""
+class Tracker(Protocol):
+    """Another place for the metrics."""
 
-    def __init__(self, path: Path | None, wandb: Mapping[str, Any] | None = None) -> None:
-        """``path`` None writes nothing; ``wandb`` holds the settings to send, None sends nothing."""
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Take the values of one step; steps never fall within a run of the program."""
+        ...
+
+    def close(self) -> None:
+        """Finish."""
+        ...
+
+
+class MetricsLog:
+    """metrics.jsonl of a run: one JSON object a line, in order of the optimiser steps.
+
+    Args:
+        path: the file; None writes nothing anywhere.
+        trackers: other places, which get the numbers, nested names joined by a slash.
+    """
+
+    def __init__(self, path: Path | None, trackers: Sequence[Tracker] = ()) -> None:
         self.path = path
-        self._run = _start_wandb(path, wandb) if path is not None and wandb is not None else None
+        self._trackers = trackers
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps later than ``step``: a resumed run writes them again."""
@@ -100,13 +119,21 @@ class MetricsLog:
             return
         with self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
-        if self._run is not None:
-            self._run.log(values, step=values["step"])
+        for tracker in self._trackers:
+            tracker.log(dict(_numbers(values)), values["step"])
 
     def close(self) -> None:
         """Finish what was sent elsewhere."""
-        if self._run is not None:
-            self._run.finish()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def _numbers(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{before}{name}/")
+        elif isinstance(value, (int, float)) and name != "step":
+            yield before + name, value
 
 
 def _step_of(line: str) -> float:
@@ -116,10 +143,62 @@ def _step_of(line: str) -> float:
         return float("inf")  # a line cut off when the run was stopped
 
 
-def _start_wandb(path: Path, settings: Mapping[str, Any]) -> Any:
-    import wandb
+class TensorBoard:
+    """Event files in ``folder/tensorboard``. Of a resumed run, later steps written before are hidden."""
 
-    return wandb.init(project="e2e", name=path.parent.name, dir=path.parent, config=dict(settings))
+    def __init__(self, folder: Path, settings: str) -> None:
+        self._folder, self._writer = folder / "tensorboard", None
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """See :class:`Tracker`."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder), purge_step=step)
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """See :class:`Tracker`."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Wandb:
+    """Weights & Biases; ``offline`` writes to ``folder/wandb``, for ``wandb sync`` to send or not."""
+
+    def __init__(self, folder: Path, settings: str, *, mode: str = "offline") -> None:
+        import wandb
+
+        # A resumed run goes on under its own name; no code and no console output is taken along.
+        own = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
+        quiet = wandb.Settings(console="off", disable_git=True, save_code=False)
+        self._run = wandb.init(
+            project="e2e",
+            name=folder.name,
+            dir=folder,
+            id=os.environ.get("WANDB_RUN_ID", own),  # a sweep's agent has names of its own
+            resume="allow",
+            mode=mode,  # pyright: ignore[reportArgumentType]
+            config={"settings": settings},
+            settings=quiet,
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """See :class:`Tracker`."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """See :class:`Tracker`."""
+        self._run.finish()
+
+
+TRACKERS: dict[str, Callable[[Path, str], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+    "wandb-online": partial(Wandb, mode="online"),
+}
+"""Name -> what makes a tracker of a run's folder and its settings as text."""
 
 
 def clock(seconds: float) -> str:

@@ -35,7 +35,7 @@ from e2e.evaluate import (
 )
 from e2e.evaluate import predict as predict_slides
 from e2e.files import write_atomically
-from e2e.log import MetricsLog, Screen, clock
+from e2e.log import TRACKERS, MetricsLog, Screen, clock
 from e2e.model import MILModel
 from e2e.parallel import Strategy, pick_device
 from e2e.tasks.base import Task
@@ -91,8 +91,9 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
             )
             strategy.agree(_facts(settings, parts.items))
             if strategy.leads:
-                wandb = {"settings": dump_settings(settings)} if settings.run.wandb else None
-                log = MetricsLog(folder / "metrics.jsonl", wandb=wandb)
+                made = (TRACKERS[name] for name in settings.run.track)
+                trackers = [make(folder, dump_settings(settings)) for make in made]
+                log = MetricsLog(folder / "metrics.jsonl", trackers)
             _greet(screen, settings, parts, strategy)
             trainer = _trainer(settings, folder, parts, strategy, log, screen)
             if resume:

@@ -19,6 +19,8 @@ OWNERS = {
     "torch.nn.parallel": {"e2e/parallel/ddp.py"},
     "deepspeed": {"e2e/parallel/deepspeed.py"},
     "wandb": {"e2e/log.py"},
+    "torch.utils.tensorboard": {"e2e/log.py"},
+    "optuna": {"e2e/sweep.py"},
     "omegaconf": {"e2e/config.py"},
     "simplejpeg": {"e2e/data/decode.py", "tools/bench_loader.py"},
     "turbojpeg": {"e2e/data/decode.py", "tools/bench_loader.py"},

@@ -167,6 +167,8 @@ WRONG = {
     "optim.lr.x=3": ("setting optim.lr: ",),
     "bag.copies=maybe": ("setting bag.copies: ", "'maybe'"),
     "bag.crop=0.5": ("bag.crop is augment.crop now",),
+    "run.wandb=true": ("run.wandb is run.track=[wandb]",),
+    "run.track=[tensorbord]": ("setting run.track must be some of", "'tensorbord'"),
     "data.scales=[[x.lmdb]]": ("setting bag.shares must be 2 numbers, for data.stores and each",),
     "augment.crop=wide": ("setting augment.crop: ", "'wide'"),
     "augment.name=stong": ("unknown augmentation 'stong'; did you mean 'strong'?",),

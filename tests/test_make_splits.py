@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -197,13 +198,56 @@ def test_bad_rows_are_listed_and_the_exit_code_is_2(tmp_path):
     ]
 
 
-def test_the_real_tables_are_cut_as_asked(shared_data, tmp_path):
+def cut_real(labels: Path, out: Path, capsys, *more: object) -> list[list[str]]:
+    """The printed rows of a real table, without their header."""
+    args = ["--labels", labels, "--out", out, *more]
+    assert main([str(word) for word in args]) == 0
+    return [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
+
+
+def test_panda_is_cut_into_five_folds_of_even_grades(shared_data, tmp_path, capsys):
+    labels = shared_data / "labels" / "panda.csv"
+    known = ["--case", "case", "--slide", "slide", "--label", "label"]
+    rows = cut_real(labels, tmp_path / "ours", capsys, *known)
+    assert [row[1] for row in rows] == ["train", "val", "test"] * 5
+    assert [" ".join(row[2:-1]) for row in rows[:3]] == [
+        "1,852 1,769 898 820 807 791 6,937",
+        "327 312 159 144 143 139 1,224",
+        "545 521 264 241 237 233 2,041",
+    ]
+    tests = np.array([[int(n.replace(",", "")) for n in row[2:8]] for row in rows[2::3]])
+    assert tests.sum(axis=0).tolist() == [2724, 2602, 1321, 1205, 1187, 1163]
+    assert np.ptp(tests, axis=0).max() <= 1
+    published = cut_real(labels, tmp_path / "theirs", capsys, *known, "--splits", labels)
+    assert [row[-1] for row in published] == ["7,143", "1,019", "2,040"]
+
+
+def test_brca_is_cut_by_site(shared_data, tmp_path, capsys):
     labels = shared_data / "labels" / "subtyping_tcga_brca.csv"
-    args = ["--labels", labels, "--case", "case", "--slide", "slide", "--label", "label"]
-    main([str(word) for word in (*args, "--site", "tcga", "--out", tmp_path / "out")])
+    known = ["--case", "case", "--slide", "slide", "--label", "label", "--site", "tcga"]
+    rows = cut_real(labels, tmp_path / "out", capsys, *known)
+    tested = [row[2:] for row in rows if row[1] == "test"]
+    assert [(idc, ilc) for idc, ilc, *_ in tested] == [
+        ("156", "42"),
+        ("158", "39"),
+        ("157", "39"),
+        ("158", "39"),
+        ("158", "39"),
+    ]
+    assert sum(int(sites) for *_, sites in tested) == 39  # each in one fold
     done = pd.read_csv(tmp_path / "out" / "splits.csv", dtype=str)
     for number in range(5):
-        tested = done[done[f"fold_{number}"] == "test"]
-        assert 196 <= len(tested) <= 198
-        rest = set(done.case[done[f"fold_{number}"] != "test"].str[5:7])
-        assert rest.isdisjoint(tested.case.str[5:7])
+        tests = done[f"fold_{number}"] == "test"
+        assert set(done.case[tests].str[5:7]).isdisjoint(done.case[~tests].str[5:7])
+
+
+def test_brca_survival_is_cut_and_taken_over_with_its_events(shared_data, tmp_path, capsys):
+    folder = shared_data / "labels" / "survival_tcga_brca_3fold"
+    known = ["--case", "ID", "--label", "Status"]
+    ours = cut_real(folder / "fold_0.csv", tmp_path / "ours", capsys, *known, "--folds", 3)
+    theirs = cut_real(
+        folder / "fold_0.csv", tmp_path / "theirs", capsys, *known, "--splits", folder
+    )
+    tested = [[row[3] for row in rows if row[1] == "test"] for rows in (ours, theirs)]
+    assert tested == [["49", "49", "48"], ["54", "48", "44"]]  # events
+    assert [row[-1] for row in theirs] == ["671", "336", "671", "336", "672", "335"]

@@ -285,6 +285,17 @@ def test_an_empty_bag_is_listed(cohort, monkeypatch, capsys):
     assert "no patch" in said
 
 
+def test_a_slide_whose_row_cannot_be_used_is_listed_once(cohort, monkeypatch, capsys):
+    table = cohort / "labels.csv"
+    lines = table.read_text().splitlines()
+    lines[4] = lines[4].replace("marked", "weird")
+    lines[5] = lines[5].replace("plain", "")
+    table.write_text("\n".join(lines) + "\n")
+    said = refusal(cohort, monkeypatch, capsys)
+    assert "do not agree in 2 place(s)" in said
+    assert said.count("s03") == said.count("s04") == 1
+
+
 def test_a_label_outside_the_classes_is_listed(cohort, monkeypatch, capsys):
     table = pd.read_csv(cohort / "labels.csv")
     table.loc[3, "label"] = "perhaps"

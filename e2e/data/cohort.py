@@ -234,7 +234,9 @@ def _read_columns(path: Path, names: list[str]) -> pd.DataFrame:
         raise UserError(f"{path} is no readable table: {str(error).strip()}") from error
     missing = sorted(set(names) - set(table.columns))
     if missing:
-        remedy = "name the table's own columns: data.columns.case=, .slide=, .split=, and the task's column"
+        remedy = (
+            "name the table's own columns: data.columns.case=, .slide=, .split=, the task's column"
+        )
         if ";" in str(table.columns[0]):  # as spreadsheets write where the comma is decimal
             remedy = "its cells are separated by ';': save it with commas"
         raise UserError(

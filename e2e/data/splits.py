@@ -6,16 +6,18 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from e2e.data.cohort import Problem, Slide
-from e2e.data.features import FeatureStore
 from e2e.data.sampler import mix
 from e2e.data.store import PatchStore, Slides, Store
 from e2e.errors import UserError, listing
+
+if TYPE_CHECKING:  # it needs PyTorch, and the tools that cut cohorts do not
+    from e2e.data.features import FeatureStore
 
 SPLITS = ("train", "val", "test")
 PIECE = 256  # patches in memory at once
@@ -112,7 +114,7 @@ def _glance(slide: str, store: Slides) -> object:
 def _whole(slide: str, store: Slides) -> bytes:
     """All that is compared; besides the sums one JPEG, since a single patch's sum may be another's."""
     if hasattr(store, "features"):
-        return cast(FeatureStore, store).features(slide).numpy().tobytes()
+        return cast("FeatureStore", store).features(slide).numpy().tobytes()
     count, patches = store.count(slide), cast(Store, store)
     return _checksums(slide, patches, range(count)).tobytes() + patches.read(slide, [count // 2])[0]
 

@@ -1,0 +1,72 @@
+"""What a run tells elsewhere: TensorBoard's events, and Weights & Biases' files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from e2e.log import TRACKERS, MetricsLog
+
+
+def open_log(folder: Path, *names: str) -> MetricsLog:
+    return MetricsLog(folder / "metrics.jsonl", [TRACKERS[name](folder, "a: 1") for name in names])
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {
+        name: [(event.step, round(event.value, 6)) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_has_the_numbers_of_the_log_and_no_others(tmp_path):
+    log = open_log(tmp_path, "tensorboard")
+    log.write(step=1, loss=0.5, skipped=False, slides=["a"])
+    log.write(step=2, loss=None, val={"auc": 0.75, "kappa": None, "more": {"f1": 0.25}})
+    log.close()
+    assert scalars(tmp_path) == {
+        "loss": [(1, 0.5)],
+        "skipped": [(1, 0.0)],
+        "val/auc": [(2, 0.75)],
+        "val/more/f1": [(2, 0.25)],
+    }
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_resumed_run_writes_over_the_steps_it_takes_again(tmp_path):
+    log = open_log(tmp_path, "tensorboard")
+    for step in (1, 2, 3):
+        log.write(step=step, loss=float(step))
+    log.close()
+    again = open_log(tmp_path, "tensorboard")
+    again.forget_after(1)
+    again.write(step=2, loss=20.0)
+    again.close()
+    assert scalars(tmp_path)["loss"] == [(1, 1.0), (2, 20.0)]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 20.0)]
+
+
+def test_nothing_is_tracked_unless_asked(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write(step=1, loss=0.5)
+    log.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.slow
+def test_wandb_is_offline_unless_asked_and_takes_no_code_along(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    log = open_log(tmp_path / "run", "wandb")
+    log.write(step=1, loss=0.5)
+    log.close()
+    [folder] = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert list(folder.glob("*.wandb"))
+    assert not list(folder.rglob("*.py"))
+    assert not list(folder.rglob("diff.patch"))
