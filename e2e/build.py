@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,9 @@ from e2e.parallel import build_strategy as named_strategy
 from e2e.tasks.base import TASKS, Task
 from e2e.trainer import Schedule
 
+TASK = "task.json"
+"""In a run's folder: what its task took from the training slides."""
+
 REGISTRIES = {
     "encoder": ENCODERS,
     "head": HEADS,
@@ -65,8 +69,30 @@ REGISTRIES = {
 
 
 def build_task(plugin: Plugin) -> Task:
-    """The task of the settings."""
+    """The task of the settings, which has seen no training slides yet."""
     return TASKS.build(plugin.name, **plugin.options)
+
+
+def load_task(plugin: Plugin, run: Path) -> Task:
+    """The task of a run folder, with what it took from the training slides.
+
+    Raises:
+        UserError: the folder has no task.json, or that of another task.
+    """
+    task, file = build_task(plugin), run / TASK
+    if not file.is_file():
+        raise UserError(
+            f"{run} has no {TASK}, which holds what its task took from the training slides\n"
+            "  start the run anew"
+        )
+    try:
+        task.load_state(json.loads(file.read_bytes()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} does not fit the task '{plugin.name}' of the settings: {error}\n"
+            "  leave its options as the run has them"
+        ) from error
+    return task
 
 
 def on_features(settings: Settings) -> bool:
@@ -523,11 +549,13 @@ def _with_known_labels(slides: Sequence[Slide], task: Task) -> tuple[list[Slide]
     known, problems = [], []
     for slide in slides:
         try:
-            task.encode(slide.target)
+            if task.known(task.encode(slide.target)):
+                known.append(slide)
+            else:
+                words = f"no value for {', '.join(task.columns)}"
+                problems.append(Problem(slide.id, "label table", words))
         except UserError as error:
             problems.append(Problem(slide.id, "label table", str(error)))
-        else:
-            known.append(slide)
     return known, problems
 
 

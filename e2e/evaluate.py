@@ -24,10 +24,10 @@ from e2e.heads.base import HeadOutput
 from e2e.heatmap import draw_heatmap, patch_scores
 from e2e.log import Screen
 from e2e.losses.base import real_attention
-from e2e.metrics import case_weights, interval
+from e2e.metrics import Array, by_group, case_weights, interval, tcga_centre
 from e2e.model import MILModel
 from e2e.parallel import Strategy
-from e2e.tasks.base import Task
+from e2e.tasks.base import Numbers, Task
 
 Metrics = dict[str, dict[str, float | None]]
 Draw = Callable[[LabelledSlide, HeadOutput, list[float]], None]
@@ -40,9 +40,10 @@ class Prediction:
     case: str
     slide: str
     split: str
-    probabilities: list[float]
-    target: float | None
-    """What the task made of the label; None for a slide without one."""
+    values: list[float]
+    """The numbers of :meth:`e2e.tasks.base.Task.predict`."""
+    target: Numbers
+    """What the task made of the label; NaN where there is none."""
     entropy: float | None = None
     """Of the attention, from 0 (one patch) to 1 (uniform); None for a head without."""
 
@@ -60,7 +61,7 @@ def predict(
 ) -> list[Prediction]:
     """All patches of each slide, streamed through the encoder; each slide once over all ranks.
 
-    ``draw`` is called for each slide on the rank that has it, with its output and probabilities.
+    ``draw`` is called for each slide on the rank that has it, with its output and prediction.
     """
     model.eval()
     ours: list[Prediction] = []
@@ -68,13 +69,12 @@ def predict(
     bags = ((whole_bag(item, view, model.chunk), item) for item in share)
     for done, (bag, item) in enumerate(ahead(bags, strategy.device)):
         output = model(bag, strategy.device)[0]
-        probabilities = task.probabilities(output.logits)[0].cpu().double().tolist()
-        target = float(item.target) if torch.isfinite(item.target.float()).all() else None
+        values = task.predict(output.logits)[0].cpu().double().tolist()
         slide = item.slide
-        said = (slide.case, slide.id, slide.split, probabilities, target)
+        said = (slide.case, slide.id, slide.split, values, task.numbers(item.target))
         ours.append(Prediction(*said, attention_entropy(output)))
         if draw is not None:
-            draw(item, output, probabilities)
+            draw(item, output, values)
         screen.step(done + 1, len(share), f"slides evaluated ({slide.split or 'new'})")
     screen.pause()
     everyone = [p for part in strategy.gather(ours) for p in part]
@@ -94,20 +94,55 @@ def attention_entropy(output: HeadOutput) -> float | None:
 
 def score(predictions: Sequence[Prediction], task: Task, *, draws: int, seed: int = 0) -> Metrics:
     """Metric -> value with its 95 % percentile interval over ``draws`` resamples of the cases."""
-    probabilities = np.array([p.probabilities for p in predictions])
-    targets = np.array([p.target for p in predictions], dtype=np.float64)
     weights = case_weights([p.case for p in predictions], draws, seed)
-    return {k: interval(v) for k, v in task.metrics(probabilities, targets, weights).items()}
+    return {k: interval(v) for k, v in task.metrics(*_arrays(predictions), weights).items()}
+
+
+def score_centres(
+    predictions: Sequence[Prediction],
+    task: Task,
+    centres: Sequence[str],
+    *,
+    draws: int,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Centre -> ``slides``, ``cases`` and the metrics, under the resamples that :func:`score` draws."""
+    cases = [p.case for p in predictions]
+    weights = case_weights(cases, draws, seed)
+    groups = by_group(task.metrics, *_arrays(predictions), weights, groups=centres, cases=cases)
+    return {
+        centre: {
+            "slides": group.bags,
+            "cases": group.cases,
+            **{name: interval(values) for name, values in group.values.items()},
+        }
+        for centre, group in groups.items()
+    }
+
+
+def centres_of(cases: Sequence[str]) -> list[str]:
+    """The centre of each case where all are TCGA barcodes of two centres or more; else nothing."""
+    try:
+        found = [tcga_centre(case) for case in cases]
+    except UserError:
+        return []
+    return found if len(set(found)) > 1 else []
+
+
+def _arrays(predictions: Sequence[Prediction]) -> tuple[Array, Array]:
+    """Predictions and targets, a row each."""
+    values, targets = ([p.values for p in predictions], [p.target for p in predictions])
+    return np.array(values, np.float64), np.array(targets, np.float64)
 
 
 def write_predictions(predictions: Sequence[Prediction], task: Task, path: Path) -> None:
-    """predictions.csv: case, slide, split, label (where there is one), a probability a class, and how
+    """predictions.csv: case, slide, split, the label (where there is one), what is predicted, and how
     widely the head looked (:func:`attention_entropy`)."""
     rows: list[dict[str, Any]] = []
     for p in predictions:
-        label = "" if p.target is None else task.output_names[int(p.target)]
-        row: dict[str, Any] = {"case": p.case, "slide": p.slide, "split": p.split, "label": label}
-        row |= {f"prob_{n}": v for n, v in zip(task.output_names, p.probabilities, strict=True)}
+        row: dict[str, Any] = {"case": p.case, "slide": p.slide, "split": p.split}
+        row |= zip(task.label_columns, task.words(p.target), strict=True)
+        row |= zip(task.prediction_columns, p.values, strict=True)
         row["attention_entropy"] = p.entropy
         rows.append(row)
     write_atomically(path, pd.DataFrame(rows).to_csv(index=False).encode())
@@ -156,7 +191,8 @@ def evaluate_run(
     """Judge a run's best epoch on validation and test, and write what it says.
 
     Writes to ``out``: predictions.csv and heatmaps/ by the ``judged`` weights (``model`` or
-    ``ema``), metrics.json for both. Returns the content of metrics.json.
+    ``ema``), metrics.json for both, and for the judged ones also centre by centre. Returns the
+    content of metrics.json.
     """
     strategy.wait()  # for the rank that writes it
     tensors, state = load_checkpoint(best)
@@ -190,7 +226,12 @@ def evaluate_run(
             report.setdefault(split, {"slides": len(chosen)})[name] = score(
                 found, task, draws=draws
             )
-            kept += found if name == judged else []
+            if name == judged:
+                kept += found
+                centres = centres_of([p.case for p in found])
+                if centres:
+                    by_centre = score_centres(found, task, centres, draws=draws)
+                    report[split]["centres"] = by_centre
     if strategy.leads:
         write_predictions(kept, task, out / "predictions.csv")
         write_json(out / "metrics.json", report)
@@ -213,8 +254,8 @@ def patch_attention(
     """
     found: dict[str, Tensor] = {}
 
-    def collect(item: LabelledSlide, output: HeadOutput, probabilities: list[float]) -> None:
-        scores = patch_scores(output, int(np.argmax(probabilities)))
+    def collect(item: LabelledSlide, output: HeadOutput, values: list[float]) -> None:
+        scores = patch_scores(output, task.shown(values)[0])
         if scores is None:
             raise UserError(
                 "the head has no attention and no instance scores to draw patches by\n"
@@ -235,14 +276,14 @@ def heatmap_drawer(task: Task, look: Sight, folder: Path, chosen: Sequence[Label
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {item.slide.id for item in chosen}
 
-    def draw(item: LabelledSlide, output: HeadOutput, probabilities: list[float]) -> None:
-        top = int(np.argmax(probabilities))
+    def draw(item: LabelledSlide, output: HeadOutput, values: list[float]) -> None:
+        top, said = task.shown(values)
         scores = patch_scores(output, top)
         if item.slide.id not in wanted or scores is None:
             return
-        label = next(iter(item.slide.target.values()), "")
-        said = f"{task.output_names[top]} ({probabilities[top]:.2f})"
-        caption = f"{item.slide.id}   predicted {said}" + (f"   label {label}" if label else "")
+        words = zip(task.label_columns, task.words(task.numbers(item.target)), strict=True)
+        label = ", ".join(f"{column} {word}" for column, word in words if word)
+        caption = f"{item.slide.id}   predicted {said}   {label}".rstrip()
         draw_heatmap(item, scores, decoder=decoder, caption=caption, path=folder / item.slide.id)
 
     return draw

@@ -86,7 +86,7 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
             parts = _on_every_rank(
                 strategy,
                 lambda: _as_trained(
-                    _prepare(settings, strategy, folder, new=not resume, trained=resume), folder
+                    _prepare(settings, strategy, folder, new=not resume, writes=True), folder
                 ),
             )
             strategy.agree(_facts(settings, parts.items))
@@ -118,7 +118,7 @@ def evaluate(settings: Settings, folder: Path, out: Path) -> None:
             parts = _on_every_rank(
                 strategy,
                 lambda: _as_trained(
-                    _prepare(settings, strategy, None, new=False, trained=True), folder
+                    _prepare(settings, strategy, folder, new=False, writes=False), folder
                 ),
             )
             strategy.setup(parts.model, None, clip=None)
@@ -131,16 +131,20 @@ def evaluate(settings: Settings, folder: Path, out: Path) -> None:
 
 
 def _prepare(
-    settings: Settings, strategy: Strategy, folder: Path | None, *, new: bool, trained: bool
+    settings: Settings, strategy: Strategy, folder: Path, *, new: bool, writes: bool
 ) -> _Parts:
-    """Data and model; the rank that leads also looks after a training run's ``folder``."""
-    ours = folder if strategy.leads else None
+    """Data and model; with ``writes`` the rank that leads also looks after the run's ``folder``."""
+    ours = folder if writes and strategy.leads else None
     if new and ours is not None and ours.exists() and any(ours.iterdir()):
         raise UserError(
             f"the run folder {ours} exists\n"
             f"  go on with it: --resume {ours}; or choose another: run.out=FOLDER"
         )
-    task = build.build_task(settings.task)
+    task = build.build_task(settings.task) if new else build.load_task(settings.task, folder)
+    if task.whole_update and settings.optim.bags < 2:
+        raise UserError(
+            "the task's loss compares the bags of an update: optim.bags must be 2 or more, found 1"
+        )
     features = build.on_features(settings)
     items, problems = build.load_cohort(
         settings.data,
@@ -154,8 +158,11 @@ def _prepare(
     view = build.build_view(settings.data, settings.bag, strategy.device, features=features)
     known = build.describe_features(items) if features else None
     width = known["width"] if known else None
-    model = build.build_model(settings, task, strategy.device, trained=trained, width=width)
+    model = build.build_model(settings, task, strategy.device, trained=not new, width=width)
     parts = _Parts(task, items, view, model, known)
+    if new:
+        learned = parts.of_split("train")
+        task.fit([item.target for item in learned], [item.slide.case for item in learned])
     loader = build.build_loader(settings, parts.of_split("train"), view, model=model, task=task)
     loader.check(strategy.world_size, settings.optim.epochs)
     if model.head.needs_coords:
@@ -164,6 +171,7 @@ def _prepare(
     if new and ours is not None:
         ours.mkdir(parents=True, exist_ok=True)
         build.write_cohort(items, problems, ours / "cohort.csv")
+        write_json(ours / build.TASK, task.state())
         if known:
             write_json(ours / FEATURES, known)
         write_atomically(ours / "settings.yaml", dump_settings(settings).encode())
@@ -230,7 +238,7 @@ def predict(
     overrides = read_mpp(mpp_override) if mpp_override else {}
     source = SlideFiles(find_slides(slides), tiling, recipe["quality"], overrides)
     packed = pack(source, store_path, workers=workers, progress=_Told(screen))
-    task = build.build_task(settings.task)
+    task = build.load_task(settings.task, folder)
     strategy = Strategy(pick_device(settings.engine.device))
     model = build.build_model(settings, task, strategy.device, trained=True)
     weights = part(build.judged_weights(settings.optim, settings.select), tensors)
@@ -238,7 +246,7 @@ def predict(
     check_weights(strategy.shapes, weights, best)
     strategy.load(weights)
     store = PatchStore(store_path)
-    unknown = torch.tensor(float("nan"))
+    unknown = task.encode(dict.fromkeys(task.columns, ""))
     items = [
         LabelledSlide(Slide(id=slide, case=slide, split="", target={}), store, unknown)
         for slide in store.slides

@@ -22,7 +22,7 @@ def task(name: str = "classification", **options) -> Task:
     return TASKS.build(name, **({"classes": THREE} | options))
 
 
-@pytest.fixture(params=TASKS.names())
+@pytest.fixture(params=["classification", "grading"])
 def any_task(request: pytest.FixtureRequest) -> Task:
     return task(request.param)
 
@@ -67,7 +67,7 @@ def test_the_loss_by_hand():
 def test_loss_and_probabilities_are_single_precision_even_of_half_logits(dtype):
     logits = torch.tensor([[12.0, -9.0, 3.0]], dtype=dtype)
     assert task().loss(logits, torch.tensor([1])).tolist() == pytest.approx([21.0001], abs=1e-3)
-    probabilities = task().probabilities(logits)
+    probabilities = task().predict(logits)
     assert probabilities.dtype == torch.float32
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-6)
     assert probabilities.argmax().item() == 0
@@ -94,6 +94,8 @@ def test_the_epoch_is_selected_by_the_metric_of_the_task(name, classes, monitor)
         ({"label_smoothing": 1.0}, "task.label_smoothing must be in [0, 1), found 1.0"),
         ({"monitor": "acuracy"}, "'acuracy'; did you mean 'accuracy'?"),
         ({"monitor": "auc"}, "unknown metric in task.monitor: 'auc'"),  # three classes have none
+        ({"class_weights": "balance"}, "'balance'; did you mean 'balanced'?"),
+        ({"focal_gamma": -1.0}, "task.focal_gamma must be at least 0 and finite, found -1"),
     ],
 )
 def test_wrong_options_are_named(options, expected):
@@ -110,9 +112,57 @@ def test_metrics_are_those_of_the_metrics_module():
     expected = classification_metrics(probabilities, labels, weights)
     assert ours.keys() == expected.keys()
     for name, values in expected.items():
-        np.testing.assert_array_equal(ours[name], values)
+        np.testing.assert_allclose(ours[name], values, rtol=1e-12)
 
 
 def test_a_splits_targets_are_told_in_a_line(any_task):
     targets = [torch.tensor(n) for n in (2, 0, 2)]
     assert any_task.describe(targets) == "1 normal, 0 LUAD, 2 LUSC"
+
+
+def targets(*numbers: int) -> list[torch.Tensor]:
+    return [torch.tensor(n) for n in numbers]
+
+
+def test_balanced_weights_are_those_of_the_training_slides_and_1_in_the_mean():
+    # 3, 2 and 1 of 6 slides: 6/9, 6/6, 6/3.
+    balanced = task(class_weights="balanced")
+    balanced.fit(targets(0, 0, 0, 1, 1, 2, -1), ["c"] * 7)
+    assert balanced.state() == {"class_weights": {"normal": 2 / 3, "LUAD": 1.0, "LUSC": 2.0}}
+    logits, three = torch.randn(3, 3), torch.tensor([0, 1, 2])
+    expected = task().loss(logits, three) * torch.tensor([2 / 3, 1, 2])
+    torch.testing.assert_close(balanced.loss(logits, three), expected)
+
+
+def test_the_focal_factor_by_hand():
+    # p = 1/4: (3/4)^2 log 4; a sure answer costs nothing, and its slope is finite for powers under 1.
+    logits = torch.tensor([[1.0, 2.0, 5.0]]).log()
+    focal = task(focal_gamma=2.0).loss(logits, torch.tensor([1]))
+    assert focal.tolist() == pytest.approx([9 / 16 * math.log(4)])
+    sure = torch.tensor([[60.0, 0.0, 0.0]], requires_grad=True)
+    task(focal_gamma=0.5).loss(sure, torch.tensor([0])).sum().backward()
+    assert sure.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("numbers", [(), (1, 1, 1), (-1, 2)])
+def test_training_slides_of_one_class_are_refused(numbers):
+    with pytest.raises(
+        UserError, match=r"of one class at most .*so there is nothing to tell apart"
+    ):
+        task().fit(targets(*numbers), ["c"] * len(numbers))
+
+
+def test_a_class_that_is_absent_in_training_has_no_balanced_weight():
+    task().fit(targets(0, 1), ["a", "b"])
+    with pytest.raises(UserError, match=r"no training slide is of class LUSC, so .*balanced"):
+        task(class_weights="balanced").fit(targets(0, 1), ["a", "b"])
+
+
+def test_numbers_that_a_table_with_blanks_gave_a_point_are_told_so():
+    with pytest.raises(UserError, match=r"label '1\.0' .* \(numbers with a point"):
+        task(classes=["0", "1"]).encode({"label": "1.0"})
+
+
+def test_the_weights_of_other_classes_do_not_fit():
+    with pytest.raises(KeyError):
+        task().load_state({"class_weights": {"a": 1.0}})

@@ -6,22 +6,34 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn import metrics as sk
 
+from e2e.errors import UserError
 from e2e.metrics import (
     accuracy,
     auc,
     auc_macro,
+    average_precision,
     balanced_accuracy,
+    bootstrap_p,
+    brier,
+    by_group,
     case_weights,
     classification_metrics,
     confusion,
+    delong,
+    ece,
     f1_macro,
     interval,
     kappa,
     log_loss,
+    multilabel_metrics,
+    precision_macro,
+    regression_metrics,
+    tcga_centre,
 )
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -81,6 +93,7 @@ def test_metrics_of_the_confusion_table_are_scikit_learns(classes, seed):
         (accuracy, sk.accuracy_score, {}),
         (balanced_accuracy, sk.balanced_accuracy_score, {}),
         (f1_macro, sk.f1_score, {"average": "macro"}),
+        (precision_macro, sk.precision_score, {"average": "macro", "zero_division": 0}),
         (lambda t: kappa(t, 0), sk.cohen_kappa_score, {}),
         (lambda t: kappa(t, 1), sk.cohen_kappa_score, {"weights": "linear"}),
         (lambda t: kappa(t, 2), sk.cohen_kappa_score, {"weights": "quadratic"}),
@@ -124,13 +137,19 @@ def test_perfect_predictions_have_perfect_metrics():
     labels = np.arange(12) % 3
     values = classification_metrics(0.97 * np.eye(3)[labels] + 0.01, labels, np.ones((1, 12)))
     assert values.pop("log_loss").tolist() == [pytest.approx(-math.log(0.98))]
+    assert values.pop("brier").tolist() == [pytest.approx(0.02**2 + 2 * 0.01**2)]
+    assert values.pop("ece").tolist() == [pytest.approx(0.02)]
     assert {name: float(value[0]) for name, value in values.items()} == dict.fromkeys(values, 1.0)
     assert set(values) == {
         "auc_macro_ovr",
+        "ap_macro_ovr",
         "accuracy",
         "balanced_accuracy",
         "f1_macro",
+        "precision_macro",
+        "recall_macro",
         "kappa",
+        "kappa_linear",
         "kappa_quadratic",
     }
 
@@ -149,13 +168,276 @@ def test_what_is_not_defined_is_nan_and_nothing_else_is():
     probabilities, labels = np.array([[0.2, 0.5, 0.3], [0.5, 0.3, 0.2]]), np.array([0, 0])
     values = classification_metrics(probabilities, labels, np.ones((1, 2)))
     undefined = {name for name, value in values.items() if np.isnan(value).any()}
-    assert undefined == {"auc_macro_ovr"}  # no positives at all of two classes
+    assert undefined == {"auc_macro_ovr", "ap_macro_ovr"}  # no positives at all of two classes
     assert values["balanced_accuracy"].tolist() == [0.5]  # over the one class that is present
     # Only one class, always predicted: nothing that chance could get wrong.
     table = confusion(np.array([1, 1]), np.array([1, 1]), 3, np.ones((1, 2)))
     assert np.isnan(kappa(table, 0)).all()
     assert np.isnan(kappa(table, 2)).all()
     assert f1_macro(table).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_average_precision_is_scikit_learns(seed, ties):
+    probabilities, labels, weights = bags(seed, 2, ties=ties)
+    score = np.round(probabilities[:, 1], 1) if ties else probabilities[:, 1]
+    expected = [sk.average_precision_score(labels, score, sample_weight=row) for row in weights]
+    np.testing.assert_allclose(average_precision(score, labels == 1, weights), expected, **EXACT)
+
+
+def test_average_precision_by_hand():
+    # Positives first and third of four: precision 1 at recall 1/2, 2/3 at recall 1.
+    score, positive = np.array([0.9, 0.8, 0.7, 0.1]), np.array([True, False, True, False])
+    assert average_precision(score, positive, np.ones((1, 4))).tolist() == [
+        pytest.approx((1 + 2 / 3) / 2)
+    ]
+
+
+def test_metrics_of_the_positive_class_are_scikit_learns():
+    probabilities, labels, weights = bags(4, 2)
+    values = classification_metrics(probabilities, labels, weights)
+    predicted = probabilities.argmax(axis=1)
+    for name, theirs in [
+        ("f1", sk.f1_score),
+        ("precision", sk.precision_score),
+        ("recall", sk.recall_score),
+    ]:
+        expected = [theirs(labels, predicted, sample_weight=row) for row in weights]
+        np.testing.assert_allclose(values[name], expected, err_msg=name, **EXACT)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_brier_score_is_scikit_learns(classes):
+    probabilities, labels, weights = bags(3, classes)
+    expected = [sk.brier_score_loss(labels, probabilities, sample_weight=row) for row in weights]
+    np.testing.assert_allclose(brier(probabilities, labels, weights), expected, **EXACT)
+
+
+def test_the_calibration_error_by_hand():
+    # Four bins. 0.6 and 0.7 share (0.5, 0.75]: one of two right, so |1/2 - 0.65|. 0.75 is its upper
+    # edge: with 0.75 right, three bags: accuracy 2/3, confidence 2.05 / 3. 0.9 wrong: 0.9.
+    sure = np.array([0.6, 0.7, 0.75, 0.9])
+    probabilities, labels = np.c_[1 - sure, sure], np.array([1, 0, 1, 0])
+    found = ece(probabilities, labels, np.array([[1.0, 1, 1, 1], [1, 0, 0, 1]]), bins=4)
+    np.testing.assert_allclose(found, [(abs(2 - 2.05) + 0.9) / 4, (0.4 + 0.9) / 2])
+
+
+def test_a_resample_without_any_bag_has_no_metrics():
+    probabilities, labels, _ = bags(0, 2)
+    values = classification_metrics(probabilities, labels, np.zeros((1, 60)))
+    assert all(np.isnan(value).all() for value in values.values())
+
+
+def test_one_class_has_no_auc_and_no_average_precision():
+    score, once = np.array([0.1, 0.9]), np.ones((1, 2))
+    for positive in (np.array([True, True]), np.array([False, False])):
+        assert np.isnan(auc(score, positive, once)).all()
+        assert np.isnan(average_precision(score, positive, once)).all()
+    mixed = np.array([True, False])
+    assert np.isnan(auc(np.array([np.nan, 0.5]), mixed, once)).all()  # a score that is no number
+    never = classification_metrics(np.array([[0.9, 0.1]] * 2), np.array([0, 1]), once)
+    assert np.isnan(never["precision"]).all()  # nothing is predicted positive
+    assert never["recall"].tolist() == [0.0]
+
+
+binary = st.lists(
+    st.tuples(st.integers(0, 6), st.booleans(), st.integers(0, 3)), min_size=1, max_size=30
+)
+
+
+@settings(deadline=None)
+@given(binary, st.randoms(use_true_random=False))
+def test_only_the_order_of_scores_counts_nor_that_of_bags_and_a_bag_of_weight_two_is_two(
+    rows, random
+):
+    score, positive, weight = (np.array(column) for column in zip(*rows, strict=True))
+    weights = weight[None].astype(np.float64)
+    order = np.array(random.sample(range(len(rows)), len(rows)))
+    for metric in (auc, average_precision):
+        expected = metric(score / 7, positive, weights)
+        for found in (
+            metric(np.exp(score) - 50, positive, weights),
+            metric(score[order] / 7, positive[order], weights[:, order]),
+            metric(
+                np.repeat(score, weight) / 7,
+                np.repeat(positive, weight),
+                np.ones((1, weight.sum())),
+            ),
+        ):
+            np.testing.assert_allclose(found, expected, **EXACT)
+    backwards = auc(-score / 7, positive, weights)
+    np.testing.assert_allclose(backwards, 1 - auc(score / 7, positive, weights), **EXACT)
+
+
+# --- several labels, numbers ---
+
+
+def test_each_label_of_several_is_judged_by_itself_on_the_bags_where_it_is_known():
+    rng = np.random.default_rng(0)
+    probabilities, targets = rng.random((50, 3)), (rng.random((50, 3)) < 0.4).astype(float)
+    targets[:20, 1] = np.nan
+    targets[:, 2] = 1.0
+    weights = np.vstack([np.ones(50), rng.integers(1, 4, 50)]).astype(np.float64)
+    names = ["er", "pr", "her2"]
+    values = multilabel_metrics(probabilities, targets, weights, names=names)
+    for name, rows, column in (("er", slice(0, 50), 0), ("pr", slice(20, 50), 1)):
+        truth, score = targets[rows, column], probabilities[rows, column]
+        for row, weight in enumerate(weights[:, rows]):
+            given = {"sample_weight": weight}
+            expected = sk.roc_auc_score(truth, score, **given)
+            assert values[f"auc_{name}"][row] == pytest.approx(expected)
+            expected = sk.average_precision_score(truth, score, **given)
+            assert values[f"ap_{name}"][row] == pytest.approx(expected)
+            expected = sk.f1_score(truth, score > 0.5, **given)
+            assert values[f"f1_{name}"][row] == pytest.approx(expected)
+    assert np.isnan(values["auc_her2"]).all()  # one class
+    assert np.isnan(values["auc_macro"]).all()
+    both = multilabel_metrics(probabilities[:, :2], targets[:, :2], weights, names=names[:2])
+    np.testing.assert_allclose(both["auc_macro"], (values["auc_er"] + values["auc_pr"]) / 2)
+    unknown = multilabel_metrics(
+        probabilities[:, :1], np.full((50, 1), np.nan), weights, names=["er"]
+    )
+    assert all(np.isnan(value).all() for value in unknown.values())
+    with pytest.raises(ValueError, match="neither 0 nor 1"):
+        multilabel_metrics(probabilities, 2 * targets, weights, names=names)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_metrics_of_numbers_are_scipys_and_scikit_learns(ties):
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(5, 2, (2, 40))
+    y += x
+    x, y = (np.round(x), np.round(y)) if ties else (x, y)
+    weights = np.vstack([np.ones(40), rng.integers(0, 4, (3, 40))]).astype(np.float64)
+    values = regression_metrics(np.r_[x, 9], np.r_[y, np.nan], np.c_[weights, np.ones(4)])
+    for row, weight in enumerate(weights):
+        a, b = (np.repeat(each, weight.astype(int)) for each in (x, y))
+        expected = {
+            "mae": sk.mean_absolute_error(b, a),
+            "rmse": sk.root_mean_squared_error(b, a),
+            "r2": sk.r2_score(b, a),
+            "pearson": stats.pearsonr(a, b).statistic,
+            "spearman": stats.spearmanr(a, b).statistic,
+        }
+        assert {k: v[row] for k, v in values.items()} == pytest.approx(expected, rel=1e-10)
+
+
+def test_constant_numbers_have_no_correlation_and_constant_targets_no_r2():
+    x, y = np.array([0.1, 0.1, 0.3]), np.array([0.2, 0.7, 0.7])
+    # The first resample draws alike predictions, the second alike targets, the third nothing.
+    weights = np.array([[1.0, 2, 0], [0, 1, 3], [0, 0, 0]])
+    values = regression_metrics(x, y, weights)
+    undefined = {name: np.isnan(value).tolist() for name, value in values.items()}
+    assert undefined == {
+        "mae": [False, False, True],
+        "rmse": [False, False, True],
+        "r2": [False, True, True],
+        "pearson": [True, True, True],
+        "spearman": [True, True, True],
+    }
+    nothing = regression_metrics(np.ones(2), np.full(2, np.nan), np.ones((1, 2)))
+    assert all(np.isnan(value).all() for value in nothing.values())
+
+
+# --- two runs ---
+
+
+def brute_force(first, second, positive):
+    """AUCs and the variance of their difference from the kernel of every pair: DeLong's eq. 4-6."""
+    kernels = []
+    for score in (first, second):
+        ill, well = score[positive][:, None], score[~positive][None]
+        kernels.append((ill > well) + 0.5 * (ill == well))
+    apart = kernels[0] - kernels[1]
+    m, n = apart.shape
+    of_ill = ((apart.mean(1) - apart.mean()) ** 2).sum() / (m - 1)
+    of_well = ((apart.mean(0) - apart.mean()) ** 2).sum() / (n - 1)
+    return kernels[0].mean(), kernels[1].mean(), of_ill / m + of_well / n
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_delongs_test_is_that_of_all_pairs(seed, ties):
+    rng = np.random.default_rng(seed)
+    positive = np.arange(41) % 3 == 0
+    first, second = rng.normal(size=(2, 41)) + positive * [[1.0], [0.4]]
+    first = np.round(first) if ties else first
+    a, b, variance = brute_force(first, second, positive)
+    found = delong(first, second, positive)
+    assert found[:2] == pytest.approx((a, b), rel=1e-12)
+    error = math.sqrt(variance)
+    assert found.p == pytest.approx(math.erfc(abs(a - b) / error / math.sqrt(2)), rel=1e-9)
+    span = a - b - 1.959963984540054 * error, a - b + 1.959963984540054 * error
+    assert (found.low, found.high) == pytest.approx(span, rel=1e-9)
+    turned = delong(np.exp(first), second, positive)
+    assert turned == pytest.approx(found, rel=1e-12)
+
+
+def test_delongs_test_by_hand():
+    # Positives 3 and 2, negatives 2.5 and 1: pairs 1 1 / 0 1, AUC 3/4; the other ranks all right.
+    # Differences of the pairs 0 0 / -1 0: rows 0, -1/2 and columns -1/2, 0, each of variance 1/8;
+    # so 1/8 / 2 + 1/8 / 2 = 1/8.
+    positive = np.array([True, True, False, False])
+    found = delong(np.array([3.0, 2, 2.5, 1]), np.array([4.0, 3, 2, 1]), positive)
+    assert found[:2] == (0.75, 1.0)
+    assert found.p == pytest.approx(math.erfc(0.25 / math.sqrt(1 / 8) / math.sqrt(2)))
+
+
+def test_delongs_test_is_not_defined_without_variance_or_with_one_bag_of_a_class():
+    positive, score = np.array([True, True, False, False]), np.array([3.0, 2, 2.5, 1])
+    same = delong(score, 2 * score, positive)
+    assert same[:2] == (0.75, 0.75)
+    assert np.isnan(same[2:]).all()
+    assert np.isnan(delong(score[1:], score[1:], positive[1:])).all()
+
+
+def test_delongs_p_and_that_of_the_bootstrap_agree_on_many_cases():
+    rng = np.random.default_rng(7)
+    positive = rng.random(300) < 0.5
+    shared = rng.normal(size=300) + positive
+    first, second = (shared + rng.normal(0, s, 300) for s in (0.5, 1.0))
+    weights = case_weights([str(k) for k in range(300)], 4000, seed=0)
+    apart = auc(first, positive, weights) - auc(second, positive, weights)
+    found = delong(first, second, positive)
+    assert 0.001 < found.p < 0.2
+    assert bootstrap_p(apart) == pytest.approx(found.p, rel=0.5)
+    low, high = np.percentile(apart[1:], [2.5, 97.5])
+    assert (low, high) == pytest.approx((found.low, found.high), abs=0.1 * (high - low))
+
+
+def test_the_bootstraps_p_by_hand():
+    assert bootstrap_p(np.r_[0.1, np.ones(97), -1, -1]) == pytest.approx(2 * 3 / 100)
+    assert bootstrap_p(np.r_[0.1, np.ones(99)]) == pytest.approx(2 / 100)  # never 0
+    assert bootstrap_p(np.zeros(50)) == 1
+    assert bootstrap_p(np.r_[0.1, np.nan, np.ones(9)]) == pytest.approx(2 / 10)
+    assert np.isnan(bootstrap_p(np.r_[np.nan, np.ones(9)]))
+    assert np.isnan(bootstrap_p(np.r_[0.1, np.nan]))
+
+
+# --- centre by centre ---
+
+
+def test_each_centre_has_its_own_metrics_and_one_class_has_no_auc():
+    probabilities, labels, _ = bags(6, 2)
+    cases = [f"TCGA-{'A2' if k < 40 else 'E9'}-{k // 2:04}" for k in range(60)]
+    labels[40:] = 1
+    weights = case_weights(cases, 5, seed=0)
+    centres = [tcga_centre(case) for case in cases]
+    given = {"groups": centres, "cases": cases}
+    found = by_group(classification_metrics, probabilities, labels, weights, **given)
+    assert {name: group[:2] for name, group in found.items()} == {"A2": (40, 20), "E9": (20, 10)}
+    expected = classification_metrics(probabilities[:40], labels[:40], weights[:, :40])
+    for name, value in found["A2"].values.items():
+        np.testing.assert_allclose(value, expected[name], err_msg=name, **EXACT)
+    assert interval(found["E9"].values["auc"]) == {"value": None, "low": None, "high": None}
+    assert interval(found["E9"].values["accuracy"])["value"] is not None
+
+
+@pytest.mark.parametrize("case", ["A2-A0T2", "TCGA-A2", "TCGA-A2X-A0T2", ""])
+def test_a_case_that_is_no_tcga_barcode_names_no_centre(case):
+    with pytest.raises(UserError, match="no TCGA barcode"):
+        tcga_centre(case)
 
 
 # --- intervals ---

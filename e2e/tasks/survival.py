@@ -1,0 +1,218 @@
+"""Survival: the time to an event, or to the last sight of a case without one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from e2e.errors import UserError
+from e2e.losses.survival import cox_loss, discrete_nll
+from e2e.metrics import Array, ratio
+from e2e.survival_metrics import Censoring, survival_metrics
+from e2e.tasks.base import TASKS, Task, choose_monitor, is_code, one_of, other_code
+
+LOSSES = ("nll", "cox")
+TIES = ("efron", "breslow")
+
+
+@TASKS.register("survival")
+class Survival(Task):
+    """A risk for each case: higher is an earlier event. The target is (time, event), event 1 or 0.
+
+    ``nll``: one output for each of ``bins`` intervals of time, cut at quantiles of the times of
+    events of the training cases; [e_k, e_{k+1}), the last without end. The risk is -sum_t S_t.
+    ``cox``: one output, the log of the relative hazard; its risk set is the whole update, over all
+    ranks, so the more bags an update has (``optim.bags``), the better. See
+    :mod:`e2e.losses.survival`.
+
+    Metrics besides Harrell's C use the censoring of the training cases, and the times at which
+    ``bins`` intervals meet.
+
+    Args:
+        event: the code in ``event_column`` that means the event was seen. Tables differ (1 is an
+            event in some, censored in others), so there is no default.
+        censored: the code of a case lost from sight; empty: the other one of 0 and 1.
+        time_column: the column of times, over 0, of any unit.
+        event_column: the column of those codes.
+        loss: nll or cox.
+        bins: of ``nll``, two or more; times of ``cox``'s metrics.
+        alpha: of ``nll``, in [0, 1]: takes so much off the weight of censored cases.
+        ties: of ``cox``: efron or breslow.
+        monitor: metric that selects the epoch.
+    """
+
+    label_columns = ("time", "event")
+    output_names = ("risk",)
+
+    def __init__(
+        self,
+        *,
+        event: str = "",
+        censored: str = "",
+        time_column: str = "time",
+        event_column: str = "event",
+        loss: str = "nll",
+        bins: int = 4,
+        alpha: float = 0.0,
+        ties: str = "efron",
+        monitor: str = "c_index",
+    ) -> None:
+        if not event:
+            raise UserError(
+                f"task.event is missing: which code of column '{event_column}' means that the event was "
+                "seen?\n  task.event=1 where 1 is an event, task.event=0 where 1 is censored"
+            )
+        if bins < 2 or not 0 <= alpha <= 1:
+            raise UserError(
+                f"task.bins must be 2 or more and task.alpha in [0, 1], found {bins} and {alpha:g}"
+            )
+        self.event, self.censored = event, other_code("censored", event, censored, "censored")
+        self.columns = (event_column, time_column)
+        self.whole_update = one_of("loss", loss, LOSSES) == "cox"
+        self.bins, self.alpha, self.ties = bins, alpha, one_of("ties", ties, TIES)
+        self.num_outputs = 1 if self.whole_update else bins
+        curve = () if self.whole_update else tuple(f"survival_{k + 1}" for k in range(bins))
+        self.prediction_columns = ("risk", *curve)
+        of_curves = () if self.whole_update else ("integrated_brier", "survival_nll")
+        self.metric_names = ("c_index", "c_index_uno", "auc_dynamic_mean", *of_curves)
+        self.monitor = choose_monitor(monitor, "c_index", self.metric_names)
+        self.tie_break = "c_index_uno" if self.whole_update else "survival_nll"
+        self.edges: list[float] = []
+        """Where one interval ends and the next begins; cut by :meth:`fit`."""
+        self.censoring: Censoring | None = None
+
+    def encode(self, words: Mapping[str, str]) -> Tensor:
+        """(2,) float64: time, and 1 for an event or 0; NaN twice where one of them is empty."""
+        event_column, time_column = self.columns
+        code, word = words[event_column], words[time_column]
+        if not code or not word:
+            return torch.full((2,), math.nan, dtype=torch.float64)
+        codes = [is_code(code, known) for known in (self.event, self.censored)]
+        if not any(codes):
+            raise UserError(
+                f"'{code}' in column '{event_column}' means neither an event ('{self.event}') nor "
+                f"censored ('{self.censored}')\n  set task.event and task.censored to the table's codes"
+            )
+        return torch.tensor([_time(word, time_column), float(codes[0])], dtype=torch.float64)
+
+    def fit(self, targets: Sequence[Tensor], cases: Sequence[str]) -> None:
+        """The intervals and the censoring of the training cases; each counts once."""
+        once = {case: t for case, t in zip(cases, targets, strict=True) if self.known(t)}
+        table = np.array([t.tolist() for t in once.values()]).reshape(-1, 2)
+        time, event = table[:, 0], table[:, 1] == 1
+        if not event.any():
+            raise UserError(
+                f"none of the {len(table)} training cases with a label has an event ('{self.event}' in "
+                f"column '{self.columns[0]}')\n  look at task.event and at the splits"
+            )
+        cuts = np.quantile(time[event], np.arange(1, self.bins) / self.bins)
+        self.edges = np.unique(cuts).tolist()
+        if not self.whole_update and (len(self.edges) < self.bins - 1 or event.sum() < self.bins):
+            raise UserError(
+                f"the {event.sum()} events of the training cases do not make {self.bins} intervals of "
+                "time\n  lower task.bins, or set task.loss=cox"
+            )
+        self.censoring = Censoring.fit(time, event)
+
+    def state(self) -> dict[str, Any]:
+        """Edges, and the censoring as times and chances."""
+        if self.censoring is None:
+            return {}
+        known = {"times": self.censoring.times.tolist(), "chance": self.censoring.chance.tolist()}
+        return {"edges": self.edges, "censoring": known}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """See :class:`Task`."""
+        edges, known = [float(edge) for edge in state["edges"]], state["censoring"]
+        if not self.whole_update and len(edges) != self.bins - 1:
+            raise ValueError(f"{len(edges) + 1} intervals where task.bins={self.bins}")
+        self.edges = edges
+        self.censoring = Censoring(np.array(known["times"]), np.array(known["chance"]))
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """See :class:`Task`; of ``cox`` the terms of a likelihood whose risk set is all of them."""
+        time, event = target.unbind(dim=1)
+        if self.whole_update:
+            return cox_loss(logits[:, 0], time, event, ties=self.ties)
+        return discrete_nll(logits, self._interval(time), event, alpha=self.alpha)
+
+    def _interval(self, time: Tensor) -> Tensor:
+        assert len(self.edges) == self.bins - 1, "the task has to be fitted first"
+        return torch.bucketize(time.nan_to_num(0), time.new_tensor(self.edges), right=True)
+
+    def predict(self, logits: Tensor) -> Tensor:
+        """(B, 1) risk; of ``nll`` (B, 1 + bins), the chances behind it to outlive each interval."""
+        logits = logits.float()
+        if self.whole_update:
+            return logits
+        alive = F.logsigmoid(-logits).cumsum(dim=1).exp()
+        return torch.cat([-alive.sum(dim=1, keepdim=True), alive], dim=1)
+
+    def metrics(
+        self,
+        predicted: NDArray[np.float64],
+        targets: NDArray[np.float64],
+        weights: NDArray[np.float64],
+    ) -> dict[str, NDArray[np.float64]]:
+        """See :mod:`e2e.survival_metrics`; and ``survival_nll``, the mean loss of ``nll`` at alpha 0."""
+        several = len(self.edges) > 1
+        curve = predicted[:, 1:]
+        found = survival_metrics(
+            predicted[:, 0],
+            targets,
+            weights,
+            censoring=self.censoring,
+            times=np.array(self.edges) if several else None,
+            survival=curve[:, :-1] if several and curve.size else None,
+        )
+        if not self.whole_update:
+            found["survival_nll"] = self._nll(curve, targets, weights)
+        undefined = np.full(len(weights), np.nan)
+        return {name: found.get(name, undefined) for name in self.metric_names}
+
+    def _nll(self, curve: Array, targets: Array, weights: Array) -> Array:
+        known = np.isfinite(targets).all(axis=1)
+        (time, event), rows = targets[known].T, np.arange(known.sum())
+        alive = np.hstack([np.ones((len(rows), 1)), curve[known]])
+        at = np.searchsorted(self.edges, time, side="right")
+        after = alive[rows, at + 1]
+        chance = np.where(event == 1, alive[rows, at] - after, after)
+        lost = -np.log(np.clip(chance, 1e-12, 1.0))
+        return ratio(weights[:, known] @ lost, weights[:, known].sum(1))
+
+    def shown(self, predicted: Sequence[float]) -> tuple[int, str]:
+        """The interval in which an event is likeliest; the risk."""
+        falls = -np.diff([1.0, *predicted[1:]])
+        return int(falls.argmax()) if len(falls) else 0, f"risk {predicted[0]:.3g}"
+
+    def group(self, target: Tensor) -> int:
+        """1 with an event, 0 when censored, -1 where that is not known."""
+        return int(target[1]) if self.known(target) else -1
+
+    def describe(self, targets: Sequence[Tensor]) -> str:
+        """How many events there are, and by which code."""
+        known = [target.tolist() for target in targets if self.known(target)]
+        if not known:
+            return "no label"
+        times, events = [time for time, _ in known], sum(event == 1 for _, event in known)
+        return (
+            f"{events} with an event ({events / len(known):.0%}; '{self.event}' in {self.columns[0]}), "
+            f"times {min(times):g} to {max(times):g}"
+        )
+
+
+def _time(word: str, column: str) -> float:
+    try:
+        time = float(word)
+    except ValueError:
+        time = math.nan
+    if not 0 < time < math.inf:
+        raise UserError(f"'{word}' in column '{column}' is no time: it must be a number over 0")
+    return time

@@ -1,0 +1,312 @@
+"""Survival: losses by hand and against float64 references, codes and times, bins of the training."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from sksurv.datasets import load_whas500
+    from sksurv.linear_model import CoxPHSurvivalAnalysis
+
+import e2e.tasks  # noqa: F401
+from e2e.errors import UserError
+from e2e.losses.survival import cox_loss, discrete_nll
+from e2e.tasks.base import TASKS
+from e2e.tasks.survival import Survival
+
+NAN = math.nan
+
+
+def task(**options) -> Survival:
+    made = TASKS.build("survival", **({"event": "1"} | options))
+    assert isinstance(made, Survival)
+    return made
+
+
+def targets(*pairs: tuple[float, float]) -> list[torch.Tensor]:
+    return [torch.tensor(pair, dtype=torch.float64) for pair in pairs]
+
+
+# --- the discrete-time likelihood ---
+
+
+def test_discrete_loss_of_two_cases_by_hand():
+    # Hazard 1/2 in each of 3 intervals. An event in interval 1 has the probability 1/2 * 1/2; to be
+    # censored in interval 0 is to outlive it, probability 1/2. The last interval too can be outlived.
+    interval, event = torch.tensor([1, 0, 2]), torch.tensor([1.0, 0.0, 0.0])
+    loss = discrete_nll(torch.zeros(3, 3), interval, event)
+    assert loss.tolist() == pytest.approx([math.log(4), math.log(2), math.log(8)])
+    weighed = discrete_nll(torch.zeros(3, 3), interval, event, alpha=0.25)
+    expected = [math.log(4), 0.75 * math.log(2), 0.75 * math.log(8)]
+    assert weighed.tolist() == pytest.approx(expected)
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 10**6), st.floats(0, 1))
+def test_discrete_loss_is_the_formula_of_products_in_float64(seed, alpha):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 2, (6, 4))
+    interval, event = rng.integers(0, 4, 6), rng.integers(0, 2, 6)
+    hazard = 1 / (1 + np.exp(-logits))
+    alive = np.hstack([np.ones((6, 1)), np.cumprod(1 - hazard, axis=1)])
+    rows = np.arange(6)
+    seen = -np.log(alive[rows, interval]) - np.log(hazard[rows, interval])
+    lost = -np.log(alive[rows, interval + 1])
+    expected = (1 - alpha) * np.where(event, seen, lost) + alpha * event * seen
+    found = discrete_nll(
+        torch.from_numpy(logits), torch.from_numpy(interval), torch.from_numpy(event), alpha=alpha
+    )
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_hazards_near_0_and_1_keep_a_finite_loss_and_slope():
+    logits = torch.tensor([[90.0, 90.0], [-90.0, -90.0]], requires_grad=True)
+    loss = discrete_nll(logits, torch.tensor([1, 1]), torch.tensor([0.0, 1.0]))
+    assert loss.tolist() == pytest.approx([180.0, 90.0])
+    loss.sum().backward()
+    assert logits.grad.abs().max() == pytest.approx(1)
+
+
+# --- Cox's partial likelihood ---
+
+
+def reference(risk, time, event, ties) -> float:
+    """The negative log partial likelihood in float64, one event after the other."""
+    total = 0.0
+    for at in np.unique(time[event == 1]):
+        tied = np.flatnonzero((time == at) & (event == 1))
+        whole, own = np.exp(risk[time >= at]).sum(), np.exp(risk[tied]).sum()
+        for turn, case in enumerate(tied):
+            taken = turn / len(tied) * own if ties == "efron" else 0.0
+            total += math.log(whole - taken) - risk[case]
+    return total
+
+
+def test_cox_loss_of_four_cases_by_hand():
+    # Hazards 1, 2, 4, 3; an event at 1, one lost and one event at 2, an event at 3.
+    risk = torch.tensor([1.0, 2.0, 4.0, 3.0]).log()
+    time, event = torch.tensor([1.0, 2.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 1.0, 1.0])
+    expected = [math.log(10), 0, math.log(9 / 4), 0]
+    for ties in ("breslow", "efron"):
+        assert cox_loss(risk, time, event, ties=ties).tolist() == pytest.approx(expected)
+    # Both at time 2 have an event: Efron takes half of the two, 3, off the second's sum of 9.
+    both = torch.tensor([1.0, 1.0, 1.0, 1.0])
+    efron = cox_loss(risk, time, both, ties="efron").sum()
+    assert efron.item() == pytest.approx(math.log(10 * 9 * 6 / (1 * 2 * 4)))
+    breslow = cox_loss(risk, time, both, ties="breslow").sum()
+    assert breslow.item() == pytest.approx(math.log(10 * 9 * 9 / (1 * 2 * 4)))
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10**6), st.sampled_from(["efron", "breslow"]), st.integers(1, 9))
+def test_cox_loss_is_the_formula_in_float64_with_ties_and_in_any_order(seed, ties, last):
+    rng = np.random.default_rng(seed)
+    risk, time = rng.normal(0, 3, 12), rng.integers(1, last + 1, 12).astype(float)
+    event = rng.integers(0, 2, 12).astype(float)
+    expected = reference(risk, time, event, ties)
+    for order in (np.arange(12), rng.permutation(12)):
+        parts = [torch.from_numpy(v[order]) for v in (risk, time, event)]
+        assert cox_loss(*parts, ties=ties).sum().item() == pytest.approx(
+            expected, rel=1e-4, abs=1e-4
+        )
+
+
+def test_cox_loss_forgives_a_shift_of_all_risks_and_extreme_ones():
+    risk = torch.tensor([500.0, 100.0, -300.0], requires_grad=True)
+    loss = cox_loss(risk, torch.tensor([3.0, 2.0, 1.0]), torch.ones(3))
+    assert loss.tolist() == pytest.approx([0, 400, 800])
+    loss.sum().backward()
+    assert risk.grad.isfinite().all()
+
+
+def test_cases_that_are_not_known_are_in_no_risk_set():
+    risk = torch.tensor([0.0, 1.0, 2.0, 9.0, 9.0], requires_grad=True)
+    time, event = torch.tensor([1.0, 2.0, 3.0, NAN, 2.5]), torch.tensor([1.0, 1.0, 0.0, 1.0, NAN])
+    for ties in ("breslow", "efron"):
+        risk.grad = None
+        loss = cox_loss(risk, time, event, ties=ties)
+        expected = reference(*(v[:3].detach().double().numpy() for v in (risk, time, event)), ties)
+        assert loss.sum().item() == pytest.approx(expected, rel=1e-5)
+        loss.sum().backward()
+        assert risk.grad[3:].tolist() == [0, 0]
+
+
+def test_an_update_without_an_event_has_no_loss_and_one_bag_neither():
+    assert (
+        cox_loss(torch.randn(3), torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3)).tolist() == [0] * 3
+    )
+    assert cox_loss(torch.randn(1), torch.ones(1), torch.ones(1)).tolist() == [0]
+
+
+@pytest.mark.parametrize("ties", ["efron", "breslow"])
+def test_scikit_survivals_cox_model_is_where_our_loss_is_least(ties):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table, outcome = load_whas500()
+        numbers = table[["age", "bmi", "hr", "sysbp"]].astype(float)
+        numbers = (numbers - numbers.mean()) / numbers.std()
+        model = CoxPHSurvivalAnalysis(ties=ties, tol=1e-12).fit(numbers, outcome)
+    x = torch.from_numpy(numbers.to_numpy().copy())
+    time = torch.from_numpy(outcome["lenfol"].astype(float).round(-2) + 1)  # with many ties
+    event = torch.from_numpy(outcome["fstat"].astype(float))
+    tied = outcome.copy()
+    tied["lenfol"] = time.numpy()
+    model = CoxPHSurvivalAnalysis(ties=ties, tol=1e-12).fit(numbers, tied)
+    weights = torch.from_numpy(model.coef_.copy()).requires_grad_()
+    cox_loss(x @ weights, time, event, ties=ties).sum().backward()
+    assert weights.grad.abs().max() < 1e-3  # of 215 events
+    other = torch.from_numpy(model.coef_.copy()).requires_grad_()
+    wrong = {"efron": "breslow", "breslow": "efron"}[ties]
+    cox_loss(x @ other, time, event, ties=wrong).sum().backward()
+    assert other.grad.abs().max() > 0.1
+
+
+# --- words ---
+
+
+def test_the_coding_of_events_is_asked_for():
+    with pytest.raises(UserError, match=r"task\.event is missing: which code of column 'status'"):
+        TASKS.build("survival", event_column="status")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "event"),
+    [
+        ({"event": "1"}, "1", 1), ({"event": "1"}, "0", 0), ({"event": "1"}, "1.0", 1),
+        ({"event": "0"}, "0", 1), ({"event": "0"}, "1", 0),
+        ({"event": "dead", "censored": "alive"}, "Dead", 1),
+        ({"event": "2", "censored": "1"}, "1", 0),
+    ],
+)  # fmt: skip
+def test_a_code_means_what_the_settings_say(options, code, event):
+    found = task(**options).encode({"event": code, "time": "3.5"})
+    assert found.tolist() == [3.5, event]
+    assert found.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("code", "time", "said"),
+    [
+        ("2", "5", "'2' in column 'event' means neither an event ('1') nor censored ('0')"),
+        ("dead", "5", "set task.event and task.censored to the table's codes"),
+        ("1", "0", "'0' in column 'time' is no time: it must be a number over 0"),
+        ("1", "-3", "'-3' in column 'time' is no time"),
+        ("0", "nan", "'nan' in column 'time' is no time"),
+        ("0", "12 months", "'12 months' in column 'time' is no time"),
+    ],
+)
+def test_other_codes_and_times_are_refused_in_one_message(code, time, said):
+    with pytest.raises(UserError) as error:
+        task().encode({"event": code, "time": time})
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("words", [("", "5"), ("1", ""), ("", "")])
+def test_half_a_label_is_none(words):
+    found = task().encode(dict(zip(("event", "time"), words, strict=True)))
+    assert not task().known(found)
+
+
+# --- what training tells ---
+
+
+def test_bins_are_cut_at_quantiles_of_the_events_of_training_cases_each_once():
+    # Events at 1..8, many slides of the last case, and censored ones that do not count.
+    pairs = [(float(t), 1.0) for t in range(1, 9)] + [(8.0, 1.0)] * 20 + [(50.0, 0.0)] * 9
+    cases = [*"abcdefgh", *["h"] * 20, *[f"x{k}" for k in range(9)]]
+    made = task(bins=4)
+    made.fit(targets(*pairs), cases)
+    assert made.edges == [2.75, 4.5, 6.25]
+    at = torch.tensor([0.5, 2.75, 4.4, 6.25, 90.0], dtype=torch.float64)
+    assert made._interval(at).tolist() == [0, 1, 1, 3, 3]
+
+
+def test_training_without_events_or_with_too_few_for_the_bins_is_refused():
+    with pytest.raises(UserError, match="none of the 2 training cases with a label has an event"):
+        task().fit(targets((1, 0), (2, 0)), ["a", "b"])
+    with pytest.raises(
+        UserError, match="the 3 events of the training cases do not make 4 intervals"
+    ):
+        task(bins=4).fit(targets((1, 1), (2, 1), (3, 1), (4, 0)), [*"abcd"])
+    with pytest.raises(UserError, match="do not make 3 intervals"):
+        task(bins=3).fit(targets(*[(2, 1)] * 9), [*"abcdefghi"])
+    task(loss="cox").fit(targets((1, 1), (2, 0)), [*"ab"])
+
+
+def test_a_state_of_other_bins_does_not_fit():
+    made = task(bins=2)
+    made.fit(targets((1, 1), (2, 1), (3, 0)), [*"abc"])
+    with pytest.raises(ValueError, match=r"2 intervals where task\.bins=3"):
+        task(bins=3).load_state(made.state())
+
+
+def test_risk_is_minus_the_sum_of_the_chances_and_higher_for_an_earlier_event():
+    made = task(bins=3)
+    made.fit(targets((1, 1), (2, 1), (3, 1), (4, 0)), [*"abcd"])
+    found = made.predict(torch.tensor([[0.0, 0.0, 0.0], [9.0, 0.0, 0.0]]))
+    assert found[0].tolist() == pytest.approx([-(1 / 2 + 1 / 4 + 1 / 8), 1 / 2, 1 / 4, 1 / 8])
+    assert found[1, 0] > found[0, 0]
+    both = made.metrics(found.double().numpy(), np.array([[9.0, 1.0], [1.0, 1.0]]), np.ones((1, 2)))
+    assert both["c_index"] == 1
+
+
+def test_survival_nll_of_the_metrics_is_the_loss_at_alpha_0():
+    made = task(bins=3, alpha=0.5)
+    made.fit(targets((1, 1), (2, 1), (3, 1), (4, 0)), [*"abcd"])
+    pairs = targets((0.5, 1), (2.2, 0), (9, 1), (2.9, 1))
+    logits = torch.randn(4, 3)
+    loss = task(bins=3)
+    loss.load_state(made.state())
+    expected = loss.loss(logits, torch.stack(pairs)).mean().item()
+    numbers = np.array([made.numbers(t) for t in pairs])
+    found = made.metrics(made.predict(logits).double().numpy(), numbers, np.ones((1, 4)))
+    assert found["survival_nll"][0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_events_are_told_with_their_code():
+    said = task(event_column="Status").describe(targets((3, 1), (10, 0), (5.5, 0)))
+    assert said == "1 with an event (33%; '1' in Status), times 3 to 10"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"bins": 1}, "task.bins must be 2 or more"),
+        ({"alpha": 1.5}, "task.alpha in [0, 1]"),
+        ({"loss": "coxx"}, "did you mean 'cox'"),
+        ({"ties": "exact"}, "unknown task.ties 'exact'"),
+        ({"loss": "cox", "monitor": "integrated_brier"}, "unknown metric in task.monitor"),
+    ],
+)
+def test_wrong_options_are_named(options, said):
+    with pytest.raises(UserError) as error:
+        task(**options)
+    assert said in str(error.value)
+
+
+def test_the_published_survival_table_of_tcga_brca_is_read_and_binned(shared_data):
+    folder = shared_data / "labels" / "survival_tcga_brca_3fold"
+    made = task(event_column="Status", time_column="Event")
+    for fold in range(3):
+        table = pd.read_csv(folder / f"fold_{fold}.csv", dtype=str)
+        found = [made.encode(row) for row in table.to_dict("records")]
+        assert len(found) == 1007
+        assert sum(int(t[1]) for t in found) == 146
+        train = [k for k, split in enumerate(table["Split"]) if split == "train"]
+        made.fit([found[k] for k in train], [table["ID"][k] for k in train])
+        events = [float(found[k][0]) for k in train if found[k][1] == 1]
+        counts = np.bincount(np.searchsorted(made.edges, events, side="right"), minlength=4)
+        assert counts.max() - counts.min() <= 2
+    # The published bins were cut on all cases, those of the test among them.
+    made.fit(found, [*table["ID"]])
+    ours = made._interval(torch.stack(found)[:, 0]).numpy()
+    assert np.bincount(ours).tolist() == np.bincount(table["Label"].astype(int)).tolist()

@@ -1,0 +1,65 @@
+"""How long the intervals take: every metric under DRAWS resamples of CASES simulated cases.
+
+OMP_NUM_THREADS=1 python tools/bench_metrics.py
+python tools/bench_metrics.py --cases 10000 --draws 1000
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from e2e import metrics as m
+from e2e import survival_metrics as sm
+
+
+def main() -> None:
+    """One line a metric."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--draws", type=int, default=10_000)
+    args = parser.parse_args()
+    rng, n = np.random.default_rng(0), args.cases
+
+    def timed(name: str, call: Callable[[], object]) -> None:
+        started = time.perf_counter()
+        call()
+        print(f"{time.perf_counter() - started:7.2f} s  {name}", flush=True)
+
+    print(f"{args.draws:,} draws of {n:,} cases, numpy {np.__version__}")
+    cases = [str(k) for k in range(n)]
+    timed("case_weights", lambda: m.case_weights(cases, args.draws, 0))
+    weights = m.case_weights(cases, args.draws, 0)
+    raw = rng.random((n, 6))
+    for classes in (2, 6):
+        labels = rng.integers(0, classes, n)
+        chance = raw[:, :classes] / raw[:, :classes].sum(1, keepdims=True)
+        given = chance, labels, weights
+        timed(
+            f"all of classification, {classes} classes",
+            lambda g=given: m.classification_metrics(*g),
+        )
+    timed("auc", lambda: m.auc(raw[:, 0], raw[:, 1] > 0.5, weights))
+    timed("average_precision", lambda: m.average_precision(raw[:, 0], raw[:, 1] > 0.5, weights))
+    timed("all of regression", lambda: m.regression_metrics(raw[:, 0], raw[:, 1], weights))
+    follow, event = rng.exponential(size=n), rng.random(n) < 0.5
+    at, g = np.quantile(follow, np.linspace(0.1, 0.9, 9)), sm.Censoring.fit(follow, event)
+    followed = raw[:, 0], follow, event, weights
+    timed("c_index, half of the cases with events", lambda: sm.c_index(*followed))
+    timed("c_index_uno", lambda: sm.c_index_uno(*followed, censoring=g))
+    timed(
+        "auc_dynamic_mean, 9 times", lambda: sm.dynamic_auc_mean(*followed, times=at, censoring=g)
+    )
+    curves = np.exp(-at * (0.5 + raw[:, :1])), *followed[1:]
+    timed("integrated_brier, 9 times", lambda: sm.integrated_brier(*curves, times=at, censoring=g))
+
+
+if __name__ == "__main__":
+    main()
