@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from e2e.data.store import PatchStore, StoreWriter
 from e2e.errors import exit_code
-from tests.conftest import write_store
+from tests.conftest import RECIPE, record, write_store
 from tools.check_data import main
 
 SPLITS = ["train"] * 8 + ["val"] * 4 + ["test"] * 4
@@ -130,9 +131,6 @@ def test_a_copied_slide_in_another_split_stops_it(cohort, said):
     same = [SLIDES[0], SLIDES[15]]
     write_store(cohort / "rest.lmdb", {s: 2 + k for k, s in enumerate(SLIDES) if s not in same})
     pack(cohort, same[:1])
-    from e2e.data.store import PatchStore, StoreWriter
-    from tests.conftest import RECIPE, record
-
     jpegs = PatchStore(cohort / "s.lmdb").read(same[0], [0])
     with StoreWriter(cohort / "copy.lmdb", RECIPE) as writer:
         writer.add(record(same[1], 1), jpegs)
