@@ -1,0 +1,131 @@
+"""Every cohort of configs/datasets: its YAML, its table's form, what is said where its data are missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from e2e.build import REGISTRIES, build_task, load_cohort
+from e2e.config import CONFIGS, Settings, load_settings
+from e2e.errors import UserError
+from tests.conftest import write_store
+
+COHORTS = sorted(path.stem for path in (CONFIGS / "datasets").glob("*.yaml"))
+SLIDES = 24
+
+
+def load(datasets: str, *overrides: str, model: str = "e2e_r18_abmil") -> Settings:
+    return load_settings(
+        datasets=datasets, model=model, files=[], overrides=overrides, registries=REGISTRIES
+    )
+
+
+def words(settings: Settings, k: int) -> dict[str, str]:
+    """Targets of the k-th slide, in the words of its cohort's table; every other time is a death."""
+    options = settings.task.options
+    if "classes" in options:
+        return {options["column"]: options["classes"][k % len(options["classes"])]}
+    event = options["event"] if k % 2 else str(1 - int(options["event"]))
+    return {options["event_column"]: event, options["time_column"]: f"{1 + 7.3 * k % 24:.2f}"}
+
+
+def small_table(settings: Settings, path: Path) -> list[str]:
+    """Write a table of 24 slides in the cohort's own columns; the slides' ids in the stores."""
+    data = settings.data
+    word = {split: own for own, split in data.splits.items()}
+    if data.cut.val:
+        word["val"] = word["train"]
+    parts = ["train", "train", "val", "test"]
+    rows = []
+    for k in range(SLIDES):
+        row = {data.columns.slide: f"TCGA-{k:02d}{data.slide_suffix}", **words(settings, k)}
+        if data.columns.case:
+            row[data.columns.case] = f"case {k}"
+        if data.columns.split:
+            row[data.columns.split] = word[parts[k // 2 % 4]]
+        rows.append(row)
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return [f"TCGA-{k:02d}" for k in range(SLIDES)]
+
+
+def small_cohort(settings: Settings, folder: Path) -> tuple[list[str], list[str]]:
+    """A table as the cohort has it; overrides that name it, and the slides' ids."""
+    slides = small_table(settings, folder / "fold_0.csv")
+    overrides = [f"data.labels={folder}/fold_0.csv"]
+    if settings.data.split_file:
+        overrides.append(f"data.split_file={folder}")
+    shares = {"val": settings.data.cut.val, "test": settings.data.cut.test}
+    return [*overrides, *(f"data.cut.{k}=0.25" for k, share in shares.items() if share)], slides
+
+
+@pytest.mark.parametrize("name", COHORTS)
+def test_a_cohort_says_where_its_data_come_from_and_how_they_are_packed(name):
+    settings = load(name)
+    task = build_task(settings.task)
+    assert task.num_outputs >= 2
+    assert len(task.columns) == len(set(task.columns))
+    assert settings.data.source or name.startswith("lung")
+    assert "--mpp" in settings.data.pack
+    assert "--patch-size" in settings.data.pack
+
+
+@pytest.mark.parametrize("name", COHORTS)
+def test_missing_data_are_told_with_table_columns_and_store(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = load(name)
+    data, task = settings.data, build_task(settings.task)
+    with pytest.raises(UserError) as error:
+        load_cohort(data, task, name=name, seed=0, problems_file=None)
+    text = str(error.value)
+    assert f"the data of cohort '{name}' are not here" in text
+    assert f"put the label table at {data.labels} (columns " in text
+    for column in (data.columns.slide, *task.columns):
+        assert column in text.partition("(columns ")[2]
+    for store in data.stores:
+        assert f"patch store: {store} is missing" in text
+        assert f"tools/pack_lmdb.py --slides SLIDES --out {store} {data.pack}" in text
+
+
+@pytest.mark.parametrize("name", COHORTS)
+def test_a_table_in_the_cohorts_own_columns_is_taken_in(name, tmp_path):
+    overrides, slides = small_cohort(load(name), tmp_path)
+    write_store(tmp_path / "s.lmdb", {slide: 1 + k for k, slide in enumerate(slides)})
+    settings = load(name, *overrides, f"data.stores=[{tmp_path}/s.lmdb]")
+    task = build_task(settings.task)
+    items, problems = load_cohort(settings.data, task, name=name, seed=0, problems_file=None)
+    assert not problems
+    assert len(items) == SLIDES
+    assert {item.slide.split for item in items} == {"train", "val", "test"}
+    assert sorted(item.slide.case for item in items) == sorted(
+        f"case {k}" if settings.data.columns.case else slide for k, slide in enumerate(slides)
+    )
+
+
+def test_camelyon17_tests_on_two_centres_that_training_never_sees(tmp_path):
+    overrides, slides = small_cohort(load("camelyon17"), tmp_path)
+    table = pd.read_csv(tmp_path / "fold_0.csv", dtype=str)
+    table["center"] = [str(k % 5) for k in range(SLIDES)]
+    table.to_csv(tmp_path / "fold_0.csv", index=False)
+    write_store(tmp_path / "s.lmdb", {slide: 1 + k for k, slide in enumerate(slides)})
+    settings = load("camelyon17", *overrides, f"data.stores=[{tmp_path}/s.lmdb]")
+    task = build_task(settings.task)
+    items, _ = load_cohort(settings.data, task, name="", seed=0, problems_file=None)
+    centre = dict(zip(slides, table["center"], strict=True))
+    seen = {(centre[item.slide.id], item.slide.split == "test") for item in items}
+    assert seen == {("0", False), ("1", False), ("2", False), ("3", True), ("4", True)}
+
+
+def test_bracs_in_three_classes_reads_the_groups_of_the_same_table():
+    seven, three = load("bracs"), load("bracs3")
+    assert seven.data == three.data
+    assert (seven.task.options["column"], three.task.options["column"]) == ("type", "group")
+
+
+@pytest.mark.parametrize("name", [name for name in COHORTS if name.startswith("surv_")])
+def test_survival_is_a_cases_and_the_code_of_a_death_is_written_down(name):
+    settings = load(name)
+    assert settings.data.unit == "case"
+    censored = {"Status": "0", "censorship": "1"}[settings.task.options["event_column"]]
+    assert {settings.task.options["event"], censored} == {"0", "1"}
