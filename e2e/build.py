@@ -323,6 +323,7 @@ def load_cohort(
     problems_file: Path | None,
     size: int | None = None,
     features: bool = False,
+    chosen_on: str = "val",
 ) -> tuple[list[LabelledSlide], list[Problem]]:
     """The cohort's slides, or its cases, checked, split and matched with their patches.
 
@@ -331,6 +332,7 @@ def load_cohort(
             which say nothing either.
         size: to which all patches are brought; None: they stay as stored.
         features: take ``data.features`` in place of the stores.
+        chosen_on: the split on which epochs are compared, so that it must not be empty.
 
     Returns:
         The slides, and what was left out under ``data.unmatched=drop``.
@@ -361,13 +363,13 @@ def load_cohort(
         share = getattr(data.cut, split)
         if share:
             kept = cut(kept, split, share, by=task.columns[0], seed=seed)
-    check_splits(kept)
+    check_splits(kept, chosen_on=chosen_on)
     trained = [slide for slide in kept if slide.split == "train"]
     more, lacking = match_scales(trained, scales[1:])
     problems += lacking
     _settle(problems, data, name, problems_file)
     kept = [slide for slide in kept if slide.split != "train" or slide.id in more]
-    check_splits(kept)
+    check_splits(kept, chosen_on=chosen_on)
     stores = {slide.id: [first[slide.id], *more.get(slide.id, [])] for slide in kept}
     if not features:
         check_sides(stores, size)

@@ -276,6 +276,10 @@ class Run:
 
     out: str = setting("", "run folder; empty: runs/<datasets>_<model>")
     seed: int = setting(0, "of everything random")
+    protocol: str = setting(
+        "honest",
+        "as_published: the epoch is chosen on test, and the task fitted to all cases, for comparison",
+    )
     save_every: int = setting(0, "also save every so many updates within an epoch; 0: no")
     bootstrap: int = setting(1000, "resamples of the cases for the 95 % intervals")
     heatmaps: int | None = setting(None, "draw at most so many test slides; null: all")
@@ -286,6 +290,8 @@ class Run:
     def __post_init__(self) -> None:
         known = ("tensorboard", "wandb", "wandb-online")
         _check(set(self.track) <= set(known), "run.track", self.track, f"some of {known}")
+        ways = ("honest", "as_published")
+        _check(self.protocol in ways, "run.protocol", self.protocol, " or ".join(ways))
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,7 @@ def evaluate_run(
     task: Task,
     view: View,
     judged: str,
+    chosen_on: str,
     draws: int,
     heatmaps: int | None,
     out: Path,
@@ -198,6 +199,7 @@ def evaluate_run(
     strategy.wait()  # for the rank that writes it
     tensors, state = load_checkpoint(best)
     report: dict[str, Any] = {"epoch": state["best_epoch"] + 1, "judged": judged}
+    report["chosen_on"] = chosen_on
     kept: list[Prediction] = []
     for name in ("model", "ema"):
         weights = part(name, tensors)
@@ -239,7 +241,8 @@ def evaluate_run(
         tested = [p for p in kept if p.split == "test"]
         if tested:
             write_pictures(task.pictures(*_arrays(tested)), out / "figures")
-    screen.table(f"epoch {report['epoch']}, chosen on val by {judged}", *metric_table(report))
+    title = f"epoch {report['epoch']}, chosen on {chosen_on} by {judged}"
+    screen.table(title, *metric_table(report))
     return report
 
 

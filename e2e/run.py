@@ -49,6 +49,8 @@ PARTLY_DONE = 3
 """Exit code: the work is done but for some slides, which are named."""
 
 
+CHOSEN_ON = {"honest": "val", "as_published": "test"}
+"""Protocol -> the split on which the epoch is chosen."""
 FEATURES = "features.json"
 """In a run's folder: which features it was trained on, in the two-stage mode."""
 
@@ -166,6 +168,7 @@ def _prepare(
         size=settings.bag.size,
         problems_file=ours.with_name(f"{ours.name}.problems.csv") if ours else None,
         features=features,
+        chosen_on=CHOSEN_ON[settings.run.protocol],
     )
     view = build.build_view(settings.data, settings.bag, strategy.device, features=features)
     known = build.describe_features(items) if features else None
@@ -173,7 +176,7 @@ def _prepare(
     model = build.build_model(settings, task, strategy.device, trained=trained, width=width)
     parts = _Parts(task, items, view, model, known)
     if not trained:
-        learned = parts.of_split("train")
+        learned = parts.of_split("train") if settings.run.protocol == "honest" else items
         task.fit([item.target for item in learned], [item.slide.case for item in learned])
     loader = build.build_loader(settings, parts.of_split("train"), view, model=model, task=task)
     loader.check(strategy.world_size, settings.optim.epochs)
@@ -302,7 +305,8 @@ def _trainer(
     loader = build.build_loader(
         settings, parts.of_split("train"), parts.view, model=parts.model, task=parts.task
     )
-    items, view = build.build_validation(settings, parts.of_split("val"), parts.view, parts.task)
+    judges = parts.of_split(CHOSEN_ON[settings.run.protocol])
+    items, view = build.build_validation(settings, judges, parts.view, parts.task)
 
     def validate(model: MILModel) -> dict[str, float | None]:
         found = predict_slides(
@@ -354,6 +358,7 @@ def _evaluate(
         task=parts.task,
         view=parts.view,
         judged=build.judged_weights(settings.optim, settings.select),
+        chosen_on=CHOSEN_ON[settings.run.protocol],
         draws=settings.run.bootstrap,
         heatmaps=settings.run.heatmaps,
         out=out,
@@ -364,6 +369,11 @@ def _evaluate(
 
 def _greet(screen: Screen, settings: Settings, parts: _Parts, strategy: Strategy) -> None:
     """What is about to run, in a few lines."""
+    if settings.run.protocol != "honest":
+        screen.say(
+            "NOTE run.protocol=as_published: the epoch is chosen on the test slides, and the task is fitted"
+            " to all cases; the figures of test are no estimate of new slides"
+        )
     for split in ("train", "val", "test"):
         chosen = parts.of_split(split)
         patches = sum(item.store.count(item.slide.id) for item in chosen)

@@ -121,7 +121,7 @@ def judge(command: Sequence[str], chosen: Mapping[str, Any], folder: Path, metri
                 "  mend it, then give the same command again: it goes on from here"
             )
     found = json.loads(report.read_bytes())
-    values = found["val"][found["judged"]]
+    values = found[found["chosen_on"]][found["judged"]]
     if metric not in values or values[metric]["value"] is None:
         raise UserError(f"{report} has no '{metric}' on validation; it has: {', '.join(values)}")
     return float(values[metric]["value"])

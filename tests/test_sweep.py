@@ -45,6 +45,7 @@ def report(folder: Path, value: float | None) -> None:
     folder.mkdir(parents=True)
     content = {
         "judged": "ema",
+        "chosen_on": "val",
         "val": {"ema": {"auc": {"value": value}}},
         "test": {"ema": {"auc": {"value": 1.0}}},
     }

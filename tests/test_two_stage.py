@@ -24,6 +24,7 @@ from e2e.data.order import WINDOW, gather_alike, plan_epoch
 from e2e.encoders.base import ENCODERS
 from e2e.heads.base import HEADS
 from e2e.model import MILModel, pad
+from e2e.tasks.base import TASKS
 from launch import evaluate, predict, train
 from tests.conftest import ROOT
 from tests.test_launch import call
@@ -379,6 +380,39 @@ def test_features_of_another_encoder_than_in_training_are_refused(cohort, monkey
         code, said = call(main, monkeypatch, capsys, *argv)
         assert code == 2
         assert "was trained on other features\n  encoder: one in training, other now" in said
+
+
+def test_the_published_protocol_chooses_on_test_fits_on_all_and_says_so(
+    cohort, monkeypatch, capsys
+):
+    table = cohort / "labels.csv"
+    table.write_text(table.read_text().replace(",val,", ",test,"))
+    task = ("task.class_weights=balanced", "optim.epochs=2", "run.protocol=as_published")
+    seen = []
+    known = TASKS.factory("classification").fit
+
+    def fit(self, targets, cases):
+        seen.extend(cases)
+        known(self, targets, cases)
+
+    monkeypatch.setattr(TASKS.factory("classification"), "fit", fit)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments(cohort, *task)])
+    train.main()
+    assert (
+        "NOTE run.protocol=as_published: the epoch is chosen on the test slides"
+        in capsys.readouterr().out
+    )
+    assert len(seen) == len(COUNTS)
+    report = json.loads((cohort / "run" / "metrics.json").read_text())
+    assert report["chosen_on"] == "test"
+    lines = (cohort / "run" / "metrics.jsonl").read_text().splitlines()
+    validated = [json.loads(line)["val"]["ema"] for line in lines if '"val"' in line]
+    best = max(validation["auc"] for validation in validated)
+    assert report["test"]["ema"]["auc"]["value"] == pytest.approx(best)
+    honest = arguments(cohort, f"run.out={cohort}/honest")
+    code, said = call(train.main, monkeypatch, capsys, *honest)
+    assert code == 2
+    assert "no slide has the split 'val'" in said
 
 
 def test_the_weights_that_extraction_noted_are_part_of_who_made_features(tmp_path):

@@ -23,8 +23,8 @@ SPLITS = ("train", "val", "test")
 PIECE = 256  # patches in memory at once
 
 
-def check_splits(slides: Sequence[Slide]) -> None:
-    """UserError when a case lies in two splits, or train or val is empty."""
+def check_splits(slides: Sequence[Slide], *, chosen_on: str = "val") -> None:
+    """UserError when a case lies in two splits, or train or the split ``chosen_on`` is empty."""
     found: dict[str, set[str]] = defaultdict(set)
     for slide in slides:
         found[slide.case].add(slide.split)
@@ -35,7 +35,7 @@ def check_splits(slides: Sequence[Slide]) -> None:
             + listing(f"case '{c}': {', '.join(sorted(s))}" for c, s in sorted(torn.items()))
             + "\n  give each case one split, in the label table or in data.split_file"
         )
-    for split in ("train", "val"):
+    for split in ("train", chosen_on):
         if not any(slide.split == split for slide in slides):
             cut_it = ", or set data.cut.val=0.1 to cut it from the training cases"
             raise UserError(
