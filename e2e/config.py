@@ -465,13 +465,7 @@ def settings_of(
             "give --datasets and --model, such as --datasets panda --model e2e_r18_abmilx\n"
             f"  datasets: {', '.join(sorted(p.stem for p in (CONFIGS / 'datasets').glob('*.yaml')))}"
         )
-    settings = load_settings(
-        datasets=args.datasets,
-        model=args.model,
-        files=args.config,
-        overrides=args.overrides,
-        registries=registries,
-    )
+    settings, _ = common_settings(args, registries)
     names = "_".join(Path(name).stem for name in (args.datasets, args.model))
     return settings, Path(settings.run.out or Path("runs") / names)
 
