@@ -324,6 +324,7 @@ def load_cohort(
     size: int | None = None,
     features: bool = False,
     chosen_on: str = "val",
+    trains: bool = True,
 ) -> tuple[list[LabelledSlide], list[Problem]]:
     """The cohort's slides, or its cases, checked, split and matched with their patches.
 
@@ -333,6 +334,7 @@ def load_cohort(
         size: to which all patches are brought; None: they stay as stored.
         features: take ``data.features`` in place of the stores.
         chosen_on: the split on which epochs are compared, so that it must not be empty.
+        trains: whether something is learned from it, which one class alone does not teach.
 
     Returns:
         The slides, and what was left out under ``data.unmatched=drop``.
@@ -378,7 +380,7 @@ def load_cohort(
         kept, stores = by_case(kept, stores)
     items = label_slides(kept, stores, task.encode)
     screen = Screen(leads=problems_file is not None)
-    for line in check_classes(items, task):
+    for line in check_classes(items, task) if trains else ():
         screen.say(f"NOTE {line}")
     return items, problems
 

@@ -169,6 +169,7 @@ def _prepare(
         problems_file=ours.with_name(f"{ours.name}.problems.csv") if ours else None,
         features=features,
         chosen_on=CHOSEN_ON[settings.run.protocol],
+        trains=writes,
     )
     view = build.build_view(settings.data, settings.bag, strategy.device, features=features)
     known = build.describe_features(items) if features else None

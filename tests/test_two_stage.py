@@ -415,6 +415,20 @@ def test_the_published_protocol_chooses_on_test_fits_on_all_and_says_so(
     assert "no slide has the split 'val'" in said
 
 
+def test_a_run_is_judged_on_a_table_that_would_teach_nothing(cohort, monkeypatch, capsys):
+    assert call(train.main, monkeypatch, capsys, *arguments(cohort, "optim.epochs=1"))[0] == 0
+    table = pd.read_csv(cohort / "labels.csv")
+    alike = table[(table["split"] != "train") | (table["label"] == "plain")]
+    alike.to_csv(cohort / "labels.csv", index=False)
+    more = ("data.unmatched=drop", f"run.out={cohort}/other")
+    code, said = call(train.main, monkeypatch, capsys, *arguments(cohort, *more))
+    assert code == 2
+    assert "one class alone teaches nothing" in said
+    again = (cohort / "run", "--out", cohort / "again", "data.unmatched=drop")
+    code, said = call(evaluate.main, monkeypatch, capsys, *again)
+    assert code == 0, said
+
+
 def test_the_weights_that_extraction_noted_are_part_of_who_made_features(tmp_path):
     recipes = []
     for weights in ("a", "b"):
