@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,11 @@ def test_plugin_names_are_compared_nowhere_but_in_their_own_files():
                 strange = {w for w in words if isinstance(w, str)} & (names - registered)
                 strange -= {"mean", "max", "none", "features"}  # also plain words
                 assert not strange, f"{path.name}:{node.lineno} compares with {strange}"
+
+
+def test_every_package_is_installed():
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent for path in ROOT.glob("e2e/**/*.py")}
+    assert {name for name in told if within(name, "e2e")} == {
+        ".".join(folder.relative_to(ROOT).parts) for folder in folders
+    }
