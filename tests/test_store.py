@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import mmap
@@ -9,10 +10,12 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -23,7 +26,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from e2e.data import store as store_module
-from e2e.data.store import LONGEST_ID, PatchStore, PlacelessRecord, StoreWriter, get, snapshot
+from e2e.data.store import (
+    LONGEST_ID,
+    PatchStore,
+    PlacelessRecord,
+    StoreWriter,
+    _environment,
+    get,
+    snapshot,
+)
 from e2e.errors import DamagedDataError, OneRankError, UserError
 from tests.conftest import RECIPE, ROOT, jpeg, patches, record, write_store
 
@@ -550,6 +561,43 @@ def test_a_store_goes_into_other_processes(make_store, method):
     with multiprocessing.get_context(method).Pool(1) as pool:
         assert pool.apply(read_in_child, [store]) == expected
     assert store.read("b", [2, 0]) == expected
+
+
+def test_a_child_forked_in_the_middle_of_a_read_reads_and_leaves_the_reader_alone(make_store):
+    store = make_store({"a": 2, "b": 3})
+    expected = store.read("b", [2, 0])
+    reading, forked, found = threading.Event(), threading.Event(), []
+
+    def work(txn: lmdb.Transaction) -> tuple[int, list[str]]:
+        reading.set()
+        assert forked.wait(60)
+        return txn.stat()["entries"], readers(store)
+
+    thread = threading.Thread(target=lambda: found.append(snapshot(store.path, work)))
+    thread.start()
+    assert reading.wait(60)
+    before = readers(store)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        with contextlib.suppress(BaseException):
+            os._exit(0 if store.read("b", [2, 0]) == expected else 2)
+        os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    forked.set()
+    thread.join()
+    assert code == 0
+    ((entries, after),) = found
+    assert entries > 5
+    assert before
+    assert before == after  # else a writer would overwrite what this reader still reads
+
+
+def readers(store: PatchStore) -> list[str]:
+    """This process's rows of the store's table of readers."""
+    return [
+        line for line in _environment(store.path).readers().splitlines() if str(os.getpid()) in line
+    ]
 
 
 def test_a_store_may_be_moved_while_it_is_open(make_store, tmp_path):

@@ -29,6 +29,7 @@ from typing import Any, Protocol, TypeVar
 
 import lmdb
 import numpy as np
+from lmdb import _envid
 from numpy.typing import NDArray
 
 from e2e.errors import DamagedDataError, OneRankError, UserError, listing
@@ -396,11 +397,16 @@ _OPENING = threading.Lock()
 
 
 def _after_fork() -> None:
-    # The files must be opened anew, and lmdb refuses that while the parent's are at hand. The lock
-    # may have been held by a thread that is not here.
+    # The files must be opened anew: the parent's are not closed here, since that would free the slots
+    # of the parent's readers in the lock file, and some may be in the hands of a thread that is not
+    # here. That lmdb calls them open already is no fault then: a file's locks are not inherited.
     global _OPENING
+    for environment in _ENVIRONMENTS.values():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(environment))
     _ENVIRONMENTS.clear()
-    _OPENING = threading.Lock()
+    _OPENING = threading.Lock()  # it may have been held
+    keys, process = _envid.env_keys, os.getpid()
+    _envid.env_keys = lambda path, subdir: tuple((process, key) for key in keys(path, subdir))
 
 
 os.register_at_fork(after_in_child=_after_fork)
