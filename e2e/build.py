@@ -324,7 +324,6 @@ def load_cohort(
     size: int | None = None,
     features: bool = False,
     chosen_on: str = "val",
-    trains: bool = True,
 ) -> tuple[list[LabelledSlide], list[Problem]]:
     """The cohort's slides, or its cases, checked, split and matched with their patches.
 
@@ -334,14 +333,12 @@ def load_cohort(
         size: to which all patches are brought; None: they stay as stored.
         features: take ``data.features`` in place of the stores.
         chosen_on: the split on which epochs are compared, so that it must not be empty.
-        trains: whether something is learned from it, which one class alone does not teach.
 
     Returns:
         The slides, and what was left out under ``data.unmatched=drop``.
 
     Raises:
-        UserError: data are missing, a row is unusable, the splits are not honest, or training has one
-            class alone.
+        UserError: data are missing, a row is unusable, or the splits are not honest.
     """
     require_files(data, name, task.columns, features=features)
     slides, problems = read_table(
@@ -380,7 +377,7 @@ def load_cohort(
         kept, stores = by_case(kept, stores)
     items = label_slides(kept, stores, task.encode)
     screen = Screen(leads=problems_file is not None)
-    for line in check_classes(items, task) if trains else ():
+    for line in check_classes(items, task):
         screen.say(f"NOTE {line}")
     return items, problems
 
@@ -402,9 +399,6 @@ def check_classes(items: Sequence[LabelledSlide], task: Task) -> list[str]:
     """A line for each split that lacks a class which another has.
 
     Where targets are no class numbers (numbers with a fraction, several in one) there is none.
-
-    Raises:
-        UserError: training has one class alone.
     """
     if any(item.target.ndim or item.target.is_floating_point() for item in items):
         return []
@@ -412,12 +406,6 @@ def check_classes(items: Sequence[LabelledSlide], task: Task) -> list[str]:
     words = {task.group(item.target): f"{column}={item.slide.target[column]}" for item in items}
     classes = {item.slide.id: [words[task.group(item.target)]] for item in items}
     splits = {item.slide.id: item.slide.split for item in items}
-    trained = {classes[name][0] for name, split in splits.items() if split == "train"}
-    if len(trained) == 1:
-        raise UserError(
-            f"all training slides have {trained.pop()}: one class alone teaches nothing\n"
-            "  look at the label table and at what splits it: data.columns.split, data.split_file, data.cut"
-        )
     meaning = {"train": "it cannot be learned"}
     return [
         f"{split} has no {' and no '.join(lacking)}: "

@@ -5,12 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import queue
 import re
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,17 +19,15 @@ import numpy as np
 import pandas as pd
 
 from e2e import build
+from e2e.child import is_done, keep_plan, run_script, start_or_resume
 from e2e.config import Settings
 from e2e.data.cohort import read_table
 from e2e.data.folds import case_strata, held_out, make_folds
 from e2e.data.split_files import fold_table, read_cells, read_splits
 from e2e.errors import UserError, listing
-from e2e.evaluate import write_json
-from e2e.files import write_atomically
+from e2e.files import write_atomically, write_json
 from e2e.judged import Judged, read_judged
 from e2e.metrics import Array, case_weights, interval
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class Trial(NamedTuple):
@@ -69,36 +63,18 @@ class Plan:
         """The run folder of a trial."""
         return self.out / "runs" / trial.name
 
-    def done(self, trial: Trial) -> bool:
-        """Whether it was trained and judged."""
-        return (self.folder(trial) / "metrics.json").is_file()
-
     def arguments(self, trial: Trial) -> list[str]:
-        """Of launch/train.py: from the start, or on from where the run stopped."""
-        folder = self.folder(trial)
-        if (folder / "settings.yaml").is_file():
-            return ["--resume", str(folder)]
-        own = [f"data.fold={trial.fold}", f"run.seed={trial.seed}", f"run.out={folder}"]
-        return [*self.command, *own]
+        """Of launch/train.py."""
+        own = [f"data.fold={trial.fold}", f"run.seed={trial.seed}"]
+        return start_or_resume([*self.command, *own], self.folder(trial))
 
     def keep(self) -> None:
         """Write the plan down; UserError where the folder holds another's runs.
 
         More folds or seeds of the same plan may follow.
         """
-        file = self.out / "crossval.json"
         ours = {"command": list(self.command), "splits": self.splits}
-        if file.is_file():
-            found = json.loads(file.read_bytes())
-            differ = [
-                f"{k}: {found.get(k)} there, {v} now" for k, v in ours.items() if found.get(k) != v
-            ]
-            if differ:
-                raise UserError(
-                    f"{self.out} holds another cross-validation\n{listing(differ)}\n  choose another --out"
-                )
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_json(file, ours)
+        keep_plan(self.out / "crossval.json", ours, "cross-validation")
 
 
 def make_plan(
@@ -179,7 +155,6 @@ def run_all(plan: Plan, slots: Sequence[str], say: Callable[[str], None]) -> Non
     free: queue.SimpleQueue[str] = queue.SimpleQueue()
     for slot in slots:
         free.put(slot)
-    (plan.out / "runs").mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
     halt = Event()
 
@@ -190,14 +165,14 @@ def run_all(plan: Plan, slots: Sequence[str], say: Callable[[str], None]) -> Non
         try:
             log = plan.out / "runs" / f"{trial.name}.log"
             say(f"{time.strftime('%H:%M:%S')}  {trial.name}{f' on GPU {slot}' if slot else ''}")
-            code = train_run(plan.arguments(trial), log, slot)
+            code = run_script("launch/train.py", plan.arguments(trial), log, slot)
         finally:
             free.put(slot)
         if code:
             failed.append(f"{trial.name}: exit code {code}, see {log}")
             halt.set()
 
-    waiting = [trial for trial in plan.trials if not plan.done(trial)]
+    waiting = [trial for trial in plan.trials if not is_done(plan.folder(trial))]
     with ThreadPoolExecutor(len(slots)) as pool:
         list(pool.map(one, waiting))
     if failed:
@@ -205,19 +180,6 @@ def run_all(plan: Plan, slots: Sequence[str], say: Callable[[str], None]) -> Non
             f"{len(failed)} run(s) failed\n{listing(failed)}\n"
             "  mend it, then give the same command again: it goes on from here"
         )
-
-
-def train_run(arguments: Sequence[str], log: Path, slot: str = "") -> int:
-    """Run launch/train.py to its end, its output at the end of ``log``; its exit code."""
-    start, seen = [sys.executable], dict(os.environ)
-    if slot:
-        seen["CUDA_VISIBLE_DEVICES"] = slot
-    if (ranks := len(slot.split(","))) > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*start, str(ROOT / "launch" / "train.py"), *arguments]
-    with log.open("a") as file:
-        print(f"$ {shlex.join(command)}", file=file, flush=True)
-        return subprocess.run(command, stdout=file, stderr=file, env=seen, check=False).returncode
 
 
 # --- what they say together ---
@@ -229,7 +191,7 @@ def report(plan: Plan, *, draws: int) -> str:
     Raises:
         UserError: none is done, or a run's predictions cannot be read.
     """
-    found = {t: read_judged(plan.folder(t), "test") for t in plan.trials if plan.done(t)}
+    found = {t: read_judged(plan.folder(t), "test") for t in plan.trials if is_done(plan.folder(t))}
     if not found:
         raise UserError(f"{plan.out} has no run that is done")
     return write_report(plan, found, summarise(found, draws=draws), draws)

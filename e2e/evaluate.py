@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,17 +14,18 @@ import torch
 from torch import Tensor
 
 from e2e.checkpoint import check_weights, load_checkpoint, part
+from e2e.data.folds import tcga_sites
 from e2e.data.loader import LabelledSlide, View, whole_bag
 from e2e.data.pixels import Look, Sight
 from e2e.data.stream import ahead
 from e2e.errors import UserError
 from e2e.figures import write_pictures
-from e2e.files import write_atomically
+from e2e.files import write_atomically, write_json
 from e2e.heads.base import HeadOutput
 from e2e.heatmap import draw_heatmap, patch_scores
 from e2e.log import Screen
 from e2e.losses.base import real_attention
-from e2e.metrics import Array, by_group, case_weights, interval, tcga_centre
+from e2e.metrics import Array, by_group, case_weights, interval
 from e2e.model import MILModel
 from e2e.parallel import Strategy
 from e2e.tasks.base import Numbers, Task
@@ -124,10 +124,10 @@ def score_centres(
 def centres_of(cases: Sequence[str]) -> list[str]:
     """The centre of each case where all are TCGA barcodes of two centres or more; else nothing."""
     try:
-        found = [tcga_centre(case) for case in cases]
+        sites = tcga_sites(cases)
     except UserError:
         return []
-    return found if len(set(found)) > 1 else []
+    return [sites[case] for case in cases] if len(set(sites.values())) > 1 else []
 
 
 def _arrays(predictions: Sequence[Prediction]) -> tuple[Array, Array]:
@@ -147,11 +147,6 @@ def write_predictions(predictions: Sequence[Prediction], task: Task, path: Path)
         row["attention_entropy"] = p.entropy
         rows.append(row)
     write_atomically(path, pd.DataFrame(rows).to_csv(index=False).encode())
-
-
-def write_json(path: Path, content: object) -> None:
-    """Indented JSON, whole or not at all."""
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def metric_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -38,3 +39,8 @@ def write_atomically(path: Path, content: bytes) -> None:
             f"cannot write {path}: {error.strerror}; {kept}\n"
             "  free disk space (or make the place writable) and run the same command again"
         ) from error
+
+
+def write_json(path: Path, content: object) -> None:
+    """Indented JSON; as :func:`write_atomically`."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -14,8 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from e2e.errors import UserError
-
 Array = NDArray[np.float64]
 Values = dict[str, Array]
 
@@ -432,21 +430,6 @@ def by_group(
         values = metrics(predicted[own], targets[own], weights[:, own])
         found[str(group)] = Group(int(own.sum()), len(np.unique(names[own])), values)
     return found
-
-
-def tcga_centre(case: str) -> str:
-    """The tissue source site of a TCGA barcode: ``A2`` of ``TCGA-A2-A0T2``, of case or slide.
-
-    Raises:
-        UserError: it is no such barcode.
-    """
-    parts = case.split("-")
-    if len(parts) < 3 or parts[0] != "TCGA" or len(parts[1]) != 2:
-        raise UserError(
-            f"'{case}' is no TCGA barcode such as TCGA-A2-A0T2, so it names no centre\n"
-            "  give a column of centres instead"
-        )
-    return parts[1]
 
 
 # --- arithmetic ---

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,16 +25,9 @@ from e2e.data.pixels import Look
 from e2e.data.sources import SlideFiles, read_mpp
 from e2e.data.store import PatchStore
 from e2e.errors import UserError
-from e2e.evaluate import (
-    evaluate_run,
-    heatmap_drawer,
-    patch_attention,
-    score,
-    write_json,
-    write_predictions,
-)
+from e2e.evaluate import evaluate_run, heatmap_drawer, patch_attention, score, write_predictions
 from e2e.evaluate import predict as predict_slides
-from e2e.files import write_atomically
+from e2e.files import write_atomically, write_json
 from e2e.log import TRACKERS, MetricsLog, Screen, clock
 from e2e.model import MILModel
 from e2e.parallel import Strategy, pick_device
@@ -64,8 +57,6 @@ class _Parts:
     view: View
     """Of evaluation."""
     model: MILModel
-    features: dict[str, Any] | None
-    """What is known of the features, in the two-stage mode."""
 
     def of_split(self, split: str) -> list[LabelledSlide]:
         """The slides of one split."""
@@ -89,9 +80,7 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
             begun = resume and (folder / LAST).is_file()
             parts = _on_every_rank(
                 strategy,
-                lambda: _as_trained(
-                    _prepare(settings, strategy, folder, new=not resume, trained=begun), folder
-                ),
+                lambda: _prepare(settings, strategy, folder, new=not resume, trained=begun),
             )
             strategy.agree(_facts(settings, parts.items))
             if strategy.leads:
@@ -121,10 +110,7 @@ def evaluate(settings: Settings, folder: Path, out: Path) -> None:
         with strategy.watch():
             parts = _on_every_rank(
                 strategy,
-                lambda: _as_trained(
-                    _prepare(settings, strategy, folder, new=False, trained=True, writes=False),
-                    folder,
-                ),
+                lambda: _prepare(settings, strategy, folder, new=False, trained=True, writes=False),
             )
             strategy.setup(parts.model, None, clip=None)
             out.mkdir(parents=True, exist_ok=True)
@@ -169,16 +155,18 @@ def _prepare(
         problems_file=ours.with_name(f"{ours.name}.problems.csv") if ours else None,
         features=features,
         chosen_on=CHOSEN_ON[settings.run.protocol],
-        trains=writes,
     )
+    if not trained:
+        honest = settings.run.protocol == "honest"
+        learned = [item for item in items if not honest or item.slide.split == "train"]
+        task.fit([item.target for item in learned], [item.slide.case for item in learned])
     view = build.build_view(settings.data, settings.bag, strategy.device, features=features)
     known = build.describe_features(items) if features else None
+    if known and trained and (folder / FEATURES).is_file():
+        build.check_features(known, json.loads((folder / FEATURES).read_bytes()), folder)
     width = known["width"] if known else None
     model = build.build_model(settings, task, strategy.device, trained=trained, width=width)
-    parts = _Parts(task, items, view, model, known)
-    if not trained:
-        learned = parts.of_split("train") if settings.run.protocol == "honest" else items
-        task.fit([item.target for item in learned], [item.slide.case for item in learned])
+    parts = _Parts(task, items, view, model)
     loader = build.build_loader(settings, parts.of_split("train"), view, model=model, task=task)
     loader.check(strategy.world_size, settings.optim.epochs)
     if model.head.needs_coords:
@@ -191,13 +179,6 @@ def _prepare(
         if known:
             write_json(ours / FEATURES, known)
         write_atomically(ours / "settings.yaml", dump_settings(settings).encode())
-    return parts
-
-
-def _as_trained(parts: _Parts, run: Path) -> _Parts:
-    """``parts``; UserError where they have other features than the run was started with."""
-    if parts.features and (run / FEATURES).is_file():
-        build.check_features(parts.features, json.loads((run / FEATURES).read_bytes()), run)
     return parts
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from e2e.crossval import train_run
+from e2e.child import is_done, keep_plan, run_script, start_or_resume
 from e2e.errors import UserError, listing
-from e2e.evaluate import write_json
+from e2e.files import write_json
 
 
 def read_space(path: Path) -> dict[str, Any]:
@@ -73,8 +73,8 @@ def search(
     """
     import optuna
 
-    out.mkdir(parents=True, exist_ok=True)
-    _keep(out / "sweep.json", {"command": list(command), "space": dict(space), "metric": metric})
+    ours = {"command": list(command), "space": dict(space), "metric": metric}
+    keep_plan(out / "sweep.json", ours, "search")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         storage=f"sqlite:///{out.resolve()}/optuna.db",
@@ -106,20 +106,16 @@ def search(
 
 def judge(command: Sequence[str], chosen: Mapping[str, Any], folder: Path, metric: str) -> float:
     """Train the run, or go on with it; its ``metric`` on validation."""
-    report = folder / "metrics.json"
-    if not report.is_file():
+    if not is_done(folder):
         words = [f"{name}={json.dumps(value)}" for name, value in chosen.items()]
-        arguments = [*command, *words, f"run.out={folder}"]
-        if (folder / "settings.yaml").is_file():
-            arguments = ["--resume", str(folder)]
         log = folder.with_name(f"{folder.name}.log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        code = train_run(arguments, log)
-        if code:
+        arguments = start_or_resume([*command, *words], folder)
+        if code := run_script("launch/train.py", arguments, log):
             raise UserError(
                 f"the run {folder.name} ended with exit code {code}; {log} says why\n"
                 "  mend it, then give the same command again: it goes on from here"
             )
+    report = folder / "metrics.json"
     found = json.loads(report.read_bytes())
     values = found[found["chosen_on"]][found["judged"]]
     if metric not in values or values[metric]["value"] is None:
@@ -138,9 +134,3 @@ def _suggest(trial: Any, name: str, entry: Any) -> Any:
 def _name(chosen: Mapping[str, Any]) -> str:
     text = json.dumps(chosen, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
-
-
-def _keep(file: Path, ours: Mapping[str, Any]) -> None:
-    if file.is_file() and json.loads(file.read_bytes()) != ours:
-        raise UserError(f"{file.parent} holds another search\n  choose another --out")
-    write_json(file, ours)

@@ -11,7 +11,8 @@ import pytest
 
 from e2e import build, config
 from e2e.errors import exit_code
-from e2e.evaluate import Prediction, write_json, write_predictions
+from e2e.evaluate import Prediction, write_predictions
+from e2e.files import write_json
 from e2e.metrics import delong
 from tools import compare_runs
 

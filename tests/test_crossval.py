@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from e2e import child
 from e2e.crossval import Plan, Trial, run_all, summarise, write_report
 from e2e.errors import UserError
 from e2e.judged import Judged
@@ -168,17 +169,15 @@ def test_every_case_is_tested_once_and_what_was_stopped_goes_on(cohort, monkeypa
 
 
 def test_each_word_of_gpus_is_a_run_at_a_time_that_sees_those_alone(tmp_path, monkeypatch):
-    from e2e import crossval
-
     seen = []
 
     def note(command, *, env, **options):
         seen.append((env.get("CUDA_VISIBLE_DEVICES"), [w for w in command if "nproc" in w]))
         return type("Ended", (), {"returncode": 0})
 
-    monkeypatch.setattr(crossval.subprocess, "run", note)
+    monkeypatch.setattr(child.subprocess, "run", note)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for slot in ("", "3", "0,1"):
-        crossval.train_run([], tmp_path / "log", slot)
+        child.run_script("launch/train.py", [], tmp_path / "log", slot)
     assert seen == [(None, []), ("3", []), ("0,1", ["--nproc-per-node=2"])]
     assert sys.executable in (tmp_path / "log").read_text()

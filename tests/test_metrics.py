@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as sk
 
+from e2e.data.folds import tcga_sites
 from e2e.errors import UserError
 from e2e.metrics import (
     accuracy,
@@ -33,7 +34,6 @@ from e2e.metrics import (
     multilabel_metrics,
     precision_macro,
     regression_metrics,
-    tcga_centre,
 )
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -423,7 +423,8 @@ def test_each_centre_has_its_own_metrics_and_one_class_has_no_auc():
     cases = [f"TCGA-{'A2' if k < 40 else 'E9'}-{k // 2:04}" for k in range(60)]
     labels[40:] = 1
     weights = case_weights(cases, 5, seed=0)
-    centres = [tcga_centre(case) for case in cases]
+    sites = tcga_sites(cases)
+    centres = [sites[case] for case in cases]
     given = {"groups": centres, "cases": cases}
     found = by_group(classification_metrics, probabilities, labels, weights, **given)
     assert {name: group[:2] for name, group in found.items()} == {"A2": (40, 20), "E9": (20, 10)}
@@ -437,7 +438,7 @@ def test_each_centre_has_its_own_metrics_and_one_class_has_no_auc():
 @pytest.mark.parametrize("case", ["A2-A0T2", "TCGA-A2", "TCGA-A2X-A0T2", ""])
 def test_a_case_that_is_no_tcga_barcode_names_no_centre(case):
     with pytest.raises(UserError, match="no TCGA barcode"):
-        tcga_centre(case)
+        tcga_sites([case])
 
 
 # --- intervals ---

@@ -55,7 +55,7 @@ from torch.nn.functional import cross_entropy
 
 import e2e.heads  # noqa: F401
 from e2e.errors import UserError, exit_code
-from e2e.evaluate import write_json
+from e2e.files import write_json
 from e2e.heads.base import HEADS, Head
 from e2e.metrics import Array, classification_metrics
 from e2e.optim import build_optimizer, learning_rate

@@ -29,7 +29,7 @@ import h5py
 import numpy as np
 
 from e2e import build
-from e2e.config import Data, Settings, load_settings
+from e2e.config import Data, Settings, common_settings
 from e2e.data.cases import CaseStore
 from e2e.data.cohort import Slide, read_table
 from e2e.data.folds import tcga_sites
@@ -259,13 +259,6 @@ def describe_chunks(settings: Settings, stored: int) -> list[str]:
     ]
 
 
-def next_command(args: argparse.Namespace) -> str:
-    """The run that was looked over."""
-    files = [word for file in args.config for word in ("-c", file)]
-    words = ["--datasets", args.datasets, "--model", args.model, *files, *args.overrides]
-    return f"torchrun launch/train.py {shlex.join(words)}"
-
-
 def report(args: argparse.Namespace, settings: Settings, task: Task, screen: Screen) -> None:
     """Read, check as a run does, print; without the next step."""
     site, real = [args.site] if args.site not in (None, TCGA) else [], has_store(settings)
@@ -291,13 +284,7 @@ def report(args: argparse.Namespace, settings: Settings, task: Task, screen: Scr
 def main(argv: Sequence[str] | None = None) -> int:
     """Look the cohort over, and say what to do next."""
     args, screen = parse(argv), Screen(leads=True)
-    settings = load_settings(
-        datasets=args.datasets,
-        model=args.model,
-        files=args.config,
-        overrides=args.overrides,
-        registries=build.REGISTRIES,
-    )
+    settings, command = common_settings(args, build.REGISTRIES)
     data, task = settings.data, build.build_task(settings.task)
     alone = Path(data.labels).is_file() and not has_store(settings)
     try:
@@ -312,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if alone:
         screen.say(f"the table is in order; next: {missing}")
     else:
-        screen.say(f"next: {next_command(args)}")
+        screen.say(f"next: torchrun launch/train.py {shlex.join(command)}")
     return 0
 
 

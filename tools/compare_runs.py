@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from e2e.errors import UserError, exit_code, listing
-from e2e.evaluate import write_json
+from e2e.files import write_json
 from e2e.judged import Judged, read_judged
 from e2e.log import Screen
 from e2e.metrics import LOWER_IS_BETTER, bootstrap_p, case_weights, delong, interval

@@ -28,7 +28,7 @@ from sklearn.preprocessing import StandardScaler
 from e2e.data.decode import build_decoder
 from e2e.data.store import PatchStore
 from e2e.errors import UserError, exit_code
-from e2e.evaluate import write_json
+from e2e.files import write_json
 from e2e.log import Screen, clock
 from e2e.metrics import auc, case_weights, interval
 

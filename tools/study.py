@@ -18,8 +18,6 @@ seed: test AUC a seed, and the paired differences to `all` with 95 % percentile 
 
 import argparse
 import json
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -33,9 +31,9 @@ import numpy as np
 import pandas as pd
 
 from e2e import build, config
+from e2e.child import is_done, run_script, start_or_resume
 from e2e.errors import UserError, exit_code
-from e2e.evaluate import write_json
-from e2e.files import write_atomically
+from e2e.files import write_atomically, write_json
 from e2e.metrics import Array, auc, case_weights, interval
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,21 +138,19 @@ class Study:
     def train(self, arm: Arm, lr: float, seed: int) -> dict[str, float]:
         """Train a run, or go on with it; its metrics on validation."""
         folder = self.folder(arm, lr, seed)
-        if not (folder / "metrics.json").is_file():
-            asked = ["--resume", str(folder)]
-            if not (folder / "settings.yaml").is_file():
-                asked = [*self.command, *arm.settings(), f"optim.lr={lr:g}", f"run.seed={seed}"]
-                asked += [f"data.labels={self.out}/labels_without_test.csv", f"run.out={folder}"]
-                asked += ["data.unmatched=drop"]  # the test slides of the store
-                asked += [f"select.every={-(-arm.epochs // self.validations)}"]
-            self.step("launch/train.py", asked, folder.name)
+        if not is_done(folder):
+            asked = [*self.command, *arm.settings(), f"optim.lr={lr:g}", f"run.seed={seed}"]
+            asked += [f"data.labels={self.out}/labels_without_test.csv"]
+            asked += ["data.unmatched=drop"]  # the test slides of the store
+            asked += [f"select.every={-(-arm.epochs // self.validations)}"]
+            self.step("launch/train.py", start_or_resume(asked, folder), folder.name)
         report = json.loads((folder / "metrics.json").read_text())
         return {k: report["val"][report["judged"]][k]["value"] for k in ("auc", "log_loss")}
 
     def test(self, arm: Arm, lr: float, seed: int) -> Any:
         """What a run predicts for the test slides, in their order."""
         folder = self.folder(arm, lr, seed)
-        if not (folder / "test" / "metrics.json").is_file():
+        if not is_done(folder / "test"):
             asked = [str(folder), "--out", str(folder / "test")]
             asked += [f"data.labels={self.out}/labels_test.csv"]
             self.step("launch/evaluate.py", asked, f"{folder.name}_test")
@@ -169,16 +165,13 @@ class Study:
         """Run one of the project's commands, time it; its failure ends the study."""
         log = self.out / "runs" / f"{name}.log"
         print(f"{time.strftime('%H:%M:%S')}  {script} {name}", flush=True)
-        command = [sys.executable, str(ROOT / script), *arguments]
         started = time.monotonic()
-        with log.open("a") as file:
-            print(f"$ {shlex.join(command)}", file=file, flush=True)
-            code = subprocess.run(command, stdout=file, stderr=file, check=False)
+        code = run_script(script, arguments, log)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
         write_json(self.out / "times.json", self.seconds)
-        if code.returncode:
+        if code:
             raise UserError(
-                f"{script} ended with exit code {code.returncode}; {log} says why\n"
+                f"{script} ended with exit code {code}; {log} says why\n"
                 "  mend it, then run the study again: it goes on from here"
             )
 

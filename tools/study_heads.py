@@ -35,8 +35,7 @@ import yaml
 
 from e2e.encoders.base import ENCODERS
 from e2e.errors import UserError, exit_code
-from e2e.evaluate import write_json
-from e2e.files import write_atomically
+from e2e.files import write_atomically, write_json
 from e2e.heads.base import HEADS
 from e2e.metrics import Array, auc, case_weights, interval
 from e2e.registry import suggest

@@ -6,13 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.errors import UserError
 from e2e.figures import Picture
-from e2e.metrics import LOWER_IS_BETTER
+from e2e.metrics import LOWER_IS_BETTER, Array, Values
 from e2e.registry import Registry, suggest
 
 Numbers = float | list[float]
@@ -85,12 +83,7 @@ class Task:
         """(B, P) in at least float32: probabilities, a risk, a number."""
         raise NotImplementedError
 
-    def metrics(
-        self,
-        predicted: NDArray[np.float64],
-        targets: NDArray[np.float64],
-        weights: NDArray[np.float64],
-    ) -> dict[str, NDArray[np.float64]]:
+    def metrics(self, predicted: Array, targets: Array, weights: Array) -> Values:
         """Name -> (R,) values under the R rows of ``weights`` (R, n); NaN: not defined.
 
         Args:
@@ -99,9 +92,7 @@ class Task:
         """
         raise NotImplementedError
 
-    def pictures(
-        self, predicted: NDArray[np.float64], targets: NDArray[np.float64]
-    ) -> list[Picture]:
+    def pictures(self, predicted: Array, targets: Array) -> list[Picture]:
         """What shows how well it went, for the same arguments as :meth:`metrics`."""
         raise NotImplementedError
 

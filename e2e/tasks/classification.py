@@ -14,7 +14,7 @@ from torch import Tensor
 
 from e2e.errors import UserError
 from e2e.figures import Picture, of_classes
-from e2e.metrics import classification_metrics
+from e2e.metrics import Array, Values, classification_metrics
 from e2e.tasks.base import TASKS, Numbers, Task, at_least, choose_monitor, one_of
 
 NO_LABEL = -1
@@ -93,9 +93,16 @@ class Classification(Task):
         counts = self._counts(targets)
         absent = [name for name, n in zip(self.output_names, counts, strict=True) if not n]
         if len(absent) > self.num_classes - 2:
+            alone = [name for name in self.output_names if name not in absent]
+            said = [
+                f"all training slides have {self.columns[0]}={name}: one class alone teaches nothing"
+                for name in alone
+            ]
             raise UserError(
-                f"the training slides are of one class at most ({self.describe(targets)}), so there is "
-                "nothing to tell apart\n  look at the label table and its splits"
+                f"{''.join(said) or 'no training slide has a label'}\n"
+                f"  they are of one class at most ({self.describe(targets)}):"
+                " there is nothing to tell apart\n"
+                "  look at the label table and its splits: data.columns.split, data.split_file, data.cut"
             )
         if self.class_weights == "balanced":
             if absent:
@@ -148,12 +155,7 @@ class Classification(Task):
         """(B, C) probabilities."""
         return logits.float().softmax(dim=-1)
 
-    def metrics(
-        self,
-        predicted: NDArray[np.float64],
-        targets: NDArray[np.float64],
-        weights: NDArray[np.float64],
-    ) -> dict[str, NDArray[np.float64]]:
+    def metrics(self, predicted: Array, targets: Array, weights: Array) -> Values:
         """See :mod:`e2e.metrics`."""
         known = np.isfinite(targets)
         chances, labels = predicted[known], targets[known].astype(np.int64)
@@ -161,15 +163,13 @@ class Classification(Task):
             chances, labels, weights[:, known], decided=self._decide(chances)
         )
 
-    def pictures(
-        self, predicted: NDArray[np.float64], targets: NDArray[np.float64]
-    ) -> list[Picture]:
+    def pictures(self, predicted: Array, targets: Array) -> list[Picture]:
         """See :func:`e2e.figures.of_classes`."""
         known = np.isfinite(targets)
         chances, labels = predicted[known], targets[known].astype(np.int64)
         return of_classes(chances, labels, self.output_names, self._decide(chances))
 
-    def _decide(self, probabilities: NDArray[np.float64]) -> NDArray[np.int64]:
+    def _decide(self, probabilities: Array) -> NDArray[np.int64]:
         """(n,) the class that is predicted."""
         return probabilities.argmax(axis=1)
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.errors import UserError
+from e2e.metrics import Array
 from e2e.tasks.base import TASKS, one_of
 from e2e.tasks.classification import Classification
 
@@ -107,7 +108,7 @@ class Grading(Classification):
             above = ordered_levels(logits.float()).sigmoid()
         return -F.pad(above, (1, 0), value=1.0).diff(dim=1, append=torch.zeros_like(above[:, :1]))
 
-    def _decide(self, probabilities: NDArray[np.float64]) -> NDArray[np.int64]:
+    def _decide(self, probabilities: Array) -> NDArray[np.int64]:
         if not self.ordinal:
             return super()._decide(probabilities)
         return (probabilities.cumsum(axis=1)[:, :-1] < 0.5).sum(axis=1)

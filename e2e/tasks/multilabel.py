@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.errors import UserError
 from e2e.figures import Picture, of_scores
-from e2e.metrics import multilabel_metrics
+from e2e.metrics import Array, Values, multilabel_metrics
 from e2e.tasks.base import TASKS, Task, at_least, choose_monitor, is_code, one_of, other_code
 
 LOSSES = ("bce", "asymmetric")
@@ -127,18 +126,11 @@ class Multilabel(Task):
         """(B, L) probabilities."""
         return logits.float().sigmoid()
 
-    def metrics(
-        self,
-        predicted: NDArray[np.float64],
-        targets: NDArray[np.float64],
-        weights: NDArray[np.float64],
-    ) -> dict[str, NDArray[np.float64]]:
+    def metrics(self, predicted: Array, targets: Array, weights: Array) -> Values:
         """See :func:`e2e.metrics.multilabel_metrics`."""
         return multilabel_metrics(predicted, targets, weights, names=self.output_names)
 
-    def pictures(
-        self, predicted: NDArray[np.float64], targets: NDArray[np.float64]
-    ) -> list[Picture]:
+    def pictures(self, predicted: Array, targets: Array) -> list[Picture]:
         """See :func:`e2e.figures.of_scores`; of each label the slides where it is known."""
         scores = {}
         for name, score, target in zip(self.output_names, predicted.T, targets.T, strict=True):

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.errors import UserError
 from e2e.figures import Picture, of_numbers
-from e2e.metrics import regression_metrics
+from e2e.metrics import Array, Values, regression_metrics
 from e2e.tasks.base import TASKS, Task, choose_monitor, one_of
 
 LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
@@ -85,18 +84,11 @@ class Regression(Task):
         """(B, 1) the number, float64: a large mean leaves few digits in single precision."""
         return self.mean + self.sd * logits.double()
 
-    def metrics(
-        self,
-        predicted: NDArray[np.float64],
-        targets: NDArray[np.float64],
-        weights: NDArray[np.float64],
-    ) -> dict[str, NDArray[np.float64]]:
+    def metrics(self, predicted: Array, targets: Array, weights: Array) -> Values:
         """See :func:`e2e.metrics.regression_metrics`."""
         return regression_metrics(predicted[:, 0], targets, weights)
 
-    def pictures(
-        self, predicted: NDArray[np.float64], targets: NDArray[np.float64]
-    ) -> list[Picture]:
+    def pictures(self, predicted: Array, targets: Array) -> list[Picture]:
         """See :func:`e2e.figures.of_numbers`."""
         known = np.isfinite(targets)
         return of_numbers(predicted[known, 0], targets[known], self.columns[0])

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.errors import UserError
 from e2e.figures import Picture, of_survival
 from e2e.losses.survival import cox_loss, discrete_nll
-from e2e.metrics import Array, ratio
+from e2e.metrics import Array, Values, ratio
 from e2e.survival_metrics import Censoring, survival_metrics
 from e2e.tasks.base import TASKS, Task, choose_monitor, is_code, one_of, other_code
 
@@ -157,12 +156,7 @@ class Survival(Task):
         alive = F.logsigmoid(-logits).cumsum(dim=1).exp()
         return torch.cat([-alive.sum(dim=1, keepdim=True), alive], dim=1)
 
-    def metrics(
-        self,
-        predicted: NDArray[np.float64],
-        targets: NDArray[np.float64],
-        weights: NDArray[np.float64],
-    ) -> dict[str, NDArray[np.float64]]:
+    def metrics(self, predicted: Array, targets: Array, weights: Array) -> Values:
         """See :mod:`e2e.survival_metrics`; and ``survival_nll``, the mean loss of ``nll`` at alpha 0."""
         several = len(self.edges) > 1
         curve = predicted[:, 1:]
@@ -179,9 +173,7 @@ class Survival(Task):
         undefined = np.full(len(weights), np.nan)
         return {name: found.get(name, undefined) for name in self.metric_names}
 
-    def pictures(
-        self, predicted: NDArray[np.float64], targets: NDArray[np.float64]
-    ) -> list[Picture]:
+    def pictures(self, predicted: Array, targets: Array) -> list[Picture]:
         """See :func:`e2e.figures.of_survival`."""
         known = np.isfinite(targets).all(axis=1)
         time, event = targets[known].T
