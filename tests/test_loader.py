@@ -204,8 +204,8 @@ def test_what_is_kept_spares_the_second_pass_its_work_and_changes_no_pixel(
     items, keep, monkeypatch
 ):
     read, decoded = [], []
-    store, decoder = PatchStore.read, type(DECODER).decode
-    monkeypatch.setattr(PatchStore, "read", lambda *given: read.append(1) or store(*given))
+    store, decoder = PatchStore.lend, type(DECODER).decode  # what is read is lent, then copied
+    monkeypatch.setattr(PatchStore, "lend", lambda *given: read.append(1) or store(*given))
     monkeypatch.setattr(
         type(DECODER), "decode", lambda *given: decoded.append(1) or decoder(*given)
     )
@@ -219,6 +219,26 @@ def test_what_is_kept_spares_the_second_pass_its_work_and_changes_no_pixel(
     once = sum(len(cut_rows(bag.pixels._rows, c.start, c.stop)) for c in bag.chunks)
     assert (len(read), len(decoded)) == (work[0] * once, work[1] * len(bag.chunks))
     assert bag.pixels._kept == {}  # nothing is held longer than it is wanted
+
+
+@pytest.mark.parametrize(
+    ("keep", "slides", "kind"), [(None, 1, memoryview), ("jpeg", 1, bytes), (None, 2, bytes)]
+)
+def test_jpegs_of_one_slide_are_decoded_where_they_lie_unless_they_are_kept(
+    items, keep, slides, kind, monkeypatch
+):
+    seen = []
+
+    def decode(jpegs, device):
+        seen.extend(map(type, jpegs))
+        return real(jpegs, device)
+
+    bag = bag_of(items[:slides], keep=keep)
+    before = bag.pixels(0, bag.offsets[-1], CPU)
+    real = DECODER.decode
+    monkeypatch.setattr(DECODER, "decode", decode)
+    assert torch.equal(bag.pixels(0, bag.offsets[-1], CPU), before)
+    assert set(seen) == {kind}
 
 
 def test_nothing_is_kept_of_rows_that_are_asked_for_once(items):

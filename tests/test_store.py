@@ -600,6 +600,23 @@ def readers(store: PatchStore) -> list[str]:
     ]
 
 
+def test_what_is_lent_lies_in_the_file_and_is_what_would_be_read(make_store):
+    store = make_store({"a": 4})
+
+    def work(jpegs):
+        at = [np.frombuffer(jpeg, np.uint8).ctypes.data for jpeg in jpegs]
+        return [bytes(jpeg) for jpeg in jpegs], at
+
+    found, places = store.lend("a", [3, 0], work)
+    assert found == store.read("a", [3, 0])
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [line[0].split("-") for line in lines if line[-1] == str(store.path)]
+    for place in places:
+        assert any(int(low, 16) <= place < int(high, 16) for low, high in spans)
+    with pytest.raises(DamagedDataError, match="slide 'a' lacks patch 4 of 4"):
+        store.lend("a", [4], work)
+
+
 def test_a_store_may_be_moved_while_it_is_open(make_store, tmp_path):
     store = make_store({"a": 2})
     other = tmp_path / "elsewhere.lmdb"

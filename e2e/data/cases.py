@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from e2e.data.cohort import Slide
 from e2e.data.features import FeatureStore
 from e2e.data.store import PlacelessRecord, SlideRecord, Slides, Store
 from e2e.errors import UserError, listing
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,15 @@ class CaseStore:
             for row, value in zip(rows, values, strict=True):
                 found[row] = value
         return found
+
+    def lend(
+        self,
+        slide: str,
+        indices: Sequence[int] | NDArray[np.int64],
+        work: Callable[[Sequence[bytes]], T],
+    ) -> T:
+        """What ``work`` makes of the JPEGs; of copies, here."""
+        return work(self.read(slide, indices))
 
     def damage(self, slide: str) -> Iterator[str]:
         """Check every value of every slide."""

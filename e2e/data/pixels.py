@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from e2e.bag import PixelSource
 from e2e.data.augment import Augment, resize
-from e2e.data.decode import Decoder, UndecodableError
+from e2e.data.decode import Buffer, Decoder, UndecodableError
 from e2e.data.sampler import patch_seeds
 from e2e.data.store import Slides, Store
 from e2e.errors import DamagedDataError
@@ -126,43 +126,52 @@ class StoredPixels:
             return made
 
         def jpegs() -> list[list[bytes]]:
-            return [cast(Store, part.store).read(part.slide, part.indices) for part in rows]
+            return [_copies(group) for group in groups]
 
         def decoded() -> list[Tensor]:
-            return list(self._decode(rows, once("jpeg", jpegs), device))
+            if self._look.keep == "jpeg":
+                kept = zip(groups, once("jpeg", jpegs), strict=True)
+                return [self._decode(group, values, device) for group, values in kept]
+            return [self._read(group, device) for group in groups]
 
         def seen() -> Tensor:
             pieces = [
                 self._augment(p, part)
-                for p, part in zip(once("uint8", decoded), _by_side(rows), strict=True)
+                for p, part in zip(once("uint8", decoded), groups, strict=True)
             ]
             if len({piece.dtype for piece in pieces}) > 1:  # some were resampled, some were not
                 pieces = [p / 255 if p.dtype == torch.uint8 else p for p in pieces]
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-        rows = cut_rows(self._rows, start, stop)
+        groups = _by_side(cut_rows(self._rows, start, stop))
         return once("float", seen)
 
     def forget(self, start: int, stop: int) -> None:
         """These rows will not be asked for again after all."""
         self._kept.pop((start, stop), None)
 
+    def _read(self, group: Sequence[Rows], device: torch.device) -> Tensor:
+        """The pixels of one group; of one slide, decoded out of the store's own memory."""
+        first, *more = group
+        if more or not self._look.decoder.borrows:
+            return self._decode(group, _copies(group), device)
+        store = cast(Store, first.store)
+        return store.lend(
+            first.slide, first.indices, lambda jpegs: self._decode(group, jpegs, device)
+        )
+
     def _decode(
-        self, rows: Sequence[Rows], jpegs: Sequence[list[bytes]], device: torch.device
-    ) -> Iterator[Tensor]:
-        """A tensor for each group of :func:`_by_side`."""
-        taken = iter(jpegs)
-        for group in _by_side(rows):
-            together = [jpeg for _ in group for jpeg in next(taken)]
-            try:
-                pixels = self._look.decoder.decode(together, device)
-                yield pixels.flip(1) if self._look.bgr else pixels
-            except UndecodableError as error:
-                at = cut_rows(group, error.index, error.index + 1)[0]
-                raise DamagedDataError(
-                    f"{at.store.path}: slide '{at.slide}' patch {at.indices[0]} {error}\n"
-                    "  tools/inspect_lmdb.py --verify lists all of them; pack the slide again"
-                ) from error
+        self, group: Sequence[Rows], jpegs: Sequence[Buffer], device: torch.device
+    ) -> Tensor:
+        try:
+            pixels = self._look.decoder.decode(jpegs, device)
+            return pixels.flip(1) if self._look.bgr else pixels
+        except UndecodableError as error:
+            at = cut_rows(group, error.index, error.index + 1)[0]
+            raise DamagedDataError(
+                f"{at.store.path}: slide '{at.slide}' patch {at.indices[0]} {error}\n"
+                "  tools/inspect_lmdb.py --verify lists all of them; pack the slide again"
+            ) from error
 
     def _augment(self, pixels: Tensor, rows: Sequence[Rows]) -> Tensor:
         look = self._look
@@ -201,6 +210,12 @@ class PixelCache:
             return made
 
         return pixels
+
+
+def _copies(group: Sequence[Rows]) -> list[bytes]:
+    """The JPEGs of these rows, apart from their stores."""
+    read = (cast(Store, part.store).read(part.slide, part.indices) for part in group)
+    return list(chain.from_iterable(read))
 
 
 def _by_side(rows: Sequence[Rows]) -> list[list[Rows]]:

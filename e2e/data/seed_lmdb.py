@@ -152,6 +152,15 @@ class SeedStore:
 
         return snapshot(self.path, work)
 
+    def lend(
+        self,
+        slide: str,
+        indices: Sequence[int] | NDArray[np.int64],
+        work: Callable[[Sequence[bytes]], T],
+    ) -> T:
+        """What ``work`` makes of the JPEGs; of copies, here."""
+        return work(self.read(slide, indices))
+
     def damage(self, slide: str) -> Iterator[str]:
         """What ``read`` would refuse of ``slide``, and what is no JPEG; there are no checksums."""
         try:

@@ -148,6 +148,19 @@ class Store(Slides, Protocol):
         """
         ...
 
+    def lend(
+        self,
+        slide: str,
+        indices: Sequence[int] | NDArray[np.int64],
+        work: Callable[[Sequence[bytes | memoryview]], T],
+    ) -> T:
+        """What ``work`` makes of the JPEGs, which end with it; it may be called again.
+
+        Raises:
+            DamagedDataError: as of :meth:`read`, and what ``work`` raises.
+        """
+        ...
+
     def damage(self, slide: str) -> Iterator[str]:
         """Check every value of a slide; yields a line per fault."""
         ...
@@ -199,9 +212,22 @@ class PatchStore:
         Raises:
             DamagedDataError: names the slide and the patch that is missing or empty.
         """
+        return self.lend(slide, indices, lambda jpegs: [bytes(jpeg) for jpeg in jpegs])
+
+    def lend(
+        self,
+        slide: str,
+        indices: Sequence[int] | NDArray[np.int64],
+        work: Callable[[Sequence[bytes | memoryview]], T],
+    ) -> T:
+        """What ``work`` makes of the JPEGs as they lie in the file, see :class:`Store`: no copy.
+
+        A copy would cost little, but it holds the interpreter's lock, for which decoding threads wait.
+        """
         number, count = self._numbers[slide]
         return snapshot(
-            self.path, lambda txn: _read_patches(txn, self.path, slide, number, count, indices)
+            self.path,
+            lambda txn: work(_find_patches(txn, self.path, slide, number, count, indices)),
         )
 
     def checksums(self, slide: str) -> NDArray[np.uint32]:
@@ -309,7 +335,8 @@ class StoreWriter:
         """As :meth:`PatchStore.read`."""
         with self._env.begin(buffers=True) as txn:
             meta = _metadata(txn.get(_SLIDE + slide.encode()))
-            return _read_patches(txn, self.path, slide, meta["number"], meta["count"], indices)
+            where = self.path, slide, meta["number"], meta["count"]
+            return [bytes(jpeg) for jpeg in _find_patches(txn, *where, indices)]
 
     def add(self, record: SlideRecord, jpegs: Iterable[bytes]) -> None:
         """Put one slide in, whole or not at all. ``jpegs`` is consumed as it is written.
@@ -476,25 +503,23 @@ def _address(value: Any) -> int:
     return np.frombuffer(value, np.uint8).ctypes.data
 
 
-def _read_patches(
+def _find_patches(
     txn: lmdb.Transaction,
     path: Path,
     slide: str,
     number: int,
     count: int,
     indices: Sequence[int] | NDArray[np.int64],
-) -> list[bytes]:
+) -> list[memoryview]:
     def value(index: int) -> Any:
         return txn.get(_patch_key(number, index))
 
     wanted = np.asarray(indices, np.int64).tolist()
     read_ahead(value, wanted)
-    jpegs = []
-    for index in wanted:
-        jpeg = value(index)
+    jpegs = [value(index) for index in wanted]
+    for index, jpeg in zip(wanted, jpegs, strict=True):
         if not jpeg:
             raise lacking(path, slide, index, count, empty=jpeg is not None)
-        jpegs.append(bytes(jpeg))
     return jpegs
 
 
