@@ -141,6 +141,17 @@ def test_copies_of_patches_change_nothing(seed, count):
     np.testing.assert_array_equal(near(scores[more], coords[more]), near(scores, coords)[more])
 
 
+def test_padding_is_nobodys_neighbour():
+    given, coords = output(1e4)
+    real = given.attention_logits[:, 0] > -math.inf
+    found = strongest_near(given.instance_logits, coords, real)
+    for b, n in enumerate(SIZES):
+        expected = strongest_by_hand(given.instance_logits[b, :n].numpy(), coords[b, :n].numpy())
+        np.testing.assert_array_equal(found[b, :n], expected)
+    coords[0, SIZES[0] :] = coords[0, 0]
+    torch.testing.assert_close(strongest_near(given.instance_logits, coords, real), found)
+
+
 def test_two_patches_in_one_cell_are_both_seen():
     more = np.stack([np.arange(40) * PITCH, np.full(40, 9 * PITCH)], axis=1)  # tell the step
     coords = np.append([[0, 0], [256, 0], [290, 0], [512, 0]], more, axis=0)
@@ -181,27 +192,35 @@ def test_of_two_scores_that_differ_in_their_sign_the_positive_one_is_taken():
         assert strongest_near(told.instance_logits, coords, torch.ones(1, 2) > 0).unique() == 2
 
 
+@pytest.mark.parametrize("fill", [0.0, 1e4, math.nan])
 @pytest.mark.parametrize("detach", [False, True])
-def test_the_gradient_is_that_of_the_loss_and_none_reaches_padding(detach):
+def test_no_gradient_reaches_padding_or_comes_from_it(detach, fill):
+    found = []
+    for held in (fill, 0.0):
+        given, coords = output(held)
+        leaf = given.instance_logits.requires_grad_()
+        value(spatial(detach=detach), given, coords).sum().backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert (found[0][given.attention_logits[:, 0] == -math.inf] == 0).all()
+    assert found[0].abs().sum() > 0.1
+
+
+def test_the_gradient_is_that_of_the_loss():
     given, coords = output()
-    leaf = given.instance_logits.requires_grad_()
-    regulariser = spatial(detach=detach)
-    found = value(regulariser, given, coords)
-    found.sum().backward()
-    assert (leaf.grad[given.attention_logits[:, 0] == -math.inf] == 0).all()
 
     def loss(scores: Tensor) -> Tensor:
-        return value(regulariser, given._replace(instance_logits=scores), coords)
+        return value(spatial(), given._replace(instance_logits=scores), coords)
 
-    if not detach:
-        assert torch.autograd.gradcheck(loss, (leaf.detach().requires_grad_(),))
-        return
-    # The strongest patch itself has none then, and the others are drawn to it.
-    told, places = row(1.0, -2.0, 0.5)
-    scores = told.instance_logits.requires_grad_()
-    value(regulariser, told._replace(instance_logits=scores), places).backward()
+    assert torch.autograd.gradcheck(loss, (given.instance_logits.requires_grad_(),))
+
+
+def test_detached_the_strongest_patch_stays_and_draws_the_others_to_it():
+    given, coords = row(1.0, -2.0, 0.5)
+    leaf = given.instance_logits.requires_grad_()
+    value(spatial(detach=True), given, coords).backward()
     slope = [1 / math.cosh(3) ** 2 / 3, 0.0, 1 / math.cosh(2.5) ** 2 / 3]
-    assert scores.grad.flatten().tolist() == pytest.approx(slope)
+    assert leaf.grad.flatten().tolist() == pytest.approx(slope)
 
 
 def test_memory_grows_with_the_patches_alone():
