@@ -169,9 +169,8 @@ def _prepare(
     parts = _Parts(task, items, view, model)
     loader = build.build_loader(settings, parts.of_split("train"), view, model=model, task=task)
     loader.check(strategy.world_size, settings.optim.epochs)
-    if model.head.needs_coords:
-        for item in items:
-            view.check_places(item)
+    for item in items if model.head.needs_coords else _with_coords(model, parts):
+        view.check_places(item)
     if not trained and ours is not None:
         ours.mkdir(parents=True, exist_ok=True)
         build.write_cohort(items, problems, ours / "cohort.csv")
@@ -180,6 +179,12 @@ def _prepare(
             write_json(ours / FEATURES, known)
         write_atomically(ours / "settings.yaml", dump_settings(settings).encode())
     return parts
+
+
+def _with_coords(model: MILModel, parts: _Parts) -> list[LabelledSlide]:
+    """The slides whose patches a regulariser must know the places of."""
+    needed = any(regulariser.needs_coords for regulariser in model.regularisers)
+    return parts.of_split("train") if needed else []
 
 
 def _on_every_rank(strategy: Strategy, prepare: Callable[[], T]) -> T:

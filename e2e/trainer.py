@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
 
@@ -424,6 +425,9 @@ def bag_losses(strategy: Strategy, bag: Bag, task: Task, progress: float = 0.0) 
         _extra(strategy.model, output, target[start:stop], single, bag.coords[start:stop], progress)
         for output, start, stop in zip(outputs, [0, *ends], ends, strict=False)
     ]
+    with torch.no_grad():
+        head: Head = strategy.model.head  # pyright: ignore[reportAssignmentType]
+        head.remember(outputs, target, partial(_rows_of_update, strategy, bag))
     if task.whole_update:
         return _part_of_update(strategy, bag, logits, task) + torch.cat(extra) * weight
     return (task.loss(logits, target) + torch.cat(extra)) * weight
@@ -446,6 +450,19 @@ def _part_of_update(strategy: Strategy, bag: Bag, logits: Tensor, task: Task) ->
     target = torch.cat([t for _, _, t in told])[[keys.index(key) for key in bags]]
     losses = task.loss(merge.to(rows.device) @ rows, target.to(rows.device))
     return (losses.sum() / (strategy.world_size * len(bag))).expand(len(bag))
+
+
+def _rows_of_update(strategy: Strategy, bag: Bag, rows: Sequence[Tensor]) -> list[Tensor]:
+    """See :data:`e2e.heads.base.OfUpdate`: each bag once, in the order of the seeds."""
+    told = strategy.gather((bag.seeds, bag.weight, [part.cpu() for part in rows]))
+    found = {
+        seed: [part[number] for part in parts]
+        for seeds, weights, parts in told
+        for number, seed in enumerate(seeds)
+        if weights[number] > 0
+    }
+    ordered = zip(*(found[seed] for seed in sorted(found)), strict=True)
+    return [torch.stack(part).to(strategy.device) for part in ordered]
 
 
 def _no_single_bags(logits: Tensor, target: Tensor) -> Tensor:

@@ -368,4 +368,4 @@ def test_the_export_gives_the_heads_outputs_for_bags_of_any_size(name, head):
 def test_maps_that_belong_to_classes_are_as_many(name):
     output = run(build(name), *bag())
     assert not output.class_maps or output.attention_logits.shape[1] == C
-    assert output.class_maps == (name in ("clam_mb", "dsmil"))
+    assert output.class_maps == (name in ("attrimil", "clam_mb", "dsmil"))

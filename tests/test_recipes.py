@@ -15,6 +15,7 @@ from e2e.build import REGISTRIES, build_model, build_task, on_features
 from e2e.config import CONFIGS, Settings, settings_of, train_parser
 from tests.conftest import ROOT, write_store
 from tests.test_cohorts import small_cohort
+from tests.test_two_stage import write_slide
 
 RECIPES = sorted(path.stem for path in (CONFIGS / "recipes").glob("*.yaml"))
 HEAD_PARAMETERS = {
@@ -80,10 +81,9 @@ def test_a_recipe_takes_two_steps_and_is_judged(recipe, tmp_path):
     settings, _ = settings_for(recipe)
     overrides, slides = small_cohort(settings, tmp_path)
     if on_features(settings):
-        (tmp_path / "features").mkdir()
         for k, slide in enumerate(slides):
             found = np.random.default_rng(k).normal(size=(2 + k % 5, 8)).astype(np.float32)
-            np.save(tmp_path / "features" / f"{slide}.npy", found)
+            write_slide(tmp_path / "features", slide, found)
         overrides += [f"data.features=[{tmp_path}/features]"]
     else:
         for name in ("fine", "coarse"):

@@ -17,7 +17,7 @@ from e2e.checkpoint import load_checkpoint, part
 from e2e.data.loader import View
 from e2e.data.pixels import Look
 from e2e.errors import UserError
-from e2e.heads.base import HeadOutput
+from e2e.heads.base import Head, HeadOutput
 from e2e.log import MetricsLog, Screen
 from e2e.model import MILModel
 from e2e.parallel import Strategy
@@ -254,7 +254,7 @@ def test_the_loss_is_the_sum_over_bags_over_their_number_on_all_ranks(tmp_path):
     assert step.figures()[1] == 8  # patches
 
 
-class Nosy(nn.Module):
+class Nosy(Head):
     """A head with a loss of its own, which remembers what it is told after a step."""
 
     def __init__(self) -> None:

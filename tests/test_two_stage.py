@@ -353,6 +353,20 @@ def test_a_head_that_needs_coords_is_refused_without_them(cohort, monkeypatch, c
     assert "the coords of slide 's15'" in said
 
 
+def test_a_regulariser_that_needs_coords_is_refused_without_those_of_training(
+    cohort, monkeypatch, capsys
+):
+    more = ("--model", "clam_sb", "spatial.weight=1", "optim.epochs=1")
+    write_slide(
+        cohort / "feats", "s15", features_of(15, COUNTS["s15"]), coords=False
+    )  # of the test
+    code, said = call(train.main, monkeypatch, capsys, *arguments(cohort, *more))
+    assert code == 0, said
+    write_slide(cohort / "feats", "s03", features_of(3, COUNTS["s03"]), coords=False)
+    said = refusal(cohort, monkeypatch, capsys, *more, f"run.out={cohort}/other")
+    assert "the coords of slide 's03'" in said
+
+
 def test_features_of_two_encoders_are_refused_with_both(cohort, monkeypatch, capsys):
     for name in ("feats", "more"):
         write_slide(cohort / name, f"of_{name}", np.zeros((3, D), np.float32))

@@ -6,7 +6,7 @@ C outputs of the task, A attention maps, H attention heads, E width inside the h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,10 @@ from e2e.registry import Registry
 
 BagLoss = Callable[[Tensor, Tensor], Tensor]
 """(B, C) logits, (B, ...) targets -> (B,) losses."""
+
+OfUpdate = Callable[[Sequence[Tensor]], list[Tensor]]
+"""Tensors with a row for each bag of this rank -> the same with one for each bag of the update, in an order
+that is the same on every rank. Every rank calls it, or none does."""
 
 
 class HeadOutput(NamedTuple):
@@ -68,6 +72,15 @@ class Head(nn.Module):
                 target means is the task's business.
         """
         return None
+
+    def remember(self, outputs: Sequence[HeadOutput], target: Tensor, of_update: OfUpdate) -> None:
+        """Take from the bags of an update what :meth:`after_step` puts into queues. Without gradients.
+
+        Args:
+            outputs: of ``forward``, which together are those of this rank's bags.
+            target: (B,) or (B, ...) of these bags.
+            of_update: for what all ranks must know of each other's bags.
+        """
 
     def after_step(self, good: Tensor) -> None:
         """Move on what is no parameter (queues, teachers), once per optimiser step.

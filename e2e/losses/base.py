@@ -61,6 +61,9 @@ class Regulariser(nn.Module):
 
     weight: Weight
 
+    needs_coords = False
+    """Whether it cannot do without the coords of a training slide."""
+
     def forward(self, output: HeadOutput, target: Tensor, coords: Tensor | None) -> Tensor:
         """(B,) for the B bags of ``output``.
 
