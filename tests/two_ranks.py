@@ -73,6 +73,7 @@ class DrawnSlides:
     """In the place of a store and its decoder: five slides of random pixels."""
 
     path = Path("drawn")
+    borrows = False
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
