@@ -258,7 +258,7 @@ def step(head: Head, features: Tensor, mask: Tensor, labels: Tensor, good: Tenso
 
 
 @pytest.mark.parametrize("background", [None, 0, 2])
-@pytest.mark.parametrize(("count", "size"), [(1, 4), (3, 4), (3, 1), (1, 2)])
+@pytest.mark.parametrize(("count", "size"), [(1, 4), (3, 2), (2, 1)])
 def test_loss_and_banks_are_those_of_queues_under_weights_that_move(count, size, background):
     head = build(rank_weight=1.0, bank_size=size, background=background)
     reference = Reference(head, C, size, background)
@@ -312,7 +312,7 @@ def test_the_gradient_is_that_of_the_loss_through_scores_and_banks():
         return head.aux_loss(output, labels, EACH), output.logits.sum()
 
     given = features.nan_to_num().requires_grad_()
-    assert torch.autograd.gradcheck(loss, (given, *head.parameters()))
+    assert torch.autograd.gradcheck(loss, (given, *head.parameters()), fast_mode=True)
 
 
 def test_what_the_banks_hold_is_trained_too():

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
@@ -118,6 +118,7 @@ def near(scores: NDArray, coords: NDArray) -> NDArray:
     return strongest_near(*given, real)[0].numpy()
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.integers(15, 60), st.integers(8, 20))
 def test_neither_order_nor_place_on_the_slide_nor_the_grids_step_matters(seed, count, side):
     draw = np.random.default_rng(seed)
@@ -133,6 +134,7 @@ def test_neither_order_nor_place_on_the_slide_nor_the_grids_step_matters(seed, c
     np.testing.assert_array_equal(near(scores, fine), expected)
 
 
+@settings(max_examples=50)
 @given(st.integers(0, 10_000), st.integers(1, 30))
 def test_copies_of_patches_change_nothing(seed, count):
     draw = np.random.default_rng(seed)
