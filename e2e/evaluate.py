@@ -201,6 +201,7 @@ def evaluate_run(
         if not weights:
             continue
         check_weights(strategy.shapes, weights, best)
+        told = task.of(name)
         for split in ("val", "test"):
             chosen = [item for item in items if item.slide.split == split]
             if not chosen:
@@ -208,34 +209,34 @@ def evaluate_run(
             draw = None
             if name == judged and split == "test":
                 drawn = [item for item in chosen[:heatmaps] if item.record.coords is not None]
-                draw = heatmap_drawer(task, view.look, out / "heatmaps", drawn)
+                draw = heatmap_drawer(told, view.look, out / "heatmaps", drawn)
                 if len(drawn) < len(chosen[:heatmaps]):
                     screen.say("no heatmap of slides without coords; see the setting data.coords")
             with strategy.whole_parameters(strategy.scatter(weights)):
                 found = predict(
                     model,
                     chosen,
-                    task=task,
+                    task=told,
                     view=view,
                     strategy=strategy,
                     screen=screen,
                     draw=draw,
                 )
             report.setdefault(split, {"slides": len(chosen)})[name] = score(
-                found, task, draws=draws
+                found, told, draws=draws
             )
             if name == judged:
                 kept += found
                 centres = centres_of([p.case for p in found])
                 if centres:
-                    by_centre = score_centres(found, task, centres, draws=draws)
+                    by_centre = score_centres(found, told, centres, draws=draws)
                     report[split]["centres"] = by_centre
     if strategy.leads:
-        write_predictions(kept, task, out / "predictions.csv")
+        write_predictions(kept, task.of(judged), out / "predictions.csv")
         write_json(out / "metrics.json", report)
         tested = [p for p in kept if p.split == "test"]
         if tested:
-            write_pictures(task.pictures(*_arrays(tested)), out / "figures")
+            write_pictures(task.of(judged).pictures(*_arrays(tested)), out / "figures")
     title = f"epoch {report['epoch']}, chosen on {chosen_on} by {judged}"
     screen.table(title, *metric_table(report))
     return report

@@ -13,9 +13,10 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from e2e.data.decode import Decoder
+from e2e.data.decode import Decoder, UndecodableError
 from e2e.data.loader import LabelledSlide
 from e2e.data.store import SlideRecord, Store
+from e2e.errors import DamagedDataError
 from e2e.files import write_atomically
 from e2e.heads.base import HeadOutput
 
@@ -26,7 +27,8 @@ GROUND = 245  # grey where the slide has no patch
 def patch_scores(output: HeadOutput, shown_class: int) -> NDArray[np.float64] | None:
     """(N,) what one slide's patches weigh: attention averaged over maps, or that of ``shown_class``
     where each class has one; for a head without attention, the instance probability of
-    ``shown_class``; None when it has neither."""
+    ``shown_class``, or of one output (a risk, a number, log-odds) what it is for each patch by
+    itself; None when it has neither."""
     attention = output.attention()
     if attention is not None and output.class_maps:
         return attention[0, shown_class].double().cpu().numpy()
@@ -34,7 +36,9 @@ def patch_scores(output: HeadOutput, shown_class: int) -> NDArray[np.float64] | 
         return attention[0].mean(dim=0).double().cpu().numpy()
     if output.instance_logits is not None:
         logits = output.instance_logits[0].float()
-        return torch.softmax(logits, dim=-1)[:, shown_class].double().cpu().numpy()
+        # The softmax of one output is 1 everywhere.
+        found = logits if logits.shape[-1] == 1 else torch.softmax(logits, dim=-1)
+        return found[:, shown_class].double().cpu().numpy()
     return None
 
 
@@ -51,6 +55,9 @@ def draw_heatmap(
     Colours are percentile ranks within the slide, because raw attention is often one hot patch on
     a field of near zeros. Without a decoder there is no slide to show. The table holds x, y
     (level-0 px), side and the raw score.
+
+    Raises:
+        DamagedDataError: a patch cannot be read; names it.
     """
     record = item.record
     ranks = percentile_ranks(scores)
@@ -117,7 +124,14 @@ def _mosaic(item: LabelledSlide, record: SlideRecord, decoder: Decoder) -> NDArr
     store = cast(Store, item.store)
     for start in range(0, record.count, 256):
         rows = range(start, min(start + 256, record.count))
-        images = decoder.decode(store.read(item.slide.id, rows)).permute(0, 2, 3, 1).numpy()
+        jpegs = store.read(item.slide.id, rows)
+        try:
+            images = decoder.decode(jpegs).permute(0, 2, 3, 1).numpy()
+        except UndecodableError as error:
+            raise DamagedDataError(
+                f"{store.path}: slide '{item.slide.id}' patch {rows[error.index]} {error}\n"
+                "  tools/inspect_lmdb.py --verify lists all of them; pack the slide again"
+            ) from error
         for row, image in zip(rows, images, strict=True):
             x, y = corners[row]
             small = Image.fromarray(image).resize((cell, cell), Image.Resampling.BOX)

@@ -34,7 +34,9 @@ class Judged:
 
 def read_judged(folder: Path, split: str) -> Judged:
     """From a run folder; UserError where it has no such predictions."""
-    task = build.load_task(config.saved_settings(folder, [], build.REGISTRIES).task, folder)
+    settings = config.saved_settings(folder, [], build.REGISTRIES)
+    judged = build.judged_weights(settings.optim, settings.select)
+    task = build.load_task(settings.task, folder).of(judged)
     path = folder / "predictions.csv"
     if not path.is_file():
         raise UserError(f"no {path}: the run is not evaluated\n  let it end, then compare")

@@ -29,12 +29,8 @@ ECE_BINS = 15
 
 def auc(score: Array, positive: NDArray[np.bool_], weights: Array) -> Array:
     """Area under the ROC curve (Mann-Whitney: ties count half); NaN with one class."""
-
-    def area(pos: Array, neg: Array) -> Array:
-        above = np.cumsum(pos, axis=1) - pos / 2
-        return ratio(np.einsum("rk,rk->r", neg, above), pos.sum(1) * neg.sum(1))
-
-    return _by_threshold(area, score, positive, weights)
+    won = pairs_won(score, positive.astype(np.float64), ~positive, weights)
+    return ratio(won, (weights @ positive) * (weights @ ~positive))
 
 
 def average_precision(score: Array, positive: NDArray[np.bool_], weights: Array) -> Array:
@@ -42,33 +38,52 @@ def average_precision(score: Array, positive: NDArray[np.bool_], weights: Array)
 
     Positives alone would have 1 whatever the score: that is no merit, and not defined here.
     """
-
-    def area(pos: Array, neg: Array) -> Array:
-        found, taken = np.cumsum(pos, axis=1), np.cumsum(pos + neg, axis=1)
-        precision = found / np.where(taken > 0, taken, 1)
-        both = (pos.sum(1) > 0) & (neg.sum(1) > 0)
-        return ratio(np.einsum("rk,rk->r", pos, precision), np.where(both, pos.sum(1), 0))
-
-    return _by_threshold(area, score, positive, weights)
-
-
-def _by_threshold(
-    area: Callable[[Array, Array], Array],
-    score: Array,
-    positive: NDArray[np.bool_],
-    weights: Array,
-) -> Array:
-    """``area`` of the (R, K) weights of positives and negatives at the K scores, highest first."""
-    if not len(score) or not np.isfinite(score).all():
+    if not np.isfinite(score).all():
         return np.full(len(weights), np.nan)
     order = np.argsort(-score, kind="stable")
-    starts, positive = np.flatnonzero(np.r_[True, np.diff(score[order]) < 0]), positive[order]
+    which = order[positive[order]]
+    # How many score as high as each positive or higher: of the positives, and of all.
+    right, called = (np.searchsorted(-score[o], -score[which], "right") for o in (which, order))
 
-    def at_each(block: Array) -> Array:
-        return np.add.reduceat(block, starts, axis=1) if len(starts) < len(order) else block
+    def area(rows: Array) -> Array:
+        found, taken = (running_sums(rows, o) for o in (which, order))
+        found, taken = found.take(right, axis=1), taken.take(called, axis=1)
+        precision = found / np.where(taken > 0, taken, 1)
+        return np.einsum("rk,rk->r", rows.take(which, axis=1), precision)
 
-    blocks = (rows.take(order, axis=1) for rows in row_blocks(weights))
-    return np.concatenate([area(at_each(b * positive), at_each(b * ~positive)) for b in blocks])
+    areas = np.concatenate([area(rows) for rows in row_blocks(weights)])
+    return ratio(areas, np.where(weights @ ~positive > 0, weights @ positive, 0))
+
+
+def pairs_won(score: Array, above: Array, below: NDArray[np.bool_], weights: Array) -> Array:
+    """(R,) sum over i and j of a_i w_i w_j where i scores higher than j, half of it where they tie.
+
+    Args:
+        score: (n,); where one is not finite the result is NaN.
+        above: (n,) a_i >= 0.
+        below: (n,) which j are summed over.
+        weights: (R, n).
+    """
+    if not np.isfinite(score).all():
+        return np.full(len(weights), np.nan)
+    high, low = np.flatnonzero(above), np.flatnonzero(below)
+    low = low[np.argsort(score[low])]
+    under, upto = (np.searchsorted(score[low], score[high], side) for side in ("left", "right"))
+
+    def won(rows: Array) -> Array:
+        sums = running_sums(rows, low)
+        beaten = sums.take(under, axis=1) + sums.take(upto, axis=1)
+        beaten *= rows.take(high, axis=1)
+        return beaten @ (above[high] / 2)
+
+    return np.concatenate([won(rows) for rows in row_blocks(weights)])
+
+
+def running_sums(rows: Array, columns: NDArray[np.int64]) -> Array:
+    """(R, 1 + k) sums of the first 0, 1, .. k of ``columns`` (k,)."""
+    sums = np.zeros((len(rows), 1 + len(columns)))
+    np.cumsum(rows.take(columns, axis=1), axis=1, out=sums[:, 1:])
+    return sums
 
 
 def row_blocks(weights: Array, numbers: int = 1 << 14) -> Iterator[Array]:
@@ -242,7 +257,7 @@ def multilabel_metrics(
     found: dict[str, list[Array]] = {"auc": [], "ap": [], "f1": []}
     for score, target in zip(probabilities.T, targets.T, strict=True):
         known = np.isfinite(target)
-        score, positive, some = score[known], flags(target[known]), weights[:, known]
+        score, positive, some = score[known], flags(target[known]), weights.compress(known, axis=1)
         table = confusion((score > 0.5).astype(np.int64), positive.astype(np.int64), 2, some)
         found["auc"].append(auc(score, positive, some))
         found["ap"].append(average_precision(score, positive, some))
@@ -266,7 +281,7 @@ def regression_metrics(predicted: Array, targets: Array, weights: Array) -> Valu
     are alike, a correlation neither where all predictions are.
     """
     known = np.isfinite(targets)
-    x, y, weights = predicted[known], targets[known], weights[:, known]
+    x, y, weights = predicted[known], targets[known], weights.compress(known, axis=1)
     total = weights.sum(1)
     squares = ratio(weights @ (x - y) ** 2, total)
     return {

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,6 +95,7 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
             started = time.monotonic()
             trainer.fit()
             screen.say(f"trained in {clock(time.monotonic() - started)}")
+            _settle(settings, folder, parts, strategy, screen)
             _evaluate(settings, folder, folder, parts, strategy, screen)
             screen.say(f"results: {folder}/metrics.json, predictions.csv, heatmaps/")
     finally:
@@ -240,10 +242,11 @@ def predict(
     overrides = read_mpp(mpp_override) if mpp_override else {}
     source = SlideFiles(find_slides(slides), tiling, recipe["quality"], overrides)
     packed = pack(source, store_path, workers=workers, progress=_Told(screen))
-    task = build.load_task(settings.task, folder)
+    judged = build.judged_weights(settings.optim, settings.select)
+    task = build.load_task(settings.task, folder).of(judged)
     strategy = Strategy(pick_device(settings.engine.device))
     model = build.build_model(settings, task, strategy.device, trained=True)
-    weights = part(build.judged_weights(settings.optim, settings.select), tensors)
+    weights = part(judged, tensors)
     strategy.setup(model, None, clip=None)
     check_weights(strategy.shapes, weights, best)
     strategy.load(weights)
@@ -328,6 +331,32 @@ def _trainer(
         log=log,
         screen=screen,
     )
+
+
+def _settle(
+    settings: Settings, folder: Path, parts: _Parts, strategy: Strategy, screen: Screen
+) -> None:
+    """Let the task take what it wants of what the judged weights say of the training slides."""
+    if not parts.task.settles:
+        return
+    strategy.wait()  # for the rank that writes the checkpoint
+    best = folder / "best.safetensors"
+    judged = build.judged_weights(settings.optim, settings.select)
+    weights = part(judged, load_checkpoint(best)[0])
+    check_weights(strategy.shapes, weights, best)
+    with strategy.whole_parameters(strategy.scatter(weights)):
+        found = predict_slides(
+            parts.model,
+            parts.of_split("train"),
+            task=parts.task,
+            view=parts.view,
+            strategy=strategy,
+            screen=screen,
+        )
+    predicted, targets = np.array([p.values for p in found]), np.array([p.target for p in found])
+    parts.task.settle(judged, predicted, targets, [p.case for p in found])
+    if strategy.leads:
+        write_json(folder / build.TASK, parts.task.state())
 
 
 def _evaluate(

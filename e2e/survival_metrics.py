@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from e2e.metrics import Array, Values, auc, flags, ratio, row_blocks
+from e2e.metrics import Array, Values, flags, pairs_won, ratio, row_blocks, running_sums
 
 Flags = NDArray[np.bool_]
 
@@ -33,18 +33,21 @@ def kaplan_meier(
     Kaplan & Meier 1958. ``of_censoring``: the chance to be still in sight; of a censoring and an
     event at one time the event came first.
     """
-    order = np.argsort(time, kind="stable")
-    points, starts = np.unique(time[order], return_index=True)
     leaving = ~event if of_censoring else event
-    gone = np.add.reduceat((weights * leaving)[:, order], starts, axis=1)
-    others = np.add.reduceat((weights * ~leaving)[:, order], starts, axis=1)
-    at_risk = np.cumsum((gone + others)[:, ::-1], axis=1)[:, ::-1]
-    if of_censoring:
-        at_risk = at_risk - others
-    stay = 1 - gone / np.where(at_risk > 0, at_risk, 1)
-    curve = np.ones((len(weights), 1 + len(points)))
-    np.cumprod(stay, axis=1, out=curve[:, 1:])
-    return curve[:, np.searchsorted(points, at, side="right")]
+    order = np.lexsort((~leaving, -time))  # the latest first; of one time those who leave
+    points, counts = np.unique(time[leaving], return_counts=True)
+    later, in_all = (np.searchsorted(-time[order], -points, side) for side in ("left", "right"))
+    gone, asked = later + counts, np.searchsorted(points, at, side="right")
+
+    def curve(rows: Array) -> Array:
+        sums = running_sums(rows, order)
+        at_risk = sums.take(gone if of_censoring else in_all, axis=1)
+        left = sums.take(gone, axis=1) - sums.take(later, axis=1)
+        alive = np.ones((len(rows), 1 + len(points)))
+        np.cumprod(1 - left / np.where(at_risk > 0, at_risk, 1), axis=1, out=alive[:, 1:])
+        return alive.take(asked, axis=1)
+
+    return np.concatenate([curve(rows) for rows in row_blocks(weights)])
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,37 @@ class Censoring:
     def weight(self, time: Array, event: Flags) -> Array:
         """(n,) 1/G of events, 0 for the censored and for events where G is not known."""
         return np.where(event, np.nan_to_num(1 / self(time), nan=0.0), 0.0)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """H0(t), the cumulative hazard up to t of a case of risk 0, by Breslow's estimate::
+
+        H0(t) = sum_{events i, t_i <= t} w_i / sum_{t_j >= t_i} w_j exp(r_j)
+
+    where a risk r is the log of a relative hazard, so that S(t | r) = exp(-H0(t) exp(r)).
+
+    Source: Breslow 1972, in the discussion of Cox 1972 (JRSS B 34:216), and 1974 (Biometrics 30:89).
+    """
+
+    times: Array
+    """Of the events, ascending."""
+    log_hazard: Array
+    """log H0 at each: the logarithm, because risks know no scale."""
+
+    @classmethod
+    def fit(cls, risk: Array, time: Array, event: Flags, weights: Array) -> Baseline:
+        """From (n,) risks, times, events and weights (over 0) of the training cases."""
+        times, which = np.unique(time[event], return_inverse=True)
+        died = np.bincount(which, weights[event])
+        order = np.argsort(-time)
+        at_risk = np.logaddexp.accumulate((risk + np.log(weights))[order])
+        count = np.searchsorted(-time[order], -times, side="right")
+        return cls(times, np.logaddexp.accumulate(np.log(died) - at_risk[count - 1]))
+
+    def __call__(self, at: Array) -> Array:
+        """log H0 at each time; -inf before the first event."""
+        return np.r_[-np.inf, self.log_hazard][np.searchsorted(self.times, at, side="right")]
 
 
 def c_index(risk: Array, time: Array, event: Flags, weights: Array) -> Array:
@@ -138,14 +172,10 @@ def dynamic_auc(
     Cumulative cases, dynamic controls, weighted by 1/G (Uno et al. 2007, JASA 102:527). NaN where
     there are none of either.
     """
-    scale = censoring.weight(time, event)
-    found = []
-    for at in times:
-        ill = (time <= at) & (scale > 0)
-        used = ill | (time > at)
-        factor = np.where(ill, scale, 1.0)[used]
-        found.append(auc(risk[used], ill[used], weights[:, used] * factor))
-    return np.stack(found, axis=1)
+    ill = (time <= times[:, None]) * censoring.weight(time, event)
+    well = time > times[:, None]
+    won = [pairs_won(risk, *pair, weights) for pair in zip(ill, well, strict=True)]
+    return ratio(np.stack(won, axis=1), (weights @ ill.T) * (weights @ well.T))
 
 
 def dynamic_auc_mean(
@@ -162,27 +192,6 @@ def dynamic_auc_mean(
     return ratio(np.where(fall > 0, each * fall, 0).sum(1), 1 - alive[:, -1])
 
 
-def brier_at(
-    survival: Array,
-    time: Array,
-    event: Flags,
-    weights: Array,
-    *,
-    times: Array,
-    censoring: Censoring,
-) -> Array:
-    """(R, T) mean squared error of ``survival`` (n, T), the predicted chances at ``times`` (T,).
-
-    Weighted by 1/G (Graf et al. 1999, Stat Med 18:2529). NaN where G is not known, and where no
-    case is followed beyond the time.
-    """
-    ill = (time[:, None] <= times) * censoring.weight(time, event)[:, None]
-    well = (time[:, None] > times).astype(np.float64)
-    error = survival**2 * ill + (1 - survival) ** 2 * well / censoring(times)
-    known = weights @ well > 0
-    return np.where(known, ratio(weights @ error, weights.sum(1)[:, None]), np.nan)
-
-
 def integrated_brier(
     survival: Array,
     time: Array,
@@ -192,8 +201,16 @@ def integrated_brier(
     times: Array,
     censoring: Censoring,
 ) -> Array:
-    """Mean of :func:`brier_at` over ``times`` (ascending, two or more), by trapezia."""
-    each = brier_at(survival, time, event, weights, times=times, censoring=censoring)
+    """Mean squared error of ``survival`` (n, T), the chances predicted for ``times`` (T,).
+
+    The mean over the cases is weighted by 1/G, that over the times (ascending, two or more) is by
+    trapezia (Graf et al. 1999, Stat Med 18:2529). NaN where G is not known at one of the times, and
+    where no case is followed beyond the last.
+    """
+    ill = (time[:, None] <= times) * censoring.weight(time, event)[:, None]
+    well = (time[:, None] > times).astype(np.float64)
+    error = survival**2 * ill + (1 - survival) ** 2 * well / censoring(times)
+    each = np.where(weights @ well > 0, ratio(weights @ error, weights.sum(1)[:, None]), np.nan)
     return np.trapezoid(each, times, axis=1) / (times[-1] - times[0])
 
 
@@ -221,7 +238,7 @@ def survival_metrics(
     """
     known = np.isfinite(targets).all(axis=1)
     time, event = targets[known, 0], flags(targets[known, 1])
-    risk, weights = risk[known], weights[:, known]
+    risk, weights = risk[known], weights.compress(known, axis=1)
     values = {"c_index": c_index(risk, time, event, weights)}
     if censoring is None:
         return values

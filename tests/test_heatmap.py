@@ -19,6 +19,7 @@ from e2e.data.cohort import Slide
 from e2e.data.decode import build_decoder
 from e2e.data.loader import LabelledSlide
 from e2e.data.store import PatchStore, StoreWriter
+from e2e.errors import DamagedDataError
 from e2e.heads.base import HEADS, HeadOutput
 from e2e.heatmap import draw_heatmap, patch_scores, percentile_ranks
 from tests.conftest import RECIPE, jpeg, record
@@ -67,18 +68,33 @@ def test_a_head_without_attention_shows_the_probability_of_the_class():
     assert patch_scores(HeadOutput(torch.zeros(1, 2)), 0) is None
 
 
-def test_the_max_heads_scores_come_from_its_patches():
+def max_of_five(outputs: int) -> tuple[HeadOutput, list[HeadOutput]]:
+    """What the max head makes of five patches, and of each alone."""
     torch.manual_seed(0)
-    head = HEADS.build("max", 8, 3).eval()
+    head = HEADS.build("max", 8, outputs).eval()
     features = torch.randn(1, 5, 8)
     with torch.no_grad():
         output = head(features, torch.ones(1, 5, dtype=torch.bool))
         alone = [head(features[:, n : n + 1], torch.ones(1, 1, dtype=torch.bool)) for n in range(5)]
     assert output.attention() is None
+    return output, alone
+
+
+def test_the_max_heads_scores_come_from_its_patches():
+    output, alone = max_of_five(3)
     scores = patch_scores(output, 2)
     assert scores is not None
     expected = [single.logits.softmax(dim=-1)[0, 2].item() for single in alone]
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
+def test_of_one_output_a_patch_has_what_the_slide_would_have_with_it_alone():
+    output, alone = max_of_five(1)
+    scores = patch_scores(output, 0)
+    assert scores is not None
+    np.testing.assert_allclose(scores, [single.logits.item() for single in alone], rtol=1e-5)
+    assert len(set(scores)) == 5
+    assert scores.max() == pytest.approx(output.logits.item())
 
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (120, 120, 120)]
@@ -139,6 +155,22 @@ def test_patches_touch_without_gaps(item, tmp_path):
     row = picture[BAR + SIDE // 6, :SIDE].astype(int)
     ground = (np.abs(row - 245).max(axis=1) < 3).sum()
     assert ground == 0
+
+
+def test_a_patch_that_cannot_be_decoded_is_named_with_what_to_do(tmp_path):
+    jpegs = [jpeg(k) for k in range(300)]
+    jpegs[270] = b"\xff\xd8 no more"
+    with StoreWriter(tmp_path / "x.lmdb", RECIPE) as writer:
+        writer.add(record("s", 300), jpegs)
+    damaged = LabelledSlide(
+        Slide("s", "s", "test", {}), PatchStore(tmp_path / "x.lmdb"), torch.tensor(0)
+    )
+    with pytest.raises(DamagedDataError, match=r"x.lmdb: slide 's' patch 270 is ") as error:
+        draw_heatmap(
+            damaged, np.arange(300.0), decoder=build_decoder(), caption="", path=tmp_path / "s"
+        )
+    assert "tools/inspect_lmdb.py --verify" in str(error.value)
+    assert not list(tmp_path.glob("s.*"))
 
 
 def test_one_patch_is_a_picture_too(tmp_path):

@@ -41,6 +41,38 @@ def test_without_gammas_and_shift_the_asymmetric_loss_is_the_plain_one():
     torch.testing.assert_close(made.loss(logits, target), task().loss(logits, target))
 
 
+def balanced(**options):
+    """er: 1 of 4 slides; pr: 3 of 4; her2: 1 of 2 where it is known."""
+    rows = [[1.0, 1.0, NAN], [0.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, NAN]]
+    made = task(class_weights="balanced", **options)
+    made.fit([torch.tensor(row) for row in rows], [*"abcd"])
+    return made
+
+
+def test_balanced_weights_are_those_of_the_training_slides_of_each_label_and_1_in_the_mean():
+    weights = {"er": [4 / 6, 4 / 2], "pr": [4 / 2, 4 / 6], "her2": [1.0, 1.0]}
+    assert balanced().state() == {"class_weights": weights}
+    logits, target = torch.randn(3), torch.tensor([1.0, 0.0, NAN])
+    for loss in ("bce", "asymmetric"):
+        each = torch.stack(
+            [
+                task(loss=loss).loss(logits[None], torch.where(own, target, NAN)[None])[0]
+                for own in torch.eye(3, dtype=torch.bool)
+            ]
+        )
+        expected = each @ torch.tensor([2.0, 2.0, 1.0])
+        found = balanced(loss=loss).loss(logits[None], target[None])[0]
+        torch.testing.assert_close(found, expected)
+
+
+def test_runs_from_before_class_weights_have_none_and_the_weights_of_other_labels_do_not_fit():
+    task().load_state({})
+    assert task().state() == {}
+    for state in ({}, {"class_weights": {"a": [1.0, 1.0]}}):
+        with pytest.raises(KeyError):
+            task(class_weights="balanced").load_state(state)
+
+
 def test_words_become_labels_and_an_empty_cell_is_not_known():
     made = task(positive="pos", negative="neg")
     found = made.encode({"er": "Pos", "pr": "", "her2": "neg"})
@@ -71,6 +103,7 @@ def test_labels_are_counted_by_name():
         ({"labels": []}, "task.labels needs one or more"),
         ({"labels": ["a", "a"]}, "task.labels needs one or more different columns"),
         ({"shift": 1.0}, "task.shift must be in"),
+        ({"class_weights": "balance"}, "'balance'; did you mean 'balanced'?"),
         ({"positive": "pos"}, "task.negative must say which code means"),
         ({"monitor": "auc_erx"}, "did you mean 'auc_er'"),
     ],

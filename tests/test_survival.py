@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 
@@ -272,6 +273,99 @@ def test_survival_nll_of_the_metrics_is_the_loss_at_alpha_0():
     assert found["survival_nll"][0] == pytest.approx(expected, rel=1e-5)
 
 
+# --- Cox's baseline hazard ---
+
+
+@pytest.fixture(scope="module")
+def whas():
+    """Risks of scikit-survival's Cox model for its cases, their targets, the model and what it saw."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table, outcome = load_whas500()
+        numbers = table[["age", "bmi", "hr"]].astype(float)
+        model = CoxPHSurvivalAnalysis().fit(numbers, outcome)
+    judged = np.c_[outcome["lenfol"].astype(float), outcome["fstat"].astype(float)]
+    return model.predict(numbers)[:, None], judged, model, numbers
+
+
+def settled(whas, **options) -> Survival:
+    risk, judged, *_ = whas
+    made = task(loss="cox", **options)
+    names = [str(k) for k in range(len(judged))]
+    made.fit(targets(*judged.tolist()), names)
+    made.settle("ema", risk, judged, names)
+    return made
+
+
+def test_cox_has_the_chances_of_scikit_survivals_cox_model_by_the_weights_that_were_settled(whas):
+    risk, judged, model, numbers = whas
+    made = settled(whas)
+    told = made.of("ema")
+    assert told.prediction_columns == ("risk", "survival_1", "survival_2", "survival_3")
+    found = told.predict(torch.from_numpy(risk)).numpy()
+    curves = model.predict_survival_function(numbers)
+    np.testing.assert_allclose(
+        found[:, 1:], [curve(np.array(made.edges)) for curve in curves], rtol=1e-4, atol=1e-5
+    )
+    values = told.metrics(found, judged, np.ones((1, len(judged))))
+    assert 0.1 < values["integrated_brier"] < 0.2  # of chances of 1/2 everywhere: 0.25
+    assert "calibration" in {picture.name for picture in told.pictures(found, judged)}
+    assert told.shown(found[0].tolist())[0] == 0
+
+
+def test_of_other_weights_and_in_training_cox_has_risks_alone(whas):
+    risk, judged, *_ = whas
+    made, once = settled(whas), np.ones((1, len(judged)))
+    for told, more in ((made, set()), (made.of("model"), {"integrated_brier"})):
+        assert told.prediction_columns == ("risk",)
+        found = told.predict(torch.from_numpy(risk)).numpy()
+        assert found.shape == risk.shape
+        values = told.metrics(found, judged, once)
+        assert values.keys() == {"c_index", "c_index_uno", "auc_dynamic_mean"} | more
+        assert all(np.isnan(values[name]).all() for name in more)
+        assert "calibration" not in {picture.name for picture in told.pictures(found, judged)}
+
+
+def test_a_case_of_several_slides_counts_once_in_the_baseline_hazard(whas):
+    risk, judged, *_ = whas
+    again = np.r_[np.arange(len(risk)), np.repeat(np.arange(40), 5)]
+    names = [str(k) for k in again]
+    made, expected = task(loss="cox"), settled(whas).baselines["ema"]
+    made.settle("ema", risk[again], judged[again], names)
+    found = made.baselines["ema"]
+    np.testing.assert_array_equal(found.times, expected.times)
+    np.testing.assert_allclose(found.log_hazard, expected.log_hazard, rtol=1e-10)
+
+
+def test_slides_without_a_label_are_in_no_baseline_hazard_and_risks_that_are_no_numbers_have_none(
+    whas,
+):
+    risk, judged, *_ = whas
+    names = [str(k) for k in range(len(risk))]
+    made, expected = task(loss="cox"), settled(whas).baselines["ema"]
+    more = np.r_[judged, [[NAN, 1], [5, NAN]]]
+    made.settle("ema", np.r_[risk, [[99.0], [99.0]]], more, [*names, "x", "y"])
+    np.testing.assert_array_equal(made.baselines["ema"].log_hazard, expected.log_hazard)
+    made.settle("ema", np.r_[risk[1:], [[NAN]]], judged, names)
+    assert made.baselines == {}
+
+
+def test_the_baseline_hazard_is_saved_with_the_run_and_runs_from_before_it_have_risks_alone(whas):
+    made, fresh = settled(whas), task(loss="cox")
+    state = json.loads(json.dumps(made.state()))
+    fresh.load_state(state)
+    logits = torch.randn(5, 1)
+    assert fresh.of("ema").predict(logits).tolist() == made.of("ema").predict(logits).tolist()
+    del state["baselines"]
+    fresh.load_state(state)
+    assert fresh.of("ema").predict(logits).tolist() == logits.tolist()
+
+
+def test_a_pass_over_the_training_slides_is_for_cox_with_a_baseline_alone():
+    asked = [task(), task(loss="cox", baseline="none"), task(loss="cox")]
+    assert [made.settles for made in asked] == [False, False, True]
+
+
 def test_the_events_are_told_with_their_code():
     said = task(event_column="Status").describe(targets((3, 1), (10, 0), (5.5, 0)))
     assert said == "1 with an event (33%; '1' in Status), times 3 to 10"
@@ -284,6 +378,7 @@ def test_the_events_are_told_with_their_code():
         ({"alpha": 1.5}, "task.alpha in [0, 1]"),
         ({"loss": "coxx"}, "did you mean 'cox'"),
         ({"ties": "exact"}, "unknown task.ties 'exact'"),
+        ({"baseline": "efron"}, "unknown task.baseline 'efron'"),
         ({"loss": "cox", "monitor": "integrated_brier"}, "unknown metric in task.monitor"),
     ],
 )

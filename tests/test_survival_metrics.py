@@ -13,6 +13,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import sksurv.metrics as sk
     from sksurv.datasets import load_gbsg2, load_whas500
+    from sksurv.linear_model import CoxPHSurvivalAnalysis
     from sksurv.nonparametric import CensoringDistributionEstimator, kaplan_meier_estimator
 
 from e2e import survival_metrics as sm
@@ -161,16 +162,65 @@ def test_the_integrated_brier_score_is_scikit_survivals(cohort):
     hazard = np.exp((risk - risk.mean()) / risk.std()) / time.mean()
     survival = np.exp(-hazard[:, None] * times)
     weights = resamples(len(time))
+    for part in (slice(None), slice(2), slice(2, None)):
+        given = {"times": times[part], "censoring": censoring}
+        found = sm.integrated_brier(survival[:, part], time, event, weights, **given)
+        for number, row in enumerate(weights):
+            outcome, s = copies(row, test, survival[:, part])
+            expected = sk.integrated_brier_score(train, outcome, s, times[part])
+            np.testing.assert_allclose(found[number], expected, **CLOSE)
+
+
+def test_a_weighting_has_the_same_values_alone_and_among_many(cohort):
+    *_, risk, time, event, censoring = halves(cohort)
+    weights, times = resamples(len(time), draws=150), np.quantile(time, [0.2, 0.6])
     given = {"times": times, "censoring": censoring}
-    each = sm.brier_at(survival, time, event, weights, **given)
-    whole = sm.integrated_brier(survival, time, event, weights, **given)
-    for number, row in enumerate(weights):
-        outcome, s = copies(row, test, survival)
-        np.testing.assert_allclose(
-            each[number], sk.brier_score(train, outcome, s, times)[1], **CLOSE
-        )
-        expected = sk.integrated_brier_score(train, outcome, s, times)
-        np.testing.assert_allclose(whole[number], expected, **CLOSE)
+    found = {
+        "dynamic_auc": lambda w: sm.dynamic_auc(risk, time, event, w, **given),
+        "kaplan_meier": lambda w: sm.kaplan_meier(time, event, w, times),
+        "c_index": lambda w: sm.c_index(risk, time, event, w)[:, None],
+    }
+    for name, metric in found.items():
+        alone = np.concatenate([metric(row[None]) for row in weights])
+        np.testing.assert_allclose(metric(weights), alone, err_msg=name, **CLOSE)
+
+
+# --- the baseline hazard of Cox's model ---
+
+
+@pytest.mark.parametrize("ties", ["breslow", "efron"])
+def test_the_baseline_hazard_and_its_survival_are_scikit_survivals(cohort, ties):
+    outcome, risk, time, event = cohort
+    numbers = (risk[:, None] - risk.mean()) / risk.std()
+    model = CoxPHSurvivalAnalysis(ties=ties).fit(numbers, outcome)
+    found = model.predict(numbers)
+    ours = sm.Baseline.fit(found, time, event, np.ones(len(time)))
+    theirs = model.cum_baseline_hazard_
+    np.testing.assert_allclose(np.exp(ours(theirs.x)), theirs.y, **CLOSE)
+    at = np.quantile(time, [0.1, 0.5, 0.9])
+    survival = np.exp(-np.exp(ours(at) + found[:, None]))
+    expected = np.stack([curve(at) for curve in model.predict_survival_function(numbers)])
+    np.testing.assert_allclose(survival, expected, **CLOSE)
+
+
+def test_the_baseline_hazard_by_hand():
+    # Hazards 1, 2, 4, 3; an event at 1, one lost and one event at 2, an event at 3.
+    risk = np.log([1.0, 2, 4, 3])
+    time, event = np.array([1.0, 2, 2, 3]), np.array([True, False, True, True])
+    found = sm.Baseline.fit(risk, time, event, np.ones(4))
+    at = np.array([0.5, 1, 1.9, 2, 3, 9])
+    steps = np.cumsum([0, 1 / 10, 0, 1 / 9, 1 / 3, 0])
+    np.testing.assert_allclose(np.exp(found(at)), steps, **CLOSE)
+    # Weights 1, 1, 1/2, 1: sums of 1 + 2 + 2 + 3, of 2 + 2 + 3, of 3.
+    half = sm.Baseline.fit(risk, time, event, np.array([1, 1, 0.5, 1]))
+    np.testing.assert_allclose(np.exp(half(at[-1:])), [1 / 8 + 0.5 / 7 + 1 / 3], **CLOSE)
+
+
+def test_a_shift_of_all_risks_is_taken_back_by_the_baseline_hazard(cohort):
+    _, risk, time, event = cohort
+    risk, once = (risk - risk.mean()) / risk.std(), np.ones(len(time))
+    near, far = (sm.Baseline.fit(risk + by, time, event, once) for by in (0, 2000))
+    np.testing.assert_allclose(far.log_hazard + 2000, near.log_hazard, rtol=1e-9, atol=1e-9)
 
 
 def test_what_is_not_defined_is_nan():
@@ -188,14 +238,17 @@ def test_what_is_not_defined_is_nan():
     each = sm.dynamic_auc(risk, time, first, once[:1], **given)
     assert np.isnan(each).tolist() == [[True, False, True]]
     assert np.isnan(sm.dynamic_auc_mean(risk, time, none, once[:1], **given)).all()
-    half = np.full((3, 3), 0.5)
-    brier = sm.brier_at(half, time, first, once[:1], **given)
-    assert np.isnan(brier).tolist() == [[False, False, True]]
-    assert np.isnan(sm.integrated_brier(half, time, first, once[:1], **given)).all()
-    # Beyond the training cases' last time the chance to be in sight is not known.
+    # Nobody is followed beyond 3.5; the training cases' last time, 5 or 1, ends what is known of sight.
     short = sm.Censoring(np.array([1.0]), np.array([1.0]))
-    brier = sm.brier_at(half, time, first, once[:1], times=given["times"], censoring=short)
-    assert np.isnan(brier).tolist() == [[False, True, True]]
+    for g, times, undefined in (
+        (censoring, [0.5, 1.5], False),
+        (censoring, [0.5, 3.5], True),
+        (short, [0.5, 0.9], False),
+        (short, [0.5, 1.5], True),
+    ):
+        judged = np.full((3, 2), 0.5), time, first, once[:1]
+        brier = sm.integrated_brier(*judged, times=np.array(times), censoring=g)
+        assert np.isnan(brier).tolist() == [undefined], times
     assert np.isnan(
         sm.c_index_uno(risk, time, np.array([False, True, False]), once[:1], censoring=short)
     )

@@ -16,8 +16,9 @@ with warnings.catch_warnings():
     from sksurv.linear_model import CoxPHSurvivalAnalysis
     from sksurv.preprocessing import OneHotEncoder
 
+from e2e.judged import read_judged
 from e2e.metrics import case_weights, interval
-from e2e.survival_metrics import c_index
+from e2e.survival_metrics import Baseline, Censoring, c_index, integrated_brier
 from launch import evaluate, train
 from tests.test_launch import call
 from tests.test_two_stage import arguments, cohort  # noqa: F401  (a fixture)
@@ -39,8 +40,8 @@ TASKS = {
             *("task.event=dead", "task.censored=alive", "task.event_column=vital"),
             *("task.loss=cox", "task.time_column=months"),
         ],
-        ["time", "event", "risk"],
-        ["c_index", "c_index_uno"],
+        ["time", "event", "risk", "survival_1", "survival_2", "survival_3"],
+        ["c_index", "c_index_uno", "integrated_brier"],
     ),
     "grading": (
         ["task.classes=[I,II,III]", "task.column=grade", "task.loss=coral"],
@@ -96,6 +97,37 @@ def test_a_task_runs_from_its_columns_to_its_metrics_and_again(labelled, monkeyp
         assert (folder / file).read_bytes() == (folder / "evaluation" / file).read_bytes()
 
 
+def test_coxs_baseline_hazard_is_that_of_the_training_cases_by_the_judged_weights(
+    labelled, monkeypatch, capsys
+):
+    assert run(labelled, monkeypatch, capsys, "survival cox", "select.weights=model")[0] == 0
+    folder = labelled / "run"
+    saved = json.loads((folder / "task.json").read_text())
+    [(kept, known)] = saved["baselines"].items()
+    assert kept == "model"
+    found = Baseline(np.array(known["times"]), np.array(known["log_hazard"]))
+    table = read_judged(folder, "test").predicted
+    expected = np.exp(-np.exp(found(np.array(saved["edges"])) + table[:, :1]))
+    np.testing.assert_allclose(table[:, 1:], expected, rtol=1e-4)
+    report = json.loads((folder / "metrics.json").read_text())["test"]
+    assert report["ema"]["integrated_brier"]["value"] is None
+    assert report["model"]["integrated_brier"]["value"] is not None
+    # On a table where the training cases are those of the test, their risks are told: the hazard is of
+    # these, and stays that of the run.
+    cases = pd.read_csv(labelled / "labels.csv")
+    cases["split"] = cases["split"].map({"train": "test", "test": "train", "val": "val"})
+    cases.to_csv(labelled / "swapped.csv", index=False)
+    again = f"data.labels={labelled}/swapped.csv"
+    assert call(evaluate.main, monkeypatch, capsys, folder, again)[0] == 0
+    told = pd.read_csv(folder / "evaluation" / "predictions.csv").query("split == 'test'")
+    fitted = Baseline.fit(
+        told["risk"].to_numpy(), told["time"].to_numpy(), told["event"] == 1, np.ones(len(told))
+    )
+    np.testing.assert_allclose(fitted.log_hazard, found.log_hazard, rtol=1e-6)
+    expected = np.exp(-np.exp(found(np.array(saved["edges"])) + told[["risk"]].to_numpy()))
+    np.testing.assert_allclose(told.filter(like="survival"), expected, rtol=1e-4)
+
+
 def test_evaluation_and_resuming_go_by_what_the_run_saved_of_its_training(
     labelled, monkeypatch, capsys
 ):
@@ -148,8 +180,8 @@ SETS = {"whas500": (load_whas500, "fstat", "lenfol"), "gbsg2": (load_gbsg2, "cen
 
 
 @pytest.fixture(scope="module", params=SETS)
-def tabular(request, tmp_path_factory) -> tuple[Path, np.ndarray]:
-    """A cohort of one row a bag, and the risks of scikit-survival's Cox model for its test cases."""
+def tabular(request, tmp_path_factory) -> tuple[Path, np.ndarray, np.ndarray]:
+    """A cohort of one row a bag; risks and curves of scikit-survival's Cox model for its test cases."""
     load, event, time = SETS[request.param]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -160,6 +192,7 @@ def tabular(request, tmp_path_factory) -> tuple[Path, np.ndarray]:
         numbers = (numbers - numbers[train_rows].mean()) / numbers[train_rows].std()
         model = CoxPHSurvivalAnalysis().fit(numbers[train_rows], outcome[train_rows])
         risk = model.predict(numbers[split == 0])
+        curves = model.predict_survival_function(numbers[split == 0])
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "rows").mkdir()
     names = [f"p{k:03d}" for k in range(len(raw))]
@@ -173,7 +206,7 @@ def tabular(request, tmp_path_factory) -> tuple[Path, np.ndarray]:
         f"data: {{labels: {folder}/labels.csv, features: [{folder}/rows], stores: [none.lmdb]}}\n"
         "task: {name: survival, event: 1, event_column: status, time_column: months}\n"
     )
-    return folder, risk
+    return folder, risk, curves
 
 
 @pytest.mark.slow
@@ -181,7 +214,7 @@ def tabular(request, tmp_path_factory) -> tuple[Path, np.ndarray]:
 def test_tabular_bags_reach_the_c_index_of_scikit_survivals_cox_model(
     tabular, loss, monkeypatch, capsys, record_property
 ):
-    folder, risk = tabular
+    folder, risk, curves = tabular
     out = folder / loss
     line = ["--datasets", f"{folder}/cohort.yaml", "--model", "mean", "head.embed_dim=null"]
     line += ["optim.epochs=50", "optim.bags=100", "optim.lr=0.02", "optim.ema=0", "run.heatmaps=0"]
@@ -192,9 +225,22 @@ def test_tabular_bags_reach_the_c_index_of_scikit_survivals_cox_model(
     table = table[table["split"] == "test"].reset_index(drop=True)
     judged = table["months"].to_numpy(float), table["status"].to_numpy() == 1
     theirs = interval(c_index(risk, *judged, case_weights(table["case"], 2000, 0)))
-    ours = json.loads((out / "metrics.json").read_text())["test"]["model"]["c_index"]["value"]
+    found = json.loads((out / "metrics.json").read_text())["test"]["model"]
+    ours = found["c_index"]["value"]
     for name, value in (("ours", ours), ("theirs", theirs)):
         record_property(name, value)
     print(folder.name, loss, ours, theirs)
     assert theirs["low"] < ours < theirs["high"]
     assert ours > theirs["value"] - 0.03
+    state = json.loads((out / "task.json").read_text())
+    times, fitted = np.array(state["edges"]), state["censoring"]
+    expected = integrated_brier(
+        np.stack([curve(times) for curve in curves]),
+        *judged,
+        np.ones((1, len(table))),
+        times=times,
+        censoring=Censoring(np.array(fitted["times"]), np.array(fitted["chance"])),
+    )[0]
+    print(folder.name, loss, "integrated Brier score", found["integrated_brier"], expected)
+    if loss == "cox":  # of nll the chances are another model's
+        assert abs(found["integrated_brier"]["value"] - expected) < 0.02

@@ -37,6 +37,7 @@ VARIANTS = [
     ("grading", {"loss": "coral"}),
     ("grading", {"loss": "corn", "class_weights": "balanced"}),
     ("multilabel", {"loss": "asymmetric"}),
+    ("multilabel", {"class_weights": "balanced"}),
     ("regression", {"loss": "huber"}),
     ("survival", {"loss": "cox"}),
     ("survival", {"loss": "cox", "ties": "breslow"}),
@@ -162,6 +163,25 @@ def test_what_training_told_a_task_is_saved_as_json_and_taken_up_again(name, opt
     ours, theirs = (values_of(t, targets, logits) for t in (fresh, task))
     for metric, values in theirs.items():
         np.testing.assert_array_equal(ours[metric], values)
+
+
+def test_what_the_kept_weights_say_of_the_training_slides_is_read_by_their_name(variant):
+    task, targets = variant
+    logits, numbers = logits_of(task, len(targets)), [task.numbers(t) for t in targets]
+    predicted, cases = task.predict(logits).double().numpy(), [str(k) for k in range(len(targets))]
+    if task.settles:
+        task.settle("ema", predicted, np.array(numbers, np.float64), cases)
+    assert task.predict(logits).shape == predicted.shape  # as in training
+    json.dumps(task.state(), allow_nan=False)
+    for kept in ("ema", "model"):
+        told = task.of(kept)
+        found = told.predict(100 * logits)
+        assert found.shape == (len(targets), len(told.prediction_columns))
+        assert found.isfinite().all()
+        assert told.shown(found[0].tolist())[0] < task.num_outputs
+        assert told.metrics(found.double().numpy(), np.array(numbers), np.ones((2, len(targets))))
+    names = [set(values_of(task.of(kept), targets, logits)) for kept in ("ema", "model")]
+    assert names[0] == names[1]  # of both kinds of weights a table has the same rows
 
 
 def test_words_of_the_predictions_table_become_the_same_numbers(variant):

@@ -54,13 +54,18 @@ def main() -> None:
     follow, event = rng.exponential(size=n), rng.random(n) < 0.5
     at, g = np.quantile(follow, np.linspace(0.1, 0.9, 9)), sm.Censoring.fit(follow, event)
     followed = raw[:, 0], follow, event, weights
-    timed("c_index, half of the cases with events", lambda: sm.c_index(*followed))
-    timed("c_index_uno", lambda: sm.c_index_uno(*followed, censoring=g))
+    targets = np.c_[follow, event]
+    curves = np.exp(-at * (0.5 + raw[:, :1]))
+    known = {"censoring": g, "times": at, "survival": curves}
     timed(
-        "auc_dynamic_mean, 9 times", lambda: sm.dynamic_auc_mean(*followed, times=at, censoring=g)
+        "all of survival, 9 times, half of the cases with events",
+        lambda: sm.survival_metrics(raw[:, 0], targets, weights, **known),
     )
-    curves = np.exp(-at * (0.5 + raw[:, :1])), *followed[1:]
-    timed("integrated_brier, 9 times", lambda: sm.integrated_brier(*curves, times=at, censoring=g))
+    timed("c_index", lambda: sm.c_index(*followed))
+    timed("c_index_uno", lambda: sm.c_index_uno(*followed, censoring=g))
+    timed("auc_dynamic_mean", lambda: sm.dynamic_auc_mean(*followed, times=at, censoring=g))
+    judged = curves, *followed[1:]
+    timed("integrated_brier", lambda: sm.integrated_brier(*judged, times=at, censoring=g))
 
 
 if __name__ == "__main__":

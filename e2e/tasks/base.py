@@ -44,6 +44,9 @@ class Task:
     pools = True
     """Whether predictions of models that were fitted to other cases can be judged as one set."""
 
+    settles = False
+    """Whether :meth:`settle` is wanted, which costs a pass over the training slides."""
+
     def encode(self, words: Mapping[str, str]) -> Tensor:
         """The target of one slide; not known where the word is empty; UserError when it is strange."""
         raise NotImplementedError
@@ -60,7 +63,7 @@ class Task:
         """
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`fit` found, as JSON has it; saved with the run."""
+        """What :meth:`fit` and :meth:`settle` found, as JSON has it; saved with the run."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -69,6 +72,19 @@ class Task:
         Raises:
             KeyError, ValueError, TypeError: it is of a task with other options.
         """
+
+    def settle(self, kept: str, predicted: Array, targets: Array, cases: Sequence[str]) -> None:
+        """After the training: take what is wanted of what the kept weights say of the training slides.
+
+        Args:
+            kept: the name of the weights, model or ema, to ask for it by :meth:`of`.
+            predicted, targets: as of :meth:`metrics`, of each training slide.
+            cases: of each.
+        """
+
+    def of(self, kept: str) -> Task:
+        """The task that reads these weights' outputs, by what :meth:`settle` took of them, if it did."""
+        return self
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """(B,) loss of each bag, float32. The trainer divides the sum by the bags of the update.

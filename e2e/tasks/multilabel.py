@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ class Multilabel(Task):
         bce          -log p            for a label that is there, -log(1 - p) for one that is not
         asymmetric   -(1 - p)^a log p, and -q^b log(1 - q) with q = max(p - shift, 0)
 
+    each times w_1 where the label is there, w_0 where it is not (``class_weights``).
+
     Source of ``asymmetric``: Ridnik et al. 2021, "Asymmetric Loss For Multi-Label Classification",
     arXiv:2009.14119: easy absent labels, which are most, weigh less or nothing.
 
@@ -37,6 +40,9 @@ class Multilabel(Task):
         gamma_positive: a.
         gamma_negative: b.
         shift: in [0, 1).
+        class_weights: none, or balanced, for each label: w_1 = n / (2 n_1) and w_0 = n / (2 n_0) for n_1
+            of n training slides with the label and n_0 without, so that both weigh the same and a
+            training slide 1 in the mean.
         monitor: metric that selects the epoch, such as auc_macro or auc_<label>.
     """
 
@@ -52,6 +58,7 @@ class Multilabel(Task):
         gamma_positive: float = 0.0,
         gamma_negative: float = 4.0,
         shift: float = 0.05,
+        class_weights: str = "none",
         monitor: str = "auc_macro",
     ) -> None:
         if len(set(labels)) != len(labels) or not labels:
@@ -70,6 +77,9 @@ class Multilabel(Task):
             at_least("gamma_negative", gamma_negative, 0),
         )
         self.shift = shift
+        self.class_weights = one_of("class_weights", class_weights, ("none", "balanced"))
+        self.weights = [[1.0, 1.0] for _ in labels]
+        """Of each label where it is not there, and where it is."""
         none = np.zeros((0, len(labels)))
         self.monitor = choose_monitor(
             monitor, "auc_macro", self.metrics(none, none, np.ones((1, 0)))
@@ -92,16 +102,30 @@ class Multilabel(Task):
         )
 
     def fit(self, targets: Sequence[Tensor], cases: Sequence[str]) -> None:
-        """Takes nothing; UserError for a label that is there, or not, on all training slides."""
-        there = torch.stack([*targets])
-        for name, column in zip(self.columns, there.unbind(dim=1), strict=True):
-            kinds = {int(value) for value in column[column.isfinite()]}
-            if len(kinds) < 2:
-                found = {0: "absent", 1: "present"}.get(next(iter(kinds), -1), "not known")
+        """The labels' weights; UserError for one that is there, or not, on all training slides."""
+        table = torch.stack([*targets])
+        counts = torch.stack([(table == k).sum(dim=0) for k in (0, 1)], dim=1).tolist()
+        for name, (absent, present) in zip(self.columns, counts, strict=True):
+            if not absent or not present:
+                found = "absent" if absent else "present" if present else "not known"
                 raise UserError(
                     f"label '{name}' is {found} on all training slides, so it cannot be learned\n"
                     "  take it out of task.labels, or look at the splits"
                 )
+        if self.class_weights == "balanced":
+            self.weights = [[sum(both) / (2 * n) for n in both] for both in counts]
+
+    def state(self) -> dict[str, Any]:
+        """The weights of each label, where they are balanced."""
+        if self.class_weights == "none":
+            return {}
+        return {"class_weights": dict(zip(self.columns, self.weights, strict=True))}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """See :class:`Task`."""
+        if self.class_weights == "balanced":
+            known = state["class_weights"]
+            self.weights = [[float(weight) for weight in known[name]] for name in self.columns]
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """See :class:`Task`."""
@@ -111,7 +135,8 @@ class Multilabel(Task):
             cost = F.binary_cross_entropy_with_logits(logits, there.float(), reduction="none")
         else:
             cost = torch.where(there, *self._costs(logits))
-        return torch.where(known, cost, 0.0).mean(dim=1)
+        absent, present = logits.new_tensor(self.weights).unbind(dim=1)
+        return torch.where(known, cost * torch.where(there, present, absent), 0.0).mean(dim=1)
 
     def _costs(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Of labels that are there, and of those that are not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,11 +16,12 @@ from e2e.errors import UserError
 from e2e.figures import Picture, of_survival
 from e2e.losses.survival import cox_loss, discrete_nll
 from e2e.metrics import Array, Values, ratio
-from e2e.survival_metrics import Censoring, survival_metrics
+from e2e.survival_metrics import Baseline, Censoring, survival_metrics
 from e2e.tasks.base import TASKS, Task, choose_monitor, is_code, one_of, other_code
 
 LOSSES = ("nll", "cox")
 TIES = ("efron", "breslow")
+BASELINES = ("breslow", "none")
 
 
 @TASKS.register("survival")
@@ -33,7 +35,9 @@ class Survival(Task):
     :mod:`e2e.losses.survival`.
 
     Metrics besides Harrell's C use the censoring of the training cases, and the times at which
-    ``bins`` intervals meet.
+    ``bins`` intervals meet. At these times ``cox`` has chances S(t) = exp(-H0(t) exp(risk)) to be
+    without an event, with H0 of the training cases' risks by the weights that are kept (one pass
+    over them after the training); see :class:`e2e.survival_metrics.Baseline`.
 
     Args:
         event: the code in ``event_column`` that means the event was seen. Tables differ (1 is an
@@ -45,6 +49,7 @@ class Survival(Task):
         bins: of ``nll``, two or more; times of ``cox``'s metrics.
         alpha: of ``nll``, in [0, 1]: takes so much off the weight of censored cases.
         ties: of ``cox``: efron or breslow.
+        baseline: of ``cox``: breslow, or none: risks alone.
         monitor: metric that selects the epoch.
     """
 
@@ -63,6 +68,7 @@ class Survival(Task):
         bins: int = 4,
         alpha: float = 0.0,
         ties: str = "efron",
+        baseline: str = "breslow",
         monitor: str = "c_index",
     ) -> None:
         if not event:
@@ -79,8 +85,7 @@ class Survival(Task):
         self.cox = self.whole_update = one_of("loss", loss, LOSSES) == "cox"
         self.bins, self.alpha, self.ties = bins, alpha, one_of("ties", ties, TIES)
         self.num_outputs = 1 if self.cox else bins
-        curve = () if self.cox else tuple(f"survival_{k + 1}" for k in range(bins))
-        self.prediction_columns = ("risk", *curve)
+        self.prediction_columns = _columns(0 if self.cox else bins)
         of_curves = () if self.cox else ("integrated_brier", "survival_nll")
         self.metric_names = ("c_index", "c_index_uno", "auc_dynamic_mean", *of_curves)
         self.monitor = choose_monitor(monitor, "c_index", self.metric_names)
@@ -88,6 +93,11 @@ class Survival(Task):
         self.edges: list[float] = []
         """Where one interval ends and the next begins; cut by :meth:`fit`."""
         self.censoring: Censoring | None = None
+        self.settles = one_of("baseline", baseline, BASELINES) == "breslow" and self.cox
+        self.baselines: dict[str, Baseline] = {}
+        """Of each kept weights' risks; found by :meth:`settle`."""
+        self.baseline: Baseline | None = None
+        """Of the weights that :meth:`of` was told."""
 
     def encode(self, words: Mapping[str, str]) -> Tensor:
         """(2,) float64: time, and 1 for an event or 0; NaN twice where one of them is empty."""
@@ -123,11 +133,15 @@ class Survival(Task):
         self.censoring = Censoring.fit(time, event)
 
     def state(self) -> dict[str, Any]:
-        """Edges, and the censoring as times and chances."""
+        """Edges, the censoring as times and chances, and what was settled of each weights."""
         if self.censoring is None:
             return {}
         known = {"times": self.censoring.times.tolist(), "chance": self.censoring.chance.tolist()}
-        return {"edges": self.edges, "censoring": known}
+        settled = {
+            kept: {"times": found.times.tolist(), "log_hazard": found.log_hazard.tolist()}
+            for kept, found in self.baselines.items()
+        }
+        return {"edges": self.edges, "censoring": known, "baselines": settled}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """See :class:`Task`."""
@@ -136,6 +150,32 @@ class Survival(Task):
             raise ValueError(f"{len(edges) + 1} intervals where task.bins={self.bins}")
         self.edges = edges
         self.censoring = Censoring(np.array(known["times"]), np.array(known["chance"]))
+        self.baselines = {
+            kept: Baseline(np.array(found["times"]), np.array(found["log_hazard"]))
+            for kept, found in state.get("baselines", {}).items()
+        }
+
+    def settle(self, kept: str, predicted: Array, targets: Array, cases: Sequence[str]) -> None:
+        """The baseline hazard of these risks; a case counts once, however many its slides."""
+        known = np.isfinite(targets).all(axis=1)
+        time, event = targets[known].T
+        _, which, slides = np.unique(
+            np.asarray(cases)[known], return_inverse=True, return_counts=True
+        )
+        risk = predicted[known, 0]
+        finite = np.isfinite(risk).all()  # else no metric is defined, and no hazard is
+        found = Baseline.fit(risk, time, event == 1, 1 / slides[which]) if finite else None
+        self.baselines = {kept: found} if found else {}
+
+    def of(self, kept: str) -> Task:
+        """With the chances and their metric, as far as :meth:`settle` was told of these weights."""
+        if not self.baselines:
+            return self
+        ours = copy.copy(self)
+        ours.metric_names = (*self.metric_names, "integrated_brier")
+        ours.baseline = self.baselines.get(kept)
+        ours.prediction_columns = _columns(len(self.edges) if ours.baseline else 0)
+        return ours
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """See :class:`Task`; of ``cox`` the terms of a likelihood whose risk set is all of them."""
@@ -149,8 +189,12 @@ class Survival(Task):
         return torch.bucketize(time.nan_to_num(0), time.new_tensor(self.edges), right=True)
 
     def predict(self, logits: Tensor) -> Tensor:
-        """(B, 1) risk; of ``nll`` (B, 1 + bins), the chances behind it to outlive each interval."""
+        """(B, 1) risk; behind it, if there are, the chances to outlive each interval: of ``nll`` all
+        ``bins``, of a baseline all but the last."""
         logits = logits.float()
+        if self.baseline is not None:
+            log_hazard = logits.new_tensor(self.baseline(np.array(self.edges)).tolist())
+            return torch.cat([logits, (-(logits + log_hazard).exp()).exp()], dim=1)
         if self.cox:
             return logits
         alive = F.logsigmoid(-logits).cumsum(dim=1).exp()
@@ -166,7 +210,7 @@ class Survival(Task):
             weights,
             censoring=self.censoring,
             times=np.array(self.edges) if several else None,
-            survival=curve[:, :-1] if several and curve.size else None,
+            survival=curve[:, : len(self.edges)] if several and curve.size else None,
         )
         if not self.cox:
             found["survival_nll"] = self._nll(curve, targets, weights)
@@ -177,9 +221,11 @@ class Survival(Task):
         """See :func:`e2e.figures.of_survival`."""
         known = np.isfinite(targets).all(axis=1)
         time, event = targets[known].T
-        curve = None if self.whole_update else predicted[known, 1:-1]
-        edges = [] if self.whole_update else self.edges
-        return of_survival(predicted[known, 0], time, event == 1, survival=curve, edges=edges)
+        curve = predicted[known, 1 : 1 + len(self.edges)]
+        survival = curve if curve.size else None
+        return of_survival(
+            predicted[known, 0], time, event == 1, survival=survival, edges=self.edges
+        )
 
     def _nll(self, curve: Array, targets: Array, weights: Array) -> Array:
         known = np.isfinite(targets).all(axis=1)
@@ -192,9 +238,9 @@ class Survival(Task):
         return ratio(weights[:, known] @ lost, weights[:, known].sum(1))
 
     def shown(self, predicted: Sequence[float]) -> tuple[int, str]:
-        """The interval in which an event is likeliest; the risk."""
-        falls = -np.diff([1.0, *predicted[1:]])
-        return int(falls.argmax()) if len(falls) else 0, f"risk {predicted[0]:.3g}"
+        """The interval in which an event is likeliest, of ``cox`` its one output; the risk."""
+        falls = [0.0] if self.cox else -np.diff([1.0, *predicted[1:]])
+        return int(np.argmax(falls)), f"risk {predicted[0]:.3g}"
 
     def group(self, target: Tensor) -> int:
         """1 with an event, 0 when censored, -1 where that is not known."""
@@ -210,6 +256,10 @@ class Survival(Task):
             f"{events} with an event ({events / len(known):.0%}; '{self.event}' in {self.columns[0]}), "
             f"times {min(times):g} to {max(times):g}"
         )
+
+
+def _columns(chances: int) -> tuple[str, ...]:
+    return ("risk", *(f"survival_{k + 1}" for k in range(chances)))
 
 
 def _time(word: str, column: str) -> float:
