@@ -347,6 +347,7 @@ def load_cohort(
         targets=task.columns,
         split_names=data.splits,
         slide_suffix=data.slide_suffix,
+        slide_separator=data.slide_separator,
     )
     used, strange = _split_by_file(slides, data)
     known, unknown = _with_known_labels(used, task)
@@ -389,10 +390,15 @@ def _split_by_file(slides: list[Slide], data: Data) -> tuple[list[Slide], list[P
     path = Path(data.split_file)
     if not path.exists():
         raise UserError(f"no split file at {path}\n  set data.split_file=FILE, or a folder of them")
-    folds = read_splits(path, data.columns.slide, data.columns.case)
+    folds = read_splits(
+        path,
+        data.columns.slide,
+        data.columns.case,
+        slide_suffix=data.slide_suffix,
+        slide_separator=data.slide_separator,
+    )
     fold = pick_fold(folds, data.fold, path)
-    splits = {name.removesuffix(data.slide_suffix): split for name, split in folds[fold].items()}
-    return assign(slides, splits, f"{path.name}, fold {fold}")
+    return assign(slides, folds[fold], f"{path.name}, fold {fold}")
 
 
 def check_classes(items: Sequence[LabelledSlide], task: Task) -> list[str]:
@@ -500,7 +506,7 @@ def require_files(data: Data, name: str, targets: Sequence[str], *, features: bo
     if data.source:
         lines.append(f"  source: {data.source}")
     if any(kind == "label table" for kind, _ in missing):
-        names = [name for name in (*_columns(data).values(), *targets) if name]
+        names = dict.fromkeys(name for name in (*_columns(data).values(), *targets) if name)
         lines.append(
             f"  put the label table at {data.labels} (columns {', '.join(names)}),"
             " or set data.labels=FILE.csv"
@@ -538,14 +544,15 @@ def write_cohort(items: Sequence[LabelledSlide], problems: Sequence[Problem], pa
 
 
 def _with_known_labels(slides: Sequence[Slide], task: Task) -> tuple[list[Slide], list[Problem]]:
+    """The slides with a label, be it in part; the others, and those whose words the task refuses."""
     known, problems = [], []
     for slide in slides:
         try:
             if task.known(task.encode(slide.target)):
                 known.append(slide)
             else:
-                words = f"no value for {', '.join(task.columns)}"
-                problems.append(Problem(slide.id, "label table", words))
+                blank = ", ".join(column for column, word in slide.target.items() if not word)
+                problems.append(Problem(slide.id, "label table", f"no value for {blank}"))
         except UserError as error:
             problems.append(Problem(slide.id, "label table", str(error)))
     return known, problems
@@ -555,4 +562,9 @@ def _columns(data: Data) -> dict[str, str | None]:
     """Our word -> the label table's column, of what the splits' own file does not say."""
     columns = data.columns
     split = None if data.split_file else columns.split
-    return {"case": columns.case, "slide": columns.slide, "split": split}
+    return {
+        "case": columns.case,
+        "slide": columns.slide,
+        "split": split,
+        "centre": columns.centre,
+    }

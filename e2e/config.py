@@ -51,8 +51,11 @@ class Columns:
     """The label table's own names for what every cohort has."""
 
     slide: str = setting("slide", "column of the slide id")
-    case: str | None = setting("case", "column of the case (patient); null: each slide is a case")
+    case: str | None = setting("case", "column of the case (patient); null: each row is a case")
     split: str | None = setting("split", "column of the split; null: see data.cut")
+    centre: str | None = setting(
+        None, "column of the centre, for results centre by centre; null: that of TCGA barcodes"
+    )
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,9 @@ class Data:
     fold: str | None = setting(None, "the fold of data.split_file; null: its only one")
     cut: Cut = field(default_factory=Cut)
     slide_suffix: str = setting("", "taken off the end of the table's slide ids")
+    slide_separator: str | None = setting(
+        None, "between the slide ids of a row that names several slides, such as ';'"
+    )
     unit: str = setting("slide", "what a bag holds: a slide, or all slides of a case")
     unmatched: str = setting("error", "slides on one side only, bad rows: error, or drop and list")
     decoder: str = setting("auto", "JPEG decoder")
@@ -103,6 +109,9 @@ class Data:
     def __post_init__(self) -> None:
         _check(
             self.unmatched in ("error", "drop"), "data.unmatched", self.unmatched, "error or drop"
+        )
+        _check(
+            self.slide_separator != "", "data.slide_separator", "", "null, or a sign such as ';'"
         )
         _check(self.unit in ("slide", "case"), "data.unit", self.unit, "slide or case")
         for word in self.splits.values():

@@ -110,7 +110,13 @@ def make_plan(
             )
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(path, table)
-    folds = read_splits(path, data.columns.slide, data.columns.case)
+    folds = read_splits(
+        path,
+        data.columns.slide,
+        data.columns.case,
+        slide_suffix=data.slide_suffix,
+        slide_separator=data.slide_separator,
+    )
     if missing := [name for name in only if name not in folds]:
         raise UserError(f"{path} has no fold {', '.join(missing)}\n  it has: {', '.join(folds)}")
     digest = hashlib.blake2b(json.dumps(folds, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -126,16 +132,21 @@ def make_plan(
 def cut_folds(settings: Settings, folds: int) -> bytes:
     """The label table with a column ``fold_<k>`` for each fold: by case, stratified by the task's first
     column; of the cases that are not tested, 15 % are validation (or ``data.cut.val``)."""
-    data = settings.data
-    by = build.build_task(settings.task).columns[0]
+    data, targets = settings.data, build.build_task(settings.task).columns
     columns = {"slide": data.columns.slide, "case": data.columns.case, "split": None}
-    slides, problems = read_table(data.labels, columns=columns, targets=[by], split_names={})
+    slides, problems = read_table(
+        data.labels,
+        columns=columns,
+        targets=targets,
+        split_names={},
+        slide_separator=data.slide_separator,
+    )
     if problems:
         raise UserError(
             f"{data.labels} has {len(problems)} row(s) that cannot be used\n{listing(problems)}\n"
             "  mend them, or take them out"
         )
-    strata, seed = case_strata(slides, by), settings.run.seed
+    strata, seed = case_strata(slides, targets[0]), settings.run.seed
     tests = held_out(strata, folds, seed=seed)
     made = make_folds(strata, tests, val=data.cut.val or 0.15, seed=seed)
     case = data.columns.case or data.columns.slide

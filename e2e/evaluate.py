@@ -32,6 +32,8 @@ from e2e.tasks.base import Numbers, Task
 
 Metrics = dict[str, dict[str, float | None]]
 Draw = Callable[[LabelledSlide, HeadOutput, list[float]], None]
+UNKNOWN = "unknown"
+"""The centre of slides for which the label table names none, where it does for others."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Prediction:
     """What the task made of the label; NaN where there is none."""
     entropy: float | None = None
     """Of the attention, from 0 (one patch) to 1 (uniform); None for a head without."""
+    centre: str = ""
+    """As the label table has it; empty where it does not say."""
 
 
 @torch.no_grad()
@@ -73,7 +77,7 @@ def predict(
         values = task.predict(output.logits)[0].cpu().double().tolist()
         slide = item.slide
         said = (slide.case, slide.id, slide.split, values, task.numbers(item.target))
-        ours.append(Prediction(*said, attention_entropy(output)))
+        ours.append(Prediction(*said, attention_entropy(output), slide.centre))
         if draw is not None:
             draw(item, output, values)
         screen.step(done + 1, len(share), f"slides evaluated ({slide.split or 'new'})")
@@ -95,8 +99,7 @@ def attention_entropy(output: HeadOutput) -> float | None:
 
 def score(predictions: Sequence[Prediction], task: Task, *, draws: int, seed: int = 0) -> Metrics:
     """Metric -> value with its 95 % percentile interval over ``draws`` resamples of the cases."""
-    weights = case_weights([p.case for p in predictions], draws, seed)
-    return {k: interval(v) for k, v in task.metrics(*_arrays(predictions), weights).items()}
+    return score_centres(predictions, task, [], draws=draws, seed=seed)[0]
 
 
 def score_centres(
@@ -106,12 +109,22 @@ def score_centres(
     *,
     draws: int,
     seed: int = 0,
-) -> dict[str, dict[str, Any]]:
-    """Centre -> ``slides``, ``cases`` and the metrics, under the resamples that :func:`score` draws."""
-    cases = [p.case for p in predictions]
+) -> tuple[Metrics, dict[str, dict[str, Any]]]:
+    """:func:`score`, and the same centre by centre, under the same resamples.
+
+    Args:
+        centres: of each prediction; or nothing, and nothing comes of it.
+
+    Returns:
+        The metrics; centre -> ``slides``, ``cases`` and the metrics.
+    """
+    cases, arrays = [p.case for p in predictions], _arrays(predictions)
     weights = case_weights(cases, draws, seed)
-    groups = by_group(task.metrics, *_arrays(predictions), weights, groups=centres, cases=cases)
-    return {
+    whole = {name: interval(values) for name, values in task.metrics(*arrays, weights).items()}
+    if not centres:
+        return whole, {}
+    groups = by_group(task.metrics, *arrays, weights, groups=centres, cases=cases)
+    return whole, {
         centre: {
             "slides": group.bags,
             "cases": group.cases,
@@ -121,13 +134,21 @@ def score_centres(
     }
 
 
-def centres_of(cases: Sequence[str]) -> list[str]:
-    """The centre of each case where all are TCGA barcodes of two centres or more; else nothing."""
-    try:
-        sites = tcga_sites(cases)
-    except UserError:
-        return []
-    return [sites[case] for case in cases] if len(set(sites.values())) > 1 else []
+def centres_of(predictions: Sequence[Prediction]) -> list[str]:
+    """The centre of each, where there are two or more; else nothing.
+
+    That of the label table, ``unknown`` where it has none; or if it has none of all, and all cases are
+    TCGA barcodes, the one of these.
+    """
+    if any(p.centre for p in predictions):
+        found = [p.centre or UNKNOWN for p in predictions]
+    else:
+        try:
+            sites = tcga_sites(p.case for p in predictions)
+        except UserError:
+            return []
+        found = [sites[p.case] for p in predictions]
+    return found if len(set(found)) > 1 else []
 
 
 def _arrays(predictions: Sequence[Prediction]) -> tuple[Array, Array]:
@@ -137,11 +158,13 @@ def _arrays(predictions: Sequence[Prediction]) -> tuple[Array, Array]:
 
 
 def write_predictions(predictions: Sequence[Prediction], task: Task, path: Path) -> None:
-    """predictions.csv: case, slide, split, the label (where there is one), what is predicted, and how
-    widely the head looked (:func:`attention_entropy`)."""
+    """predictions.csv: case, slide, split, centre (where the table names them), the label (where there is
+    one), what is predicted, and how widely the head looked (:func:`attention_entropy`)."""
     rows: list[dict[str, Any]] = []
+    placed = any(p.centre for p in predictions)
     for p in predictions:
         row: dict[str, Any] = {"case": p.case, "slide": p.slide, "split": p.split}
+        row |= {"centre": p.centre} if placed else {}
         row |= zip(task.label_columns, task.words(p.target), strict=True)
         row |= zip(task.prediction_columns, p.values, strict=True)
         row["attention_entropy"] = p.entropy
@@ -222,15 +245,12 @@ def evaluate_run(
                     screen=screen,
                     draw=draw,
                 )
-            report.setdefault(split, {"slides": len(chosen)})[name] = score(
-                found, told, draws=draws
-            )
-            if name == judged:
-                kept += found
-                centres = centres_of([p.case for p in found])
-                if centres:
-                    by_centre = score_centres(found, told, centres, draws=draws)
-                    report[split]["centres"] = by_centre
+            kept += found if name == judged else []
+            centres = centres_of(found) if name == judged else []
+            own = report.setdefault(split, {"slides": len(chosen)})
+            own[name], by_centre = score_centres(found, told, centres, draws=draws)
+            if by_centre:
+                own["centres"] = by_centre
     if strategy.leads:
         write_predictions(kept, task.of(judged), out / "predictions.csv")
         write_json(out / "metrics.json", report)

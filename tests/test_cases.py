@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -69,6 +71,15 @@ def test_the_slides_of_a_case_lie_side_by_side(stores):
 def test_slides_of_one_case_with_two_labels_are_refused_by_name(stores):
     with pytest.raises(UserError, match=r"case 'a': a1 x, a2 y"):
         joined(stores, a2="y")
+
+
+def test_a_case_is_of_its_slides_centre_or_of_all_of_them(stores):
+    slides = [replace(slide(n), centre=c) for n, c in zip(COUNTS, ("x", "", "y"), strict=True)]
+    found, _ = by_case(slides, {name: [store] for name, store in stores.items()})
+    assert {s.id: s.centre for s in found} == {"a": "x", "b": "y"}
+    slides[1] = replace(slides[1], centre="w")
+    found, _ = by_case(slides, {name: [store] for name, store in stores.items()})
+    assert found[0].centre == "w+x"
 
 
 def test_a_case_of_features_has_those_of_its_slides(tmp_path):

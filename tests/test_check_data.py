@@ -150,6 +150,52 @@ def test_centres_come_from_barcodes_or_from_a_column(cohort, said):
     assert "  south: cases train 0, val 0, test 4; 2 a, 2 b" in out
 
 
+def test_the_cohorts_own_column_of_centres_is_counted_unasked(cohort, said):
+    write_table(cohort, hospital=["north"] * 12 + ["south"] * 3 + [""])
+    code, out, _ = said("data.columns.centre=hospital")
+    assert code == 0
+    assert "split: split; centre: hospital" in out
+    assert "3 centres, 1 of them in more than one split" in out
+    assert "  south: cases train 0, val 0, test 3; 2 a, 1 b" in out
+    assert "  (no word): cases train 0, val 0, test 1; 0 a, 1 b" in out
+    _, out, _ = said("data.columns.centre=hospital", "--site", "tcga")
+    assert "4 centres, 4 of them in more than one split" in out
+    code, _, error = said("data.columns.centre=city")
+    assert code == 2
+    assert "lacks column(s) city" in error
+
+
+def test_the_slides_of_rows_that_name_several_are_counted(cohort, said):
+    joined = [f"{s}.svs" if k % 4 else f"{s}.svs; {s}B.svs" for k, s in enumerate(SLIDES)]
+    write_table(cohort, slide=joined)
+    code, out, _ = said("data.slide_suffix=.svs", "data.slide_separator=';'")
+    assert code == 0
+    assert "labels.csv: 20 slides, 16 cases" in out
+    assert "train  10 slides, 8 cases: 6 a, 4 b" in out
+    pack(cohort)
+    code, _, error = said("data.slide_suffix=.svs", "data.slide_separator=';'")
+    assert code == 2
+    assert f"{SLIDES[0]}B: no store has it (label table)" in error
+    code, _, error = said("data.slide_suffix=.svs")
+    assert code == 2
+    assert "data.slide_separator=';'" in error
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["table alone", "with a store"])
+def test_slides_without_a_label_stop_it_or_are_left_out_and_listed(cohort, said, stored):
+    write_table(cohort, label=["a", "b"] * 7 + ["a", ""])
+    if stored:
+        pack(cohort)
+    code, out, error = said()
+    assert code == 2
+    assert "label: (blank) 1, 'a' 8, 'b' 7" in out
+    assert f"{SLIDES[15]}: no value for label (label table)" in error
+    code, out, _ = said("data.unmatched=drop")
+    assert code == 0
+    assert "NOTE 1 left out" in out
+    assert list(pd.read_csv("problems.csv")["slide"]) == [SLIDES[15]]
+
+
 def test_a_patient_under_two_case_ids_is_seen_by_his_barcode(cohort, said):
     slides = [*SLIDES[:15], SLIDES[0].replace("DX1", "DX2")]
     write_table(cohort, slide=slides, case=[f"patient_{k}" for k in range(16)])
@@ -210,7 +256,7 @@ def test_the_published_tables_are_counted(shared_data, said, monkeypatch, tmp_pa
     folds = labels / "survival_tcga_brca_3fold"
     out = doctor("--datasets", "surv_brca", f"data.labels={folds}/fold_1.csv",
                  f"data.split_file={folds}", "data.fold=1")  # fmt: skip
-    assert "1,007 cases" in out
+    assert "1,073 slides, 1,007 cases" in out
     assert "Status: '0' 861, '1' 146" in out
 
 

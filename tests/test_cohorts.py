@@ -115,6 +115,7 @@ def test_camelyon17_tests_on_two_centres_that_training_never_sees(tmp_path):
     centre = dict(zip(slides, table["center"], strict=True))
     seen = {(centre[item.slide.id], item.slide.split == "test") for item in items}
     assert seen == {("0", False), ("1", False), ("2", False), ("3", True), ("4", True)}
+    assert all(item.slide.centre == centre[item.slide.id] for item in items)
 
 
 def test_bracs_in_three_classes_reads_the_groups_of_the_same_table():
@@ -129,3 +130,20 @@ def test_survival_is_a_cases_and_the_code_of_a_death_is_written_down(name):
     assert settings.data.unit == "case"
     censored = {"Status": "0", "censorship": "1"}[settings.task.options["event_column"]]
     assert {settings.task.options["event"], censored} == {"0", "1"}
+
+
+@pytest.mark.parametrize("name", [name for name in COHORTS if name.startswith("surv_")])
+def test_survival_tables_may_name_several_slides_of_a_case_in_a_row(name, tmp_path):
+    overrides, slides = small_cohort(load(name), tmp_path)
+    column, suffix = load(name).data.columns.slide, load(name).data.slide_suffix
+    table = pd.read_csv(tmp_path / "fold_0.csv", dtype=str)
+    table[column] = [f"{slide}{suffix};{slide}-2{suffix}" for slide in slides]
+    table.to_csv(tmp_path / "fold_0.csv", index=False)
+    both = [name for slide in slides for name in (slide, f"{slide}-2")]
+    write_store(tmp_path / "s.lmdb", {slide: 1 + k for k, slide in enumerate(both)})
+    settings = load(name, *overrides, f"data.stores=[{tmp_path}/s.lmdb]")
+    task = build_task(settings.task)
+    items, problems = load_cohort(settings.data, task, name=name, seed=0, problems_file=None)
+    assert problems == []
+    counts = {item.slide.case: item.store.count(item.slide.id) for item in items}
+    assert counts == {f"case {k}": 4 * k + 3 for k in range(SLIDES)}

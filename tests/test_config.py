@@ -170,6 +170,9 @@ WRONG = {
     "run.wandb=true": ("run.wandb is run.track=[wandb]",),
     "run.track=[tensorbord]": ("setting run.track must be some of", "'tensorbord'"),
     "data.scales=[[x.lmdb]]": ("setting bag.shares must be 2 numbers, for data.stores and each",),
+    "data.slide_separator=''": (
+        "setting data.slide_separator must be null, or a sign such as ';'",
+    ),
     "augment.crop=wide": ("setting augment.crop: ", "'wide'"),
     "augment.name=stong": ("unknown augmentation 'stong'; did you mean 'strong'?",),
     "sampler.tpo=1": ("unknown setting 'sampler.tpo'",),

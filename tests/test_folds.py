@@ -203,3 +203,11 @@ def test_ten_thousand_cases_in_many_sites_are_cut():
     tests = held_out_sites(strata, sites, 5, seed=0)
     assert all(math.isclose(len(test), 2000, rel_tol=0.06) for test in tests)
     assert sum(map(len, held_out(strata, 5, seed=0))) == 10_000
+
+
+def test_blank_labels_are_no_part_of_a_stratum_and_no_shot():
+    slides = [Slide(f"{k}", "abcc"[k], "", {"label": ["x", "", "", "y"][k]}) for k in range(4)]
+    strata = case_strata(slides, "label")
+    assert strata == {"a": "x", "b": "", "c": "y"}
+    fold = few_shot(strata, dict.fromkeys("abc", "train"), 1, seed=0)
+    assert fold == {"a": "train", "b": "", "c": "train"}

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
-from e2e.build import build_task, check_classes, load_cohort
-from e2e.config import Cut, Data, Plugin
+from e2e.build import REGISTRIES, build_task, check_classes, load_cohort
+from e2e.config import Columns, Cut, Data, Plugin, Settings, load_settings
+from e2e.crossval import make_plan
 from e2e.data.cohort import Slide
 from e2e.data.loader import LabelledSlide
 from e2e.data.split_files import clam_files, fold_table, read_cells
 from e2e.data.store import StoreWriter
 from e2e.errors import UserError
-from e2e.tasks.base import Task
+from e2e.tasks.base import TASKS, Task
 from tests.conftest import RECIPE, patches, record, write_store
+from tests.test_tasks import EXAMPLES
 
 NAMES = [f"s{k}" for k in range(8)]
 FOLDS = {
@@ -220,3 +225,144 @@ def test_targets_that_are_no_class_numbers_have_no_missing_class(target, make_st
         for name, split in (("a", "train"), ("b", "val"))
     ]
     assert check_classes(items, classes()) == []
+
+
+# --- rows that name several slides ---
+
+
+def join_rows(cohort: Path) -> None:
+    """The label table with the slides of two rows in a cell, a case each."""
+    rows = [f"{a}.svs;{b}.svs,c{a},{'ab'[k % 2]}" for k, (a, b) in enumerate(PAIRS)]
+    (cohort / "labels.csv").write_text("\n".join(["slide,case,label", *rows]) + "\n")
+
+
+PAIRS = list(zip(NAMES[::2], NAMES[1::2], strict=True))
+JOINED = {"slide_suffix": ".svs", "slide_separator": ";"}
+
+
+@pytest.mark.parametrize("ids", ["cells", "slides", "cases"])
+def test_every_slide_of_a_row_is_taken_in_whatever_a_split_file_names(cohort, ids):
+    join_rows(cohort)
+    words = ["train", "train", "val", "test"]
+    named = {
+        "cells": [[f"{a}.svs;{b}.svs"] for a, b in PAIRS],
+        "slides": [[a, f"{b}.svs"] for a, b in PAIRS],
+        "cases": [[f"c{a}"] for a, _ in PAIRS],
+    }[ids]
+    lines = [f"{name},{word}" for own, word in zip(named, words, strict=True) for name in own]
+    column = "case" if ids == "cases" else "slide"
+    (cohort / "file.csv").write_text("\n".join([f"{column},fold", *lines]) + "\n")
+    items, problems = load(cohort, split_file=str(cohort / "file.csv"), **JOINED)
+    assert problems == []
+    assert splits_of(items) == dict(zip(NAMES, [w for w in words for _ in "ab"], strict=True))
+    assert [item.slide.target["label"] for item in items] == list("aabbaabb")
+    cases, _ = load(cohort, split_file=str(cohort / "file.csv"), unit="case", **JOINED)
+    assert [item.store.count(item.slide.id) for item in cases] == [5, 9, 13, 17]
+
+
+def test_without_the_setting_such_rows_are_problems_that_name_it(cohort):
+    join_rows(cohort)
+    with pytest.raises(UserError, match=r"s0.svs;s1: no store has it; .* data.slide_separator=';'"):
+        load(cohort, slide_suffix=".svs", columns=Columns(split=None), cut=Cut(val=0.5))
+
+
+def crossval_settings(cohort: Path, *overrides: str) -> Settings:
+    join_rows(cohort)
+    (cohort / "mine.yaml").write_text(
+        f"data: {{labels: {cohort}/labels.csv, stores: [{cohort}/s.lmdb], slide_suffix: .svs,"
+        " slide_separator: ';', columns: {case: null}}\n"
+        "task: {name: classification, classes: [a, b]}\n"
+    )
+    given = {"model": "e2e_r18_abmil", "files": [], "registries": REGISTRIES}
+    return load_settings(datasets=f"{cohort}/mine.yaml", overrides=overrides, **given)
+
+
+def test_folds_that_a_cross_validation_cuts_are_of_whole_rows(cohort):
+    settings, out = crossval_settings(cohort), cohort / "cv"
+    make_plan(settings, (), out=out, cut=2, only=(), seeds=[0])
+    for fold in "01":
+        chosen = {"split_file": str(out / "splits.csv"), "fold": fold}
+        data = replace(settings.data, **chosen, cut=Cut(val=0.5))
+        items, problems = load_cohort(data, classes(), name="", seed=0, problems_file=None)
+        assert problems == []
+        found = splits_of(items)
+        assert set(found) == set(NAMES)
+        assert all(found[a] == found[b] for a, b in PAIRS)
+        assert list(found.values()).count("test") == 4
+
+
+def test_a_cross_validation_tells_bad_cells_before_any_training(cohort):
+    splits = cohort / "torn.csv"
+    splits.write_text("slide,fold\ns0.svs;s1.svs,train\ns1.svs;s2.svs,test\n")
+    settings = crossval_settings(cohort, f"data.split_file={splits}")
+    with pytest.raises(UserError, match=r"fold 0: 's1' is in train and test"):
+        make_plan(settings, (), out=cohort / "cv", cut=None, only=(), seeds=[0])
+    settings, labels = crossval_settings(cohort), cohort / "labels.csv"
+    labels.write_text(labels.read_text().replace("s2.svs;s3.svs", "s2.svs;s2.svs"))
+    with pytest.raises(UserError, match=r"s2.svs: named twice in its row \(labels.csv line 3\)"):
+        make_plan(settings, (), out=cohort / "cv", cut=2, only=(), seeds=[0])
+
+
+# --- rows that are labelled in part, or not at all ---
+
+
+@pytest.mark.parametrize("name", TASKS.names())
+def test_blanks_are_what_the_task_makes_of_them_and_what_has_no_label_is_listed(tmp_path, name):
+    options, words = EXAMPLES[name]
+    task = TASKS.build(name, **options)
+    rows = [dict(words[k % len(words)]) for k in range(8 + len(task.columns))]
+    for row, column in zip(rows[8:], task.columns, strict=True):
+        row[column] = ""  # one word less
+    rows.append(dict.fromkeys(task.columns, ""))
+    splits = [["train", "val"][k % 4 == 0] for k in range(len(rows))]
+    names = [f"s{k:02d}" for k in range(len(rows))]
+    table = pd.DataFrame(rows).assign(slide=names, case=names, split=splits)
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    write_store(tmp_path / "s.lmdb", {slide: 1 + k for k, slide in enumerate(names)})
+    known = [slide for slide, row in zip(names, rows, strict=True) if task.known(task.encode(row))]
+    assert set(names[:8]) <= set(known) <= set(names[:-1])
+    unlabelled = [slide for slide in names if slide not in known]
+    with pytest.raises(UserError, match=f"{names[-1]}: no value for {', '.join(task.columns)} "):
+        load(tmp_path, task)
+    items, problems = load(tmp_path, task, unmatched="drop")
+    assert [item.slide.id for item in items] == known
+    assert sorted(p.slide for p in problems) == unlabelled
+    assert (tmp_path / "problems.csv").read_text().count("no value for") == len(unlabelled)
+    task.fit([item.target for item in items], known)
+    losses = task.loss(
+        torch.zeros(len(items), task.num_outputs), torch.stack([item.target for item in items])
+    )
+    assert losses.isfinite().all()
+
+
+def test_a_slide_with_one_of_two_labels_is_trained_on(tmp_path):
+    rows = ["a,1,0,train", "b,0,1,train", "c,1,,train", "d,,1,val", "e,,,val"]
+    (tmp_path / "labels.csv").write_text("\n".join(["slide,er,pr,split", *rows]) + "\n")
+    write_store(tmp_path / "s.lmdb", {slide: 1 + k for k, slide in enumerate("abcde")})
+    task = TASKS.build("multilabel", labels=["er", "pr"])
+    items, problems = load(tmp_path, task, columns=Columns(case=None), unmatched="drop")
+    assert splits_of(items) == {"a": "train", "b": "train", "c": "train", "d": "val"}
+    assert items[2].target.tolist() == pytest.approx([1, math.nan], nan_ok=True)
+    assert list(map(str, problems)) == ["e: no value for er, pr (label table)"]
+
+
+def test_a_slide_that_a_fold_does_not_use_may_lack_its_label(cohort):
+    write_labels(cohort, label="ababab")
+    table = pd.read_csv(cohort / "labels.csv", dtype=str, keep_default_na=False)
+    table.loc[len(table)] = ["s6", "c6", "a"]
+    table.loc[len(table)] = ["s7", "c7", ""]
+    table.to_csv(cohort / "labels.csv", index=False)
+    items, problems = load(cohort, split_file=str(cohort / "splits_0_bool.csv"))
+    assert problems == []
+    assert splits_of(items) == used("0")
+
+
+# --- centres ---
+
+
+def test_slides_have_the_centres_of_the_table(cohort):
+    table = pd.read_csv(cohort / "labels.csv").assign(hospital=[*"nnssnns", ""])
+    table.to_csv(cohort / "labels.csv", index=False)
+    asked = {"columns": Columns(split=None, centre="hospital"), "cut": Cut(val=0.5)}
+    items, _ = load(cohort, **asked)
+    assert [item.slide.centre for item in items] == ["n", "n", "s", "s", "n", "n", "s", ""]

@@ -158,6 +158,50 @@ def test_a_split_without_a_class_stops_unless_it_is_allowed(tmp_path, capsys):
     assert capsys.readouterr().out.count("NOTE fold ") == 4
 
 
+def test_the_slides_of_rows_that_name_several_are_counted_and_lie_in_both_forms(tmp_path, capsys):
+    rows = [f"p{k:02d},{k:02d}a.svs;{k:02d}b.svs,{k % 2},\n" for k in range(12)]
+    labels = tmp_path / "labels.csv"
+    labels.write_text("pid,image,grade,note\n" + "".join(rows))
+    given = ["--folds", 2, "--val", 0.34, "--slide-suffix", ".svs", "--slide-separator", ";"]
+    make(labels, *given, "--out", tmp_path / "a")
+    tested = [line.split() for line in capsys.readouterr().out.splitlines() if " test " in line]
+    assert [row[2:] for row in tested] == [["6", "6", "12", "6"]] * 2
+    whole = read_splits(tmp_path / "a" / "clam")
+    assert set(whole["0"]) == {f"{k:02d}{part}" for k in range(12) for part in "ab"}
+    form = {"slide_suffix": ".svs", "slide_separator": ";"}
+    assert read_splits(tmp_path / "a" / "splits.csv", "image", **form) == whole
+    published = ["--splits", tmp_path / "a" / "splits.csv", *given[4:]]
+    make(labels, *published, "--out", tmp_path / "b")
+    for name in ("clam/splits_1.csv", "splits.csv"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_cases_without_a_label_are_dealt_evenly_and_are_no_class(tmp_path, capsys):
+    rows = [f"p{k:02d},s{k:02d},{'01'[k % 2] if k % 4 else ''}\n" for k in range(24)]
+    labels = tmp_path / "labels.csv"
+    labels.write_text("pid,image,grade\n" + "".join(rows))
+    make(labels, "--folds", 2, "--val", 0.25, "--out", tmp_path / "out")
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[2] == "grade=(blank)"
+    assert [line.split()[2:5] for line in lines if " test " in line] == [["3", "3", "6"]] * 2
+    make(labels, "--folds", 2, "--val", 0.25, "--few-shot", 2, "--out", tmp_path / "few")
+    done = pd.read_csv(tmp_path / "few" / "splits.csv", dtype=str, keep_default_na=False)
+    assert Counter(done.grade[done.fold_0 == "train"]) == {"0": 2, "1": 2}
+    labels.write_text(labels.read_text().replace(",1\n", ",\n"))
+    make(labels, "--folds", 2, "--out", tmp_path / "one")  # a blank is no class that a split lacks
+    assert "NOTE" not in capsys.readouterr().out
+
+
+def test_cases_of_no_centre_are_named_where_folds_go_by_centre(tmp_path):
+    labels = table(tmp_path)
+    labels.write_text(labels.read_text().replace("007,007-0,1,h2", "007,007-0,1,"))
+    with pytest.raises(
+        UserError, match=r"1 case\(s\) have no word in the column 'hospital'.*\n  007"
+    ):
+        make(labels, "--folds", 2, "--site", "hospital", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -182,7 +226,7 @@ def test_what_cannot_be_done_is_told(tmp_path, more, message):
 
 def test_bad_rows_are_listed_and_the_exit_code_is_2(tmp_path):
     labels = tmp_path / "labels.csv"
-    labels.write_text("pid,image,grade\n1,a,0\n1,a,1\n2,b,\n3,c,0\n3,c,0\n")
+    labels.write_text("pid,image,grade\n1,a,0\n1,a,1\n2,,1\n3,c,0\n3,c,0\n")
     command = ["--labels", labels, "--case", "pid", "--slide", "image", "--label", "grade"]
     done = subprocess.run(
         [sys.executable, TOOL, *command, "--out", tmp_path / "out"], capture_output=True, text=True
@@ -192,7 +236,7 @@ def test_bad_rows_are_listed_and_the_exit_code_is_2(tmp_path):
     assert done.stderr.splitlines() == [
         f"error: {labels} has 3 row(s) that cannot be used",
         "  a: contradicts an earlier row (labels.csv line 3)",
-        "  b: no value for grade (labels.csv line 4)",
+        "  (no slide id): empty slide or case id (labels.csv line 4)",
         "  c: duplicate row (labels.csv line 6)",
         "  mend them, or take them out",
     ]

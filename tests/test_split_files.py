@@ -208,6 +208,26 @@ def test_a_fold_is_picked_by_its_number_or_its_columns_name_or_as_the_only_one(t
         pick_fold(folds, None, Path("s.csv"))
 
 
+# --- cells that name several slides ---
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLISHED if not n.endswith("json")])
+def test_cells_with_several_ids_are_all_of_them_in_the_cells_split(tmp_path, name):
+    text = PUBLISHED[name].replace("010", "010.svs; 011.svs").replace("007", "007.svs")
+    path = written(tmp_path, name, text)
+    [fold] = read_splits(path, slide_suffix=".svs", slide_separator=";").values()
+    assert fold == FOLD | {"011": "train"}
+
+
+def test_a_slide_that_two_cells_name_is_in_one_split_of_a_fold(tmp_path):
+    path = written(tmp_path, "a.csv", "slide,fold\na;b,train\nb;c,test\n;,val\nd;,val\n")
+    with pytest.raises(UserError, match=r"1 id.*two splits.*\n  fold 0: 'b' is in train and test$"):
+        read_splits(path, slide_separator=";")
+    path = written(tmp_path, "a.csv", "slide,fold\na;b,train\nb;c,train\n;,val\nd;,val\n")
+    with pytest.raises(UserError, match=r"cannot be read.*empty\n  'val' of ';'$"):
+        read_splits(path, slide_separator=";")
+
+
 def test_no_file_and_an_empty_folder_are_told(tmp_path):
     with pytest.raises(UserError, match="no file at"):
         read_splits(tmp_path / "none.csv")
@@ -237,3 +257,11 @@ def test_the_abmilx_tables_are_read_as_published(shared_data):
     tests = [{case for case, split in fold.items() if split == "test"} for fold in folds.values()]
     assert [len(test) for test in tests] == [336, 336, 335]
     assert len(set().union(*tests)) == 1007
+
+
+def test_each_slide_of_the_brca_survival_tables_is_tested_in_one_fold(shared_data):
+    folder = shared_data / "labels" / "survival_tcga_brca_3fold"
+    folds = read_splits(folder, "WSI", "ID", slide_suffix=".pt", slide_separator=";")
+    assert [len(fold) for fold in folds.values()] == [1073] * 3
+    tested = [[n for n, split in fold.items() if split == "test"] for fold in folds.values()]
+    assert len({name for names in tested for name in names}) == sum(map(len, tested)) == 1073

@@ -228,13 +228,33 @@ def test_the_same_features_at_the_same_places_under_two_names_are_found_too(tmp_
     check_copies([slides[0], slide("d", split="val")], stores)
 
 
+@pytest.mark.parametrize("ending", [".pt", ".npy"])
+def test_the_same_features_without_places_are_found_too(tmp_path, ending):
+    one, other = np.random.default_rng(0).normal(size=(2, 7, 3)).astype(np.float32)
+    late = one.copy()
+    late[-1] += 1  # differs after the rows that are glanced at
+    for name, found in (("a", one), ("b", other), ("c", one), ("d", late), ("e", one[:6])):
+        if ending == ".pt":
+            torch.save(torch.from_numpy(found), tmp_path / f"{name}.pt")
+        else:
+            np.save(tmp_path / f"{name}.npy", found)
+    stores = dict.fromkeys("abcde", open_features(tmp_path))
+    slides = [slide("a"), *(slide(name, split="test") for name in "bcde")]
+    with pytest.raises(UserError) as error:
+        check_copies(slides, stores)
+    assert str(error.value).splitlines()[1] == "  'a' (train) = 'c' (test): the same 7 patches"
+    check_copies([s for s in slides if s.id != "c"], stores)
+
+
 @pytest.mark.parametrize("placed", [True, False])
-def test_features_at_other_places_or_at_none_are_not_read(tmp_path, monkeypatch, placed):
+def test_features_at_other_places_or_with_other_first_rows_are_not_read_whole(
+    tmp_path, monkeypatch, placed
+):
     for n, name in enumerate("ab"):
         if placed:
             write_features(tmp_path / f"{name}.h5", 1, np.full((7, 2), n))
         else:
-            torch.save(torch.ones(7, 3), tmp_path / f"{name}.pt")
+            torch.save(torch.full((7, 3), float(n)), tmp_path / f"{name}.pt")
     monkeypatch.setattr(FeatureStore, "features", lambda *_: pytest.fail("features were read"))
     stores = dict.fromkeys("ab", open_features(tmp_path))
     check_copies([slide("a"), slide("b", split="val")], stores)

@@ -4,6 +4,7 @@
   python tools/check_data.py --datasets panda data.labels=panda.csv  no store yet: the table alone
   ... --model abmil data.features=[FOLDER]                           frozen features
   ... --site tcga                                                    by centre too: TCGA barcodes, or a column
+                                                                     (data.columns.centre where it is set)
 
 What stops a run stops this too, by the same code: it takes the cohort in as a run does, up to the
 model. Whatever a run would drop or refuse is listed in FILE of --problems.
@@ -74,14 +75,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def table_slides(data: Data, columns: Sequence[str]) -> list[Slide]:
-    """The usable rows of the label table, with the words of ``columns``; splits are left out."""
+def table_slides(data: Data, targets: Sequence[str], site: str | None) -> list[Slide]:
+    """The slides of the label table, with the words of ``targets`` and ``site``; splits are left out."""
+    columns = {
+        "slide": data.columns.slide,
+        "case": data.columns.case,
+        "split": None,
+        "centre": None if site == TCGA else site,
+    }
     slides, problems = read_table(
         data.labels,
-        columns={"slide": data.columns.slide, "case": data.columns.case, "split": None},
-        targets=columns,
+        columns=columns,
+        targets=targets,
         split_names={},
         slide_suffix=data.slide_suffix,
+        slide_separator=data.slide_separator,
     )
     if not slides:
         raise UserError(f"{data.labels} has no row that can be used\n{listing(problems)}")
@@ -106,8 +114,9 @@ def take_in(
     with tempfile.TemporaryDirectory() as folder:
         if stood_in:
             with h5py.File(Path(folder) / "features.h5", "w") as file:
-                for slide in slides:
-                    file[f"{slide.id}/feat"] = np.zeros((1, 1), np.float32)
+                for k, slide in enumerate(slides):
+                    # As many rows as no other has, since no two are copies; none is written.
+                    file.create_dataset(f"{slide.id}/feat", (1 + k, 1), np.float32)
             data = replace(data, features=[f"{folder}/features.h5"], scales=[])
         items, left_out = build.load_cohort(
             data,
@@ -126,17 +135,20 @@ def take_in(
 
 
 def describe_table(data: Data, task: Task, slides: Sequence[Slide]) -> list[str]:
-    """What each column is taken for, and the words in it."""
+    """What each column is taken for, and the words in it, of slides or of cases as ``data.unit`` is."""
     columns = data.columns
     split = f"{data.split_file}, fold {data.fold}" if data.split_file else columns.split
-    case = columns.case or "none, each slide is a case"
+    case = columns.case or "none, each row is a case"
+    centre = f"; centre: {columns.centre}" if columns.centre else ""
+    units = {slide.case if data.unit == "case" else slide.id: slide for slide in slides}
     lines = [
         f"{data.labels}: {len(slides):,} slides, {len({s.case for s in slides}):,} cases",
-        f"  slide: {columns.slide}; case: {case}; split: {split or 'none, see data.cut'}",
+        f"  slide: {columns.slide}; case: {case}; split: {split or 'none, see data.cut'}{centre}",
     ]
     for column in task.columns:
-        found = Counter(slide.target[column] for slide in slides)
-        shown = ", ".join(f"'{word}' {n:,}" for word, n in sorted(found.items()))
+        found = Counter(slide.target[column] for slide in units.values())
+        words = {word: f"'{word}'" if word else "(blank)" for word in sorted(found)}
+        shown = ", ".join(f"{told} {found[word]:,}" for word, told in words.items())
         if len(found) > MANY:
             shown = f"{len(found):,} different, such as {', '.join(list(found)[:3])}"
         lines.append(f"  {column}: {shown}")
@@ -188,8 +200,8 @@ def case_sites(slides: Sequence[Slide], site: str) -> dict[str, str]:
         return tcga_sites({slide.case for slide in slides})
     found: dict[str, set[str]] = {}
     for slide in slides:
-        found.setdefault(slide.case, set()).add(slide.target[site])
-    return {case: "+".join(sorted(words)) for case, words in found.items()}
+        found.setdefault(slide.case, set()).add(slide.centre)
+    return {case: "+".join(sorted(words - {""})) for case, words in found.items()}
 
 
 def same_patients(items: Sequence[LabelledSlide]) -> list[str]:
@@ -261,14 +273,14 @@ def describe_chunks(settings: Settings, stored: int) -> list[str]:
 
 def report(args: argparse.Namespace, settings: Settings, task: Task, screen: Screen) -> None:
     """Read, check as a run does, print; without the next step."""
-    site, real = [args.site] if args.site not in (None, TCGA) else [], has_store(settings)
-    slides = table_slides(settings.data, [*task.columns, *site])
+    site, real = args.site or settings.data.columns.centre, has_store(settings)
+    slides = table_slides(settings.data, task.columns, site)
     for line in describe_table(settings.data, task, slides):
         screen.say(line)
     items = take_in(settings, task, args.problems, slides)
     lines = describe_splits(items, task, patches=real)
-    if args.site:
-        lines += describe_sites(items, case_sites(slides, args.site), task)
+    if site:
+        lines += describe_sites(items, case_sites(slides, site), task)
     looked = "nor do two splits share a slide's patches" if real else "patches are not compared"
     lines.append(f"leakage: no case lies in two splits; {looked}")
     if torn := same_patients(items):

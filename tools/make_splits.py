@@ -12,6 +12,7 @@ Validation cases are cut from the training cases, stratified; with --site from t
 DIR/splits.csv is the table with a column fold_<k> for each fold to train on
 (data.split_file=DIR/splits.csv data.fold=0), DIR/clam/ has the same as CLAM writes it, DIR/made.json
 how it was made. For survival, --label is the event column: each fold then has its share of events.
+Cases without a word there are dealt evenly too. A row may name several slides: --slide-separator ";".
 
 Exit codes: 0 written, and the counts printed; 2 a mistake, which the message names.
 """
@@ -47,6 +48,7 @@ from e2e.files import write_atomically
 from e2e.log import Screen
 
 TCGA = "tcga"
+BLANK = "(blank)"
 CUT = {"folds": 5, "repeats": 1, "val": 0.15, "inner": None}
 """What says how to cut, and by default: nothing of it goes with published splits."""
 
@@ -59,6 +61,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--labels", type=Path, required=True, metavar="TABLE.csv")
     parser.add_argument("--case", required=True, metavar="COLUMN", help="of the patients' ids")
     parser.add_argument("--slide", metavar="COLUMN", help="of the slides' ids (that of --case)")
+    parser.add_argument("--slide-suffix", default="", metavar=".svs", help="taken off these ids")
+    parser.add_argument("--slide-separator", metavar="SIGN", help="between several ids in a row")
     parser.add_argument("--label", required=True, metavar="COLUMN", help="by which to stratify")
     parser.add_argument("--site", metavar="COLUMN", help=f"of the centre; {TCGA}: from barcodes")
     parser.add_argument("--folds", type=int, help="each case is tested in one (5)")
@@ -92,12 +96,19 @@ def check(args: argparse.Namespace) -> None:
 
 def read_slides(args: argparse.Namespace) -> list[Slide]:
     """The rows of the table; UserError that lists those which cannot be used."""
-    site = [args.site] if args.site not in (None, TCGA) else []
+    columns = {
+        "case": args.case,
+        "slide": args.slide or args.case,
+        "split": None,
+        "centre": None if args.site == TCGA else args.site,
+    }
     slides, problems = read_table(
         args.labels,
-        columns={"case": args.case, "slide": args.slide or args.case, "split": None},
-        targets=[args.label, *site],
+        columns=columns,
+        targets=[args.label],
         split_names={},
+        slide_suffix=args.slide_suffix,
+        slide_separator=args.slide_separator,
     )
     if problems:
         raise UserError(
@@ -108,13 +119,18 @@ def read_slides(args: argparse.Namespace) -> list[Slide]:
 
 
 def sites_of(slides: Sequence[Slide], site: str) -> dict[str, str]:
-    """Case -> its centre; UserError where a case has two."""
+    """Case -> its centre; UserError where a case has two, or none."""
     if site == TCGA:
         return tcga_sites({slide.case for slide in slides})
     found: dict[str, str] = {}
-    torn = {s.case for s in slides if found.setdefault(s.case, s.target[site]) != s.target[site]}
+    torn = {s.case for s in slides if found.setdefault(s.case, s.centre) != s.centre}
     if torn:
         raise UserError(f"{len(torn)} case(s) have slides of two centres\n{listing(sorted(torn))}")
+    if nowhere := sorted(case for case, centre in found.items() if not centre):
+        raise UserError(
+            f"{len(nowhere)} case(s) have no word in the column '{site}', so their centre is not known\n"
+            f"{listing(nowhere)}\n  mend them, or take them out"
+        )
     return found
 
 
@@ -137,12 +153,17 @@ def draw_folds(
     return {str(number): fold for number, fold in enumerate(folds)}
 
 
-def published_folds(
-    path: Path, slides: Sequence[Slide], slide_column: str | None, case_column: str
-) -> dict[str, Fold]:
+def published_folds(args: argparse.Namespace, slides: Sequence[Slide]) -> dict[str, Fold]:
     """Number -> fold of a published split; UserError where table and split do not agree."""
-    folds: dict[str, Fold] = {}
-    for number, splits in read_splits(path, slide_column, case_column).items():
+    path, folds = args.splits, dict[str, Fold]()
+    published = read_splits(
+        path,
+        args.slide,
+        args.case,
+        slide_suffix=args.slide_suffix,
+        slide_separator=args.slide_separator,
+    )
+    for number, splits in published.items():
         kept, problems = assign(slides, splits, f"{path.name}, fold {number}")
         if problems:
             raise UserError(
@@ -169,7 +190,9 @@ def counts(
     """The header, and a row for each split of each fold: slides a class, cases, slides, centres."""
     classes = sorted({slide.target[label] for slide in slides})
     where = [] if sites is None else ["sites"]
-    rows = [["fold", "split", *(f"{label}={c}" for c in classes), "slides", "cases", *where]]
+    rows = [
+        ["fold", "split", *(f"{label}={c or BLANK}" for c in classes), "slides", "cases", *where]
+    ]
     for number, fold in folds.items():
         for split in (*SPLITS, ""):
             own = [slide for slide in slides if fold[slide.case] == split]
@@ -199,10 +222,10 @@ def same_tests(folds: Mapping[str, Fold], repeats: int) -> list[str]:
 
 
 def check_classes(folds: Mapping[str, Fold], slides: Sequence[Slide], label: str) -> list[str]:
-    """A line for each split of a fold that lacks a class."""
+    """A line for each split of a fold that lacks a class; a blank is none."""
     classes = {slide.case: set[str]() for slide in slides}
     for slide in slides:
-        classes[slide.case].add(slide.target[label])
+        classes[slide.case].update(filter(None, [slide.target[label]]))
     return [
         f"fold {number}: {split} has no {' and no '.join(f'{label}={c}' for c in lacking)}"
         for number, fold in folds.items()
@@ -247,10 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     slides = read_slides(args)
     sites = sites_of(slides, args.site) if args.site else None
     strata = case_strata(slides, args.label)
-    if args.splits:
-        folds = published_folds(args.splits, slides, args.slide, args.case)
-    else:
-        folds = draw_folds(args, strata, sites)
+    folds = published_folds(args, slides) if args.splits else draw_folds(args, strata, sites)
     if args.few_shot:
         folds = {
             number: few_shot(strata, fold, args.few_shot, seed=mix(args.seed, number))

@@ -170,4 +170,8 @@ def by_case(
         ]
         for case, own in cases.items()
     }
-    return [replace(own[0], id=case) for case, own in cases.items()], joined
+    made = [
+        replace(own[0], id=case, centre="+".join(sorted({s.centre for s in own} - {""})))
+        for case, own in cases.items()
+    ]
+    return made, joined

@@ -26,6 +26,8 @@ class Slide:
     split: str
     """train, val or test; empty when the table has no splits."""
     target: Mapping[str, str]
+    centre: str = ""
+    """Where it comes from; empty when the table does not say."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,25 @@ def read_table(
     targets: Iterable[str],
     split_names: Mapping[str, str],
     slide_suffix: str = "",
+    slide_separator: str | None = None,
 ) -> tuple[list[Slide], list[Problem]]:
     """Read a label table (.csv, .tsv); ids and values stay strings, matched exactly.
 
+    A word of a target may be blank: what that means is the task's to say.
+
     Args:
         path: the table.
-        columns: our word -> the table's column, for ``case``, ``slide`` and ``split``; ``case``
-            None means every slide is a case of its own, ``split`` None that the table has none.
+        columns: our word -> the table's column, for ``slide``, ``case``, ``split`` and ``centre``;
+            without ``case`` every row is a case of its own.
         targets: the columns that the task reads.
         split_names: the table's word -> train, val or test.
         slide_suffix: taken off the end of each slide id, such as ``.pt`` or ``.svs``.
+        slide_separator: between the ids of a row with several slides; each is a slide of the
+            row's case, with its label and split.
 
     Returns:
-        The slides, and the rows that are duplicate, contradictory or incomplete.
+        The slides, and the rows, or slides of a row, that are duplicate, contradictory or without
+        an id or split.
 
     Raises:
         UserError: no such table, or a column is missing.
@@ -67,27 +75,37 @@ def read_table(
     path = Path(path)
     wanted = {role: column for role, column in columns.items() if column is not None}
     table = _read_columns(path, [*wanted.values(), *targets])
+    known_splits = split_names if "split" in wanted else {"": ""}
     slides: dict[str, Slide] = {}
     problems: list[Problem] = []
     for line, row in enumerate(table.to_dict("records"), start=2):
         where = f"{path.name} line {line}"
-        slide_id = row[wanted["slide"]].removesuffix(slide_suffix)
-        slide = Slide(
-            id=slide_id,
-            case=row[wanted["case"]] if "case" in wanted else slide_id,
-            split=row[wanted["split"]] if "split" in wanted else "",
-            target={name: row[name] for name in targets},
-        )
-        fault = _row_fault(slide, split_names if "split" in wanted else None)
-        if fault:
-            problems.append(Problem(slide.id, where, fault))
-            continue
-        slide = replace(slide, split=split_names[slide.split] if "split" in wanted else "")
-        known = slides.setdefault(slide.id, slide)
-        if known is not slide:
-            kind = "duplicate row" if known == slide else "contradicts an earlier row"
-            problems.append(Problem(slide.id, where, kind))
+        own = {role: row[column] for role, column in wanted.items()}
+        ids = slide_ids(own["slide"], slide_suffix, slide_separator)
+        for number, slide_id in enumerate(ids):
+            slide = Slide(
+                id=slide_id,
+                case=own.get("case", own["slide"].removesuffix(slide_suffix)),
+                split=own.get("split", ""),
+                target={name: row[name] for name in targets},
+                centre=own.get("centre", ""),
+            )
+            fault = _row_fault(slide, known_splits)
+            if fault or slide_id in ids[:number]:
+                problems.append(Problem(slide_id, where, fault or "named twice in its row"))
+                continue
+            slide = replace(slide, split=known_splits[slide.split])
+            known = slides.setdefault(slide_id, slide)
+            if known is not slide:
+                kind = "duplicate row" if known == slide else "contradicts an earlier row"
+                problems.append(Problem(slide_id, where, kind))
     return list(slides.values()), problems
+
+
+def slide_ids(cell: str, suffix: str, separator: str | None) -> list[str]:
+    """The ids that a table's cell names, one unless there is a ``separator``; each without ``suffix``."""
+    parts = cell.split(separator) if separator else [cell]
+    return [part.strip().removesuffix(suffix) for part in parts]
 
 
 def match_stores(
@@ -105,7 +123,7 @@ def match_stores(
             where.setdefault(slide, store)
     named = {slide.id for slide in slides}
     problems += [
-        Problem(slide.id, "label table", "no store has it")
+        Problem(slide.id, "label table", _no_store(slide.id))
         for slide in slides
         if slide.id not in where
     ]
@@ -202,13 +220,17 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def _row_fault(slide: Slide, split_names: Mapping[str, str] | None) -> str | None:
+def _row_fault(slide: Slide, split_names: Mapping[str, str]) -> str | None:
     if not slide.id or not slide.case:
         return "empty slide or case id"
-    if split_names is not None and slide.split not in split_names:
+    if slide.split not in split_names:
         return f"split '{slide.split}' is none of {', '.join(split_names)}"
-    empty = [name for name, value in slide.target.items() if not value]
-    return f"no value for {', '.join(empty)}" if empty else None
+    return None
+
+
+def _no_store(slide: str) -> str:
+    hint = "; are these several slides? data.slide_separator=';'" if ";" in slide else ""
+    return f"no store has it{hint}"
 
 
 def _read_columns(path: Path, names: list[str]) -> pd.DataFrame:

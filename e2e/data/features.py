@@ -228,6 +228,12 @@ class FeatureStore:
             )
         return torch.from_numpy(found)
 
+    def first_rows(self, slide: str, rows: int) -> NDArray[Any]:
+        """(rows, D) at most, as :meth:`features` has them but not looked at for NaN; the rest is not read,
+        where the format allows."""
+        with self._opened(slide) as entry:
+            return _numbers(entry.features[:rows])
+
     def _size(self, slide: str) -> tuple[int, int]:
         if slide not in self._sizes:
             with self._opened(slide) as entry:

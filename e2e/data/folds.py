@@ -24,11 +24,14 @@ BARCODE = re.compile(r"TCGA-([0-9A-Z]{2})-")
 
 
 def case_strata(slides: Iterable[Slide], by: str) -> dict[str, str]:
-    """Case -> the label its slides have in column ``by``; where they differ, all of them: ``0+2``."""
+    """Case -> the label its slides have in column ``by``; where they differ, all of them: ``0+2``.
+
+    Blanks do not count; a case whose slides have nothing else is of the stratum ``""``.
+    """
     words: dict[str, set[str]] = defaultdict(set)
     for slide in slides:
         words[slide.case].add(slide.target[by])
-    return {case: "+".join(sorted(own)) for case, own in words.items()}
+    return {case: "+".join(sorted(own - {""})) for case, own in words.items()}
 
 
 def tcga_sites(cases: Iterable[str]) -> dict[str, str]:
@@ -152,7 +155,8 @@ def nested_folds(
 
 
 def few_shot(strata: Mapping[str, str], fold: Fold, shots: int, *, seed: int) -> Fold:
-    """The fold with ``shots`` training cases of each stratum; the others are not used.
+    """The fold with ``shots`` training cases of each stratum; the others are not used, nor those of no
+    label (``""``).
 
     The cases of fewer shots are among those of more.
 
@@ -161,13 +165,14 @@ def few_shot(strata: Mapping[str, str], fold: Fold, shots: int, *, seed: int) ->
     """
     train = {case: strata[case] for case, split in fold.items() if split == "train"}
     sizes = Counter(train.values())
-    short = [f"{s}: {sizes[s]}" for s in sorted(set(strata.values())) if sizes[s] < shots]
+    short = [f"{s}: {sizes[s]}" for s in sorted({*strata.values()} - {""}) if sizes[s] < shots]
     if short:
         raise UserError(
             f"{shots} training cases of each class are asked for, and there are fewer\n"
             f"{listing(short)}\n  ask for fewer with --few-shot"
         )
-    kept = {c for _, cases in shuffled(train, seed, "few-shot") for c in cases[:shots]}
+    drawn = shuffled(train, seed, "few-shot")
+    kept = {c for label, cases in drawn if label for c in cases[:shots]}
     return {c: "" if c in train and c not in kept else split for c, split in fold.items()}
 
 

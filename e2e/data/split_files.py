@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from e2e.data.cohort import read_text
+from e2e.data.cohort import read_text, slide_ids
 from e2e.data.splits import SPLITS
 from e2e.errors import UserError, listing
 from e2e.registry import Registry
@@ -118,7 +118,7 @@ class SplitFile:
 
 
 Entries = Iterable[tuple[str, str, str]]
-"""Fold, id, and the word for its split."""
+"""Fold, id (or several in a cell), and the word for its split."""
 
 SPLIT_FORMATS: Registry[Entries | None] = Registry("split format")
 """Name -> function: :class:`SplitFile` -> :data:`Entries`, or None where it is another format's."""
@@ -208,13 +208,19 @@ def _lists(file: SplitFile, found: Any, ending: str, fold: str) -> Entries | Non
 
 
 def read_splits(
-    path: Path, slide_column: str | None = None, case_column: str | None = None
+    path: Path,
+    slide_column: str | None = None,
+    case_column: str | None = None,
+    *,
+    slide_suffix: str = "",
+    slide_separator: str | None = None,
 ) -> Folds:
     """The folds of a file, or of a folder of ``splits_<k>.csv``, ``fold_<k>.csv``, ``split_<k>.json``.
 
     Args:
         slide_column, case_column: of the ids in a table with a column of splits, if they have no usual
             name; a column of slides comes before one of cases.
+        slide_suffix, slide_separator: of what the file names, as :func:`read_table` has them.
 
     Returns:
         Fold -> id -> train, val, test, or empty; folds in the order of their numbers.
@@ -231,7 +237,8 @@ def read_splits(
             )
     found: Folds = {}
     for file in files:
-        for fold, splits in _read_file(SplitFile(file, slide_column, case_column)).items():
+        entries = _entries(SplitFile(file, slide_column, case_column))
+        for fold, splits in _checked(file, entries, slide_suffix, slide_separator).items():
             known = found.setdefault(fold, splits)
             strange = known.items() ^ splits.items()
             apart = sorted({name for name, split in strange if split})
@@ -260,7 +267,7 @@ def pick_fold(folds: Folds, fold: str | None, path: Path) -> str:
     return number
 
 
-def _read_file(file: SplitFile) -> Folds:
+def _entries(file: SplitFile) -> Entries:
     looks = (SPLIT_FORMATS.build(name, file) for name in SPLIT_FORMATS.names())
     entries = next((found for found in looks if found is not None), None)
     if entries is None:
@@ -270,21 +277,23 @@ def _read_file(file: SplitFile) -> Folds:
             f"{file.path} holds splits in no known format\n  it has: {', '.join(has) or 'nothing'}"
             f"\n  known:\n{listing(shapes)}"
         )
-    return _checked(file.path, entries)
+    return entries
 
 
-def _checked(path: Path, entries: Entries) -> Folds:
+def _checked(path: Path, entries: Entries, suffix: str, separator: str | None) -> Folds:
     found: Folds = {}
     torn: set[str] = set()
     strange: set[str] = set()
-    for fold, name, word in entries:
+    for fold, cell, word in entries:
         split = WORDS.get(word.lower())
-        if split is None or not name:
-            strange.add(f"'{word}' of '{name}'")
-        elif found.setdefault(fold, {}).setdefault(name, split) != split:
-            torn.add(
-                f"fold {fold}: '{name}' is in {found[fold][name] or 'none'} and {split or 'none'}"
-            )
+        names = [name for name in slide_ids(cell, suffix, separator) if name]
+        if split is None or not names:
+            strange.add(f"'{word}' of '{cell}'")
+            continue
+        for name in names:
+            known = found.setdefault(fold, {}).setdefault(name, split)
+            if known != split:
+                torn.add(f"fold {fold}: '{name}' is in {known or 'none'} and {split or 'none'}")
     if torn:
         raise UserError(
             f"{path} has {len(torn)} id(s) in two splits of a fold: the test would not be honest\n"
@@ -305,7 +314,7 @@ def clam_files(fold: str, splits: Mapping[str, str], labels: Mapping[str, str]) 
 
     Args:
         splits: slide -> train, val, test, or empty where it is not used.
-        labels: slide -> its class, for the descriptor's counts.
+        labels: slide -> its class, for the descriptor's counts; empty where it is not known.
     """
     lists = [[name for name, split in splits.items() if split == own] for own in SPLITS]
     ragged = [
@@ -314,7 +323,7 @@ def clam_files(fold: str, splits: Mapping[str, str], labels: Mapping[str, str]) 
     ]
     flags = [[name, *(str(split == own) for own in SPLITS)] for name, split in splits.items()]
     counts = Counter((labels[name], split) for name, split in splits.items())
-    classes = sorted({labels[name] for name in splits})
+    classes = sorted({labels[name] for name in splits} - {""})
     table = [[label, *(str(counts[label, own]) for own in SPLITS)] for label in classes]
     header = ["", *SPLITS]
     return {

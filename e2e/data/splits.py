@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # it needs PyTorch, and the tools that cut cohorts do not
 
 SPLITS = ("train", "val", "test")
 PIECE = 256  # patches in memory at once
+ROWS = 4  # of features without coords, by which most slides differ
 
 
 def check_splits(slides: Sequence[Slide], *, chosen_on: str = "val") -> None:
@@ -72,8 +73,8 @@ def check_copies(slides: Sequence[Slide], stores: Mapping[str, Slides]) -> None:
     Patches are compared by the CRC-32 of their JPEGs, all of them and in order; so a second scan, or
     another cut of the grid, passes. It costs little: only slides with equally many patches are looked
     at, a :class:`PatchStore` knows the sums, and other stores are read whole only where the middle
-    patch is the same. Features are read only where all coords are the same; of features without
-    coords copies are not found.
+    patch is the same. Features are read whole only where all coords are the same, or where neither
+    slide has coords and the first rows are the same.
 
     Args:
         stores: of each slide, by its id.
@@ -106,7 +107,9 @@ def _glance(slide: str, store: Slides) -> object:
     """What differs between most slides, and is cheap to see."""
     if hasattr(store, "features"):
         coords = store.record(slide).coords
-        return slide if coords is None else coords.tobytes()
+        if coords is not None:
+            return coords.tobytes()
+        return cast("FeatureStore", store).first_rows(slide, ROWS).tobytes()
     middle = store.count(slide) // 2  # the edges of tissue look alike
     return _checksums(slide, cast(Store, store), [middle]).tobytes()
 
