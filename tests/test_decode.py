@@ -243,39 +243,6 @@ def resized(value: bytes, height: int, width: int) -> bytes:
     return value[:at] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + value[at + 4 :]
 
 
-KINDS = [
-    jpeg(0),
-    jpeg(1),
-    jpeg(0, progressive=True),
-    jpeg(0, keep_rgb=True),
-    jpeg(picture(0).convert("L")),
-    jpeg(picture(0).convert("CMYK")),
-    jpeg(0)[:-1],
-    jpeg(0)[:40],
-    jpeg(0)[:20] + b"\0\0" + jpeg(0)[22:],
-    resized(jpeg(0), 1, 32),
-    resized(jpeg(0), 6000, 6000),
-    b"\xff\xd8\xff\xee\0\x0eAdobe\0d\0\0\0\0\0" + jpeg(0)[2:],
-    b"",
-]
-
-
-@given(st.lists(st.sampled_from(KINDS), min_size=1, max_size=12))
-def test_what_a_header_says_does_not_depend_on_the_image_before(values):
-    def said(value: bytes) -> object:
-        try:
-            return decode._frame(value)
-        except ValueError as error:
-            return str(error)
-
-    def alone(value: bytes) -> object:
-        decode._HEAD = None
-        return said(value)
-
-    expected = [alone(value) for value in values]
-    assert [said(value) for value in values] == expected
-
-
 def test_many_are_decoded_in_their_order(case):
     assert_as_pillow(case, [jpeg(seed) for seed in range(50)])
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -427,38 +427,12 @@ def _pool() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-class _Head(NamedTuple):
-    """A JPEG up to the end of its frame header."""
-
-    data: bytes
-    height: int
-    width: int
-    plain: bool
-    """8-bit Huffman coded, grey or YCbCr."""
-
-
 def _frame(jpeg: Buffer) -> tuple[int, int, bool]:
-    """(height, width, plain) from the frame header; ValueError without one.
+    """(height, width, plain) from the frame header (ITU-T T.81, B.2.2); ValueError without one.
 
     ``plain``: whole, 8-bit Huffman coded, grey or YCbCr: what every library takes for the same.
     """
-    global _HEAD
-    data, head = memoryview(jpeg), _HEAD
-    # The patches of a slide begin alike, mostly: parsing each would cost 4 % of its decode.
-    if head is None or data[: len(head.data)] != head.data:
-        _HEAD = head = _read_head(data)
-    # No encoder gets below a bit or so for 256 pixels; a damaged size must not claim all memory.
-    if not 0 < head.height * head.width <= 1000 * len(data):
-        raise ValueError(f"{len(data)} bytes claim to be {head.width}x{head.height} px")
-    return head.height, head.width, head.plain and data[-2:] == b"\xff\xd9"
-
-
-_HEAD: _Head | None = None
-"""Of the JPEG before."""
-
-
-def _read_head(data: memoryview) -> _Head:
-    """As of ITU-T T.81, B.2.2; ValueError where there is none."""
+    data = memoryview(jpeg)
     if data[:2] != b"\xff\xd8":
         raise ValueError("no JPEG begins so")
     at, adobe = 2, False
@@ -475,7 +449,10 @@ def _read_head(data: memoryview) -> _Head:
         ycbcr = channels == 1 or (channels == 3 and not adobe and data[at + 10] != ord("R"))
     except (struct.error, IndexError) as error:
         raise ValueError("it ends within its header") from error
-    return _Head(bytes(data[: at + 11]), height, width, ycbcr and bits == 8 and marker <= 0xC2)
+    # No encoder gets below a bit or so for 256 pixels; a damaged size must not claim all memory.
+    if not 0 < height * width <= 1000 * len(data):
+        raise ValueError(f"{len(data)} bytes claim to be {width}x{height} px")
+    return height, width, ycbcr and bits == 8 and marker <= 0xC2 and data[-2:] == b"\xff\xd9"
 
 
 _SEGMENT = struct.Struct(">BBH").unpack_from
