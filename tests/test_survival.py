@@ -21,6 +21,7 @@ with warnings.catch_warnings():
 import e2e.tasks  # noqa: F401
 from e2e.errors import UserError
 from e2e.losses.survival import cox_loss, discrete_nll
+from e2e.survival_metrics import Censoring
 from e2e.tasks.base import TASKS
 from e2e.tasks.survival import Survival
 
@@ -238,8 +239,9 @@ def test_training_without_events_or_with_too_few_for_the_bins_is_refused():
         UserError, match="the 3 events of the training cases do not make 4 intervals"
     ):
         task(bins=4).fit(targets((1, 1), (2, 1), (3, 1), (4, 0)), [*"abcd"])
-    with pytest.raises(UserError, match="do not make 3 intervals"):
-        task(bins=3).fit(targets(*[(2, 1)] * 9), [*"abcdefghi"])
+    for times in ([2] * 9, [1] * 5 + [2, 3, 4, 5], [1, 1, 1, 9, 9, 9, 9, 9, 9]):
+        with pytest.raises(UserError, match=r"the 9 events .* do not make 3 intervals"):
+            task(bins=3).fit(targets(*[(t, 1) for t in times]), [*"abcdefghi"])
     task(loss="cox").fit(targets((1, 1), (2, 0)), [*"ab"])
 
 
@@ -271,6 +273,58 @@ def test_survival_nll_of_the_metrics_is_the_loss_at_alpha_0():
     numbers = np.array([made.numbers(t) for t in pairs])
     found = made.metrics(made.predict(logits).double().numpy(), numbers, np.ones((1, 4)))
     assert found["survival_nll"][0] == pytest.approx(expected, rel=1e-5)
+
+
+# --- when chances are judged ---
+
+
+@pytest.fixture
+def rounded() -> tuple[Survival, np.ndarray]:
+    """Intervals that meet at 2 and 3, and five cases of whole times, one lost at 2."""
+    judged = np.array([[1.0, 1], [2, 1], [2, 0], [3, 1], [4, 1]])
+    made = task(bins=3)
+    censoring = Censoring.fit(judged[:, 0], judged[:, 1] == 1)
+    known = {"times": censoring.times.tolist(), "chance": censoring.chance.tolist()}
+    made.load_state({"edges": [2.0, 3.0], "censoring": known})
+    return made, judged
+
+
+def test_an_event_at_an_edge_is_judged_as_of_the_interval_that_begins_there_by_hand(rounded):
+    made, judged = rounded
+    # In sight: everybody until one of three is lost at 2, so 2/3 from there; inverse weights 1 and 3/2.
+    # Before 2 the first case is ill and four are well; before 3 two are ill and two are well.
+    predicted = np.tile([0.0, 0.8, 0.4, 0.1], (5, 1))
+    before_2 = (0.8**2 + 4 * 0.2**2) / 5
+    before_3 = (0.4**2 + 0.4**2 * 3 / 2 + 2 * 0.6**2 * 3 / 2) / 5
+    found = made.metrics(predicted, judged, np.ones((1, 5)))["integrated_brier"]
+    np.testing.assert_allclose(found, (before_2 + before_3) / 2, rtol=1e-12)
+
+
+def test_who_knows_the_interval_of_each_event_has_no_brier_score_and_is_calibrated(rounded):
+    made, judged = rounded
+    seen = judged[judged[:, 1] == 1]
+    alive = (made._interval(torch.from_numpy(seen[:, 0]))[:, None] > torch.arange(3)).numpy()
+    predicted = np.c_[-alive.sum(1), alive].astype(float)
+    assert made.metrics(predicted, seen, np.ones((1, 4)))["integrated_brier"] == 0
+    [calibration] = [p for p in made.pictures(predicted, seen) if p.name == "calibration"]
+    for label, (said, true) in calibration.lines.items():
+        np.testing.assert_array_equal(said, true, err_msg=label)
+    assert [*calibration.lines] == ["at 2", "at 3"]
+
+
+def test_the_chances_of_cox_are_those_before_the_edges_too():
+    made, judged = task(loss="cox", bins=3), targets((1, 1), (2, 1), (3, 1), (4, 1))
+    made.fit(judged, [*"abcd"])
+    made.edges = [2.0, 3.0]
+    made.settle("ema", np.zeros((4, 1)), np.array([t.tolist() for t in judged]), [*"abcd"])
+    found = made.of("ema").predict(torch.zeros(1, 1))[0, 1:].tolist()
+    assert found == pytest.approx([math.exp(-1 / 4), math.exp(-1 / 4 - 1 / 3)])
+
+
+def test_nothing_is_judged_before_the_first_event():
+    made = task(loss="cox", bins=4)
+    made.fit(targets((1, 1), (1, 1), (1, 1), (2, 1), (3, 1)), [*"abcde"])
+    assert made.edges == [2.0]
 
 
 # --- Cox's baseline hazard ---
@@ -305,7 +359,7 @@ def test_cox_has_the_chances_of_scikit_survivals_cox_model_by_the_weights_that_w
     found = told.predict(torch.from_numpy(risk)).numpy()
     curves = model.predict_survival_function(numbers)
     np.testing.assert_allclose(
-        found[:, 1:], [curve(np.array(made.edges)) for curve in curves], rtol=1e-4, atol=1e-5
+        found[:, 1:], [curve(made.times) for curve in curves], rtol=1e-4, atol=1e-5
     )
     values = told.metrics(found, judged, np.ones((1, len(judged))))
     assert 0.1 < values["integrated_brier"] < 0.2  # of chances of 1/2 everywhere: 0.25

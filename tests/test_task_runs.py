@@ -107,7 +107,8 @@ def test_coxs_baseline_hazard_is_that_of_the_training_cases_by_the_judged_weight
     assert kept == "model"
     found = Baseline(np.array(known["times"]), np.array(known["log_hazard"]))
     table = read_judged(folder, "test").predicted
-    expected = np.exp(-np.exp(found(np.array(saved["edges"])) + table[:, :1]))
+    before = np.nextafter(saved["edges"], 0)
+    expected = np.exp(-np.exp(found(before) + table[:, :1]))
     np.testing.assert_allclose(table[:, 1:], expected, rtol=1e-4)
     report = json.loads((folder / "metrics.json").read_text())["test"]
     assert report["ema"]["integrated_brier"]["value"] is None
@@ -124,7 +125,7 @@ def test_coxs_baseline_hazard_is_that_of_the_training_cases_by_the_judged_weight
         told["risk"].to_numpy(), told["time"].to_numpy(), told["event"] == 1, np.ones(len(told))
     )
     np.testing.assert_allclose(fitted.log_hazard, found.log_hazard, rtol=1e-6)
-    expected = np.exp(-np.exp(found(np.array(saved["edges"])) + told[["risk"]].to_numpy()))
+    expected = np.exp(-np.exp(found(before) + told[["risk"]].to_numpy()))
     np.testing.assert_allclose(told.filter(like="survival"), expected, rtol=1e-4)
 
 
@@ -211,13 +212,15 @@ def tabular(request, tmp_path_factory) -> tuple[Path, np.ndarray, np.ndarray]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["cox", "nll"])
-def test_tabular_bags_reach_the_c_index_of_scikit_survivals_cox_model(
+def test_tabular_bags_reach_the_c_index_and_brier_score_of_scikit_survivals_cox_model(
     tabular, loss, monkeypatch, capsys, record_property
 ):
     folder, risk, curves = tabular
     out = folder / loss
     line = ["--datasets", f"{folder}/cohort.yaml", "--model", "mean", "head.embed_dim=null"]
-    line += ["optim.epochs=50", "optim.bags=100", "optim.lr=0.02", "optim.ema=0", "run.heatmaps=0"]
+    # Hazards begin at 1/2, far from the 1/10 there are: at a rate of 0.02 cases are ordered as well, but
+    # the chances of nll are still too low after these updates (whas500: a Brier score of 0.19, not 0.14).
+    line += ["optim.epochs=50", "optim.bags=100", "optim.lr=0.1", "optim.ema=0", "run.heatmaps=0"]
     line += ["select.every=50", "engine.device=cpu", "run.bootstrap=10", f"run.out={out}"]
     code, said = call(train.main, monkeypatch, capsys, *line, f"task.loss={loss}")
     assert code == 0, said
@@ -233,7 +236,7 @@ def test_tabular_bags_reach_the_c_index_of_scikit_survivals_cox_model(
     assert theirs["low"] < ours < theirs["high"]
     assert ours > theirs["value"] - 0.03
     state = json.loads((out / "task.json").read_text())
-    times, fitted = np.array(state["edges"]), state["censoring"]
+    times, fitted = np.nextafter(state["edges"], 0), state["censoring"]
     expected = integrated_brier(
         np.stack([curve(times) for curve in curves]),
         *judged,
@@ -242,5 +245,4 @@ def test_tabular_bags_reach_the_c_index_of_scikit_survivals_cox_model(
         censoring=Censoring(np.array(fitted["times"]), np.array(fitted["chance"])),
     )[0]
     print(folder.name, loss, "integrated Brier score", found["integrated_brier"], expected)
-    if loss == "cox":  # of nll the chances are another model's
-        assert abs(found["integrated_brier"]["value"] - expected) < 0.02
+    assert abs(found["integrated_brier"]["value"] - expected) < 0.02

@@ -35,9 +35,9 @@ class Survival(Task):
     :mod:`e2e.losses.survival`.
 
     Metrics besides Harrell's C use the censoring of the training cases, and the times at which
-    ``bins`` intervals meet. At these times ``cox`` has chances S(t) = exp(-H0(t) exp(risk)) to be
-    without an event, with H0 of the training cases' risks by the weights that are kept (one pass
-    over them after the training); see :class:`e2e.survival_metrics.Baseline`.
+    ``bins`` intervals meet (:attr:`times`). Up to these ``cox`` has chances S(t) = exp(-H0(t)
+    exp(risk)) to be without an event, with H0 of the training cases' risks by the weights that are
+    kept (one pass over them after the training); see :class:`e2e.survival_metrics.Baseline`.
 
     Args:
         event: the code in ``event_column`` that means the event was seen. Tables differ (1 is an
@@ -124,13 +124,25 @@ class Survival(Task):
                 f"column '{self.columns[0]}')\n  look at task.event and at the splits"
             )
         cuts = np.quantile(time[event], np.arange(1, self.bins) / self.bins)
-        self.edges = np.unique(cuts).tolist()
-        if not self.cox and (len(self.edges) < self.bins - 1 or event.sum() < self.bins):
+        # Before the first event there is nothing to judge.
+        self.edges = np.unique(cuts[cuts > time[event].min()]).tolist()
+        filled = np.unique(np.searchsorted(self.edges, time[event], side="right"))
+        if not self.cox and len(filled) < self.bins:
             raise UserError(
                 f"the {event.sum()} events of the training cases do not make {self.bins} intervals of "
                 "time\n  lower task.bins, or set task.loss=cox"
             )
         self.censoring = Censoring.fit(time, event)
+
+    @property
+    def times(self) -> Array:
+        """(T,) the last moments before :attr:`edges`, at which chances are judged.
+
+        A time on an edge is of the interval that begins there, so the chance to outlive the interval
+        before is one to be without an event *before* the edge. That is another number where times are
+        rounded, to months or years, and many events are on an edge.
+        """
+        return np.nextafter(self.edges, 0)
 
     def state(self) -> dict[str, Any]:
         """Edges, the censoring as times and chances, and what was settled of each weights."""
@@ -193,7 +205,7 @@ class Survival(Task):
         ``bins``, of a baseline all but the last."""
         logits = logits.float()
         if self.baseline is not None:
-            log_hazard = logits.new_tensor(self.baseline(np.array(self.edges)).tolist())
+            log_hazard = logits.new_tensor(self.baseline(self.times).tolist())
             return torch.cat([logits, (-(logits + log_hazard).exp()).exp()], dim=1)
         if self.cox:
             return logits
@@ -209,7 +221,7 @@ class Survival(Task):
             targets,
             weights,
             censoring=self.censoring,
-            times=np.array(self.edges) if several else None,
+            times=self.times if several else None,
             survival=curve[:, : len(self.edges)] if several and curve.size else None,
         )
         if not self.cox:
@@ -224,7 +236,7 @@ class Survival(Task):
         curve = predicted[known, 1 : 1 + len(self.edges)]
         survival = curve if curve.size else None
         return of_survival(
-            predicted[known, 0], time, event == 1, survival=survival, edges=self.edges
+            predicted[known, 0], time, event == 1, survival=survival, edges=self.times.tolist()
         )
 
     def _nll(self, curve: Array, targets: Array, weights: Array) -> Array:
