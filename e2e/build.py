@@ -299,6 +299,8 @@ def build_schedule(
         lr=optim.lr,
         encoder_lr=optim.encoder_lr,
         layer_decay=optim.layer_decay,
+        optimizer=optim.name,
+        schedule=optim.schedule,
         weight_decay=optim.weight_decay,
         epochs=optim.epochs,
         warmup_epochs=optim.warmup_epochs,

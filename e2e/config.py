@@ -163,12 +163,16 @@ class BagSettings:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW with a cosine schedule, one step an update."""
+    """One step of the optimiser an update."""
 
+    name: str = setting(
+        "adamw", "adamw | adam (decay in the gradient: L2) | sgd (momentum 0.9, L2)"
+    )
+    schedule: str = setting("cosine", "of the rate after the warm-up: cosine (to 0) | constant")
     lr: float = setting(2e-4, "peak learning rate of the head, and of the encoder")
     encoder_lr: float | None = setting(None, "of the encoder's last layer; null: optim.lr")
     layer_decay: float = setting(1.0, "each layer of the encoder learns at this of the one above")
-    weight_decay: float = setting(1e-5, "decoupled; matrices and kernels only")
+    weight_decay: float = setting(1e-5, "of matrices and kernels only")
     bags: int = setting(8, "slides an update, over all ranks")
     epochs: int = setting(100, "passes over the training slides")
     warmup_epochs: float = setting(0.0, "linear warm-up, counted in updates")
@@ -178,6 +182,9 @@ class Optim:
     balance: bool = setting(False, "draw slides of each label equally often")
 
     def __post_init__(self) -> None:
+        names, schedules = ("adamw", "adam", "sgd"), ("cosine", "constant")
+        _check(self.name in names, "optim.name", self.name, " or ".join(names))
+        _check(self.schedule in schedules, "optim.schedule", self.schedule, " or ".join(schedules))
         _check(0 < self.lr < math.inf, "optim.lr", self.lr, "over 0 and finite")
         _check(
             self.encoder_lr is None or 0 < self.encoder_lr < math.inf,

@@ -1,14 +1,24 @@
-"""AdamW, its schedule, clipping and the moving average of the weights."""
+"""The optimiser, its schedule and the moving average of the weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from e2e.encoders.base import Encoder
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+}
+"""AdamW decays the weights beside the gradient's step; the others add the decay to the gradient (L2)."""
+
+SCHEDULES = ("cosine", "constant")
 
 
 def build_optimizer(
@@ -18,8 +28,9 @@ def build_optimizer(
     weight_decay: float,
     encoder_lr: float | None = None,
     layer_decay: float = 1.0,
-) -> torch.optim.AdamW:
-    """AdamW over what ``model`` trains, in groups that each know their share of the learning rate.
+    name: str = "adamw",
+) -> torch.optim.Optimizer:
+    """An optimiser over what ``model`` trains, in groups that each know their share of the rate.
 
     A group's ``lr_scale`` is its rate over the head's: the trainer sets ``lr`` to the schedule's
     rate times that. Vectors and scalars (biases, norms, ABMILX's alpha) are not decayed, nor what
@@ -31,17 +42,20 @@ def build_optimizer(
         lr: of the head, and of the encoder unless said otherwise.
         encoder_lr: of the encoder's last layer; None: ``lr``.
         layer_decay: each layer of the encoder learns at this fraction of the one above it.
+        name: of :data:`OPTIMIZERS`.
     """
     scales = learning_rate_scales(
         model, encoder=1.0 if encoder_lr is None else encoder_lr / lr, layer_decay=layer_decay
     )
     undecayed = _undecayed(model)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for key, parameter in model.named_parameters():
         if parameter.requires_grad:
-            free = parameter.ndim < 2 or parameter.numel() == 1 or name in undecayed
-            groups.setdefault((scales[name], free), []).append(parameter)
-    return torch.optim.AdamW(
+            free = parameter.ndim < 2 or parameter.numel() == 1 or key in undecayed
+            groups.setdefault((scales[key], free), []).append(parameter)
+    # FSDP2 has no fused SGD: "aten._fused_sgd_ does not have a sharding strategy" (PyTorch 2.14).
+    fused = name != "sgd" and _has_fused_kernel(model)
+    return OPTIMIZERS[name](
         [
             {
                 "params": parameters,
@@ -52,7 +66,7 @@ def build_optimizer(
             for (scale, free), parameters in groups.items()
         ],
         lr=lr,
-        fused=(fused := _has_fused_kernel(model)),
+        fused=fused,
         foreach=not fused,
     )
 
@@ -79,20 +93,33 @@ def _undecayed(model: nn.Module) -> set[str]:
 
 
 def _has_fused_kernel(model: nn.Module) -> bool:
-    """Whether one AdamW kernel does a whole step; else it takes a few over lists of tensors."""
+    """Whether one kernel does a whole step; else it takes a few over lists of tensors."""
     return all(
         parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point()
         for parameter in model.parameters()
     )
 
 
-def learning_rate(step: int, *, peak: float, warmup: int, steps: int, final: float = 0.0) -> float:
-    """Linear warm-up over ``warmup`` steps, then a cosine to ``final`` at the last of ``steps``.
+def learning_rate(
+    step: int,
+    *,
+    peak: float,
+    warmup: int,
+    steps: int,
+    final: float = 0.0,
+    schedule: str = "cosine",
+) -> float:
+    """Linear warm-up over ``warmup`` steps; then a cosine to ``final`` at the last of ``steps``, or ``peak``.
 
     A function of the 0-based step alone: there is no schedule state to save.
+
+    Args:
+        schedule: of :data:`SCHEDULES`.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
     progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 

@@ -86,6 +86,8 @@ class Schedule:
     save_every: int
     encoder_lr: float | None = None
     layer_decay: float = 1.0
+    optimizer: str = "adamw"
+    schedule: str = "cosine"
     max_bad_steps: int = 10
     rescore: int = 1
     """Epochs between two scorings of the patches."""
@@ -151,6 +153,7 @@ class Trainer:
             weight_decay=self.schedule.weight_decay,
             encoder_lr=self.schedule.encoder_lr,
             layer_decay=self.schedule.layer_decay,
+            name=self.schedule.optimizer,
         )
 
     def fit(self) -> Progress:
@@ -305,6 +308,7 @@ class Trainer:
             peak=self.schedule.lr,
             warmup=round(self.schedule.warmup_epochs * updates),
             steps=self.schedule.epochs * updates,
+            schedule=self.schedule.schedule,
         )
         for group in self.strategy.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]

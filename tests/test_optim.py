@@ -12,15 +12,20 @@ from torch import nn
 
 import e2e.encoders
 import e2e.heads  # noqa: F401  (registers them)
+from e2e.config import Optim
 from e2e.encoders.base import ENCODERS, Encoder
+from e2e.errors import UserError
 from e2e.heads.base import HEADS
 from e2e.model import MILModel
 from e2e.optim import (
+    OPTIMIZERS,
+    SCHEDULES,
     WeightAverage,
     build_optimizer,
     learning_rate,
     learning_rate_scales,
 )
+from e2e.parallel import Strategy
 
 
 class Net(nn.Module):
@@ -197,6 +202,62 @@ def test_three_fused_steps_are_adamw_by_hand():
         torch.testing.assert_close(net.weight.detach(), weight, rtol=1e-12, atol=1e-14)
 
 
+def test_three_steps_of_sgd_are_momentum_with_l2_by_hand():
+    # Sutskever et al. 2013 as PyTorch has it: v <- 0.9 v + (g + decay w), w <- w - lr v; v starts as
+    # the first gradient.
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Linear(3, 2).double()
+    weight, bias = net.weight.detach().clone(), net.bias.detach().clone()
+    velocity, drift = torch.zeros_like(weight), torch.zeros_like(bias)
+    optimizer = build_optimizer(net, lr=0.1, weight_decay=0.5, name="sgd")
+    for _ in range(3):
+        gradient = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        slope = torch.randn(bias.shape, generator=generator, dtype=torch.float64)
+        net.weight.grad, net.bias.grad = gradient, slope
+        optimizer.step()
+        velocity = 0.9 * velocity + gradient + 0.5 * weight
+        drift = 0.9 * drift + slope  # a vector is not decayed
+        weight, bias = weight - 0.1 * velocity, bias - 0.1 * drift
+        torch.testing.assert_close(net.weight.detach(), weight, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(net.bias.detach(), bias, rtol=1e-12, atol=1e-14)
+
+
+def test_adams_decay_is_in_the_gradient():
+    # Kingma & Ba 2015: the first step is lr g / (|g| + eps), whatever |g|; with L2 g = decay w, so
+    # that even without a gradient a weight moves by the whole rate.
+    net = nn.Linear(2, 2).double()
+    before = net.weight.detach().clone()
+    net.weight.grad, net.bias.grad = torch.zeros_like(net.weight), torch.zeros_like(net.bias)
+    build_optimizer(net, lr=0.1, weight_decay=0.5, name="adam").step()
+    torch.testing.assert_close(net.weight.detach(), before - 0.1 * before.sign(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_that_is_not_finite_leaves_weights_and_state_alone(name):
+    net = nn.Linear(3, 2)
+    strategy = Strategy(torch.device("cpu"))
+    strategy.setup(net, lambda m: build_optimizer(m, lr=0.1, weight_decay=0.5, name=name), clip=1.0)
+    net(torch.ones(1, 3)).sum().backward()
+    assert strategy.step()[1]
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    slots = {key: value.clone() for key, value in strategy.optimizer_tensors().items()}
+    strategy.backward(net(torch.ones(1, 3)).sum() * math.nan)
+    assert not strategy.step()[1]
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(strategy.optimizer_tensors(), slots, rtol=0, atol=0)
+
+
+def test_the_settings_know_every_optimiser_and_schedule():
+    for name in OPTIMIZERS:
+        Optim(name=name)
+    for schedule in SCHEDULES:
+        Optim(schedule=schedule)
+    with pytest.raises(UserError, match=" or ".join(OPTIMIZERS)):
+        Optim(name="lion")
+    with pytest.raises(UserError, match=" or ".join(SCHEDULES)):
+        Optim(schedule="step")
+
+
 def test_where_there_is_no_fused_kernel_lists_are_updated():
     optimizer = build_optimizer(model_of("r18"), lr=0.1, weight_decay=0.0)  # on the meta device
     assert (optimizer.defaults["fused"], optimizer.defaults["foreach"]) == (False, True)
@@ -219,6 +280,11 @@ def test_the_schedule_by_hand():
     half = 0.8 * 0.5
     expected = [0.4, 0.8, 0.8, half * (1 + math.sqrt(0.5)), half, half * (1 - math.sqrt(0.5)), 0.0]
     assert rates == pytest.approx(expected)
+
+
+def test_a_constant_rate_rises_and_stays():
+    rates = [learning_rate(s, peak=0.8, warmup=2, steps=5, schedule="constant") for s in range(7)]
+    assert rates == pytest.approx([0.4, *[0.8] * 6])
 
 
 def test_the_schedule_ends_at_its_last_value_and_stays_there():

@@ -31,6 +31,7 @@ from e2e.data.pixels import Look
 from e2e.data.plan import cut_update, in_one_piece, share_update
 from e2e.errors import UserError, exit_code
 from e2e.model import MILModel
+from e2e.optim import build_optimizer
 from e2e.parallel import Strategy, build_strategy
 from e2e.tasks.base import TASKS
 from e2e.trainer import bag_losses
@@ -139,7 +140,7 @@ def sgd(model: nn.Module) -> Optimizer:
 
 
 def sgd_momentum(model: nn.Module) -> Optimizer:
-    return SGD(model.parameters(), lr=0.05, momentum=0.9)
+    return build_optimizer(model, lr=0.05, weight_decay=0.0, name="sgd")
 
 
 def adamw(model: nn.Module) -> Optimizer:
