@@ -194,14 +194,17 @@ def test_what_is_there_is_left_alone(store, tmp_path):
     assert all(after[name] == before[name] for name in before)
 
 
-@pytest.mark.parametrize("fault", ["cut short", "of other patches"])
+@pytest.mark.parametrize("fault", ["cut short", "without its last byte", "of other patches"])
 def test_what_is_there_but_not_whole_is_made_again(store, tmp_path, fault):
     run(store, tmp_path / "out")
     folder = features_of(tmp_path / "out")
     whole = (folder / "s1.h5").read_bytes()
-    (folder / "s1.h5").write_bytes(
-        whole[: len(whole) // 2] if fault == "cut short" else (folder / "s2.h5").read_bytes()
-    )
+    content = {
+        "cut short": whole[: len(whole) // 2],
+        "without its last byte": whole[:-1],
+        "of other patches": (folder / "s2.h5").read_bytes(),
+    }
+    (folder / "s1.h5").write_bytes(content[fault])
     assert run(store, tmp_path / "out") == 0
     assert len(open_features(folder).features("s1")) == COUNTS["s1"]
 
