@@ -118,6 +118,11 @@ def build_model(
     options = dict(settings.encoder.options)
     pretrained = bool(options.get("pretrained") or options.get("weights"))
     if width is not None:
+        if options["dim"] not in (0, width):
+            raise UserError(
+                f"encoder.dim={options['dim']}, but the features are of width {width}\n"
+                "  leave encoder.dim out, or set data.features to those of the encoder meant"
+            )
         options["dim"] = width
     if trained:
         options |= {k: v for k, v in (("pretrained", False), ("weights", None)) if k in options}
@@ -175,11 +180,9 @@ def build_head(plugin: Plugin, in_dim: int, num_outputs: int) -> Head:
 
 def build_regularisers(settings: Settings, head: Head, dim: int) -> list[Regulariser]:
     """Those with a weight, each asked whether it goes with the head."""
-    made = [
-        REGULARISERS.build(name, **options)
-        for name, options in settings.losses.items()
-        if options["weight"]
-    ]
+    # All are built, so that a wrong option is told even where the weight is 0.
+    built = [REGULARISERS.build(name, **options) for name, options in settings.losses.items()]
+    made = [regulariser for regulariser in built if regulariser.weight.peak]
     if made:
         with torch.random.fork_rng([]):
             example = head(torch.zeros(1, 2, dim), torch.ones(1, 2, dtype=torch.bool))

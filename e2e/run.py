@@ -18,7 +18,7 @@ from torch import Tensor
 from e2e import build
 from e2e.build import REGISTRIES as REGISTRIES
 from e2e.checkpoint import check_weights, load_checkpoint, part
-from e2e.config import Settings, dump_settings, flat_settings
+from e2e.config import Settings, dump_settings, flat_settings, saved_settings
 from e2e.data.cohort import Problem, Slide
 from e2e.data.loader import LabelledSlide, View
 from e2e.data.pack import Progress, Row, pack
@@ -112,7 +112,13 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
 
 
 def evaluate(settings: Settings, folder: Path, out: Path) -> None:
-    """Evaluate a run's best epoch again, into ``out``."""
+    """Evaluate a run's best epoch again, into ``out``; UserError for another head than the run's."""
+    trained, asked = saved_settings(folder, [], REGISTRIES).head.name, settings.head.name
+    if asked != trained:  # the weights of some would fit: those of mean and max are alike
+        raise UserError(
+            f"{folder}/best.safetensors holds weights of the head '{trained}', not of '{asked}'\n"
+            "  leave head.name as the run has it"
+        )
     strategy = build.build_strategy(settings.engine, pick_device(settings.engine.device))
     screen = Screen(strategy.leads)
     try:

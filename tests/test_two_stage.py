@@ -365,6 +365,16 @@ def test_weights_of_another_head_are_refused(cohort, monkeypatch, capsys):
     assert "best.safetensors" in said
 
 
+def test_weights_of_another_head_that_would_fit_are_refused(cohort, monkeypatch, capsys):
+    line = arguments(cohort, "--model", "mean", "optim.epochs=1")
+    assert call(train.main, monkeypatch, capsys, *line)[0] == 0
+    again = (cohort / "run", "--out", cohort / "again", "head.name=max")
+    code, said = call(evaluate.main, monkeypatch, capsys, *again)
+    assert code == 2, said
+    assert "weights of the head 'mean', not of 'max'" in said
+    assert not (cohort / "again").exists()
+
+
 def test_slides_cannot_be_predicted_by_a_head_alone(cohort, monkeypatch, capsys):
     code, said = call(train.main, monkeypatch, capsys, *arguments(cohort, "optim.epochs=1"))
     assert code == 0, said
@@ -521,6 +531,8 @@ def test_the_weights_that_extraction_noted_are_part_of_who_made_features(tmp_pat
         ("head.attn_dim=-1", "attn_dim must be at least 1, found -1"),
         ("head.dropout=1.5", "head 'abmil' cannot be built: dropout probability"),
         ("head.dropout=.nan", "dropout is not finite"),
+        ("encoder.dim=999", "encoder.dim=999, but the features are of width 12"),
+        ("aem.top_k=0", "aem.top_k must be at least 1"),  # even where its weight is 0
         ("head.gated=3", "head.gated must be true or false, found 3"),
     ],
 )
