@@ -364,6 +364,10 @@ def test_the_command_reads_stores_and_says_what_it_did(store, tmp_path, monkeypa
         (["encoder.wights=x"], ["did you mean 'weights'"]),
         (["--stores", "nowhere.lmdb"], ["no patch store at nowhere.lmdb"]),
         (["--stores", "nowhere*.lmdb"], ["no patch store"]),
+        (["--batch", "0"], ["--batch and --size must be at least 1, found 0"]),
+        (["--size", "-3"], ["must be at least 1, found 256 and -3"]),
+        (["--size", "0"], ["must be at least 1, found 256 and 0"]),
+        (["--device", "gpu"], ["the device 'gpu' is not to be had here"]),
     ],
 )
 def test_a_mistake_is_one_message(store, tmp_path, monkeypatch, capsys, change, words):
@@ -374,6 +378,15 @@ def test_a_mistake_is_one_message(store, tmp_path, monkeypatch, capsys, change, 
     for word in words:
         assert word in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_here_is_told(store, tmp_path, monkeypatch, capsys):
+    argv = ["--stores", store.path, "--encoder", ENCODER, "encoder.pretrained=false", "--out",
+            tmp_path / "out", "--device", "cuda"]  # fmt: skip
+    code, _, said = call(monkeypatch, capsys, *argv)
+    assert code == 2
+    assert "the device 'cuda' is not to be had here" in said
 
 
 def test_a_vit_gets_the_size_that_it_is_built_for(store, tmp_path, monkeypatch, capsys):
