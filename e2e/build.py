@@ -34,7 +34,7 @@ from e2e.data.cohort import (
 )
 from e2e.data.decode import build_decoder, set_threads
 from e2e.data.feature_rows import FeatureCache
-from e2e.data.features import FeatureStore, common_width, made_by, open_features
+from e2e.data.features import FeatureStore, common_width, made_by, may_be_same, open_features
 from e2e.data.loader import LabelledSlide, TrainingLoader, View, label_slides, some_slides
 from e2e.data.pixels import Look, PixelCache
 from e2e.data.sampler import SAMPLERS
@@ -43,7 +43,7 @@ from e2e.data.split_files import pick_fold, read_splits
 from e2e.data.splits import assign, check_copies, check_splits, cut, missing_classes
 from e2e.data.store import Store
 from e2e.encoders.base import ENCODERS
-from e2e.errors import UserError, listing
+from e2e.errors import DamagedDataError, UserError, listing
 from e2e.files import write_atomically
 from e2e.heads.base import HEADS, Head
 from e2e.log import Screen
@@ -118,6 +118,11 @@ def build_model(
     options = dict(settings.encoder.options)
     pretrained = bool(options.get("pretrained") or options.get("weights"))
     if width is not None:
+        if options["dim"] not in (0, width):
+            raise UserError(
+                f"encoder.dim={options['dim']}, but the features are of width {width}\n"
+                "  leave encoder.dim out, or set data.features to those of the encoder meant"
+            )
         options["dim"] = width
     if trained:
         options |= {k: v for k, v in (("pretrained", False), ("weights", None)) if k in options}
@@ -175,11 +180,9 @@ def build_head(plugin: Plugin, in_dim: int, num_outputs: int) -> Head:
 
 def build_regularisers(settings: Settings, head: Head, dim: int) -> list[Regulariser]:
     """Those with a weight, each asked whether it goes with the head."""
-    made = [
-        REGULARISERS.build(name, **options)
-        for name, options in settings.losses.items()
-        if options["weight"]
-    ]
+    # All are built, so that a wrong option is told even where the weight is 0.
+    built = [REGULARISERS.build(name, **options) for name, options in settings.losses.items()]
+    made = [regulariser for regulariser in built if regulariser.weight.peak]
     if made:
         with torch.random.fork_rng([]):
             example = head(torch.zeros(1, 2, dim), torch.ones(1, 2, dtype=torch.bool))
@@ -453,12 +456,31 @@ def describe_features(items: Sequence[LabelledSlide]) -> dict[str, Any]:
 
 def check_features(now: Mapping[str, Any], trained: Mapping[str, Any], run: Path) -> None:
     """UserError where features differ from those a run was trained on, as far as both are known."""
-    differ = [key for key in trained if now[key] and trained[key] and now[key] != trained[key]]
+    known = [key for key in trained if now[key] and trained[key]]
+    differ = [key for key in known if not may_be_same(str(now[key]), str(trained[key]))]
     if differ:
         lines = [f"{key}: {trained[key]} in training, {now[key]} now" for key in differ]
         raise UserError(
             f"{run} was trained on other features\n{listing(lines)}\n"
             "  set data.features to those of the same encoder and weights"
+        )
+
+
+def check_values(items: Sequence[LabelledSlide], screen: Screen) -> None:
+    """Read the features of all ``items``; UserError that names each slide whose ones cannot be used."""
+    faults: list[str] = []
+    for done, item in enumerate(items):
+        try:
+            cast(FeatureStore, item.store).features(item.slide.id)
+        except DamagedDataError as error:
+            faults.append(str(error).splitlines()[0])
+        screen.step(done + 1, len(items), "slides' features looked over")
+    screen.pause()
+    if faults:
+        raise UserError(
+            f"the features of {len(faults)} slide(s) cannot be used\n{listing(faults)}\n"
+            "  extract them again (in bf16 or fp32, if fp16 overflowed), or leave the slides out of "
+            "the label table"
         )
 
 

@@ -159,8 +159,10 @@ def extract(
 
     Raises:
         UserError: the encoder or its weights cannot be had; a folder holds features of another
-            encoder, weights or size; a slide is in two stores.
+            encoder, weights or size; a slide is in two stores; ``size`` or ``batch`` is under 1.
     """
+    if batch < 1 or (size is not None and size < 1):
+        raise UserError(f"--batch and --size must be at least 1, found {batch} and {size}")
     if not stores:
         raise UserError("no patch store to read: no file fits --stores")
     allow_tf32(precision)

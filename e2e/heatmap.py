@@ -28,7 +28,10 @@ def patch_scores(output: HeadOutput, shown_class: int) -> NDArray[np.float64] | 
     """(N,) what one slide's patches weigh: attention averaged over maps, or that of ``shown_class``
     where each class has one; for a head without attention, the instance probability of
     ``shown_class``, or of one output (a risk, a number, log-odds) what it is for each patch by
-    itself; None when it has neither."""
+    itself; None when it has neither. Where the head says so, its instance scores of ``shown_class``
+    as they are, attention or not."""
+    if output.show_scores and output.instance_logits is not None:
+        return output.instance_logits[0, :, shown_class].double().cpu().numpy()
     attention = output.attention()
     if attention is not None and output.class_maps:
         return attention[0, shown_class].double().cpu().numpy()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor
 from e2e import build
 from e2e.build import REGISTRIES as REGISTRIES
 from e2e.checkpoint import check_weights, load_checkpoint, part
-from e2e.config import Settings, dump_settings, flat_settings
-from e2e.data.cohort import Slide
+from e2e.config import Settings, dump_settings, flat_settings, saved_settings
+from e2e.data.cohort import Problem, Slide
 from e2e.data.loader import LabelledSlide, View
 from e2e.data.pack import Progress, Row, pack
 from e2e.data.pixels import Look
@@ -58,6 +58,10 @@ class _Parts:
     view: View
     """Of evaluation."""
     model: MILModel
+    problems: list[Problem]
+    """What of the cohort was left out."""
+    features: dict[str, Any] | None
+    """Which features it is trained on, in the two-stage mode."""
 
     def of_split(self, split: str) -> list[LabelledSlide]:
         """The slides of one split."""
@@ -83,6 +87,9 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
                 strategy,
                 lambda: _prepare(settings, strategy, folder, new=not resume, trained=begun),
             )
+            if not begun:
+                _on_every_rank(strategy, lambda: _look_over(parts, strategy, screen))
+                _on_every_rank(strategy, lambda: _begin(settings, folder, parts, strategy))
             strategy.agree(_facts(settings, parts.items))
             if strategy.leads:
                 made = (TRACKERS[name] for name in settings.run.track)
@@ -105,7 +112,13 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
 
 
 def evaluate(settings: Settings, folder: Path, out: Path) -> None:
-    """Evaluate a run's best epoch again, into ``out``."""
+    """Evaluate a run's best epoch again, into ``out``; UserError for another head than the run's."""
+    trained, asked = saved_settings(folder, [], REGISTRIES).head.name, settings.head.name
+    if asked != trained:  # the weights of some would fit: those of mean and max are alike
+        raise UserError(
+            f"{folder}/best.safetensors holds weights of the head '{trained}', not of '{asked}'\n"
+            "  leave head.name as the run has it"
+        )
     strategy = build.build_strategy(settings.engine, pick_device(settings.engine.device))
     screen = Screen(strategy.leads)
     try:
@@ -132,7 +145,7 @@ def _prepare(
     trained: bool,
     writes: bool = True,
 ) -> _Parts:
-    """Data and model; with ``writes`` the rank that leads also looks after the run's ``folder``.
+    """Data and model; with ``writes`` the rank that leads also sees to it that ``folder`` is free.
 
     What a checkpoint holds is not made (``trained``): weights of the encoder, what the task fits.
     """
@@ -168,19 +181,34 @@ def _prepare(
         build.check_features(known, json.loads((folder / FEATURES).read_bytes()), folder)
     width = known["width"] if known else None
     model = build.build_model(settings, task, strategy.device, trained=trained, width=width)
-    parts = _Parts(task, items, view, model)
+    parts = _Parts(task, items, view, model, problems, known)
     loader = build.build_loader(settings, parts.of_split("train"), view, model=model, task=task)
     loader.check(strategy.world_size, settings.optim.epochs)
     for item in items if model.head.needs_coords else _with_coords(model, parts):
         view.check_places(item)
-    if not trained and ours is not None:
-        ours.mkdir(parents=True, exist_ok=True)
-        build.write_cohort(items, problems, ours / "cohort.csv")
-        write_json(ours / build.TASK, task.state())
-        if known:
-            write_json(ours / FEATURES, known)
-        write_atomically(ours / "settings.yaml", dump_settings(settings).encode())
     return parts
+
+
+def _look_over(parts: _Parts, strategy: Strategy, screen: Screen) -> None:
+    """Read the features that are first wanted when training has cost its time: those of validation and test.
+
+    Each rank has its share. Those of training are all wanted in the first epoch.
+    """
+    if parts.features is not None:
+        later = [item for item in parts.items if item.slide.split != "train"]
+        build.check_values(later[strategy.rank :: strategy.world_size], screen)
+
+
+def _begin(settings: Settings, folder: Path, parts: _Parts, strategy: Strategy) -> None:
+    """Make the run's folder, with what the run goes by."""
+    if not strategy.leads:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    build.write_cohort(parts.items, parts.problems, folder / "cohort.csv")
+    write_json(folder / build.TASK, parts.task.state())
+    if parts.features:
+        write_json(folder / FEATURES, parts.features)
+    write_atomically(folder / "settings.yaml", dump_settings(settings).encode())
 
 
 def _with_coords(model: MILModel, parts: _Parts) -> list[LabelledSlide]:

@@ -88,6 +88,19 @@ def test_frozen_features_are_weighed_in_memory(cohort, said):
     assert "(48 x 10 x 4 bytes)" in out
 
 
+def test_features_are_read_in_every_split_and_all_that_cannot_be_used_are_named(cohort, said):
+    (cohort / "feats").mkdir()
+    for k, slide in enumerate(SLIDES):
+        found = np.full((3, 10), k, np.float32)
+        found[1, 4] = np.nan if k in (2, 15) else k  # of training, and of the test
+        np.save(cohort / "feats" / f"{slide}.npy", found)
+    code, _, error = said("--model", "abmil", "data.features=[feats]")
+    assert code == 2
+    assert "the features of 2 slide(s) cannot be used" in error
+    assert SLIDES[2] in error
+    assert SLIDES[15] in error
+
+
 REFUSED = {
     "a case in two splits": ({"case": ["one"] * 16}, [], "1 case(s) lie in more than one split"),
     "an unknown label": ({"label": ["a", "c"] * 8}, [], "is none of task.classes"),

@@ -173,6 +173,12 @@ def test_an_instance_stream_that_nothing_trains_is_refused(options):
         HEADS.build("dsmil", D, C, **options)
 
 
+@pytest.mark.parametrize("nonlinear", [False, True])
+def test_a_query_without_width_is_refused(nonlinear):
+    with pytest.raises(UserError, match="query_dim must be at least 1, found 0"):
+        HEADS.build("dsmil", D, C, query_dim=0, nonlinear=nonlinear)
+
+
 def test_the_gradient_also_flows_through_the_critical_patches_query():
     head = build()
     features = bags()[0][:1].requires_grad_()

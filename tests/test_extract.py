@@ -194,14 +194,17 @@ def test_what_is_there_is_left_alone(store, tmp_path):
     assert all(after[name] == before[name] for name in before)
 
 
-@pytest.mark.parametrize("fault", ["cut short", "of other patches"])
+@pytest.mark.parametrize("fault", ["cut short", "without its last byte", "of other patches"])
 def test_what_is_there_but_not_whole_is_made_again(store, tmp_path, fault):
     run(store, tmp_path / "out")
     folder = features_of(tmp_path / "out")
     whole = (folder / "s1.h5").read_bytes()
-    (folder / "s1.h5").write_bytes(
-        whole[: len(whole) // 2] if fault == "cut short" else (folder / "s2.h5").read_bytes()
-    )
+    content = {
+        "cut short": whole[: len(whole) // 2],
+        "without its last byte": whole[:-1],
+        "of other patches": (folder / "s2.h5").read_bytes(),
+    }
+    (folder / "s1.h5").write_bytes(content[fault])
     assert run(store, tmp_path / "out") == 0
     assert len(open_features(folder).features("s1")) == COUNTS["s1"]
 
@@ -361,6 +364,10 @@ def test_the_command_reads_stores_and_says_what_it_did(store, tmp_path, monkeypa
         (["encoder.wights=x"], ["did you mean 'weights'"]),
         (["--stores", "nowhere.lmdb"], ["no patch store at nowhere.lmdb"]),
         (["--stores", "nowhere*.lmdb"], ["no patch store"]),
+        (["--batch", "0"], ["--batch and --size must be at least 1, found 0"]),
+        (["--size", "-3"], ["must be at least 1, found 256 and -3"]),
+        (["--size", "0"], ["must be at least 1, found 256 and 0"]),
+        (["--device", "gpu"], ["the device 'gpu' is not to be had here"]),
     ],
 )
 def test_a_mistake_is_one_message(store, tmp_path, monkeypatch, capsys, change, words):
@@ -371,6 +378,15 @@ def test_a_mistake_is_one_message(store, tmp_path, monkeypatch, capsys, change, 
     for word in words:
         assert word in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_here_is_told(store, tmp_path, monkeypatch, capsys):
+    argv = ["--stores", store.path, "--encoder", ENCODER, "encoder.pretrained=false", "--out",
+            tmp_path / "out", "--device", "cuda"]  # fmt: skip
+    code, _, said = call(monkeypatch, capsys, *argv)
+    assert code == 2
+    assert "the device 'cuda' is not to be had here" in said
 
 
 def test_a_vit_gets_the_size_that_it_is_built_for(store, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from e2e.data.features import FEATURE_FORMATS, FeatureStore, common_width, open_features
+from e2e.data.features import (
+    FEATURE_FORMATS,
+    FeatureStore,
+    common_width,
+    made_by,
+    may_be_same,
+    open_features,
+)
 from e2e.data.store import PlacelessRecord
 from e2e.errors import DamagedDataError, UserError
 
@@ -340,6 +347,26 @@ def test_tensors_of_an_old_pytorch_are_read(tmp_path):
     assert torch.equal(store.features("a"), tensor)
 
 
+def test_aems_published_name_says_who_made_the_features(tmp_path):
+    file = make_aem(tmp_path / "patch_feats_pretrain_medical_ssl", "float16")
+    assert made_by(open_features(file).recipe) == "medical_ssl"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("", "uni", True),
+        ("uni", "uni a1", True),  # copied without the note on its weights
+        ("uni a1", "uni a1", True),
+        ("uni a1", "uni b2", False),
+        ("uni", "uni2", False),
+        ("uni a1", "uni2 a1", False),
+    ],
+)
+def test_makers_may_be_the_same_as_far_as_both_are_known(one, other, same):
+    assert may_be_same(one, other) == may_be_same(other, one) == same
+
+
 # --- what is bad ---
 
 
@@ -392,6 +419,20 @@ def test_mixed_widths_name_two_slides(tmp_path):
     assert common_width([store]) == 4
     with pytest.raises(UserError, match=r"4 in .*, 6 in "):
         common_width([store, other])
+
+
+@pytest.mark.parametrize(
+    ("make", "attribute"), [(make_trident, "encoder"), (make_stamp, "extractor")]
+)
+def test_a_slide_of_another_encoder_among_others_is_named(tmp_path, make, attribute):
+    path = make(tmp_path / "f", "float32")
+    with h5py.File(path / "s2.h5", "r+") as h5:
+        (h5["features"] if attribute == "encoder" else h5).attrs[attribute] = "virchow"
+    store = open_features(path)
+    assert store.count("s1") == 5
+    for ask in (store.count, store.record, store.features):
+        with pytest.raises(UserError, match=r"in the first file, virchow for slide 's2'"):
+            ask("s2")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

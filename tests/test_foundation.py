@@ -22,6 +22,7 @@ from e2e.errors import UserError
 MILLIONS = {
     "uni": 303.4,
     "uni2": 681.4,
+    "conch": 87.6,
     "virchow": 631.2,
     "virchow2": 631.2,
     "gigapath": 1134.9,
@@ -102,6 +103,53 @@ def test_virchows_feature_is_the_class_token_and_the_mean_of_the_patches_alone(s
     assert tokens.shape == (1, 1 + registers + 256, 1280)
     expected = torch.cat([tokens[:, 0], tokens[:, 1 + registers :].mean(1)], dim=1)
     torch.testing.assert_close(encoder(images()), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_conchs_feature_is_that_of_its_file_by_pytorchs_own_attention(shallow, tmp_path):
+    """Its pooler is PyTorch's MultiheadAttention, under the names of the published file."""
+    torch.manual_seed(0)
+    encoder = build("conch")
+    for parameter in encoder.net.query_pool.parameters():  # of both signs: no flat attention
+        nn.init.normal_(parameter, std=0.5)
+    theirs, ours = {}, encoder.net.state_dict()
+    for name, value in ours.items():
+        if not name.startswith("query_pool."):
+            theirs[f"visual.trunk.{name}"] = value
+    pool = "visual.attn_pool_contrast"
+    theirs[f"{pool}.query"] = ours["query_pool.token"]
+    theirs[f"{pool}.attn.in_proj_bias"] = torch.cat([ours[f"query_pool.{p}.bias"] for p in QKV])
+    for part in QKV:
+        theirs[f"{pool}.attn.{part[0]}_proj_weight"] = ours[f"query_pool.{part}.weight"]
+    names = {"merge": "attn.out_proj", "norm_query": "ln_q", "norm_key": "ln_k"}
+    for kind in ("weight", "bias"):
+        theirs |= {f"{pool}.{b}.{kind}": ours[f"query_pool.{a}.{kind}"] for a, b in names.items()}
+        theirs[f"visual.ln_contrast.{kind}"] = ours[f"query_pool.norm.{kind}"]
+    others = ("text.cls_emb", "text_decoder.x", "logit_scale", "visual.proj_contrast")
+    others += (f"{pool.replace('contrast', 'caption')}.query", "visual.ln_caption.bias")
+    file = saved(encoder, tmp_path / "w.bin", theirs | {name: torch.zeros(2) for name in others})
+    again = build("conch", weights=file).eval()
+
+    pooler = nn.MultiheadAttention(512, 8, kdim=768, vdim=768, batch_first=True)
+    start = f"{pool}.attn."
+    pooler.load_state_dict(
+        {k.removeprefix(start): v for k, v in theirs.items() if k.startswith(start)}
+    )
+    normal = (images(2, 448).float() / 255 - again.mean) / again.std
+    tokens = again.net.forward_features(normal)
+    assert tokens.shape == (2, 1 + 28 * 28, 768)
+    layer = nn.functional.layer_norm
+    query, key = (theirs[f"{pool}.ln_{k}.weight"] for k in "qk")
+    asked = layer(theirs[f"{pool}.query"], (512,), query, theirs[f"{pool}.ln_q.bias"])
+    seen = layer(tokens, (768,), key, theirs[f"{pool}.ln_k.bias"])
+    pooled = pooler(asked.expand(2, 1, 512), seen, seen, need_weights=False)[0][:, 0]
+    last = (theirs[f"visual.ln_contrast.{kind}"] for kind in ("weight", "bias"))
+    expected = layer(pooled, (512,), *last)
+    torch.testing.assert_close(again(images(2, 448)), expected, rtol=1e-4, atol=1e-5)
+    assert (expected[0] - expected[1]).abs().max() > 1e-6
+    file = saved(encoder, tmp_path / "w.bin", theirs | {"strange": torch.zeros(2)})
+    with pytest.raises(UserError, match=r"(?s)does not fit the encoder 'conch'.*strange"):
+        build("conch", weights=file)
 
 
 @torch.no_grad()

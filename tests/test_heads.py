@@ -369,3 +369,5 @@ def test_maps_that_belong_to_classes_are_as_many(name):
     output = run(build(name), *bag())
     assert not output.class_maps or output.attention_logits.shape[1] == C
     assert output.class_maps == (name in ("attrimil", "clam_mb", "dsmil"))
+    assert not output.show_scores or output.instance_logits is not None
+    assert output.show_scores == (name == "attrimil")

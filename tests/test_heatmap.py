@@ -97,6 +97,29 @@ def test_of_one_output_a_patch_has_what_the_slide_would_have_with_it_alone():
     assert scores.max() == pytest.approx(output.logits.item())
 
 
+def test_a_head_whose_scores_are_its_map_shows_them_with_their_sign():
+    logits, scores = torch.zeros(1, 2, 3), torch.tensor([[[1.0, -4.0], [-2.0, 5.0], [0.0, 0.5]]])
+    output = HeadOutput(torch.zeros(1, 2), logits, scores, class_maps=True, show_scores=True)
+    for shown in (0, 1):
+        found = patch_scores(output, shown)
+        assert found is not None
+        np.testing.assert_array_equal(found, scores[0, :, shown])
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_attrimils_map_is_what_each_patch_adds_to_the_logit_of_the_class(outputs):
+    torch.manual_seed(0)
+    head = HEADS.build("attrimil", 8, outputs).eval()
+    with torch.no_grad():
+        output = head(torch.randn(1, 5, 8), torch.ones(1, 5, dtype=torch.bool))
+    for shown in range(outputs):
+        scores = patch_scores(output, shown)
+        assert scores is not None
+        assert scores.min() < 0 < scores.max()
+        expected = float((output.logits[0, shown] - head.bias[shown]).detach())
+        assert scores.mean() == pytest.approx(expected, abs=1e-6)
+
+
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (120, 120, 120)]
 COORDS = [(1000, 500), (1064, 500), (1128, 500), (1000, 564), (1128, 564)]  # 3 x 2, one missing
 

@@ -51,6 +51,13 @@ def write_slide(folder: Path, slide: str, features: np.ndarray, *, coords: bool 
             file["coords"] = np.stack([n % 4, n // 4], 1).astype(np.int32) * 256
 
 
+def write_unusable(folder: Path, k: int) -> None:
+    """A slide with NaN, of as many patches as no other has: it is not read to find copies."""
+    found = features_of(k, 20 + k)
+    found[4, 3] = np.nan
+    write_slide(folder, f"s{k:02d}", found)
+
+
 @pytest.fixture
 def cohort(tmp_path) -> Path:
     """A folder of features of 16 slides, half precision on every third, and its label table."""
@@ -279,6 +286,35 @@ def test_features_that_are_not_finite_are_refused_with_their_slide(cohort, monke
     assert "first in row 1" in said
 
 
+def test_features_of_val_and_test_that_are_not_finite_stop_a_run_before_it_begins(
+    cohort, monkeypatch, capsys
+):
+    for k in (9, 13, 15):  # one of validation, two of the test
+        write_unusable(cohort / "feats", k)
+    said = refusal(cohort, monkeypatch, capsys)
+    assert "the features of 3 slide(s) cannot be used" in said
+    assert all(f"slide 's{k:02d}' have NaN or Inf, first in row 4" in said for k in (9, 13, 15))
+    assert not (cohort / "run").exists()  # mended, the same command goes
+
+
+@pytest.mark.slow
+def test_each_rank_looks_over_a_share_and_one_that_finds_nothing_stops_too(cohort):
+    write_unusable(cohort / "feats", 13)
+    line = [BIN / "torchrun", "--standalone", "--nproc-per-node=2"]
+    line += [ROOT / "launch" / "train.py", *arguments(cohort)]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert done.stderr.count("slide 's13' have NaN or Inf") == 1
+    assert not (cohort / "run").exists()
+
+
+def test_a_case_of_slides_is_looked_over_too(cohort, monkeypatch, capsys):
+    write_unusable(cohort / "feats", 15)
+    assert "the features of 1 slide(s) cannot be used" in refusal(
+        cohort, monkeypatch, capsys, "data.unit=case"
+    )
+
+
 def test_an_empty_bag_is_listed(cohort, monkeypatch, capsys):
     write_slide(cohort / "feats", "s02", np.zeros((0, D), np.float32))
     said = refusal(cohort, monkeypatch, capsys)
@@ -327,6 +363,16 @@ def test_weights_of_another_head_are_refused(cohort, monkeypatch, capsys):
     code, said = call(evaluate.main, monkeypatch, capsys, *line)
     assert code == 2, said
     assert "best.safetensors" in said
+
+
+def test_weights_of_another_head_that_would_fit_are_refused(cohort, monkeypatch, capsys):
+    line = arguments(cohort, "--model", "mean", "optim.epochs=1")
+    assert call(train.main, monkeypatch, capsys, *line)[0] == 0
+    again = (cohort / "run", "--out", cohort / "again", "head.name=max")
+    code, said = call(evaluate.main, monkeypatch, capsys, *again)
+    assert code == 2, said
+    assert "weights of the head 'mean', not of 'max'" in said
+    assert not (cohort / "again").exists()
 
 
 def test_slides_cannot_be_predicted_by_a_head_alone(cohort, monkeypatch, capsys):
@@ -396,6 +442,28 @@ def test_features_of_another_encoder_than_in_training_are_refused(cohort, monkey
         assert "was trained on other features\n  encoder: one in training, other now" in said
 
 
+def test_features_that_lost_the_note_on_their_weights_are_evaluated_still(
+    cohort, monkeypatch, capsys
+):
+    for file in (cohort / "feats").glob("*.h5"):
+        with h5py.File(file, "r+") as h5:
+            h5["features"].attrs["encoder"] = "r50"
+    folder = (cohort / "feats").rename(cohort / "features_r50")
+    note = cohort / "_config_feats_r50.json"
+    note.write_text(json.dumps({"encoder": "r50", "weights": "abc"}))
+    known = (f"data.features=[{folder}]", "optim.epochs=1")
+    code, said = call(train.main, monkeypatch, capsys, *arguments(cohort, *known))
+    assert code == 0, said
+    again = [cohort / "run", "--out", cohort / "again"]
+    note.unlink()
+    code, said = call(evaluate.main, monkeypatch, capsys, *again)
+    assert code == 0, said
+    note.write_text(json.dumps({"encoder": "r50", "weights": "xyz"}))
+    code, said = call(evaluate.main, monkeypatch, capsys, *again)
+    assert code == 2
+    assert "encoder: r50 abc in training, r50 xyz now" in said
+
+
 def test_the_published_protocol_chooses_on_test_fits_on_all_and_says_so(
     cohort, monkeypatch, capsys
 ):
@@ -463,6 +531,8 @@ def test_the_weights_that_extraction_noted_are_part_of_who_made_features(tmp_pat
         ("head.attn_dim=-1", "attn_dim must be at least 1, found -1"),
         ("head.dropout=1.5", "head 'abmil' cannot be built: dropout probability"),
         ("head.dropout=.nan", "dropout is not finite"),
+        ("encoder.dim=999", "encoder.dim=999, but the features are of width 12"),
+        ("aem.top_k=0", "aem.top_k must be at least 1"),  # even where its weight is 0
         ("head.gated=3", "head.gated must be true or false, found 3"),
     ],
 )

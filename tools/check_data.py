@@ -7,7 +7,8 @@
                                                                      (data.columns.centre where it is set)
 
 What stops a run stops this too, by the same code: it takes the cohort in as a run does, up to the
-model. Whatever a run would drop or refuse is listed in FILE of --problems.
+model. Whatever a run would drop or refuse is listed in FILE of --problems. Features are all read, for
+NaN and files that are damaged.
 
 Exit codes: 0 a run would start; where no store is there yet: the table is in order; 2 it would be
 refused, and the message says why.
@@ -278,6 +279,8 @@ def report(args: argparse.Namespace, settings: Settings, task: Task, screen: Scr
     for line in describe_table(settings.data, task, slides):
         screen.say(line)
     items = take_in(settings, task, args.problems, slides)
+    if real and build.on_features(settings):
+        build.check_values(items, screen)
     lines = describe_splits(items, task, patches=real)
     if site:
         lines += describe_sites(items, case_sites(slides, site), task)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ from e2e.registry import Registry
 
 NAMES = ("features", "feats")
 """What features are called in an HDF5 file or a dict of tensors."""
+ENCODER = ("encoder", "extractor")
+"""The attributes that name their encoder."""
 
 
 class Entry(NamedTuple):
@@ -237,6 +240,7 @@ class FeatureStore:
     def _size(self, slide: str) -> tuple[int, int]:
         if slide not in self._sizes:
             with self._opened(slide) as entry:
+                self._check_maker(slide, entry.attrs)
                 shape = tuple(entry.features.shape)
                 places = None if entry.coords is None else tuple(entry.coords.shape)
             file = self._layout.files[slide]
@@ -255,6 +259,15 @@ class FeatureStore:
             if shape[0] and self._like is None:
                 self._like = slide
         return self._sizes[slide]
+
+    def _check_maker(self, slide: str, attrs: Mapping[str, Any]) -> None:
+        for name in ENCODER:
+            own, first = attrs.get(name), self.recipe.get(name)
+            if own and first and own != first:
+                raise UserError(
+                    f"features of different encoders in {self.path}: {first} in the first file, {own} "
+                    f"for slide '{slide}'\n  extract them again with one encoder, or keep folders apart"
+                )
 
     @contextmanager
     def _opened(self, slide: str) -> Iterator[Entry]:
@@ -279,15 +292,20 @@ class FeatureStore:
 
 def made_by(recipe: Mapping[str, Any]) -> str:
     """The encoder and a digest of its weights, as far as a store's recipe says; else empty."""
-    said = (recipe.get(name) for name in ("encoder", "extractor", "weights"))
+    said = (recipe.get(name) for name in (*ENCODER, "weights"))
     return " ".join(str(word) for word in said if word)
+
+
+def may_be_same(one: str, other: str) -> bool:
+    """Whether two of :func:`made_by` agree as far as both say: not all files tell encoder and weights."""
+    return all(a == b for a, b in zip(one.split(), other.split(), strict=False))
 
 
 def common_width(stores: Sequence[FeatureStore]) -> int:
     """The width of all of them; UserError where that, or their encoders, differ."""
     makers = {store.path: made_by(store.recipe) for store in stores}
     known = {path: maker for path, maker in makers.items() if maker}
-    if len(set(known.values())) > 1:
+    if not all(may_be_same(*pair) for pair in combinations(known.values(), 2)):
         raise UserError(
             f"features of different encoders\n{listing(f'{p}: {m}' for p, m in known.items())}\n"
             "  take features of one encoder"
@@ -380,7 +398,10 @@ def _stamp_places(entry: Entry) -> Places | None:
 
 @FEATURE_FORMATS.register("aem")
 def aem(path: Path) -> Layout | None:
-    """AEM: one HDF5 file, a group a slide with ``feat``, ``coords`` (level-0 pixels) and ``label``."""
+    """AEM: one HDF5 file, a group a slide with ``feat``, ``coords`` (level-0 pixels) and ``label``.
+
+    Its published name, ``patch_feats_pretrain_<encoder>.h5``, says who made the features.
+    """
     if not path.is_file() or path.suffix not in (".h5", ".hdf5"):
         return None
     try:
@@ -388,7 +409,11 @@ def aem(path: Path) -> Layout | None:
             slides = {slide: group for slide, group in h5.items() if isinstance(group, h5py.Group)}
             if not {"feat", *NAMES} & set(next(iter(slides.values()), ())):
                 return None
-            return Layout(dict.fromkeys(slides, path), ("feat", *NAMES), grouped=True)
+            encoder = path.stem.partition("patch_feats_pretrain_")[2]
+            recipe = {"encoder": encoder} if encoder else {}
+            return Layout(
+                dict.fromkeys(slides, path), ("feat", *NAMES), grouped=True, recipe=recipe
+            )
     except OSError as error:
         raise _no_h5(path, error) from error
 

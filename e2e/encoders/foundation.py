@@ -16,6 +16,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers.mlp import SwiGLUPacked
 from timm.layers.patch_embed import PatchEmbed
 from timm.models import load_state_dict, load_state_dict_from_hf
@@ -30,6 +31,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LUNIT = (0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464)
 BIOPTIMUS = (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 NO_COMMERCE = "CC-BY-NC-ND 4.0, on request"
 Keys = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -52,6 +54,8 @@ class Card:
     """Of the network, besides timm's own."""
     mean_too: bool = False
     """A feature is the class token and the mean of the patches' tokens, not the first alone."""
+    pool: Callable[[], nn.Module] | None = None
+    """Makes of all tokens (n, tokens, E) the feature (n, width); it becomes the network's ``query_pool``."""
     keys: Keys = dict
     """The published state dict -> the same under timm's keys."""
     input_px: int = 224
@@ -78,6 +82,43 @@ class ConvStem(PatchEmbed):
             )
         ]
         self.proj = nn.Sequential(*halves, nn.Conv2d(widths[-1], embed_dim, 1))
+
+
+class QueryPool(nn.Module):
+    """CoCa's attention pooling by one learned query, over tokens t_n::
+
+        z = LN( W_o concat_j sum_n softmax_n(q_j . k_nj / sqrt(E/H)) v_nj + b_o )
+        q = W_q LN(query) + b_q,   k_n = W_k LN(t_n) + b_k,   v_n = W_v LN(t_n) + b_v
+
+    Source: Yu et al. 2022, "CoCa: Contrastive Captioners are Image-Text Foundation Models", section 3.2,
+    arXiv:2205.01917; as CONCH has it, with a LayerNorm behind it (Lu et al. 2024, Nature Medicine 30).
+
+    Args:
+        context: width of the tokens.
+        dim: E, of the query and the feature.
+        heads: H, which divides E.
+    """
+
+    def __init__(self, context: int, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.token = nn.Parameter(torch.randn(1, dim))
+        self.norm_query, self.norm_key = nn.LayerNorm(dim), nn.LayerNorm(context)
+        self.query = nn.Linear(dim, dim)
+        self.key, self.value = nn.Linear(context, dim), nn.Linear(context, dim)
+        self.merge = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(n, tokens, context) -> (n, dim)."""
+        normal = self.norm_key(tokens)
+        query = self.query(self.norm_query(self.token)).expand(len(tokens), 1, -1)
+        three = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in (query, self.key(normal), self.value(normal))
+        )
+        pooled = F.scaled_dot_product_attention(*three)  # (n, H, 1, E/H)
+        return self.norm(self.merge(pooled.flatten(1)))
 
 
 class FoundationEncoder(TimmEncoder):
@@ -115,11 +156,13 @@ class FoundationEncoder(TimmEncoder):
         self.net = timm.create_model(
             card.network,
             num_classes=0,
-            global_pool="" if card.mean_too else None,
+            global_pool="" if card.mean_too or card.pool else None,
             img_size=img_size or card.input_px,
             drop_path_rate=drop_path,
             **card.arguments,
         )
+        if card.pool:
+            self.net.query_pool = card.pool()
         if self.pretrained:
             _load(self, card, weights)
         if freeze:
@@ -131,6 +174,8 @@ class FoundationEncoder(TimmEncoder):
         """See :class:`Encoder`."""
         self._check_size(images)
         found = self.net(images)
+        if hasattr(self.net, "query_pool"):
+            return self.net.query_pool(found)  # pyright: ignore[reportCallIssue]
         if not self.mean_too:
             return found
         patches = found[:, self.net.num_prefix_tokens :]  # pyright: ignore[reportArgumentType]
@@ -210,6 +255,38 @@ def _from_swin(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key(name): value for name, value in found.items() if not name.endswith(buffers)}
 
 
+_COCA = {
+    "visual.trunk.": "",
+    "visual.attn_pool_contrast.query": "query_pool.token",
+    "visual.attn_pool_contrast.attn.q_proj_weight": "query_pool.query.weight",
+    "visual.attn_pool_contrast.attn.k_proj_weight": "query_pool.key.weight",
+    "visual.attn_pool_contrast.attn.v_proj_weight": "query_pool.value.weight",
+    "visual.attn_pool_contrast.attn.out_proj.": "query_pool.merge.",
+    "visual.attn_pool_contrast.ln_q.": "query_pool.norm_query.",
+    "visual.attn_pool_contrast.ln_k.": "query_pool.norm_key.",
+    "visual.ln_contrast.": "query_pool.norm.",
+}
+"""Beginning of a key in CONCH's file -> the same here."""
+
+
+def _from_coca(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CONCH's: of the image tower the trunk and the contrastive pooler, before its last projection."""
+    made: dict[str, Tensor] = {}
+    for name, value in found.items():
+        if name == "visual.attn_pool_contrast.attn.in_proj_bias":
+            parts = zip(("query", "key", "value"), value.chunk(3), strict=True)
+            made |= {f"query_pool.{part}.bias": bias for part, bias in parts}
+        elif start := next((key for key in _COCA if name.startswith(key)), None):
+            made[_COCA[start] + name.removeprefix(start)] = value
+        elif not name.startswith(_OTHER_COCA):
+            made[name] = value  # nothing of CONCH's: it will not fit, and the message says so
+    return made
+
+
+_OTHER_COCA = ("text.", "text_decoder.", "logit_scale", "visual.proj_contrast",
+               "visual.attn_pool_caption.", "visual.ln_caption.")  # fmt: skip
+"""What CONCH's file has besides: its text side, and its captions'."""
+
 _TRANSFORMERS = [
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^embeddings\.cls_token$", "cls_token"),
@@ -272,6 +349,16 @@ FOUNDATION: dict[str, Card] = {
             "reg_tokens": 8,
             **_SWIGLU,
         },
+    ),
+    "conch": Card(
+        512,
+        "vit_base_patch16_224",
+        "MahmoodLab/CONCH",
+        NO_COMMERCE,
+        CLIP,
+        pool=functools.partial(QueryPool, 768, 512, 8),
+        keys=_from_coca,
+        input_px=448,
     ),
     "virchow": Card(
         2560,
@@ -360,6 +447,7 @@ FOUNDATION: dict[str, Card] = {
 ALIASES = {
     "uni_v1": "uni",
     "uni_v2": "uni2",
+    "conch_v1": "conch",
     "phikon_v2": "phikon2",
     "lunit-vits8": "lunits8",
     **{f"kaiko-vit{size}{px}": f"kaiko{size}{px}" for size in "sb" for px in (8, 16)},
@@ -367,8 +455,6 @@ ALIASES = {
 """What TRIDENT calls them."""
 
 ABSENT = {
-    "conch": "its features come from an attention pooler of CoCa's, which timm does not have",
-    "conch_v1": "its features come from an attention pooler of CoCa's, which timm does not have",
     "conch_v15": "its network is published as code of its own",
     "musk": "its network is published as code of its own",
     "hibou_l": "its network is published as code of its own",

@@ -31,7 +31,8 @@ class AttriMIL(Head):
         logits = mean_n s_n + b           = sum_n softmax_n(a_cn) r_cn + b_c,  b from 0
 
     The sign of s_cn says whether patch n speaks for class c or against it, its size how much. Patches
-    near each other are made alike by the regulariser ``spatial`` (published with weight 1).
+    near each other are made alike by the regulariser ``spatial`` (published with weight 1). Heatmaps show
+    s_cn of the predicted class, as the publication's do; their tables have its sign.
 
     **Ranking across slides.** Of each slide the patch that speaks most for class c goes, as a feature,
     into one of c's two banks: that of slides of class c or that of the others. With v = max_n s_cn of a
@@ -127,7 +128,8 @@ class AttriMIL(Head):
         score_BNC = share_BNC * mask.sum(dim=1).view(-1, 1, 1)
         aux = self._key_patches(x_BND, score_BNC, logits_BCN, mask) if self.rank_weight else None
         logits_BC = share_BNC.sum(dim=1) + self.bias
-        return HeadOutput(logits_BC, logits_BCN, score_BNC, aux, class_maps=True)
+        maps = {"class_maps": True, "show_scores": True}
+        return HeadOutput(logits_BC, logits_BCN, score_BNC, aux, **maps)
 
     def _branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., D) -> r and a, (..., C) each."""

@@ -35,6 +35,8 @@ class HeadOutput(NamedTuple):
     """What the head's own ``aux_loss`` needs; nobody else reads it."""
     class_maps: bool = False
     """Whether attention map c is that of output c."""
+    show_scores: bool = False
+    """Whether heatmaps show ``instance_logits``, as the publication's do, and not the attention."""
 
     def attention(self) -> Tensor | None:
         """(B, A, N) >= 0, sums to 1 over real patches, exactly 0 on padding."""

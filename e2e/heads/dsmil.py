@@ -100,8 +100,8 @@ class DSMIL(Head):
         aux_weight: weight of the instance stream's loss, the task's being 1; 0: see above.
 
     Raises:
-        UserError: ``act`` is unknown, ``aux_weight`` is negative, or it is 0 and ``average`` off,
-            where nothing would train the instance stream.
+        UserError: ``act`` is unknown, ``query_dim`` under 1, ``aux_weight`` is negative, or it is 0
+            and ``average`` off, where nothing would train the instance stream.
     """
 
     def __init__(
@@ -126,6 +126,8 @@ class DSMIL(Head):
                 f"dsmil's instance stream is trained by nothing with aux_weight={aux_weight:g} and "
                 f"average={average}\n  set aux_weight above 0, or to 0 with average=True"
             )
+        if query_dim < 1:
+            raise UserError(f"dsmil's query_dim must be at least 1, found {query_dim}")
         self.average = average
         self.aux_weight = aux_weight
         width = embed_dim or in_dim

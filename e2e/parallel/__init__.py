@@ -19,9 +19,12 @@ TIMEOUT = 1800.0
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto``: this process's GPU when there is one, else the CPU."""
+    """``auto``: this process's GPU when there is one, else the CPU; UserError where it is not here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = name.partition(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"the device '{name}' is not to be had here\n  choose auto, cpu or cuda")
     device = torch.device(name)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
