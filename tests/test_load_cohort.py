@@ -153,6 +153,17 @@ def test_validation_can_be_cut_where_the_file_has_none(cohort):
     assert sorted(splits_of(items).values()) == ["test", *["train"] * 5, "val", "val"]
 
 
+def test_a_split_that_is_there_is_not_cut_once_more(cohort, capsys):
+    # As cohorts have it whose table has no splits, under the folds of a cross-validation.
+    asked = {"split_file": str(cohort / "splits.csv"), "fold": "0", "cut": Cut(val=0.5, test=0.5)}
+    items, _ = load(cohort, **asked)
+    assert splits_of(items) == used("0")
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        f"NOTE data.cut.{split} cuts nothing, since there are slides of '{split}' already"
+        for split in ("test", "val")
+    ]
+
+
 def test_a_fold_or_a_file_that_is_not_there_is_told(cohort):
     with pytest.raises(UserError, match=r"has no fold '5'\n  it has: 0, 1\n  set data.fold"):
         load(cohort, split_file=str(cohort / "splits.csv"), fold="5")
