@@ -123,8 +123,10 @@ def make_plan(
     return Plan(
         out=out,
         command=(*command, f"data.split_file={path.resolve()}"),
-        folds=tuple(only) or tuple(folds),
-        seeds=tuple(seeds),
+        folds=tuple(dict.fromkeys(only or folds)),
+        seeds=tuple(
+            dict.fromkeys(seeds)
+        ),  # two runs at a time in one folder would spoil each other
         splits=digest,
     )
 
