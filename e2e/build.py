@@ -385,7 +385,7 @@ def load_cohort(
 def _cut_missing(
     slides: list[Slide], shares: Cut, *, by: str, seed: int, screen: Screen
 ) -> list[Slide]:
-    """With the splits of ``data.cut`` that nobody has yet: a test of the table, or of a fold, stays what it is."""
+    """With the splits of ``data.cut`` that no slide has yet: a test of the table or of a fold stays."""
     for split in ("test", "val"):
         share = getattr(shares, split)
         if share and any(slide.split == split for slide in slides):
