@@ -416,20 +416,13 @@ def _split_by_file(slides: list[Slide], data: Data) -> tuple[list[Slide], list[P
 
 
 def check_classes(items: Sequence[LabelledSlide], task: Task) -> list[str]:
-    """A line for each split that lacks a class which another has.
-
-    Where targets are no class numbers (numbers with a fraction, several in one) there is none.
-    """
-    if any(item.target.ndim or item.target.is_floating_point() for item in items):
-        return []
-    column = task.columns[0]
-    words = {task.group(item.target): f"{column}={item.slide.target[column]}" for item in items}
-    classes = {item.slide.id: [words[task.group(item.target)]] for item in items}
+    """A line for each split that lacks a class which another has, a label, or events."""
+    classes = {item.slide.id: task.kinds(item.target) for item in items}
     splits = {item.slide.id: item.slide.split for item in items}
-    meaning = {"train": "it cannot be learned"}
+    undefined = "metrics that need every class are not defined there"
+    meaning = {"train": "it cannot be learned", "val": f"{undefined}, nor choose an epoch"}
     return [
-        f"{split} has no {' and no '.join(lacking)}: "
-        + meaning.get(split, "metrics that need every class are not defined there")
+        f"{split} has no {' and no '.join(lacking)}: {meaning.get(split, undefined)}"
         for split, lacking in missing_classes(splits, classes).items()
     ]
 

@@ -50,11 +50,9 @@ def missing_classes(
 ) -> dict[str, list[str]]:
     """The classes that a split lacks, of those that any other has; splits without ids are left out.
 
-    Of survival the classes are the words of the event column: a split without one lacks events.
-
     Args:
         splits: id -> train, val, test, or empty where it is not used.
-        classes: id -> its classes, one for a slide.
+        classes: id -> its classes: of survival the words of the event column, or whether it has an event.
 
     Returns:
         Split -> sorted classes; nothing where all is well.
