@@ -19,7 +19,7 @@ import e2e.encoders
 import e2e.heads
 import e2e.losses
 import e2e.tasks  # noqa: F401  (each import registers its plug-ins)
-from e2e.config import CONFIGS, BagSettings, Data, Engine, Optim, Plugin, Select, Settings
+from e2e.config import CONFIGS, BagSettings, Cut, Data, Engine, Optim, Plugin, Select, Settings
 from e2e.data.augment import AUGMENTS
 from e2e.data.cases import by_case
 from e2e.data.cluster import read_index
@@ -363,11 +363,9 @@ def load_cohort(
     first, unmatched = match_stores(known, scales[0])
     problems += [*strange, *unknown, *(p for p in unmatched if p.slide not in aside)]
     _settle(problems, data, name, problems_file)
+    screen = Screen(leads=problems_file is not None)
     kept = [slide for slide in known if slide.id in first]
-    for split in ("test", "val"):
-        share = getattr(data.cut, split)
-        if share:
-            kept = cut(kept, split, share, by=task.columns[0], seed=seed)
+    kept = _cut_missing(kept, data.cut, by=task.columns[0], seed=seed, screen=screen)
     check_splits(kept, chosen_on=chosen_on)
     trained = [slide for slide in kept if slide.split == "train"]
     more, lacking = match_scales(trained, scales[1:])
@@ -382,10 +380,24 @@ def load_cohort(
     if data.unit == "case":
         kept, stores = by_case(kept, stores)
     items = label_slides(kept, stores, task.encode)
-    screen = Screen(leads=problems_file is not None)
     for line in check_classes(items, task):
         screen.say(f"NOTE {line}")
     return items, problems
+
+
+def _cut_missing(
+    slides: list[Slide], shares: Cut, *, by: str, seed: int, screen: Screen
+) -> list[Slide]:
+    """With the splits of ``data.cut`` that no slide has yet: a test of the table or of a fold stays."""
+    for split in ("test", "val"):
+        share = getattr(shares, split)
+        if share and any(slide.split == split for slide in slides):
+            screen.say(
+                f"NOTE data.cut.{split} cuts nothing, since there are slides of '{split}' already"
+            )
+        elif share:
+            slides = cut(slides, split, share, by=by, seed=seed)
+    return slides
 
 
 def _split_by_file(slides: list[Slide], data: Data) -> tuple[list[Slide], list[Problem]]:
@@ -407,20 +419,13 @@ def _split_by_file(slides: list[Slide], data: Data) -> tuple[list[Slide], list[P
 
 
 def check_classes(items: Sequence[LabelledSlide], task: Task) -> list[str]:
-    """A line for each split that lacks a class which another has.
-
-    Where targets are no class numbers (numbers with a fraction, several in one) there is none.
-    """
-    if any(item.target.ndim or item.target.is_floating_point() for item in items):
-        return []
-    column = task.columns[0]
-    words = {task.group(item.target): f"{column}={item.slide.target[column]}" for item in items}
-    classes = {item.slide.id: [words[task.group(item.target)]] for item in items}
+    """A line for each split that lacks a class which another has, a label, or events."""
+    classes = {item.slide.id: task.kinds(item.target) for item in items}
     splits = {item.slide.id: item.slide.split for item in items}
-    meaning = {"train": "it cannot be learned"}
+    undefined = "metrics that need every class are not defined there"
+    meaning = {"train": "it cannot be learned", "val": f"{undefined}, nor choose an epoch"}
     return [
-        f"{split} has no {' and no '.join(lacking)}: "
-        + meaning.get(split, "metrics that need every class are not defined there")
+        f"{split} has no {' and no '.join(lacking)}: {meaning.get(split, undefined)}"
         for split, lacking in missing_classes(splits, classes).items()
     ]
 

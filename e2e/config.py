@@ -60,10 +60,10 @@ class Columns:
 
 @dataclass(frozen=True)
 class Cut:
-    """Splits cut from the training cases where the table has none."""
+    """Splits cut from the training cases where table and split file have none."""
 
-    val: float = setting(0.0, "share of the training cases for validation")
-    test: float = setting(0.0, "share of the training cases for the test")
+    val: float = setting(0.0, "share of the training cases for validation, where there is none")
+    test: float = setting(0.0, "share of the training cases for the test, where there is none")
 
     def __post_init__(self) -> None:
         for name in ("val", "test"):
@@ -305,6 +305,14 @@ class Run:
 
     def __post_init__(self) -> None:
         known = ("tensorboard", "wandb", "wandb-online")
+        _check(self.save_every >= 0, "run.save_every", self.save_every, "at least 0")
+        _check(self.bootstrap >= 0, "run.bootstrap", self.bootstrap, "at least 0")
+        _check(
+            self.heatmaps is None or self.heatmaps >= 0,
+            "run.heatmaps",
+            self.heatmaps,
+            "at least 0 or null",
+        )
         _check(set(self.track) <= set(known), "run.track", self.track, f"some of {known}")
         ways = ("honest", "as_published")
         _check(self.protocol in ways, "run.protocol", self.protocol, " or ".join(ways))

@@ -120,11 +120,12 @@ def make_plan(
     if missing := [name for name in only if name not in folds]:
         raise UserError(f"{path} has no fold {', '.join(missing)}\n  it has: {', '.join(folds)}")
     digest = hashlib.blake2b(json.dumps(folds, sort_keys=True).encode(), digest_size=8).hexdigest()
+    # Each once: two runs at a time in one folder would spoil each other.
     return Plan(
         out=out,
         command=(*command, f"data.split_file={path.resolve()}"),
-        folds=tuple(only) or tuple(folds),
-        seeds=tuple(seeds),
+        folds=tuple(dict.fromkeys(only or folds)),
+        seeds=tuple(dict.fromkeys(seeds)),
         splits=digest,
     )
 

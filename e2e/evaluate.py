@@ -253,10 +253,10 @@ def evaluate_run(
                 own["centres"] = by_centre
     if strategy.leads:
         write_predictions(kept, task.of(judged), out / "predictions.csv")
-        write_json(out / "metrics.json", report)
         tested = [p for p in kept if p.split == "test"]
         if tested:
             write_pictures(task.of(judged).pictures(*_arrays(tested)), out / "figures")
+        write_json(out / "metrics.json", report)  # the last: a run that has it is done
     title = f"epoch {report['epoch']}, chosen on {chosen_on} by {judged}"
     screen.table(title, *metric_table(report))
     return report

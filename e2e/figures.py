@@ -192,12 +192,9 @@ def of_survival(
         event: (n,) whether it was seen.
         survival: (n, T) predicted chance to outlive each time of ``edges`` (T,); None: none.
 
-    The p in the title is the log-rank test's (Mantel 1966). In the calibration each point is a quarter
+    The p in the title is that of :func:`log_rank`. In the calibration each point is a quarter
     of the cases, by predicted survival at that time: its mean against the Kaplan-Meier estimate.
     """
-    from sksurv.compare import compare_survival
-    from sksurv.util import Surv
-
     high = risk > np.median(risk)
     groups = {"low risk": ~high, "high risk": high}
     lines = {
@@ -207,14 +204,31 @@ def of_survival(
         for name, own in groups.items()
         if own.any()
     }
-    p = compare_survival(Surv.from_arrays(event, time), high)[1] if len(lines) == 2 else np.nan
-    title = f"log-rank p = {p:.3g}" if np.isfinite(p) else "log-rank p undefined: one risk for all"
+    p = log_rank(time, event, high)
+    why = "no event tells them apart" if len(lines) == 2 else "one risk for all"
+    title = f"log-rank p = {p:.3g}" if np.isfinite(p) else f"log-rank p undefined: {why}"
     found: list[Picture] = [
         Curves("kaplan_meier", title, "time", "without an event", lines, steps=True)
     ]
     if survival is not None and len(edges):
         found.append(_survival_calibration(survival, edges, time, event))
     return found
+
+
+def log_rank(time: Array, event: NDArray[np.bool_], high: NDArray[np.bool_]) -> float:
+    """Two-sided p of the log-rank test (Mantel 1966) of no difference between two groups, ``high`` or not.
+
+    NaN where it is not defined: no event falls while both groups are at risk and some outlive it.
+    """
+    from sksurv.compare import compare_survival
+    from sksurv.util import Surv
+
+    at = np.unique(time[event])[:, None]
+    at_risk, died = time >= at, (time == at) & event
+    both = (at_risk & high).any(axis=1) & (at_risk & ~high).any(axis=1)
+    if not (both & (died.sum(axis=1) < at_risk.sum(axis=1))).any():
+        return np.nan
+    return float(compare_survival(Surv.from_arrays(event, time), high)[1])
 
 
 def _survival_line(time: Array, event: NDArray[np.bool_]) -> Line:

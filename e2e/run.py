@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ from e2e.log import TRACKERS, MetricsLog, Screen, clock
 from e2e.model import MILModel
 from e2e.parallel import Strategy, pick_device
 from e2e.tasks.base import Task
-from e2e.trainer import LAST, Trainer
+from e2e.trainer import LAST, Trainer, check_losses
 from e2e.wsi.slide import find_slides
 from e2e.wsi.tiling import Tiling
 
@@ -50,7 +50,7 @@ FEATURES = "features.json"
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """What a run is made of, before a strategy has its hands on the model."""
 
     task: Task
@@ -144,7 +144,7 @@ def _prepare(
     new: bool,
     trained: bool,
     writes: bool = True,
-) -> _Parts:
+) -> Parts:
     """Data and model; with ``writes`` the rank that leads also sees to it that ``folder`` is free.
 
     What a checkpoint holds is not made (``trained``): weights of the encoder, what the task fits.
@@ -156,40 +156,99 @@ def _prepare(
             f"  go on with it: --resume {ours}; or choose another: run.out=FOLDER"
         )
     task = build.load_task(settings.task, folder) if trained else build.build_task(settings.task)
+    features = build.on_features(settings)
+    items, problems = take_in(
+        settings,
+        task,
+        features=features,
+        problems_file=ours.with_name(f"{ours.name}.problems.csv") if ours else None,
+    )
+    if not trained:
+        fit_task(settings, task, items)
+    known = build.describe_features(items) if features else None
+    if known and trained and (folder / FEATURES).is_file():
+        build.check_features(known, json.loads((folder / FEATURES).read_bytes()), folder)
+    return make_parts(
+        settings,
+        task,
+        items,
+        strategy.device,
+        world_size=strategy.world_size,
+        trained=trained,
+        problems=problems,
+        features=known,
+    )
+
+
+def take_in(
+    settings: Settings, task: Task, *, features: bool, problems_file: Path | None
+) -> tuple[list[LabelledSlide], list[Problem]]:
+    """The cohort as :func:`e2e.build.load_cohort` has it, under the run's protocol.
+
+    Raises:
+        UserError: see there; or an update has too few bags for the task.
+    """
     if task.whole_update and settings.optim.bags < 2:
         raise UserError(
             "the task's loss compares the bags of an update: optim.bags must be 2 or more, found 1"
         )
-    features = build.on_features(settings)
-    items, problems = build.load_cohort(
+    return build.load_cohort(
         settings.data,
         task,
         name=settings.names.get("datasets", ""),
         seed=settings.run.seed,
         size=settings.bag.size,
-        problems_file=ours.with_name(f"{ours.name}.problems.csv") if ours else None,
+        problems_file=problems_file,
         features=features,
         chosen_on=CHOSEN_ON[settings.run.protocol],
     )
-    if not trained:
-        honest = settings.run.protocol == "honest"
-        learned = [item for item in items if not honest or item.slide.split == "train"]
-        task.fit([item.target for item in learned], [item.slide.case for item in learned])
-    view = build.build_view(settings.data, settings.bag, strategy.device, features=features)
-    known = build.describe_features(items) if features else None
-    if known and trained and (folder / FEATURES).is_file():
-        build.check_features(known, json.loads((folder / FEATURES).read_bytes()), folder)
-    width = known["width"] if known else None
-    model = build.build_model(settings, task, strategy.device, trained=trained, width=width)
-    parts = _Parts(task, items, view, model, problems, known)
-    loader = build.build_loader(settings, parts.of_split("train"), view, model=model, task=task)
-    loader.check(strategy.world_size, settings.optim.epochs)
-    for item in items if model.head.needs_coords else _with_coords(model, parts):
+
+
+def fit_task(settings: Settings, task: Task, items: Sequence[LabelledSlide]) -> None:
+    """Fit the task to the training slides, as published to all; UserError where nothing can be learned."""
+    honest = settings.run.protocol == "honest"
+    learned = [item for item in items if not honest or item.slide.split == "train"]
+    task.fit([item.target for item in learned], [item.slide.case for item in learned])
+
+
+def make_parts(
+    settings: Settings,
+    task: Task,
+    items: list[LabelledSlide],
+    device: torch.device,
+    *,
+    world_size: int,
+    trained: bool,
+    problems: list[Problem],
+    features: dict[str, Any] | None,
+) -> Parts:
+    """The model and what it sees of the slides, and whether they go together: all that can be told
+    before the first step.
+
+    Args:
+        trained: weights will be loaded, so none are fetched.
+        problems: what of the cohort was left out.
+        features: of :func:`e2e.build.describe_features`; None for patches.
+
+    Raises:
+        UserError: they do not.
+    """
+    view = build.build_view(settings.data, settings.bag, device, features=features is not None)
+    width = features["width"] if features else None
+    model = build.build_model(settings, task, device, trained=trained, width=width)
+    parts = Parts(task, items, view, model, problems, features)
+    train = parts.of_split("train")
+    build.judged_weights(settings.optim, settings.select)
+    loader = build.build_loader(settings, train, view, model=model, task=task)
+    loader.check(world_size, settings.optim.epochs)
+    placed = any(regulariser.needs_coords for regulariser in model.regularisers)
+    for item in items if model.head.needs_coords else train if placed else []:
         view.check_places(item)
+    check_losses(model, task, train[0].target, device)
     return parts
 
 
-def _look_over(parts: _Parts, strategy: Strategy, screen: Screen) -> None:
+def _look_over(parts: Parts, strategy: Strategy, screen: Screen) -> None:
     """Read the features that are first wanted when training has cost its time: those of validation and test.
 
     Each rank has its share. Those of training are all wanted in the first epoch.
@@ -199,22 +258,16 @@ def _look_over(parts: _Parts, strategy: Strategy, screen: Screen) -> None:
         build.check_values(later[strategy.rank :: strategy.world_size], screen)
 
 
-def _begin(settings: Settings, folder: Path, parts: _Parts, strategy: Strategy) -> None:
+def _begin(settings: Settings, folder: Path, parts: Parts, strategy: Strategy) -> None:
     """Make the run's folder, with what the run goes by."""
     if not strategy.leads:
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    # The settings first: with them a run that is stopped here already goes on.
+    write_atomically(folder / "settings.yaml", dump_settings(settings).encode())
     build.write_cohort(parts.items, parts.problems, folder / "cohort.csv")
     write_json(folder / build.TASK, parts.task.state())
     if parts.features:
         write_json(folder / FEATURES, parts.features)
-    write_atomically(folder / "settings.yaml", dump_settings(settings).encode())
-
-
-def _with_coords(model: MILModel, parts: _Parts) -> list[LabelledSlide]:
-    """The slides whose patches a regulariser must know the places of."""
-    needed = any(regulariser.needs_coords for regulariser in model.regularisers)
-    return parts.of_split("train") if needed else []
 
 
 def _on_every_rank(strategy: Strategy, prepare: Callable[[], T]) -> T:
@@ -315,7 +368,7 @@ class _Told(Progress):
 def _trainer(
     settings: Settings,
     folder: Path,
-    parts: _Parts,
+    parts: Parts,
     strategy: Strategy,
     log: MetricsLog,
     screen: Screen,
@@ -362,7 +415,7 @@ def _trainer(
 
 
 def _settle(
-    settings: Settings, folder: Path, parts: _Parts, strategy: Strategy, screen: Screen
+    settings: Settings, folder: Path, parts: Parts, strategy: Strategy, screen: Screen
 ) -> None:
     """Let the task take what it wants of what the judged weights say of the training slides."""
     if not parts.task.settles:
@@ -391,7 +444,7 @@ def _evaluate(
     settings: Settings,
     folder: Path,
     out: Path,
-    parts: _Parts,
+    parts: Parts,
     strategy: Strategy,
     screen: Screen,
 ) -> None:
@@ -411,7 +464,7 @@ def _evaluate(
     )
 
 
-def _greet(screen: Screen, settings: Settings, parts: _Parts, strategy: Strategy) -> None:
+def _greet(screen: Screen, settings: Settings, parts: Parts, strategy: Strategy) -> None:
     """What is about to run, in a few lines."""
     if settings.run.protocol != "honest":
         screen.say(

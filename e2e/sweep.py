@@ -13,6 +13,7 @@ import yaml
 from e2e.child import is_done, keep_plan, run_script, start_or_resume
 from e2e.errors import UserError, listing
 from e2e.files import write_json
+from e2e.metrics import LOWER_IS_BETTER
 
 
 def read_space(path: Path) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def search(
     Args:
         command: of launch/train.py.
         space: of :func:`read_space`.
-        metric: of validation, by the judged weights; higher is better.
+        metric: of validation, by the judged weights; more is better, or less, as the metric has it.
 
     Raises:
         UserError: another search lies in ``out``; a run failed (its log is named).
@@ -80,7 +81,7 @@ def search(
         storage=f"sqlite:///{out.resolve()}/optuna.db",
         study_name="sweep",
         sampler=optuna.samplers.TPESampler(seed=seed),
-        direction="maximize",
+        direction="minimize" if metric in LOWER_IS_BETTER else "maximize",
         load_if_exists=True,
     )
     running, done = optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.COMPLETE

@@ -437,6 +437,19 @@ def bag_losses(strategy: Strategy, bag: Bag, task: Task, progress: float = 0.0) 
     return (task.loss(logits, target) + torch.cat(extra)) * weight
 
 
+def check_losses(model: MILModel, task: Task, target: Tensor, device: torch.device) -> None:
+    """UserError where the head's own loss, or a regulariser, cannot take what the task makes of a label.
+
+    On two patches of zeros and before any step, so that nobody waits for the first to be told.
+    """
+    single = _no_single_bags if task.whole_update else task.loss
+    places = torch.tensor([[0, 0], [256, 0]], device=device)
+    features = torch.zeros(1, 2, model.encoder.dim, device=device)
+    with torch.no_grad(), torch.random.fork_rng([]):
+        output = model.head.train()(features, features[..., 0] == 0, places[None])
+        _extra(model, output, target[None].to(device), single, [places], 0.0)
+
+
 def _part_of_update(strategy: Strategy, bag: Bag, logits: Tensor, task: Task) -> Tensor:
     """(B,) equal parts of this rank's 1/world_size of a loss that sees all bags of the update.
 

@@ -128,6 +128,50 @@ def test_what_a_run_refuses_is_refused_with_exit_code_2(cohort, said, fault, sto
     assert message in error
 
 
+COX = ["task.name=survival", "task.event=1", "task.event_column=dead", "task.time_column=months"]
+MODELS = {
+    "an update of one bag for Cox": (
+        [*COX, "task.loss=cox", "optim.bags=1"], "optim.bags must be 2 or more, found 1",
+    ),
+    "a head that cannot take the task": (
+        [*COX, "task.bins=2", "--model", "e2e_r18_clam_sb"], "needs one class number a slide",
+    ),
+    "a head's loss of single bags beside Cox": (
+        [*COX, "task.loss=cox", "--model", "e2e_r18_dtfd"], "compares all bags of an update",
+    ),
+    "a head that cannot be": (["head.heads=7"], "cannot split embed_dim=512 into heads=7"),
+    "statistics of more patches than a chunk": (
+        ["engine.batch_norm=sync", "engine.chunk=20"], "takes statistics over a whole update",
+    ),
+    "weights to judge that are not kept": (
+        ["select.weights=ema", "optim.ema=0"], "select.weights=ema needs optim.ema",
+    ),
+    "a regulariser that the head cannot have": (
+        ["spatial.weight=1", "--model", "e2e_r18_mean"], "spatial.weight is over 0",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", MODELS)
+def test_a_model_that_a_run_refuses_before_its_first_step_is_refused(cohort, said, fault):
+    words, message = MODELS[fault]
+    write_table(cohort, months=[str(1 + k) for k in range(16)], dead=["1", "1", "1", "0"] * 4)
+    pack(cohort)
+    code, _, error = said(*words)
+    assert code == 2
+    assert message in error
+
+
+def test_the_protocol_of_the_run_is_that_of_the_doctor(cohort, said):
+    write_table(cohort, split=["train"] * 8 + ["test"] * 8, label=["a"] * 8 + ["a", "b"] * 4)
+    code, _, error = said()
+    assert code == 2
+    assert "no slide has the split 'val'" in error
+    code, out, _ = said("run.protocol=as_published")
+    assert code == 0
+    assert "NOTE train has no label=b" in out
+
+
 def test_slides_without_patches_stop_it_and_are_all_in_the_list(cohort, said):
     pack(cohort, SLIDES[2:])
     code, out, error = said("--problems", "list.csv")

@@ -190,6 +190,9 @@ WRONG = {
     "engine.cuda_graphs=true engine.compile=true engine.strategy=fsdp": (
         "setting engine.cuda_graphs must be false with engine.strategy=fsdp",
     ),
+    "run.bootstrap=-1": ("setting run.bootstrap must be at least 0, found -1",),
+    "run.heatmaps=-1": ("setting run.heatmaps must be at least 0 or null, found -1",),
+    "run.save_every=-1": ("setting run.save_every must be at least 0, found -1",),
     "optim.bags=0": ("setting optim.bags must be at least 1, found 0",),
     "optim.ema=1": ("setting optim.ema must be in [0, 1), found 1.0",),
     "optim.clip=0": ("setting optim.clip must be over 0 or null, found 0.0",),

@@ -12,12 +12,15 @@ import pandas as pd
 import pytest
 
 from e2e import child
-from e2e.crossval import Plan, Trial, run_all, summarise, write_report
+from e2e.build import REGISTRIES
+from e2e.config import load_settings
+from e2e.crossval import Plan, Trial, make_plan, run_all, summarise, write_report
 from e2e.errors import UserError
 from e2e.judged import Judged
 from e2e.metrics import auc, case_weights
 from e2e.tasks.base import TASKS
 from launch import crossval as command
+from launch import train
 from tests.test_launch import call
 from tests.test_two_stage import COUNTS, arguments
 from tests.test_two_stage import cohort as cohort
@@ -140,6 +143,32 @@ def test_a_mistake_is_told_before_any_training(cohort, monkeypatch, capsys, word
 
 def own_words(cohort: Path) -> list[str]:
     return [w for w in arguments(cohort, "optim.epochs=1") if not w.startswith("run.out")]
+
+
+def test_a_fold_and_a_seed_are_one_run_however_often_they_are_asked_for(cohort):
+    words = own_words(cohort)
+    settings = load_settings(
+        datasets=words[1], model=words[3], files=[], overrides=words[4:], registries=REGISTRIES
+    )
+    plan = make_plan(settings, words, out=cohort / "cv", cut=3, only=["1", "1"], seeds=[4, 4])
+    assert plan.trials == [Trial("1", 4)]
+
+
+@pytest.mark.parametrize("where", ["e2e.evaluate.write_pictures", "e2e.run.write_json"])
+def test_a_run_that_is_killed_anywhere_is_not_done_and_goes_on(cohort, monkeypatch, capsys, where):
+    words, folder = own_words(cohort), cohort / "cv" / "runs" / "fold_0_seed_0"
+
+    def killed(*_):
+        raise SystemExit("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, killed)
+        with pytest.raises(SystemExit):
+            call(train.main, monkeypatch, capsys, *child.start_or_resume(words, folder))
+    assert not child.is_done(folder)
+    code, said = call(train.main, monkeypatch, capsys, *child.start_or_resume(words, folder))
+    assert code == 0, said
+    assert child.is_done(folder)
 
 
 @pytest.mark.slow

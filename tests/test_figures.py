@@ -122,6 +122,29 @@ def test_the_log_rank_p_is_small_where_risks_tell_and_undefined_where_all_are_on
     assert "undefined" in of_survival(np.zeros(200), time, event)[0].title
 
 
+@pytest.mark.parametrize(
+    ("time", "event"),
+    [
+        ([1, 2, 3, 4], [0, 0, 0, 0]),  # nobody died
+        ([1, 2, 3, 4], [0, 0, 0, 1]),  # one did, when nobody else was in sight
+        ([3, 4, 1, 2], [0, 1, 0, 0]),  # or nobody of the other group
+        ([5, 5, 5, 5], [1, 1, 1, 1]),  # or all at once
+    ],
+)
+def test_a_test_set_whose_events_tell_nothing_has_its_curves_and_no_p(tmp_path, time, event):
+    curve = np.full((4, 1), 0.5)
+    drawn = of_survival(
+        np.array([1.0, 2, 3, 4]),
+        np.array(time, float),
+        np.array(event) == 1,
+        survival=curve,
+        edges=(2.5,),
+    )
+    write_pictures(drawn, tmp_path)
+    assert drawn[0].title == "log-rank p undefined: no event tells them apart"
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"kaplan_meier", "calibration"}
+
+
 def test_survival_that_is_predicted_right_lies_on_the_diagonal():
     rng = np.random.default_rng(1)
     scale = rng.uniform(0.5, 4, 8000)

@@ -153,6 +153,17 @@ def test_validation_can_be_cut_where_the_file_has_none(cohort):
     assert sorted(splits_of(items).values()) == ["test", *["train"] * 5, "val", "val"]
 
 
+def test_a_split_that_is_there_is_not_cut_once_more(cohort, capsys):
+    # As cohorts have it whose table has no splits, under the folds of a cross-validation.
+    asked = {"split_file": str(cohort / "splits.csv"), "fold": "0", "cut": Cut(val=0.5, test=0.5)}
+    items, _ = load(cohort, **asked)
+    assert splits_of(items) == used("0")
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        f"NOTE data.cut.{split} cuts nothing, since there are slides of '{split}' already"
+        for split in ("test", "val")
+    ]
+
+
 def test_a_fold_or_a_file_that_is_not_there_is_told(cohort):
     with pytest.raises(UserError, match=r"has no fold '5'\n  it has: 0, 1\n  set data.fold"):
         load(cohort, split_file=str(cohort / "splits.csv"), fold="5")
@@ -209,7 +220,7 @@ def test_a_class_that_a_split_lacks_is_one_line_on_the_screen_of_the_rank_that_l
     load(cohort, classes("a", "b", "c"), split_file=str(cohort / "splits_0_bool.csv"))
     assert capsys.readouterr().out.splitlines() == [
         "NOTE train has no label=c: it cannot be learned",
-        "NOTE val has no label=c: metrics that need every class are not defined there",
+        "NOTE val has no label=c: metrics that need every class are not defined there, nor choose an epoch",
         "NOTE test has no label=a and no label=b: metrics that need every class are not defined there",
     ]
     data = Data(**asked, split_file=str(cohort / "splits_0_bool.csv"))
@@ -217,14 +228,29 @@ def test_a_class_that_a_split_lacks_is_one_line_on_the_screen_of_the_rank_that_l
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("target", [torch.tensor(1.5), torch.tensor([1, 0, 1])])
-def test_targets_that_are_no_class_numbers_have_no_missing_class(target, make_store):
-    store = make_store({"a": 1, "b": 1})
+MONTHS = {"time": "7"}
+LACKING = {
+    "survival": ({"event": "1"}, {"event": "1", **MONTHS}, {"event": "0", **MONTHS}, ["event"]),
+    "grading": ({"classes": ["0", "1"], "loss": "coral"}, {"label": "0"}, {"label": "1"}, ["label=0"]),
+    "multilabel": (
+        {"labels": ["er", "pr"]}, {"er": "1", "pr": "0"}, {"er": "1", "pr": ""}, ["pr=0"],
+    ),
+    "regression": ({}, {"label": "1.5"}, {"label": "2.5"}, []),
+}  # fmt: skip
+"""Task -> its options, a slide of training and one of test; what the test lacks."""
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_a_split_without_an_event_a_grade_or_a_label_is_told_of_every_task(name, make_store):
+    options, one, other, lacking = LACKING[name]
+    task, store = TASKS.build(name, **options), make_store({"a": 1, "b": 1})
     items = [
-        LabelledSlide(Slide(name, name, split, {"label": name}), store, target)
-        for name, split in (("a", "train"), ("b", "val"))
+        LabelledSlide(Slide(slide, slide, split, words), store, task.encode(words))
+        for slide, split, words in (("a", "train", one), ("b", "test", other))
     ]
-    assert check_classes(items, classes()) == []
+    said = [line for line in check_classes(items, task) if line.startswith("test")]
+    undefined = "metrics that need every class are not defined there"
+    assert said == [f"test has no {word}: {undefined}" for word in lacking]
 
 
 # --- rows that name several slides ---

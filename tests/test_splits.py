@@ -182,11 +182,37 @@ def test_the_same_patches_under_two_names_in_two_splits_stop_with_the_names(tmp_
 def test_slides_that_share_some_patches_are_not_one(tmp_path):
     one, blank = patches("one", 5), jpeg(77)
     other = [*patches("other", 2), one[2], *patches("more", 2)]
-    store = store_of(tmp_path / "a.lmdb", a=one, b=other, c=[blank] * 2, d=[blank] * 3, e=one[:4])
+    store = store_of(tmp_path / "a.lmdb", a=one, b=other, c=[blank] * 2, d=[blank] * 3)
     slides = [
-        slide(n, split=s) for n, s in zip("abcde", ("train", "val", "test") * 2, strict=False)
+        slide(n, split=s) for n, s in zip("abcd", ("train", "val", "test", "train"), strict=True)
     ]
-    check_copies(slides, dict.fromkeys("abcde", store))
+    check_copies(slides, dict.fromkeys("abcd", store))
+
+
+@pytest.mark.parametrize("second", [[0, 1, 2, 3], [4, 3, 2, 1, 0], [0, 2, 4, 99, 98], [1]])
+def test_a_slide_that_has_most_of_its_patches_in_common_with_one_of_another_split_stops(
+    tmp_path, second
+):
+    one, other = patches("one", 5), patches("other", 100)
+    some = [one[k] if k < 5 else other[k] for k in second]
+    first = store_of(tmp_path / "a.lmdb", a=one, b=other[:9])
+    stores = {"a": first, "b": first, "x": store_of(tmp_path / "b.lmdb", x=some)}
+    slides = [slide("a"), slide("b"), slide("x", split="test")]
+    with pytest.raises(UserError) as error:
+        check_copies(slides, stores)
+    common, least = sum(k < 5 for k in second), min(5, len(second))
+    assert str(error.value) == (
+        "1 slide(s) have most of their patches in common with one of another split: the test would not "
+        f"be honest\n  'a' (train) and 'x' (test): {common} of {least} patches\n"
+        "  keep one of each in the label table"
+    )
+    check_copies([*slides[:2], slide("x")], stores)
+
+
+def test_sums_that_are_alike_by_chance_are_no_patches_in_common(tmp_path, monkeypatch):
+    store = store_of(tmp_path / "a.lmdb", a=patches("a", 3), b=patches("b", 2))
+    monkeypatch.setattr(PatchStore, "checksums", lambda self, name: np.arange(self.count(name)))
+    check_copies([slide("a"), slide("b", split="test")], dict.fromkeys("ab", store))
 
 
 def test_a_slide_in_a_file_without_checksums_is_found_in_a_store_that_has_them(tmp_path):

@@ -10,6 +10,7 @@ import optuna
 import pandas as pd
 import pytest
 
+from e2e import sweep
 from e2e.errors import UserError
 from e2e.sweep import judge, read_space, search
 from launch import sweep as command
@@ -59,6 +60,17 @@ def test_a_trial_is_worth_what_it_has_on_validation(tmp_path):
         report(tmp_path / name, value)
         with pytest.raises(UserError, match=f"no '{metric}' on validation; it has: auc"):
             judge([], {}, tmp_path / name, metric)
+
+
+@pytest.mark.parametrize(("metric", "best"), [("auc", 0.75), ("rmse", 0.25), ("log_loss", 0.25)])
+def test_the_best_trial_is_the_one_of_the_least_error_or_of_the_most_merit(
+    tmp_path, monkeypatch, metric, best
+):
+    values = iter([0.5, 0.25, 0.75, 0.6])
+    monkeypatch.setattr(sweep, "judge", lambda *_: next(values))
+    given = {"out": tmp_path, "trials": 4, "metric": metric, "seed": 0, "say": lambda _: None}
+    space = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
+    assert search([], space, **given)["value"] == best
 
 
 @pytest.mark.slow

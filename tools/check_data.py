@@ -6,9 +6,9 @@
   ... --site tcga                                                    by centre too: TCGA barcodes, or a column
                                                                      (data.columns.centre where it is set)
 
-What stops a run stops this too, by the same code: it takes the cohort in as a run does, up to the
-model. Whatever a run would drop or refuse is listed in FILE of --problems. Features are all read, for
-NaN and files that are damaged.
+What stops a run stops this too, by the same code: it takes the cohort in as a run does, and makes the
+model, but fetches no weights. Whatever a run would drop or refuse is listed in FILE of --problems.
+Features are all read, for NaN and files that are damaged.
 
 Exit codes: 0 a run would start; where no store is there yet: the table is in order; 2 it would be
 refused, and the message says why.
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import h5py
 import numpy as np
 
-from e2e import build
+from e2e import build, run
 from e2e.config import Data, Settings, common_settings
 from e2e.data.cases import CaseStore
 from e2e.data.cohort import Slide, read_table
@@ -119,20 +119,28 @@ def take_in(
                     # As many rows as no other has, since no two are copies; none is written.
                     file.create_dataset(f"{slide.id}/feat", (1 + k, 1), np.float32)
             data = replace(data, features=[f"{folder}/features.h5"], scales=[])
-        items, left_out = build.load_cohort(
-            data,
-            task,
-            name=settings.names["datasets"],
-            seed=settings.run.seed,
-            problems_file=problems,
-            size=settings.bag.size,
-            features=stood_in or build.on_features(settings),
-        )
-    trained = [item for item in items if item.slide.split == "train"]
-    task.fit([item.target for item in trained], [item.slide.case for item in trained])
+        features = stood_in or build.on_features(settings)
+        asked = replace(settings, data=data)
+        items, left_out = run.take_in(asked, task, features=features, problems_file=problems)
+    run.fit_task(settings, task, items)
     if left_out:
         Screen(True).say(f"NOTE {len(left_out)} left out (data.unmatched=drop): {problems}")
     return items
+
+
+def check_model(settings: Settings, task: Task, items: list[LabelledSlide]) -> None:
+    """UserError where a run on one process would be refused before its first step; no weights are fetched."""
+    on_features = build.on_features(settings)
+    run.make_parts(
+        settings,
+        task,
+        items,
+        pick_device(settings.engine.device),
+        world_size=1,
+        trained=True,
+        problems=[],
+        features=build.describe_features(items) if on_features else None,
+    )
 
 
 def describe_table(data: Data, task: Task, slides: Sequence[Slide]) -> list[str]:
@@ -294,6 +302,8 @@ def report(args: argparse.Namespace, settings: Settings, task: Task, screen: Scr
         lines += guess_needs(settings, sum(map(slides_of, items)), args.patches)
     for line in lines:
         screen.say(line)
+    if real:
+        check_model(settings, task, items)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

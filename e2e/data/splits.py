@@ -50,11 +50,9 @@ def missing_classes(
 ) -> dict[str, list[str]]:
     """The classes that a split lacks, of those that any other has; splits without ids are left out.
 
-    Of survival the classes are the words of the event column: a split without one lacks events.
-
     Args:
         splits: id -> train, val, test, or empty where it is not used.
-        classes: id -> its classes, one for a slide.
+        classes: id -> its classes: of survival the words of the event column, or whether it has an event.
 
     Returns:
         Split -> sorted classes; nothing where all is well.
@@ -75,6 +73,9 @@ def check_copies(slides: Sequence[Slide], stores: Mapping[str, Slides]) -> None:
     at, a :class:`PatchStore` knows the sums, and other stores are read whole only where the middle
     patch is the same. Features are read whole only where all coords are the same, or where neither
     slide has coords and the first rows are the same.
+
+    Of slides in such stores, which know the sums, it is enough that one has most of its patches in
+    common with the other, in whatever order: the same slide, packed with more tissue or less.
 
     Args:
         stores: of each slide, by its id.
@@ -97,6 +98,47 @@ def check_copies(slides: Sequence[Slide], stores: Mapping[str, Slides]) -> None:
             )
             + "\n  keep one name of each in the label table"
         )
+    kept = [s for s in slides if s.split and isinstance(stores[s.id], PatchStore)]
+    if shared := _shared(kept, [cast(PatchStore, stores[slide.id]) for slide in kept]):
+        raise UserError(
+            f"{len(shared)} slide(s) have most of their patches in common with one of another split: the "
+            f"test would not be honest\n{listing(shared)}\n  keep one of each in the label table"
+        )
+
+
+def _shared(slides: Sequence[Slide], stores: Sequence[PatchStore]) -> list[str]:
+    """A line for each two slides of different splits of which one has over half its patches of the other.
+
+    A patch that a slide has twice is blank, and counts for nothing. That sums are of the same JPEGs is
+    seen by reading one of each two slides.
+    """
+    counted = [
+        np.unique(store.checksums(slide.id), return_counts=True)
+        for slide, store in zip(slides, stores, strict=True)
+    ]
+    own = [sums[times == 1] for sums, times in counted]
+    sums = np.concatenate([np.zeros(0, np.uint32), *own])
+    of = np.repeat(np.arange(len(own), dtype=np.int32), [len(part) for part in own])
+    order = np.argsort(sums, kind="stable")
+    sums, of = sums[order], of[order]
+    at = np.flatnonzero(sums[1:] == sums[:-1])
+    pairs, firsts, times = np.unique(
+        np.stack([of[at], of[at + 1]]), axis=1, return_index=True, return_counts=True
+    )
+    lines = []
+    for (a, b), first, common in zip(pairs.T, firsts, times, strict=True):
+        least = min(len(own[a]), len(own[b]))
+        if slides[a].split == slides[b].split or 2 * common <= least:
+            continue
+        one, other = (_jpeg_of(slides[k].id, stores[k], int(sums[at[first]])) for k in (a, b))
+        if one == other:
+            names = (f"'{slides[k].id}' ({slides[k].split})" for k in (a, b))
+            lines.append(f"{' and '.join(names)}: {common:,} of {least:,} patches")
+    return lines
+
+
+def _jpeg_of(slide: str, store: PatchStore, checksum: int) -> bytes:
+    return store.read(slide, np.flatnonzero(store.checksums(slide) == checksum)[:1])[0]
 
 
 def _count(slide: str, store: Slides) -> int:

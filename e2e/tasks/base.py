@@ -147,6 +147,10 @@ class Task:
         """The kind of slide it is, where slides of each kind are to be drawn equally often."""
         raise NotImplementedError
 
+    def kinds(self, target: Tensor) -> list[str]:
+        """What a slide is, in words, of what there is some of in every split that metrics can judge."""
+        return []
+
     def describe(self, targets: Sequence[Tensor]) -> str:
         """One line on a split's targets, such as the count of each class."""
         raise NotImplementedError

@@ -199,6 +199,11 @@ class Classification(Task):
         """Its class; -1 where that is not known."""
         return int(target) if self.known(target) else NO_LABEL
 
+    def kinds(self, target: Tensor) -> list[str]:
+        """Its class."""
+        number = self.group(target)
+        return [] if number == NO_LABEL else [f"{self.columns[0]}={self.output_names[number]}"]
+
     def describe(self, targets: Sequence[Tensor]) -> str:
         """Count of each class."""
         counts = zip(self._counts(targets), self.output_names, strict=True)

@@ -180,6 +180,12 @@ class Multilabel(Task):
         """Which labels are there, as a number."""
         return sum(1 << k for k, value in enumerate(target.tolist()) if value == 1)
 
+    def kinds(self, target: Tensor) -> list[str]:
+        """Of each label whether it is there, as far as that is known."""
+        codes = {0.0: self.negative, 1.0: self.positive}
+        values = zip(self.columns, target.tolist(), strict=True)
+        return [f"{name}={codes[value]}" for name, value in values if value in codes]
+
     def describe(self, targets: Sequence[Tensor]) -> str:
         """How often each label is there, of how many that are known."""
         if not targets:

@@ -258,6 +258,10 @@ class Survival(Task):
         """1 with an event, 0 when censored, -1 where that is not known."""
         return int(target[1]) if self.known(target) else -1
 
+    def kinds(self, target: Tensor) -> list[str]:
+        """An event, if it is one: without any no two cases can be compared."""
+        return ["event"] if self.group(target) == 1 else []
+
     def describe(self, targets: Sequence[Tensor]) -> str:
         """How many events there are, and by which code."""
         known = [target.tolist() for target in targets if self.known(target)]
