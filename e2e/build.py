@@ -39,7 +39,7 @@ from e2e.data.loader import LabelledSlide, TrainingLoader, View, label_slides, s
 from e2e.data.pixels import Look, PixelCache
 from e2e.data.sampler import SAMPLERS
 from e2e.data.seed_lmdb import open_store
-from e2e.data.split_files import pick_fold, read_splits
+from e2e.data.split_files import Folds, pick_fold, read_splits
 from e2e.data.splits import assign, check_copies, check_splits, cut, missing_classes
 from e2e.data.store import Store
 from e2e.encoders.base import ENCODERS
@@ -407,15 +407,20 @@ def _split_by_file(slides: list[Slide], data: Data) -> tuple[list[Slide], list[P
     path = Path(data.split_file)
     if not path.exists():
         raise UserError(f"no split file at {path}\n  set data.split_file=FILE, or a folder of them")
-    folds = read_splits(
+    folds = read_folds(data, path)
+    fold = pick_fold(folds, data.fold, path)
+    return assign(slides, folds[fold], f"{path.name}, fold {fold}")
+
+
+def read_folds(data: Data, path: Path) -> Folds:
+    """:func:`e2e.data.split_files.read_splits`, with slides and cases named as in the label table."""
+    return read_splits(
         path,
         data.columns.slide,
         data.columns.case,
         slide_suffix=data.slide_suffix,
         slide_separator=data.slide_separator,
     )
-    fold = pick_fold(folds, data.fold, path)
-    return assign(slides, folds[fold], f"{path.name}, fold {fold}")
 
 
 def check_classes(items: Sequence[LabelledSlide], task: Task) -> list[str]:

@@ -23,7 +23,7 @@ from e2e.child import is_done, keep_plan, run_script, start_or_resume
 from e2e.config import Settings
 from e2e.data.cohort import read_table
 from e2e.data.folds import case_strata, held_out, make_folds
-from e2e.data.split_files import fold_table, read_cells, read_splits
+from e2e.data.split_files import fold_table, read_cells
 from e2e.errors import UserError, listing
 from e2e.files import write_atomically, write_json
 from e2e.judged import Judged, read_judged
@@ -110,13 +110,7 @@ def make_plan(
             )
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(path, table)
-    folds = read_splits(
-        path,
-        data.columns.slide,
-        data.columns.case,
-        slide_suffix=data.slide_suffix,
-        slide_separator=data.slide_separator,
-    )
+    folds = build.read_folds(data, path)
     if missing := [name for name in only if name not in folds]:
         raise UserError(f"{path} has no fold {', '.join(missing)}\n  it has: {', '.join(folds)}")
     digest = hashlib.blake2b(json.dumps(folds, sort_keys=True).encode(), digest_size=8).hexdigest()

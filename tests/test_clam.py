@@ -277,7 +277,7 @@ def test_targets_that_are_no_class_numbers_are_refused_with_a_way_out(name, targ
     assert str(error.value) == (
         "CLAM's instance loss needs one class number a slide, found targets of shape "
         f"{tuple(target.shape)} and type {target.dtype}\n"
-        "  set head.instance_weight=0 to train CLAM without it"
+        "  set head.instance_weight=0 to train the head without it"
     )
 
 

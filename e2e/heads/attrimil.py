@@ -14,8 +14,10 @@ from e2e.heads.base import (
     Head,
     HeadOutput,
     OfUpdate,
+    class_numbers,
     clear_padding,
     mask_logits,
+    own_classes,
 )
 from e2e.heads.layers import AttentionMLP
 
@@ -173,16 +175,13 @@ class AttriMIL(Head):
         """
         if output.aux is None:
             return None
-        if target.dim() != 1 or target.is_floating_point():
-            raise UserError(
-                "AttriMIL's ranking loss needs one class number a slide, found targets of shape "
-                f"{tuple(target.shape)} and type {target.dtype}\n"
-                "  set head.rank_weight=0 to train AttriMIL without it"
-            )
         top_BC, oldest_2C, there_2C = (output.aux[k] for k in ("top", "oldest", "there"))
-        classes_C = _classes(top_BC)
-        own_BC = target.unsqueeze(1) == classes_C
-        background_C = classes_C == (-1 if self.background is None else self.background)
+        count = top_BC.shape[1]
+        own_BC = own_classes(
+            target, count, loss="AttriMIL's ranking loss", without="head.rank_weight=0"
+        )
+        numbers_C = class_numbers(count, target.device)
+        background_C = numbers_C == (-1 if self.background is None else self.background)
         sign_BC = 1 - 2 * (~own_BC).to(top_BC.dtype)  # 1 where the slide is of the class, else -1
         opposite_BC = torch.where(own_BC, oldest_2C[0], oldest_2C[1])
         there_BC = torch.where(own_BC, there_2C[0], there_2C[1])
@@ -206,7 +205,7 @@ class AttriMIL(Head):
             return
         bank, filled = self.bank, self.filled
         for number, row_CW in zip(*self._seen, strict=True):
-            own_C = number == _classes(row_CW[:, 0])
+            own_C = number == class_numbers(len(row_CW), row_CW.device)
             moved = turn(bank, filled, own_C, row_CW.to(bank.dtype))
             bank, filled = (
                 torch.where(number >= 0, new, old)
@@ -215,12 +214,6 @@ class AttriMIL(Head):
         self._seen = None
         self.bank.copy_(torch.where(good, bank, self.bank))
         self.filled.copy_(torch.where(good, filled, self.filled))
-
-
-def _classes(like: Tensor) -> Tensor:
-    """(C,) the classes' numbers, as many as the last axis is long; one output is that of class 1."""
-    count = like.shape[-1]
-    return torch.arange(count, device=like.device) + (count == 1)
 
 
 def turn(

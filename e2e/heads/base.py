@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from e2e.errors import UserError
 from e2e.registry import Registry
 
 BagLoss = Callable[[Tensor, Tensor], Tensor]
@@ -92,6 +93,32 @@ class Head(nn.Module):
 
 
 HEADS: Registry[Head] = Registry("head")
+
+
+def class_numbers(outputs: int, device: torch.device) -> Tensor:
+    """(C,) the class of each output; a single output is that of class 1."""
+    return torch.arange(outputs, device=device) + (outputs == 1)
+
+
+def own_classes(target: Tensor, outputs: int, *, loss: str, without: str) -> Tensor:
+    """(B, C) whether a bag is of the class of each output; of none where its label is not known.
+
+    Args:
+        target: (B,) class numbers; negative where there is no label.
+        outputs: C.
+        loss: whose loss needs them, for the message.
+        without: what to set to train the head without that loss, for the message.
+
+    Raises:
+        UserError: the target is no class number.
+    """
+    if target.dim() != 1 or target.is_floating_point():
+        raise UserError(
+            f"{loss} needs one class number a slide, found targets of shape "
+            f"{tuple(target.shape)} and type {target.dtype}\n"
+            f"  set {without} to train the head without it"
+        )
+    return target.unsqueeze(1) == class_numbers(outputs, target.device)
 
 
 def clear_padding(features: Tensor, mask: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e2e.errors import UserError
-from e2e.heads.base import HEADS, BagLoss, Head, HeadOutput, clear_padding, mask_logits
+from e2e.heads.base import HEADS, BagLoss, Head, HeadOutput, clear_padding, mask_logits, own_classes
 from e2e.heads.layers import AttentionMLP, projection, xavier_init
 from e2e.registry import suggest
 
@@ -154,17 +154,12 @@ class ClamSB(Head):
         """
         if output.aux is None:
             return None
-        if target.dim() != 1 or target.is_floating_point():
-            raise UserError(
-                "CLAM's instance loss needs one class number a slide, found targets of shape "
-                f"{tuple(target.shape)} and type {target.dtype}\n"
-                "  set head.instance_weight=0 to train CLAM without it"
-            )
         highest_BCK, lowest_BCK, share_BK = (output.aux[k] for k in ("highest", "lowest", "share"))
         share_B1K = share_BK.unsqueeze(1)
         count = highest_BCK.shape[1]
-        classes_C = torch.arange(count, device=target.device) + (count == 1)
-        own_BC = target.unsqueeze(1) == classes_C
+        own_BC = own_classes(
+            target, count, loss="CLAM's instance loss", without="head.instance_weight=0"
+        )
         both_BCK = self._cost(highest_BCK) + self._cost(-lowest_BCK)
         loss_BC = own_BC * (both_BCK * share_B1K).sum(dim=-1) / 2
         if self.subtyping:
