@@ -36,7 +36,7 @@ from e2e.data.store import (
     snapshot,
 )
 from e2e.errors import DamagedDataError, OneRankError, UserError
-from tests.conftest import RECIPE, ROOT, jpeg, patches, record, write_store
+from tests.conftest import RECIPE, ROOT, patches, record, write_store
 
 IDS = [
     "TCGA-AB-1234-01Z-00-DX1.0F-EE",
