@@ -118,7 +118,7 @@ def score_centres(
     Returns:
         The metrics; centre -> ``slides``, ``cases`` and the metrics.
     """
-    cases, arrays = [p.case for p in predictions], _arrays(predictions)
+    cases, arrays = [p.case for p in predictions], arrays_of(predictions)
     weights = case_weights(cases, draws, seed)
     whole = {name: interval(values) for name, values in task.metrics(*arrays, weights).items()}
     if not centres:
@@ -151,7 +151,7 @@ def centres_of(predictions: Sequence[Prediction]) -> list[str]:
     return found if len(set(found)) > 1 else []
 
 
-def _arrays(predictions: Sequence[Prediction]) -> tuple[Array, Array]:
+def arrays_of(predictions: Sequence[Prediction]) -> tuple[Array, Array]:
     """Predictions and targets, a row each."""
     values, targets = ([p.values for p in predictions], [p.target for p in predictions])
     return np.array(values, np.float64), np.array(targets, np.float64)
@@ -255,7 +255,7 @@ def evaluate_run(
         write_predictions(kept, task.of(judged), out / "predictions.csv")
         tested = [p for p in kept if p.split == "test"]
         if tested:
-            write_pictures(task.of(judged).pictures(*_arrays(tested)), out / "figures")
+            write_pictures(task.of(judged).pictures(*arrays_of(tested)), out / "figures")
         write_json(out / "metrics.json", report)  # the last: a run that has it is done
     title = f"epoch {report['epoch']}, chosen on {chosen_on} by {judged}"
     screen.table(title, *metric_table(report))

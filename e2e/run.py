@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +25,14 @@ from e2e.data.pixels import Look
 from e2e.data.sources import SlideFiles, read_mpp
 from e2e.data.store import PatchStore
 from e2e.errors import UserError
-from e2e.evaluate import evaluate_run, heatmap_drawer, patch_attention, score, write_predictions
+from e2e.evaluate import (
+    arrays_of,
+    evaluate_run,
+    heatmap_drawer,
+    patch_attention,
+    score,
+    write_predictions,
+)
 from e2e.evaluate import predict as predict_slides
 from e2e.files import write_atomically, write_json
 from e2e.log import TRACKERS, MetricsLog, Screen, clock
@@ -434,8 +440,7 @@ def _settle(
             strategy=strategy,
             screen=screen,
         )
-    predicted, targets = np.array([p.values for p in found]), np.array([p.target for p in found])
-    parts.task.settle(judged, predicted, targets, [p.case for p in found])
+    parts.task.settle(judged, *arrays_of(found), [p.case for p in found])
     if strategy.leads:
         write_json(folder / build.TASK, parts.task.state())
 

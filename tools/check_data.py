@@ -33,7 +33,7 @@ import numpy as np
 from e2e import build, run
 from e2e.config import Data, Settings, common_settings
 from e2e.data.cases import CaseStore
-from e2e.data.cohort import Slide, read_table
+from e2e.data.cohort import Slide, join_words, read_table
 from e2e.data.folds import tcga_sites
 from e2e.data.loader import LabelledSlide
 from e2e.data.splits import SPLITS
@@ -210,7 +210,7 @@ def case_sites(slides: Sequence[Slide], site: str) -> dict[str, str]:
     found: dict[str, set[str]] = {}
     for slide in slides:
         found.setdefault(slide.case, set()).add(slide.centre)
-    return {case: "+".join(sorted(words - {""})) for case, words in found.items()}
+    return {case: join_words(words) for case, words in found.items()}
 
 
 def same_patients(items: Sequence[LabelledSlide]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from e2e.data.cohort import Slide
+from e2e.data.cohort import Slide, join_words
 from e2e.data.features import FeatureStore
 from e2e.data.store import PlacelessRecord, SlideRecord, Slides, Store
 from e2e.errors import UserError, listing
@@ -171,7 +171,7 @@ def by_case(
         for case, own in cases.items()
     }
     made = [
-        replace(own[0], id=case, centre="+".join(sorted({s.centre for s in own} - {""})))
+        replace(own[0], id=case, centre=join_words(s.centre for s in own))
         for case, own in cases.items()
     ]
     return made, joined

@@ -102,6 +102,11 @@ def read_table(
     return list(slides.values()), problems
 
 
+def join_words(words: Iterable[str]) -> str:
+    """What the slides of a case say: each word once, without blanks, such as ``0+2``."""
+    return "+".join(sorted({*words} - {""}))
+
+
 def slide_ids(cell: str, suffix: str, separator: str | None) -> list[str]:
     """The ids that a table's cell names, one unless there is a ``separator``; each without ``suffix``."""
     parts = cell.split(separator) if separator else [cell]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from e2e.data.cohort import Slide
+from e2e.data.cohort import Slide, join_words
 from e2e.data.sampler import mix
 from e2e.data.splits import draw, shuffled
 from e2e.errors import UserError, listing
@@ -31,7 +31,7 @@ def case_strata(slides: Iterable[Slide], by: str) -> dict[str, str]:
     words: dict[str, set[str]] = defaultdict(set)
     for slide in slides:
         words[slide.case].add(slide.target[by])
-    return {case: "+".join(sorted(own - {""})) for case, own in words.items()}
+    return {case: join_words(own) for case, own in words.items()}
 
 
 def tcga_sites(cases: Iterable[str]) -> dict[str, str]:

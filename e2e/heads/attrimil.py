@@ -130,8 +130,7 @@ class AttriMIL(Head):
         score_BNC = share_BNC * mask.sum(dim=1).view(-1, 1, 1)
         aux = self._key_patches(x_BND, score_BNC, logits_BCN, mask) if self.rank_weight else None
         logits_BC = share_BNC.sum(dim=1) + self.bias
-        maps = {"class_maps": True, "show_scores": True}
-        return HeadOutput(logits_BC, logits_BCN, score_BNC, aux, **maps)
+        return HeadOutput(logits_BC, logits_BCN, score_BNC, aux, class_maps=True, show_scores=True)
 
     def _branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., D) -> r and a, (..., C) each."""
