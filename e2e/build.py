@@ -337,7 +337,8 @@ def load_cohort(
             which say nothing either.
         size: to which all patches are brought; None: they stay as stored.
         features: take ``data.features`` in place of the stores.
-        chosen_on: the split on which epochs are compared, so that it must not be empty.
+        chosen_on: the split on which epochs are compared, so that it must not be empty. If it is the
+            test, validation slides are part of it and none are cut off the training slides.
 
     Returns:
         The slides, and what was left out under ``data.unmatched=drop``.
@@ -365,7 +366,11 @@ def load_cohort(
     _settle(problems, data, name, problems_file)
     screen = Screen(leads=problems_file is not None)
     kept = [slide for slide in known if slide.id in first]
-    kept = _cut_missing(kept, data.cut, by=task.columns[0], seed=seed, screen=screen)
+    shares = data.cut
+    if chosen_on == "test":
+        shares = replace(shares, val=0)
+        kept = [replace(slide, split={"val": "test"}.get(slide.split, slide.split)) for slide in kept]
+    kept = _cut_missing(kept, shares, by=task.columns[0], seed=seed, screen=screen)
     check_splits(kept, chosen_on=chosen_on)
     trained = [slide for slide in kept if slide.split == "train"]
     more, lacking = match_scales(trained, scales[1:])

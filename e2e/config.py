@@ -294,7 +294,8 @@ class Run:
     seed: int = setting(0, "of everything random")
     protocol: str = setting(
         "honest",
-        "as_published: the epoch is chosen on test, and the task fitted to all cases, for comparison",
+        "as_published: validation joins the test, which chooses the epoch, and the task is fitted to all "
+        "cases; for comparison",
     )
     save_every: int = setting(0, "also save every so many updates within an epoch; 0: no")
     bootstrap: int = setting(1000, "resamples of the cases for the 95 % intervals")

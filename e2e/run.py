@@ -473,8 +473,8 @@ def _greet(screen: Screen, settings: Settings, parts: Parts, strategy: Strategy)
     """What is about to run, in a few lines."""
     if settings.run.protocol != "honest":
         screen.say(
-            "NOTE run.protocol=as_published: the epoch is chosen on the test slides, and the task is fitted"
-            " to all cases; the figures of test are no estimate of new slides"
+            "NOTE run.protocol=as_published: validation is part of the test, the epoch is chosen on the test"
+            " slides, and the task is fitted to all cases; the figures of test are no estimate of new slides"
         )
     for split in ("train", "val", "test"):
         chosen = parts.of_split(split)

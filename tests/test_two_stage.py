@@ -467,8 +467,7 @@ def test_features_that_lost_the_note_on_their_weights_are_evaluated_still(
 def test_the_published_protocol_chooses_on_test_fits_on_all_and_says_so(
     cohort, monkeypatch, capsys
 ):
-    table = cohort / "labels.csv"
-    table.write_text(table.read_text().replace(",val,", ",test,"))
+    table = pd.read_csv(cohort / "labels.csv")
     task = ("task.class_weights=balanced", "optim.epochs=2", "run.protocol=as_published")
     seen = []
     known = TASKS.factory("classification").fit
@@ -481,18 +480,41 @@ def test_the_published_protocol_chooses_on_test_fits_on_all_and_says_so(
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments(cohort, *task)])
     train.main()
     assert (
-        "NOTE run.protocol=as_published: the epoch is chosen on the test slides"
+        "NOTE run.protocol=as_published: validation is part of the test, the epoch is chosen on the test"
         in capsys.readouterr().out
     )
     assert len(seen) == len(COUNTS)
     report = json.loads((cohort / "run" / "metrics.json").read_text())
     assert report["chosen_on"] == "test"
+    assert "val" not in report
+    assert report["test"]["slides"] == (table["split"] != "train").sum() > (table["split"] == "test").sum()
     lines = (cohort / "run" / "metrics.jsonl").read_text().splitlines()
     validated = [json.loads(line)["val"]["ema"] for line in lines if '"val"' in line]
     best = max(validation["auc"] for validation in validated)
     assert report["test"]["ema"]["auc"]["value"] == pytest.approx(best)
-    honest = arguments(cohort, f"run.out={cohort}/honest")
-    code, said = call(train.main, monkeypatch, capsys, *honest)
+
+
+def test_the_published_protocol_trains_on_the_cases_that_validation_would_cost(
+    cohort, monkeypatch, capsys
+):
+    path = cohort / "labels.csv"
+    path.write_text(path.read_text().replace(",val,", ",test,"))
+    trained = (pd.read_csv(path)["split"] == "train").sum()
+    more = ("data.cut.val=0.3", "optim.epochs=1")
+    for protocol in ("honest", "as_published"):
+        own = (f"run.out={cohort}/{protocol}", f"run.protocol={protocol}")
+        code, said = call(train.main, monkeypatch, capsys, *arguments(cohort, *more, *own))
+        assert code == 0, said
+    honest, published = (
+        pd.read_csv(cohort / protocol / "cohort.csv")["split"].value_counts()
+        for protocol in ("honest", "as_published")
+    )
+    assert published["train"] == trained > honest["train"]
+    assert "val" in honest
+    assert "val" not in published
+    code, said = call(
+        train.main, monkeypatch, capsys, *arguments(cohort, f"run.out={cohort}/uncut")
+    )
     assert code == 2
     assert "no slide has the split 'val'" in said
 
