@@ -369,7 +369,9 @@ def load_cohort(
     shares = data.cut
     if chosen_on == "test":
         shares = replace(shares, val=0)
-        kept = [replace(slide, split={"val": "test"}.get(slide.split, slide.split)) for slide in kept]
+        kept = [
+            replace(slide, split={"val": "test"}.get(slide.split, slide.split)) for slide in kept
+        ]
     kept = _cut_missing(kept, shares, by=task.columns[0], seed=seed, screen=screen)
     check_splits(kept, chosen_on=chosen_on)
     trained = [slide for slide in kept if slide.split == "train"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from contextlib import suppress
@@ -44,3 +45,23 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: object) -> None:
     """Indented JSON; as :func:`write_atomically`."""
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def claim(path: Path) -> int | None:
+    """Lock a file, which is made if need be, until ``os.close`` or the end of the process, however it ends.
+
+    Returns:
+        The handle to close; None where another has it.
+
+    Raises:
+        OSError: it cannot be written, or its file system knows no locks.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
+    return handle

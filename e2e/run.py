@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +37,7 @@ from e2e.evaluate import (
     write_predictions,
 )
 from e2e.evaluate import predict as predict_slides
-from e2e.files import write_atomically, write_json
+from e2e.files import claim, write_atomically, write_json
 from e2e.log import TRACKERS, MetricsLog, Screen, clock
 from e2e.model import MILModel
 from e2e.parallel import Strategy, pick_device
@@ -53,6 +56,8 @@ CHOSEN_ON = {"honest": "val", "as_published": "test"}
 """Protocol -> the split on which the epoch is chosen."""
 FEATURES = "features.json"
 """In a run's folder: which features it was trained on, in the two-stage mode."""
+LOCK = ".lock"
+"""In a run's folder: held by the process that trains there."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,16 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
     strategy = build.build_strategy(settings.engine, pick_device(settings.engine.device))
     screen = Screen(strategy.leads)
     log = MetricsLog(None)
+    held = ExitStack()
+
+    def hold() -> None:
+        if strategy.leads:
+            held.enter_context(_alone(folder))
+
     try:
         with strategy.watch():
+            if resume:
+                _on_every_rank(strategy, hold)
             # A run that was stopped before it first saved begins anew, pretrained weights and all.
             begun = resume and (folder / LAST).is_file()
             parts = _on_every_rank(
@@ -95,6 +108,8 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
             )
             if not begun:
                 _on_every_rank(strategy, lambda: _look_over(parts, strategy, screen))
+                if not resume:
+                    _on_every_rank(strategy, hold)
                 _on_every_rank(strategy, lambda: _begin(settings, folder, parts, strategy))
             strategy.agree(_facts(settings, parts.items))
             if strategy.leads:
@@ -114,7 +129,31 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
     finally:
         screen.pause()
         log.close()
+        held.close()
         strategy.close()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process trains in ``folder`` meanwhile; UserError where one does."""
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = claim(path)
+    except OSError:  # no locks here; or no place to write, which the first file will tell
+        yield
+        return
+    if handle is None:
+        raise UserError(
+            f"the run folder {folder} is in use: {path.read_text() or 'a process'} trains there\n"
+            "  let it go on, or stop it; then give the same command again"
+        )
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        os.close(handle)
 
 
 def evaluate(settings: Settings, folder: Path, out: Path) -> None:
@@ -156,7 +195,7 @@ def _prepare(
     What a checkpoint holds is not made (``trained``): weights of the encoder, what the task fits.
     """
     ours = folder if writes and strategy.leads else None
-    if new and ours is not None and ours.exists() and any(ours.iterdir()):
+    if new and ours is not None and ours.exists() and {*os.listdir(ours)} - {LOCK}:
         raise UserError(
             f"the run folder {ours} exists\n"
             f"  go on with it: --resume {ours}; or choose another: run.out=FOLDER"

@@ -173,6 +173,25 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_weights(finished, cohort
 
 
 @pytest.mark.slow
+def test_a_run_that_goes_on_already_is_not_resumed_by_a_second_process(
+    finished, cohort, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    command = [sys.executable, "launch/train.py", *arguments(cohort, out)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and count_lines(out / "metrics.jsonl") < 1:
+            pass
+        process.send_signal(signal.SIGSTOP)
+        code, said = call(train.main, monkeypatch, capsys, "--resume", out)
+        process.send_signal(signal.SIGCONT)
+    assert process.returncode == 0
+    assert code == 2
+    assert f"is in use: process {process.pid} on " in said
+    assert_same_weights(finished, out)
+    assert call(train.main, monkeypatch, capsys, "--resume", out)[0] == 0  # it let go of it
+
+
+@pytest.mark.slow
 def test_a_run_that_draws_by_attention_stores_its_scores_and_goes_on_by_them(cohort, tmp_path):
     more = ["sampler.name=attention", "bag.patches=2", "optim.epochs=4", "run.save_every=2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"

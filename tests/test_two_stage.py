@@ -487,7 +487,11 @@ def test_the_published_protocol_chooses_on_test_fits_on_all_and_says_so(
     report = json.loads((cohort / "run" / "metrics.json").read_text())
     assert report["chosen_on"] == "test"
     assert "val" not in report
-    assert report["test"]["slides"] == (table["split"] != "train").sum() > (table["split"] == "test").sum()
+    assert (
+        report["test"]["slides"]
+        == (table["split"] != "train").sum()
+        > (table["split"] == "test").sum()
+    )
     lines = (cohort / "run" / "metrics.jsonl").read_text().splitlines()
     validated = [json.loads(line)["val"]["ema"] for line in lines if '"val"' in line]
     best = max(validation["auc"] for validation in validated)

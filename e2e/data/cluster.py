@@ -14,7 +14,6 @@ another. All machines share one folder, and its files settle who may do what:
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -43,7 +42,7 @@ from e2e.data.pack import CHUNK, Progress, Report, Row, interrupts_held, no_proc
 from e2e.data.sources import Job, Source
 from e2e.data.store import PatchStore, StoreWriter
 from e2e.errors import UserError, listing
-from e2e.files import write_atomically
+from e2e.files import claim, write_atomically
 
 Client = Any
 Future = Any
@@ -431,22 +430,14 @@ def _rewrite(file: Path, recipe: dict[str, Any], slides: Sequence[str]) -> None:
 
 
 def _claim(path: Path) -> int | None:
-    """Lock a file, which is made if need be, until ``os.close``; None where it is locked already."""
+    """See :func:`e2e.files.claim`."""
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        return claim(path)
     except OSError as error:
-        raise UserError(f"{socket.gethostname()} cannot write {path}: {error.strerror}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        if isinstance(error, BlockingIOError):
-            return None
         raise UserError(
             f"{socket.gethostname()} cannot lock {path}: {error.strerror}\n"
-            "  packing on several machines needs a file system with flock"
+            "  packing on several machines needs a place that all can write, with flock"
         ) from error
-    return handle
 
 
 @contextmanager
