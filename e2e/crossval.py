@@ -24,6 +24,7 @@ from e2e.config import Settings
 from e2e.data.cohort import read_table
 from e2e.data.folds import case_strata, held_out, make_folds
 from e2e.data.split_files import fold_table, read_cells
+from e2e.data.splits import group_numbers
 from e2e.errors import UserError, listing
 from e2e.files import write_atomically, write_json
 from e2e.judged import Judged, read_judged
@@ -96,7 +97,12 @@ def make_plan(
         UserError: no folds, or none of that name; rows of the label table that cannot be used.
     """
     data = settings.data
-    if bool(cut) == bool(data.split_file):
+    if cut and data.split_file:
+        raise UserError(
+            f"--folds {cut} cuts folds, and data.split_file={data.split_file} has some already\n"
+            "  leave out --folds to take those, or add data.split_file=null to have new ones cut"
+        )
+    if not cut and not data.split_file:
         raise UserError(
             "a cross-validation needs folds\n  give --folds 5 to have them cut by case, or those of a file:"
             " data.split_file=FILE (tools/make_splits.py makes one)"
@@ -141,7 +147,8 @@ def cut_folds(settings: Settings, folds: int) -> bytes:
             f"{data.labels} has {len(problems)} row(s) that cannot be used\n{listing(problems)}\n"
             "  mend them, or take them out"
         )
-    strata, seed = case_strata(slides, targets[0]), settings.run.seed
+    strata = case_strata(group_numbers(slides, targets[0]), targets[0])
+    seed = settings.run.seed
     tests = held_out(strata, folds, seed=seed)
     made = make_folds(strata, tests, val=data.cut.val or 0.15, seed=seed)
     case = data.columns.case or data.columns.slide

@@ -20,6 +20,7 @@ from e2e.data.folds import (
     nested_folds,
     tcga_sites,
 )
+from e2e.data.splits import cut, group_numbers
 from e2e.errors import UserError
 
 CASES = st.lists(st.sampled_from("aaabbc"), min_size=6, max_size=60).map(
@@ -117,7 +118,9 @@ def test_folds_are_free_of_the_order_of_the_rows(strata, seed, random):
                 kept,
                 nested_folds(cases, tests, 2, seed=seed),
                 held_out_sites(cases, sites, 3, seed=seed),
-                few_shot(cases, dict.fromkeys(cases, "train"), 0, seed=seed),
+                few_shot(
+                    cases, dict.fromkeys(cases, "train"), 0, classes={*cases.values()}, seed=seed
+                ),
             )
         )
     assert made[0] == made[1]
@@ -157,7 +160,7 @@ def test_few_shots_are_of_each_class_and_more_shots_keep_those_of_fewer():
     [fold, *_] = make_folds(strata, held_out(strata, 3, seed=0), val=0.2, seed=0)
     last: set[str] = set()
     for shots in (1, 2, 4, 8):
-        few = few_shot(strata, fold, shots, seed=3)
+        few = few_shot(strata, fold, shots, classes="ab", seed=3)
         train = {case for case, split in few.items() if split == "train"}
         assert Counter(strata[case] for case in train) == {"a": shots, "b": shots}
         assert last < train
@@ -165,7 +168,57 @@ def test_few_shots_are_of_each_class_and_more_shots_keep_those_of_fewer():
         for case, split in few.items():
             assert split == (fold[case] if fold[case] != "train" or case in train else "")
     with pytest.raises(UserError, match=r"there are fewer\n  b: 11\n.*--few-shot"):
-        few_shot(strata, fold, 12, seed=3)
+        few_shot(strata, fold, 12, classes="ab", seed=3)
+
+
+def test_a_case_of_several_classes_is_no_shot_of_any():
+    strata = {"a": "0", "b": "0+2", "c": "2", "d": "0+2", "e": "2"}
+    fold = few_shot(strata, dict.fromkeys("abcde", "train"), 1, classes="02", seed=0)
+    assert Counter(strata[case] for case, split in fold.items() if split) == {"0": 1, "2": 1}
+    with pytest.raises(UserError, match=r"there are fewer\n  1: 0\n"):
+        few_shot(strata, dict.fromkeys("abcde", "train"), 1, classes="012", seed=0)
+
+
+def test_numbers_are_stratified_by_groups_and_the_seed_decides():
+    rng = np.random.default_rng(0)
+    ages = {f"c{n}": f"{rng.uniform(20, 90):.3f}" for n in range(100)}
+    slides = [Slide(case, case, "", {"age": age}) for case, age in ages.items()]
+    grouped = group_numbers(slides, "age")
+    strata = case_strata(grouped, "age")
+    assert sorted(Counter(strata.values()).values()) == [20] * 5
+    assert max(float(ages[c]) for c in strata if strata[c][0] == "1") < min(
+        float(ages[c]) for c in strata if strata[c][0] == "2"
+    )
+    made = [tuple(map(frozenset, held_out(strata, 4, seed=seed))) for seed in range(9)]
+    assert len(set(made)) == 9
+    for test in made[0]:
+        assert Counter(strata[case] for case in test) == dict.fromkeys(strata.values(), 5)
+    cuts = {
+        frozenset(s.id for s in cut(slides, "test", 0.2, by="age", seed=seed) if s.split == "test")
+        for seed in range(9)
+    }
+    assert len(cuts) == 9
+    assert cut(slides, "test", 0.2, by="age", seed=0)[0].target == slides[0].target
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [str(k % 20) for k in range(60)],
+        ["1.5", "x", *map(str, range(40))],
+        ["nan", *map(str, range(40))],
+        [""],
+    ],
+)
+def test_classes_and_words_are_no_groups(words):
+    slides = [Slide(str(n), str(n), "", {"label": word}) for n, word in enumerate(words)]
+    assert group_numbers(slides, "label") == slides
+
+
+def test_a_blank_among_numbers_stays_blank():
+    slides = [Slide(str(n), str(n), "", {"label": str(n) if n else ""}) for n in range(40)]
+    assert group_numbers(slides, "label")[0].target == {"label": ""}
+    assert group_numbers(slides, "label")[1].target == {"label": "1 of 5 (1 to 8.6)"}
 
 
 def test_a_case_of_slides_with_several_labels_is_a_stratum_of_them_all():
@@ -209,5 +262,5 @@ def test_blank_labels_are_no_part_of_a_stratum_and_no_shot():
     slides = [Slide(f"{k}", "abcc"[k], "", {"label": ["x", "", "", "y"][k]}) for k in range(4)]
     strata = case_strata(slides, "label")
     assert strata == {"a": "x", "b": "", "c": "y"}
-    fold = few_shot(strata, dict.fromkeys("abc", "train"), 1, seed=0)
+    fold = few_shot(strata, dict.fromkeys("abc", "train"), 1, classes="xy", seed=0)
     assert fold == {"a": "train", "b": "", "c": "train"}

@@ -176,6 +176,22 @@ def test_the_slides_of_rows_that_name_several_are_counted_and_lie_in_both_forms(
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_numbers_are_cut_and_counted_by_groups_and_written_as_they_are(tmp_path, capsys):
+    ages = {f"p{k:02d}": f"{20 + 7 * k % 60}.5" for k in range(60)}
+    labels = tmp_path / "labels.csv"
+    labels.write_text("pid,image,grade\n" + "".join(f"{c},{c}s,{a}\n" for c, a in ages.items()))
+    make(labels, "--folds", 3, "--val", 0.25, "--out", tmp_path / "out")
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert "grade=1 of 5 (20.5 to 32.3)" in head
+    assert [line.split()[2:] for line in lines if " test " in line] == [
+        ["4"] * 5 + ["20", "20"]
+    ] * 3
+    assert (
+        dict(pd.read_csv(tmp_path / "out" / "splits.csv", dtype=str)[["pid", "grade"]].values)
+        == ages
+    )
+
+
 def test_cases_without_a_label_are_dealt_evenly_and_are_no_class(tmp_path, capsys):
     rows = [f"p{k:02d},s{k:02d},{'01'[k % 2] if k % 4 else ''}\n" for k in range(24)]
     labels = tmp_path / "labels.csv"

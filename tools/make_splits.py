@@ -12,7 +12,9 @@ Validation cases are cut from the training cases, stratified; with --site from t
 DIR/splits.csv is the table with a column fold_<k> for each fold to train on
 (data.split_file=DIR/splits.csv data.fold=0), DIR/clam/ has the same as CLAM writes it, DIR/made.json
 how it was made. For survival, --label is the event column: each fold then has its share of events.
-Cases without a word there are dealt evenly too. A row may name several slides: --slide-separator ";".
+A column of many different numbers is stratified by five groups of them. Cases without a word there are dealt
+evenly too; a case whose slides are of several classes is none of --few-shot. A row may name several
+slides: --slide-separator ";".
 
 Exit codes: 0 written, and the counts printed; 2 a mistake, which the message names.
 """
@@ -42,7 +44,7 @@ from e2e.data.folds import (
 )
 from e2e.data.sampler import mix
 from e2e.data.split_files import clam_files, fold_table, read_cells, read_splits
-from e2e.data.splits import SPLITS, assign, missing_classes
+from e2e.data.splits import SPLITS, assign, group_numbers, missing_classes
 from e2e.errors import UserError, exit_code, listing
 from e2e.files import write_atomically
 from e2e.log import Screen
@@ -267,14 +269,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Cut or read, check, print, write."""
     args = parse(argv)
     check(args)
-    slides = read_slides(args)
+    slides = group_numbers(read_slides(args), args.label)
     sites = sites_of(slides, args.site) if args.site else None
     strata = case_strata(slides, args.label)
     folds = published_folds(args, slides) if args.splits else draw_folds(args, strata, sites)
     if args.few_shot:
+        classes = {slide.target[args.label] for slide in slides} - {""}
         folds = {
-            number: few_shot(strata, fold, args.few_shot, seed=mix(args.seed, number))
-            for number, fold in folds.items()
+            k: few_shot(strata, fold, args.few_shot, classes=classes, seed=mix(args.seed, k))
+            for k, fold in folds.items()
         }
     rows = counts(folds, slides, args.label, sites)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

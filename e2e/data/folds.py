@@ -154,25 +154,27 @@ def nested_folds(
     return folds
 
 
-def few_shot(strata: Mapping[str, str], fold: Fold, shots: int, *, seed: int) -> Fold:
-    """The fold with ``shots`` training cases of each stratum; the others are not used, nor those of no
-    label (``""``).
+def few_shot(
+    strata: Mapping[str, str], fold: Fold, shots: int, *, classes: Iterable[str], seed: int
+) -> Fold:
+    """The fold with ``shots`` training cases of each of the ``classes``; the others are not used, nor those
+    of no label, or of several.
 
     The cases of fewer shots are among those of more.
 
     Raises:
-        UserError: a stratum has fewer training cases.
+        UserError: a class has fewer training cases.
     """
     train = {case: strata[case] for case, split in fold.items() if split == "train"}
-    sizes = Counter(train.values())
-    short = [f"{s}: {sizes[s]}" for s in sorted({*strata.values()} - {""}) if sizes[s] < shots]
+    sizes, wanted = Counter(train.values()), {*classes}
+    short = [f"{name}: {sizes[name]}" for name in sorted(wanted) if sizes[name] < shots]
     if short:
         raise UserError(
             f"{shots} training cases of each class are asked for, and there are fewer\n"
             f"{listing(short)}\n  ask for fewer with --few-shot"
         )
     drawn = shuffled(train, seed, "few-shot")
-    kept = {c for label, cases in drawn if label for c in cases[:shots]}
+    kept = {c for label, cases in drawn if label in wanted for c in cases[:shots]}
     return {c: "" if c in train and c not in kept else split for c, split in fold.items()}
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # it needs PyTorch, and the tools that cut cohorts do not
 SPLITS = ("train", "val", "test")
 PIECE = 256  # patches in memory at once
 ROWS = 4  # of features without coords, by which most slides differ
+CLASSES = 20  # different numbers in a column; more are no classes
+GROUPS = 5
 
 
 def check_splits(slides: Sequence[Slide], *, chosen_on: str = "val") -> None:
@@ -206,7 +208,7 @@ def cut(slides: Sequence[Slide], split: str, share: float, *, by: str, seed: int
     share to within one case; a pure function of its arguments.
     """
     free: dict[str, str] = {}
-    for slide in sorted(slides, key=lambda s: (s.case, s.id)):
+    for slide in sorted(group_numbers(slides, by), key=lambda s: (s.case, s.id)):
         if slide.split in ("", "train"):
             free.setdefault(slide.case, slide.target[by])
     moved = draw(free, share, seed, split)
@@ -214,6 +216,26 @@ def cut(slides: Sequence[Slide], split: str, share: float, *, by: str, seed: int
         replace(slide, split=split if slide.case in moved else slide.split or "train")
         for slide in slides
     ]
+
+
+def group_numbers(slides: Sequence[Slide], by: str) -> list[Slide]:
+    """With the group of the number, where column ``by`` holds more than ``CLASSES`` different ones.
+
+    To be stratified by: numbers that hardly two cases share stratify nothing. The ``GROUPS`` groups are
+    cut at quantiles; blanks, and a column with other words, stay as they are.
+    """
+    words = {slide.target[by] for slide in slides} - {""}
+    try:
+        number = {word: float(word) for word in words}
+    except ValueError:
+        return list(slides)
+    if len(words) <= CLASSES or not np.isfinite([*number.values()]).all():
+        return list(slides)
+    known = [number[slide.target[by]] for slide in slides if slide.target[by]]
+    edges = np.quantile(known, np.arange(GROUPS + 1) / GROUPS)
+    groups = [f"{k + 1} of {GROUPS} ({edges[k]:g} to {edges[k + 1]:g})" for k in range(GROUPS)]
+    name = {w: groups[np.searchsorted(edges[1:-1], n, side="right")] for w, n in number.items()}
+    return [replace(s, target={**s.target, by: name.get(s.target[by], "")}) for s in slides]
 
 
 def draw(strata: Mapping[str, str], share: float, *seed: int | str) -> set[str]:
