@@ -21,7 +21,7 @@ import e2e.losses
 import e2e.tasks  # noqa: F401  (each import registers its plug-ins)
 from e2e.config import CONFIGS, BagSettings, Cut, Data, Engine, Optim, Plugin, Select, Settings
 from e2e.data.augment import AUGMENTS
-from e2e.data.cases import by_case
+from e2e.data.cases import by_case, check_single
 from e2e.data.cluster import read_index
 from e2e.data.cohort import (
     Problem,
@@ -386,6 +386,9 @@ def load_cohort(
     check_copies(kept, first)
     if data.unit == "case":
         kept, stores = by_case(kept, stores)
+    elif task.of_cases:
+        for line in check_single(kept):
+            screen.say(f"NOTE {line}")
     items = label_slides(kept, stores, task.encode)
     for line in check_classes(items, task):
         screen.say(f"NOTE {line}")

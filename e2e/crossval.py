@@ -100,7 +100,7 @@ def make_plan(
     if cut and data.split_file:
         raise UserError(
             f"--folds {cut} cuts folds, and data.split_file={data.split_file} has some already\n"
-            "  leave out --folds to take those, or add data.split_file=null data.fold=null to have new ones cut"
+            "  leave out --folds to take those, or add data.split_file=null data.fold=null to have new ones"
         )
     if not cut and not data.split_file:
         raise UserError(

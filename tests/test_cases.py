@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from e2e.data.cases import by_case
+from e2e.data.cases import by_case, check_single
 from e2e.data.cohort import Slide
 from e2e.data.features import open_features
 from e2e.data.store import PatchStore, StoreWriter
@@ -71,6 +71,17 @@ def test_the_slides_of_a_case_lie_side_by_side(stores):
 def test_slides_of_one_case_with_two_labels_are_refused_by_name(stores):
     with pytest.raises(UserError, match=r"case 'a': a1 x, a2 y"):
         joined(stores, a2="y")
+
+
+def test_slides_judged_by_themselves_are_told_where_a_case_has_several():
+    slides = [slide(name) for name in ("b1", "a2", "a1")]
+    [said] = check_single(slides)
+    assert said.startswith("3 slides of 2 cases: each slide is judged by itself")
+    assert check_single(slides[:2]) == []
+    with pytest.raises(
+        UserError, match=r"1 case.s. have slides of different labels.*\n.*a1 x, a2 y"
+    ):
+        check_single([*slides[:1], slide("a2", "y"), slides[2]])
 
 
 def test_a_case_is_of_its_slides_centre_or_of_all_of_them(stores):

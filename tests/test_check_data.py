@@ -300,6 +300,22 @@ def test_training_without_events_and_strange_codes_stop_it(cohort, said):
     assert "means neither an event ('1') nor" in error
 
 
+def test_a_time_is_of_a_case_so_slides_that_differ_stop_it_and_several_are_told(cohort, said):
+    asked = [*SURVIVAL, "task.event=1", "task.bins=2"]
+    cases = [f"c{k // 2}" for k in range(16)]
+    dead, months = ["1", "1", "0", "0"] * 4, [str(1 + k // 2) for k in range(16)]
+    write_table(cohort, case=cases, months=months, dead=dead)
+    code, out, _ = said(*asked)
+    assert code == 0
+    assert "NOTE 16 slides of 8 cases: each slide is judged by itself" in out
+    assert "judged by itself" not in said(*asked, "data.unit=case")[1]
+    write_table(cohort, case=cases, months=["30", *months[1:]], dead=dead)
+    code, _, error = said(*asked)
+    assert code == 2
+    assert "1 case(s) have slides of different labels" in error
+    assert f"case 'c0': {SLIDES[1]} 1/1, {SLIDES[0]} 1/30" in error
+
+
 def test_the_published_tables_are_counted(shared_data, said, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     labels = shared_data / "labels"

@@ -128,7 +128,10 @@ def test_a_run_that_fails_ends_the_others_before_they_begin_and_names_its_log(tm
     [
         ([], "a cross-validation needs folds"),
         (["--folds", "3", "--only", "7"], "has no fold 7\n  it has: 0, 1, 2"),
-        (["--folds", "3", "data.split_file=s.csv"], "data.split_file=null data.fold=null to have new"),
+        (
+            ["--folds", "3", "data.split_file=s.csv"],
+            "data.split_file=null data.fold=null to have new ones",
+        ),
         (["--folds", "99"], "16 cases cannot be laid in 99 folds"),
         (["--folds", "3", "--seeds", "a"], "--seeds cannot be read"),
         (["--folds", "3", "--at-once", "0"], "--at-once must be at least 1"),

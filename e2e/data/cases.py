@@ -150,15 +150,8 @@ def by_case(
     Raises:
         UserError: the slides of a case have different labels.
     """
-    cases: dict[str, list[Slide]] = {}
-    for slide in sorted(slides, key=lambda slide: slide.id):
-        cases.setdefault(slide.case, []).append(slide)
-    apart = [
-        f"case '{case}': " + ", ".join(f"{s.id} {'/'.join(s.target.values())}" for s in own)
-        for case, own in cases.items()
-        if len({tuple(s.target.items()) for s in own}) > 1
-    ]
-    if apart:
+    cases = _cases(slides)
+    if apart := _labels_apart(cases):
         raise UserError(
             f"data.unit=case needs one label a case\n{listing(apart)}\n"
             "  mend the table, or set data.unit=slide"
@@ -175,3 +168,38 @@ def by_case(
         for case, own in cases.items()
     ]
     return made, joined
+
+
+def check_single(slides: Sequence[Slide]) -> list[str]:
+    """For slides judged each by itself whose label is the case's: a line where a case has several.
+
+    Raises:
+        UserError: the slides of a case have different labels.
+    """
+    cases = _cases(slides)
+    if apart := _labels_apart(cases):
+        raise UserError(
+            f"{len(apart)} case(s) have slides of different labels, and the label is the case's\n"
+            f"{listing(apart)}\n  mend the table"
+        )
+    if len(cases) == len(slides):
+        return []
+    return [
+        f"{len(slides):,} slides of {len(cases):,} cases: each slide is judged by itself, so a case of "
+        "several counts as often; data.unit=case takes them as one bag"
+    ]
+
+
+def _cases(slides: Sequence[Slide]) -> dict[str, list[Slide]]:
+    cases: dict[str, list[Slide]] = {}
+    for slide in sorted(slides, key=lambda slide: slide.id):
+        cases.setdefault(slide.case, []).append(slide)
+    return cases
+
+
+def _labels_apart(cases: Mapping[str, Sequence[Slide]]) -> list[str]:
+    return [
+        f"case '{case}': " + ", ".join(f"{s.id} {'/'.join(s.target.values())}" for s in own)
+        for case, own in cases.items()
+        if len({tuple(s.target.items()) for s in own}) > 1
+    ]

@@ -37,6 +37,8 @@ class Task:
     """The metric by which the best epoch is chosen."""
     tie_break: str
     """The metric that decides between epochs equal in ``monitor``."""
+    of_cases = False
+    """Whether the label is the case's, so that its slides must have the same."""
     whole_update = False
     """Whether a bag's loss hangs on the other bags of its update: :meth:`loss` then has to see the
     bags of all ranks at once, and means nothing for one alone."""

@@ -55,6 +55,7 @@ class Survival(Task):
 
     label_columns = ("time", "event")
     output_names = ("risk",)
+    of_cases = True
     pools = False  # risks of two models, or of other intervals, are on other scales
 
     def __init__(
