@@ -146,7 +146,7 @@ def test_bad_rows_are_listed_with_their_lines(table):
         "c7,s7,val,x",
     ]
     slides, problems = read(table(HEADER + "\n".join(rows)))
-    assert [s.id for s in slides] == ["s1", "s4", "s7"]
+    assert [s.id for s in slides] == ["s4", "s7"]  # which of the rows of s1 is right, nobody knows
     assert [(p.slide, p.where, p.problem) for p in problems] == [
         ("s1", "labels.csv line 3", "duplicate row"),
         ("s1", "labels.csv line 4", "contradicts an earlier row"),
@@ -228,7 +228,7 @@ def test_ten_thousand_cases_are_read_and_every_bad_row_of_them_is_listed(table):
     rows = [f"c{n},s{n},{('train', 'val')[n % 5 == 0]},{'xy'[n % 2]}\n" for n in range(10_000)]
     again = [row.replace(",x", ",y") for row in rows[::10]]  # each contradicts the first
     slides, problems = read(table(HEADER + "".join([*rows, *again, "c,,train,x\n"])))
-    assert len({slide.id for slide in slides}) == 10_000
+    assert len({slide.id for slide in slides}) == 9_000
     assert [p.problem for p in problems[:-1]] == ["contradicts an earlier row"] * 1000
     assert (problems[999].where, problems[999].slide) == ("labels.csv line 11001", "s9990")
     assert problems[-1].problem == "empty slide or case id"
@@ -275,7 +275,7 @@ def test_empty_parts_and_slides_named_twice_are_listed_and_the_others_stay(table
         "c4,;,train,x",
     ]
     slides, problems = read(table(HEADER + "\n".join(rows)), slide_separator=";")
-    assert [s.id for s in slides] == ["a", "b", "d", "e", "f"]
+    assert [s.id for s in slides] == ["b", "d", "e", "f"]
     empty = "empty slide or case id"
     assert [(p.slide, p.where[-1], p.problem) for p in problems] == [
         ("", "2", empty),
@@ -324,7 +324,7 @@ def test_a_slide_has_its_centre_and_one_slide_has_not_two(table):
         "case,slide,split,label,hospital\nc1,a,train,x,north\nc2,b,train,x,\nc1,a,train,x,south\n"
     )
     slides, problems = read(table(text), columns={**COLUMNS, "centre": "hospital"})
-    assert [(s.id, s.centre) for s in slides] == [("a", "north"), ("b", "")]
+    assert [(s.id, s.centre) for s in slides] == [("b", "")]
     assert [p.problem for p in problems] == ["contradicts an earlier row"]
     slides, problems = read(table(text), columns={**COLUMNS, "centre": None})
     assert [s.centre for s in slides] == ["", ""]

@@ -67,7 +67,7 @@ def read_table(
 
     Returns:
         The slides, and the rows, or slides of a row, that are duplicate, contradictory or without
-        an id or split.
+        an id or split. Of a slide whose rows contradict each other none counts.
 
     Raises:
         UserError: no such table, or a column is missing.
@@ -77,6 +77,7 @@ def read_table(
     table = _read_columns(path, [*wanted.values(), *targets])
     known_splits = split_names if "split" in wanted else {"": ""}
     slides: dict[str, Slide] = {}
+    torn: set[str] = set()
     problems: list[Problem] = []
     for line, row in enumerate(table.to_dict("records"), start=2):
         where = f"{path.name} line {line}"
@@ -99,7 +100,9 @@ def read_table(
             if known is not slide:
                 kind = "duplicate row" if known == slide else "contradicts an earlier row"
                 problems.append(Problem(slide_id, where, kind))
-    return list(slides.values()), problems
+            if known != slide:
+                torn.add(slide_id)
+    return [slide for slide in slides.values() if slide.id not in torn], problems
 
 
 def join_words(words: Iterable[str]) -> str:
