@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.checkpoint import check_weights, load_checkpoint, part
@@ -278,7 +280,7 @@ def patch_attention(
     found: dict[str, Tensor] = {}
 
     def collect(item: LabelledSlide, output: HeadOutput, values: list[float]) -> None:
-        scores = patch_scores(output, task.shown(values)[0])
+        scores = _scores_of(task, output, values)
         if scores is None:
             raise UserError(
                 "the head has no attention and no instance scores to draw patches by\n"
@@ -288,6 +290,13 @@ def patch_attention(
 
     predict(model, items, task=task, view=view, strategy=strategy, screen=screen, draw=collect)
     return {slide: v for part in strategy.gather(found) for slide, v in part.items()}
+
+
+def _scores_of(
+    task: Task, output: HeadOutput, predicted: Sequence[float]
+) -> NDArray[np.float64] | None:
+    alone = functools.partial(task.of_patches, predicted=predicted)
+    return patch_scores(output, task.shown(predicted)[0], alone)
 
 
 def heatmap_drawer(task: Task, look: Sight, folder: Path, chosen: Sequence[LabelledSlide]) -> Draw:
@@ -300,13 +309,12 @@ def heatmap_drawer(task: Task, look: Sight, folder: Path, chosen: Sequence[Label
     wanted = {item.slide.id for item in chosen}
 
     def draw(item: LabelledSlide, output: HeadOutput, values: list[float]) -> None:
-        top, said = task.shown(values)
-        scores = patch_scores(output, top)
+        scores = _scores_of(task, output, values)
         if item.slide.id not in wanted or scores is None:
             return
         words = zip(task.label_columns, task.words(task.numbers(item.target)), strict=True)
         label = ", ".join(f"{column} {word}" for column, word in words if word)
-        caption = f"{item.slide.id}   predicted {said}   {label}".rstrip()
+        caption = f"{item.slide.id}   predicted {task.shown(values)[1]}   {label}".rstrip()
         draw_heatmap(item, scores, decoder=decoder, caption=caption, path=folder / item.slide.id)
 
     return draw

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from e2e.data.decode import Decoder, UndecodableError
 from e2e.data.loader import LabelledSlide
@@ -24,25 +25,28 @@ SIDE = 768  # px of the longer side of each panel
 GROUND = 245  # grey where the slide has no patch
 
 
-def patch_scores(output: HeadOutput, shown_class: int) -> NDArray[np.float64] | None:
-    """(N,) what one slide's patches weigh: attention averaged over maps, or that of ``shown_class``
-    where each class has one; for a head without attention, the instance probability of
-    ``shown_class``, or of one output (a risk, a number, log-odds) what it is for each patch by
-    itself; None when it has neither. Where the head says so, its instance scores of ``shown_class``
-    as they are, attention or not."""
-    if output.show_scores and output.instance_logits is not None:
-        return output.instance_logits[0, :, shown_class].double().cpu().numpy()
-    attention = output.attention()
-    if attention is not None and output.class_maps:
-        return attention[0, shown_class].double().cpu().numpy()
-    if attention is not None:
-        return attention[0].mean(dim=0).double().cpu().numpy()
-    if output.instance_logits is not None:
-        logits = output.instance_logits[0].float()
-        # The softmax of one output is 1 everywhere.
-        found = logits if logits.shape[-1] == 1 else torch.softmax(logits, dim=-1)
-        return found[:, shown_class].double().cpu().numpy()
-    return None
+def patch_scores(
+    output: HeadOutput, shown: int, alone: Callable[[Tensor], Tensor]
+) -> NDArray[np.float64] | None:
+    """(N,) what one slide's patches weigh.
+
+    Attention averaged over maps, or that of the output ``shown`` where each output has a map; of a head
+    without attention what each patch says by itself; None when it has neither. Where the head says so,
+    its instance scores of ``shown`` as they are, attention or not.
+
+    Args:
+        alone: (N, C) instance logits -> (N,); see :meth:`e2e.tasks.base.Task.of_patches`.
+    """
+    attention, logits = output.attention(), output.instance_logits
+    if output.show_scores and logits is not None:
+        found = logits[0, :, shown]
+    elif attention is not None:
+        found = attention[0, shown] if output.class_maps else attention[0].mean(dim=0)
+    elif logits is not None:
+        found = alone(logits[0].float())
+    else:
+        return None
+    return found.double().cpu().numpy()
 
 
 def draw_heatmap(

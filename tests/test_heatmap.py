@@ -41,9 +41,13 @@ def test_equal_scores_are_in_the_middle():
     assert percentile_ranks(np.array([5.0, 1.0, 5.0])).tolist() == [0.75, 0.0, 0.75]
 
 
+def unasked(logits: torch.Tensor) -> torch.Tensor:
+    raise AssertionError(f"the task was asked of {tuple(logits.shape)}")
+
+
 def test_attention_is_averaged_over_its_maps():
     logits = torch.tensor([[[0.0, 0.0, float("-inf")], [3.0, 3.0, 3.0]]])
-    scores = patch_scores(HeadOutput(torch.zeros(1, 2), attention_logits=logits), 1)
+    scores = patch_scores(HeadOutput(torch.zeros(1, 2), attention_logits=logits), 1, unasked)
     expected = [(1 / 2 + 1 / 3) / 2, (1 / 2 + 1 / 3) / 2, (0 + 1 / 3) / 2]
     assert scores is not None
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
@@ -53,7 +57,7 @@ def test_of_maps_that_each_belong_to_a_class_that_of_the_class_is_shown():
     logits = torch.tensor([[[0.0, 0.0, float("-inf")], [3.0, 3.0, 3.0]]])
     output = HeadOutput(torch.zeros(1, 2), attention_logits=logits, class_maps=True)
     for shown, expected in ((0, [1 / 2, 1 / 2, 0]), (1, [1 / 3] * 3)):
-        scores = patch_scores(output, shown)
+        scores = patch_scores(output, shown, unasked)
         assert scores is not None
         np.testing.assert_allclose(scores, expected, rtol=1e-6)
 
@@ -62,10 +66,10 @@ def test_a_head_without_attention_shows_the_probability_of_the_class():
     logits = torch.tensor([[[1.0, 3.0], [6.0, 2.0]]]).log()
     output = HeadOutput(torch.zeros(1, 2), instance_logits=logits)
     for shown, expected in ((0, [1 / 4, 6 / 8]), (1, [3 / 4, 2 / 8])):
-        scores = patch_scores(output, shown)
+        scores = patch_scores(output, shown, lambda logits, k=shown: logits.softmax(dim=-1)[:, k])
         assert scores is not None
         np.testing.assert_allclose(scores, expected, rtol=1e-6)
-    assert patch_scores(HeadOutput(torch.zeros(1, 2)), 0) is None
+    assert patch_scores(HeadOutput(torch.zeros(1, 2)), 0, unasked) is None
 
 
 def max_of_five(outputs: int) -> tuple[HeadOutput, list[HeadOutput]]:
@@ -82,7 +86,7 @@ def max_of_five(outputs: int) -> tuple[HeadOutput, list[HeadOutput]]:
 
 def test_the_max_heads_scores_come_from_its_patches():
     output, alone = max_of_five(3)
-    scores = patch_scores(output, 2)
+    scores = patch_scores(output, 2, lambda logits: logits.softmax(dim=-1)[:, 2])
     assert scores is not None
     expected = [single.logits.softmax(dim=-1)[0, 2].item() for single in alone]
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
@@ -90,7 +94,7 @@ def test_the_max_heads_scores_come_from_its_patches():
 
 def test_of_one_output_a_patch_has_what_the_slide_would_have_with_it_alone():
     output, alone = max_of_five(1)
-    scores = patch_scores(output, 0)
+    scores = patch_scores(output, 0, lambda logits: logits[:, 0])
     assert scores is not None
     np.testing.assert_allclose(scores, [single.logits.item() for single in alone], rtol=1e-5)
     assert len(set(scores)) == 5
@@ -101,7 +105,7 @@ def test_a_head_whose_scores_are_its_map_shows_them_with_their_sign():
     logits, scores = torch.zeros(1, 2, 3), torch.tensor([[[1.0, -4.0], [-2.0, 5.0], [0.0, 0.5]]])
     output = HeadOutput(torch.zeros(1, 2), logits, scores, class_maps=True, show_scores=True)
     for shown in (0, 1):
-        found = patch_scores(output, shown)
+        found = patch_scores(output, shown, unasked)
         assert found is not None
         np.testing.assert_array_equal(found, scores[0, :, shown])
 
@@ -113,7 +117,7 @@ def test_attrimils_map_is_what_each_patch_adds_to_the_logit_of_the_class(outputs
     with torch.no_grad():
         output = head(torch.randn(1, 5, 8), torch.ones(1, 5, dtype=torch.bool))
     for shown in range(outputs):
-        scores = patch_scores(output, shown)
+        scores = patch_scores(output, shown, unasked)
         assert scores is not None
         assert scores.min() < 0 < scores.max()
         expected = float((output.logits[0, shown] - head.bias[shown]).detach())

@@ -200,6 +200,21 @@ def test_a_picture_shows_an_output_that_there_is_and_says_something(variant):
         assert said
 
 
+def test_what_is_shown_of_a_patch_is_what_would_be_shown_of_a_slide_that_is_this_patch(variant):
+    task, _ = variant
+    logits = logits_of(task, 6)
+    for predicted in task.predict(logits).tolist():
+        found = task.of_patches(logits, predicted)
+        assert found.shape == (6,)
+        columns = [
+            n for n, of_all in enumerate(task.predict(logits).T) if torch.equal(of_all, found)
+        ]
+        assert columns
+        said = task.shown(predicted)[1]
+        numbers = {f"{predicted[n]:{form}}" for n in columns for form in (".2f", ".3g", ".4g")}
+        assert said == "none" or any(number in said for number in numbers)
+
+
 def test_slides_are_told_in_a_line_and_have_a_kind(variant):
     task, targets = variant
     assert task.describe(targets)

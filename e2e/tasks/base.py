@@ -145,6 +145,15 @@ class Task:
         """The output whose heatmap is drawn, and what is written over it."""
         raise NotImplementedError
 
+    def of_patches(self, logits: Tensor, predicted: Sequence[float]) -> Tensor:
+        """(N,) what of ``predicted`` is shown, as each patch by itself would have it.
+
+        Args:
+            logits: (N, C) of the patches.
+            predicted: of the slide.
+        """
+        return self.predict(logits)[:, 0]
+
     def group(self, target: Tensor) -> int:
         """The kind of slide it is, where slides of each kind are to be drawn equally often."""
         raise NotImplementedError

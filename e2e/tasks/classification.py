@@ -188,8 +188,15 @@ class Classification(Task):
 
     def shown(self, predicted: Sequence[float]) -> tuple[int, str]:
         """The class that is predicted."""
-        top = int(self._decide(np.array([predicted]))[0])
+        top = self._top(predicted)
         return self._output_of(top), f"{self.output_names[top]} ({predicted[top]:.2f})"
+
+    def of_patches(self, logits: Tensor, predicted: Sequence[float]) -> Tensor:
+        """The probability of the class that is predicted."""
+        return self.predict(logits)[:, self._top(predicted)]
+
+    def _top(self, predicted: Sequence[float]) -> int:
+        return int(self._decide(np.array([predicted]))[0])
 
     def _output_of(self, number: int) -> int:
         """The output that speaks for a class."""

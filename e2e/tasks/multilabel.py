@@ -176,6 +176,10 @@ class Multilabel(Task):
         ]
         return int(np.argmax(predicted)), ", ".join(there) or "none"
 
+    def of_patches(self, logits: Tensor, predicted: Sequence[float]) -> Tensor:
+        """The probability of the likeliest label."""
+        return self.predict(logits)[:, int(np.argmax(predicted))]
+
     def group(self, target: Tensor) -> int:
         """Which labels are there, as a number."""
         return sum(1 << k for k, value in enumerate(target.tolist()) if value == 1)
