@@ -585,7 +585,9 @@ def _merge(node: Any, values: dict[str, Any], schema: Any, path: str, source: st
         key = getattr(error, "full_key", None) or path
         if isinstance(error, TypeError):
             raise UserError(f"{source}: section '{path}': {error}: {values}") from error
-        raise UserError(f"{source}: setting {key}: {str(error.msg).splitlines()[0]}") from error
+        # What it says of an element of a tuple is a form that nobody filled in.
+        said = str(error.msg).splitlines()[0] if error.msg else f"cannot take {values}"
+        raise UserError(f"{source}: setting {key}: {said}") from error
 
 
 def _reject_unknown_keys(values: dict[str, Any], schema: Any, path: str, source: str) -> None:
@@ -595,7 +597,7 @@ def _reject_unknown_keys(values: dict[str, Any], schema: Any, path: str, source:
             if f"{path}.{key}" in MOVED:
                 raise UserError(f"{source}: {path}.{key} is {MOVED[f'{path}.{key}']} now")
             raise UserError(f"{source}: unknown setting '{path}.{key}'{suggest(str(key), fields)}")
-        if fields[key].type in (bool, "bool") and type(value) in (int, float):
+        if fields[key].type in (bool, "bool") and str(value).isdigit():
             raise UserError(
                 f"{source}: setting {path}.{key} must be true or false, found {value!r}"
             )
@@ -666,23 +668,46 @@ def split_model_name(name: str, heads: Sequence[str] = ()) -> tuple[str, str]:
     return parts[1], parts[2]
 
 
+class _AsTyped(yaml.SafeLoader):
+    """YAML whose scalars are the text that was typed, or null: what a text means, the setting's type says.
+
+    YAML itself would make 202401 of the folder 2024_01, and true of the class yes.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (YAML's own name)
+        first: [(tag, form) for tag, form in found if tag == "tag:yaml.org,2002:null"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As YAML demands it and PyYAML does not: each key once."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if again := [key for n, key in enumerate(keys) if key in keys[:n]]:
+            raise yaml.constructor.ConstructorError(None, None, f"found '{again[0]}' twice")
+        return super().construct_mapping(node, deep=deep)
+
+
 def _override_layer(text: str) -> Layer:
-    path, equals, _ = text.partition("=")
-    if not equals or "." not in path:
+    path, equals, typed = text.partition("=")
+    section, dot, rest = path.partition(".")
+    if not equals or not dot:
         raise UserError(f"'{text}' is no setting; write section.key=value, such as optim.lr=1e-4")
     try:
-        tree = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        value = yaml.load(typed, _AsTyped) if typed else ""
+    except yaml.YAMLError as error:
         raise UserError(f"'{text}' cannot be read: {str(error).splitlines()[0]}") from error
-    assert isinstance(tree, dict)
-    return text, {str(key): value for key, value in tree.items()}
+    for key in reversed(rest.split(".")):
+        value = {key: value}
+    return text, {section: value}
 
 
 def _read_yaml(path: Path) -> Layer:
     if not path.is_file():
         raise UserError(f"no settings file {path}")
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        tree = yaml.load(path.read_text(encoding="utf-8"), _AsTyped)
+        if isinstance(tree, dict):
+            tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no readable YAML: {str(error)[:300]}") from error
     if not isinstance(tree, dict):

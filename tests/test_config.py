@@ -162,7 +162,10 @@ WRONG = {
     "head.name=abml": ("unknown head 'abml'; did you mean 'abmil'?",),
     "optim.lr=abc": ("setting optim.lr: ", "'abc'"),
     "optim.epochs=2.5": ("setting optim.epochs: ", "2.5"),
-    "optim.epochs=true": ("setting optim.epochs: ", "True"),
+    "optim.epochs=true": ("setting optim.epochs: ", "'true'"),
+    "optim.epochs=": ("setting optim.epochs: ", "''"),
+    "bag.copies=1": ("setting bag.copies must be true or false, found '1'",),
+    "augment.blur_sigma=[0.1,x]": ("setting augment", "'x'"),
     "optim.epochs=null": ("setting optim.epochs: ",),
     "optim.lr.x=3": ("setting optim.lr: ",),
     "bag.copies=maybe": ("setting bag.copies: ", "'maybe'"),
@@ -261,18 +264,29 @@ def test_keys_where_a_list_belongs_are_told_as_such(layer):
     assert "classes" in text
 
 
-@pytest.mark.xfail(strict=True, reason="YAML makes a number of it before it becomes text again")
-@pytest.mark.parametrize(
-    ("override", "value"),
-    [
-        ("run.out=2024_01", "2024_01"),
-        ("run.out=1e5", "1e5"),
-        ("run.out=0012", "0012"),
-        ("run.out=yes", "yes"),
-    ],
-)
-def test_text_is_kept_as_typed(override, value):
-    assert load(override).run.out == value
+@pytest.mark.parametrize("text", ["2024_01", "1e5", "0012", "yes", "1:30", "2026-11-22", ""])
+def test_text_is_kept_as_typed(text, layer):
+    assert load(f"run.out={text}").run.out == text
+    assert load(files=[layer(f"run: {{out: '{text}'}}")]).run.out == text
+    if text:
+        assert load(files=[layer(f"run: {{out: {text}}}")]).run.out == text
+
+
+def test_classes_are_the_words_of_the_table(layer):
+    known = layer("task: {name: classification, classes: [no, yes, 01, 1.0]}")
+    assert load(files=[known]).task.options["classes"] == ["no", "yes", "01", "1.0"]
+    assert load("data.splits={0: train, 1: test}").data.splits["1"] == "test"
+
+
+def test_numbers_and_flags_are_read_by_the_type_of_their_setting():
+    settings = load(
+        "optim.lr=1e-4", "optim.epochs=1_000", "optim.balance=true", "bag.patches=~",
+        "augment.blur_sigma=[1,2.5]", "optim.ema=0",
+    )  # fmt: skip
+    assert (settings.optim.lr, settings.optim.epochs, settings.optim.ema) == (1e-4, 1000, 0.0)
+    assert settings.optim.balance is True
+    assert settings.bag.patches is None
+    assert settings.augment.options["blur_sigma"] == (1.0, 2.5)
 
 
 @pytest.mark.parametrize(

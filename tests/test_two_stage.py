@@ -384,13 +384,6 @@ def test_slides_cannot_be_predicted_by_a_head_alone(cohort, monkeypatch, capsys)
     assert "was trained on features" in said
 
 
-def test_classes_that_yaml_read_as_true_and_false_are_told_so(cohort, monkeypatch, capsys):
-    file = cohort / "cohort.yaml"
-    file.write_text(file.read_text().replace("[plain, marked]", "[no, yes]"))
-    said = refusal(cohort, monkeypatch, capsys)
-    assert "none of task.classes: False, True (YAML reads yes and no as True and False" in said
-
-
 def test_a_head_that_needs_coords_is_refused_without_them(cohort, monkeypatch, capsys):
     write_slide(cohort / "feats", "s15", features_of(15, COUNTS["s15"]), coords=False)
     assert call(train.main, monkeypatch, capsys, *arguments(cohort, "optim.epochs=1"))[0] == 0

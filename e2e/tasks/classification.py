@@ -82,8 +82,6 @@ class Classification(Task):
         return torch.tensor(self.output_names.index(word))
 
     def _hint(self, word: str) -> str:
-        if {"True", "False"} & set(self.output_names):
-            return " (YAML reads yes and no as True and False: quote them)"
         if word.removesuffix(".0") in self.output_names:
             return " (numbers with a point: a table with blanks was saved so; save it as text)"
         return ""
