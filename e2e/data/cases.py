@@ -151,11 +151,7 @@ def by_case(
         UserError: the slides of a case have different labels.
     """
     cases = _cases(slides)
-    if apart := _labels_apart(cases):
-        raise UserError(
-            f"data.unit=case needs one label a case\n{listing(apart)}\n"
-            "  mend the table, or set data.unit=slide"
-        )
+    _check_labels(cases, "data.unit=case needs one label a case", "or set data.unit=slide")
     joined: dict[str, list[Slides]] = {
         case: [
             CaseStore(case, tuple((stores[s.id][scale], s.id) for s in own))
@@ -177,11 +173,7 @@ def check_single(slides: Sequence[Slide]) -> list[str]:
         UserError: the slides of a case have different labels.
     """
     cases = _cases(slides)
-    if apart := _labels_apart(cases):
-        raise UserError(
-            f"{len(apart)} case(s) have slides of different labels, and the label is the case's\n"
-            f"{listing(apart)}\n  mend the table"
-        )
+    _check_labels(cases, "the label is the case's", "or leave the slides out")
     if len(cases) == len(slides):
         return []
     return [
@@ -197,9 +189,14 @@ def _cases(slides: Sequence[Slide]) -> dict[str, list[Slide]]:
     return cases
 
 
-def _labels_apart(cases: Mapping[str, Sequence[Slide]]) -> list[str]:
-    return [
+def _check_labels(cases: Mapping[str, Sequence[Slide]], why: str, otherwise: str) -> None:
+    apart = [
         f"case '{case}': " + ", ".join(f"{s.id} {'/'.join(s.target.values())}" for s in own)
         for case, own in cases.items()
         if len({tuple(s.target.items()) for s in own}) > 1
     ]
+    if apart:
+        raise UserError(
+            f"{len(apart)} case(s) have slides of different labels: {why}\n{listing(apart)}\n"
+            f"  mend the table, {otherwise}"
+        )
