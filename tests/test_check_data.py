@@ -81,7 +81,7 @@ def test_with_a_store_its_patches_are_counted_and_training_is_next(cohort, said)
 def test_frozen_features_are_weighed_in_memory(cohort, said):
     (cohort / "feats").mkdir()
     for k, slide in enumerate(SLIDES):
-        np.save(cohort / "feats" / f"{slide}.npy", np.full((3, 10), k, np.float32))
+        np.save(cohort / "feats" / f"{slide}.npy", np.full((3, 10), 1 + k, np.float32))
     code, out, _ = said("--model", "abmil", "data.features=[feats]")
     assert code == 0
     assert "all features" in out
@@ -91,8 +91,8 @@ def test_frozen_features_are_weighed_in_memory(cohort, said):
 def test_features_are_read_in_every_split_and_all_that_cannot_be_used_are_named(cohort, said):
     (cohort / "feats").mkdir()
     for k, slide in enumerate(SLIDES):
-        found = np.full((3, 10), k, np.float32)
-        found[1, 4] = np.nan if k in (2, 15) else k  # of training, and of the test
+        found = np.full((3, 10), 1 + k, np.float32)
+        found[1, 4] = np.nan if k in (2, 15) else 1 + k  # of training, and of the test
         np.save(cohort / "feats" / f"{slide}.npy", found)
     code, _, error = said("--model", "abmil", "data.features=[feats]")
     assert code == 2

@@ -471,6 +471,18 @@ def test_coords_that_are_no_places(tmp_path):
         open_features(tmp_path).record("a")
 
 
+def test_rows_that_were_never_written_are_told_with_the_first_of_them(tmp_path):
+    found = values("a", 9)
+    found[4] = 0  # a row of zeros between others is a patch like any
+    np.save(tmp_path / "whole.npy", found)
+    np.save(tmp_path / "cut.npy", np.where(np.arange(9)[:, None] < 6, found, 0))
+    np.save(tmp_path / "empty.npy", np.zeros_like(found))
+    store = open_features(tmp_path)
+    np.testing.assert_array_equal(store.features("whole"), found)
+    refused(store, "cut", "slide 'cut' are zeros alone from row 6 of 9 on")
+    refused(store, "empty", "from row 0 of 9 on")
+
+
 @pytest.mark.parametrize("shape", [(D,), (1, 3, D), ()])
 def test_what_is_no_matrix_is_no_bag(tmp_path, shape):
     np.save(tmp_path / "a.npy", np.zeros(shape, np.float32))

@@ -549,10 +549,10 @@ def test_the_weights_that_extraction_noted_are_part_of_who_made_features(tmp_pat
         ("head.embed_dim=0", "embed_dim must be at least 1, found 0"),
         ("head.attn_dim=-1", "attn_dim must be at least 1, found -1"),
         ("head.dropout=1.5", "head 'abmil' cannot be built: dropout probability"),
-        ("head.dropout=.nan", "dropout is not finite"),
+        ("head.dropout=nan", "dropout is not finite"),
         ("encoder.dim=999", "encoder.dim=999, but the features are of width 12"),
         ("aem.top_k=0", "aem.top_k must be at least 1"),  # even where its weight is 0
-        ("head.gated=3", "head.gated must be true or false, found 3"),
+        ("head.gated=3", "head.gated must be true or false, found '3'"),
     ],
 )
 def test_a_head_option_out_of_range_is_refused(cohort, monkeypatch, capsys, option, message):

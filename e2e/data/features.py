@@ -214,7 +214,8 @@ class FeatureStore:
         """(N, D) on the CPU: float16 or float32 as stored, anything else as float32.
 
         Raises:
-            DamagedDataError: as :meth:`count`; no patches; NaN or Inf, with the first row that has it.
+            DamagedDataError: as :meth:`count`; no patches; NaN or Inf, with the first row that has it; zeros
+                alone in the last row, as a file ends whose space was taken and not written.
         """
         file = self._layout.files[slide]
         if not self.count(slide):
@@ -228,6 +229,12 @@ class FeatureStore:
             raise DamagedDataError(
                 f"{file}: features of slide '{slide}' have NaN or Inf, first in row {finite.argmin()} of "
                 f"{len(found)}\n  extract the slide again (in bf16 or fp32, if fp16 overflowed)"
+            )
+        if not found[-1].any():
+            written = int(np.flatnonzero(found.any(axis=1)).max(initial=-1)) + 1
+            raise DamagedDataError(
+                f"{file}: features of slide '{slide}' are zeros alone from row {written} of {len(found)} on: "
+                "was the file written to its end?\n  extract the slide again, or cut off rows of filling"
             )
         return torch.from_numpy(found)
 
