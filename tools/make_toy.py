@@ -8,7 +8,8 @@ micro  black discs lie all over the tissue. Each carries a white glyph: a letter
        and at 5x they are the very same pixels: only 20x (0.5 um/px) tells them apart (at 10x
        some of it is left).
 macro  a few white rings with a thick black border: circles, or, on an anomaly slide, some ellipses
-       of the same area and the same ink. A 256-px patch at 20x sees only an arc: 5x decides.
+       of the same area and the same ink. They are up to 1,039 px wide at 20x (0.5 um/px), where a
+       patch sees only an arc: 1.25x decides.
 
 Writes OUT/slides/<slide>.tif (JPEG pyramids for OpenSlide), OUT/labels.csv (case,slide,split,label),
 OUT/truth.csv (box of each anomalous object, level-0 pixels) and OUT/painter.json (the settings drawn
