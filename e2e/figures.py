@@ -33,7 +33,7 @@ class Curves:
     lines: Mapping[str, Line]
     """What a line is of -> its x and y."""
     steps: bool = False
-    """A value holds until the next x."""
+    """A value holds until the x of the next point."""
     marks: str = "-"
     """matplotlib's format of a line: ``o-`` marks its points, ``o`` does not join them."""
     reference: Line | None = None
@@ -134,7 +134,8 @@ def of_classes(
 def of_scores(scores: Mapping[str, tuple[Array, NDArray[np.bool_]]]) -> list[Picture]:
     """ROC, and precision against recall: name -> (n,) scores, and whether each is a positive.
 
-    What is never positive, or always, has no line; without any line there is no picture.
+    What is never positive, or always, has no line; without any line there is no picture. The area
+    under a line is the AUC, and the average precision, of the metrics.
     """
     from sklearn.metrics import precision_recall_curve, roc_curve
 
@@ -144,13 +145,21 @@ def of_scores(scores: Mapping[str, tuple[Array, NDArray[np.bool_]]]) -> list[Pic
         if 0 < positive.sum() < len(positive):
             roc[name] = roc_curve(positive, score)[:2]
             right, recall, _ = precision_recall_curve(positive, score)
-            precision[name] = (recall[::-1], right[::-1])
+            precision[name] = (recall, right)
     if not roc:
         return []
     rates = ("false positive rate", "true positive rate")
     return [
         Curves("roc", "ROC", *rates, roc, reference=CHANCE),
-        Curves("precision_recall", "precision and recall", "recall", "precision", precision),
+        # Steps: between two thresholds precision is not on the straight line (Davis & Goadrich 2006).
+        Curves(
+            "precision_recall",
+            "precision and recall",
+            "recall",
+            "precision",
+            precision,
+            steps=True,
+        ),
     ]
 
 

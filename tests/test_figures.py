@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.cbook import STEP_LOOKUP_MAP
 from PIL import Image
 
 from e2e.figures import (
@@ -18,7 +19,7 @@ from e2e.figures import (
     of_survival,
     write_pictures,
 )
-from e2e.metrics import auc, ece
+from e2e.metrics import auc, average_precision, ece
 
 
 def drawn(classes: int, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
@@ -44,6 +45,19 @@ def test_the_area_under_each_roc_is_the_auc(classes):
         k = names.index(name)
         want = auc(shares[:, k], labels == k, np.ones((1, len(labels))))[0]
         assert np.trapezoid(y, x) == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_area_under_each_precision_line_as_drawn_is_the_average_precision(classes):
+    shares, labels = drawn(classes)
+    names = [f"c{k}" for k in range(classes)]
+    picture = by_name(of_classes(shares, labels, names, shares.argmax(1)))["precision_recall"]
+    for line in picture.draw().axes[0].lines:
+        k = names.index(str(line.get_label()))
+        path = STEP_LOOKUP_MAP[line.get_drawstyle()]
+        x, y = path(*line.get_data())
+        want = average_precision(shares[:, k], labels == k, np.ones((1, len(labels))))[0]
+        assert abs(np.trapezoid(y, x)) == pytest.approx(want, abs=1e-12)
 
 
 def test_calibrations_gaps_weighted_by_slides_are_the_expected_calibration_error():
