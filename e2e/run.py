@@ -125,7 +125,7 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
             screen.say(f"trained in {clock(time.monotonic() - started)}")
             _settle(settings, folder, parts, strategy, screen)
             _evaluate(settings, folder, folder, parts, strategy, screen)
-            screen.say(f"results: {folder}/metrics.json, predictions.csv, heatmaps/")
+            screen.say(f"results: {folder}/metrics.json, predictions.csv, figures/, heatmaps/")
     finally:
         screen.pause()
         log.close()
@@ -175,7 +175,7 @@ def evaluate(settings: Settings, folder: Path, out: Path) -> None:
             strategy.setup(parts.model, None, clip=None)
             out.mkdir(parents=True, exist_ok=True)
             _evaluate(settings, folder, out, parts, strategy, screen)
-            screen.say(f"results: {out}/metrics.json, predictions.csv, heatmaps/")
+            screen.say(f"results: {out}/metrics.json, predictions.csv, figures/, heatmaps/")
     finally:
         screen.pause()
         strategy.close()

@@ -3,7 +3,7 @@
   python launch/evaluate.py runs/panda_e2e_r18_abmilx
   torchrun --nproc-per-node 2 launch/evaluate.py RUN --out DIR engine.device=cpu
 
-Writes predictions.csv, metrics.json and heatmaps/ to DIR (RUN/evaluation unless told otherwise).
+Writes predictions.csv, metrics.json, figures/ and heatmaps/ to DIR (RUN/evaluation unless told otherwise).
 Settings after the run change it for this evaluation alone, such as the place of the stores.
 """
 
