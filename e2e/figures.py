@@ -38,8 +38,10 @@ class Curves:
     """matplotlib's format of a line: ``o-`` marks its points, ``o`` does not join them."""
     reference: Line | None = None
     """A dashed line to compare with."""
-    more: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    """Further numbers of each point of the first line, for the CSV."""
+    shares: bool = True
+    """y goes from 0 to 1, and is shown so, whatever part of it the lines take."""
+    more: Mapping[str, NDArray[Any] | float] = field(default_factory=dict)
+    """Further numbers of each point, or one for all, for the CSV."""
 
     def draw(self) -> Canvas:
         """The picture."""
@@ -49,6 +51,8 @@ class Curves:
         for label, (x, y) in self.lines.items():
             style = "steps-post" if self.steps else "default"
             axes.plot(x, y, self.marks, drawstyle=style, markersize=4, label=label)
+        if self.shares:
+            axes.set_ylim(-0.05, 1.05)
         axes.legend(frameon=False, fontsize=8)
         return canvas
 
@@ -164,7 +168,9 @@ def of_scores(scores: Mapping[str, tuple[Array, NDArray[np.bool_]]]) -> list[Pic
 
 
 def calibration(confidence: Array, right: NDArray[np.bool_]) -> Curves:
-    """How often the class predicted is right, by how probable the model calls it; see ECE.
+    """How often the likeliest class is right, by how probable the model calls it; see ECE.
+
+    Of ordered grades that is not always the one that is called (:func:`of_classes`, ``decided``).
 
     Bins are equally wide (Guo et al. 2017, arXiv:1706.04599); those without a slide have no point.
     """
@@ -176,8 +182,8 @@ def calibration(confidence: Array, right: NDArray[np.bool_]) -> Curves:
     return Curves(
         "calibration",
         "calibration",
-        "probability of the predicted class",
-        "share that is right",
+        "probability of the likeliest class",
+        "share of slides of that class",
         {f"{len(confidence):,} slides": (said, true)},
         marks="o-",
         reference=CHANCE,
@@ -201,8 +207,8 @@ def of_survival(
         event: (n,) whether it was seen.
         survival: (n, T) predicted chance to outlive each time of ``edges`` (T,); None: none.
 
-    The p in the title is that of :func:`log_rank`. In the calibration each point is a quarter
-    of the cases, by predicted survival at that time: its mean against the Kaplan-Meier estimate.
+    The p in the title, and in the CSV, is that of :func:`log_rank`. In the calibration each point is a
+    quarter of the cases, by predicted survival at that time: its mean against the Kaplan-Meier estimate.
     """
     high = risk > np.median(risk)
     groups = {"low risk": ~high, "high risk": high}
@@ -216,8 +222,9 @@ def of_survival(
     p = log_rank(time, event, high)
     why = "no event tells them apart" if len(lines) == 2 else "one risk for all"
     title = f"log-rank p = {p:.3g}" if np.isfinite(p) else f"log-rank p undefined: {why}"
+    axes, more = ("time", "without an event"), {"log_rank_p": p}
     found: list[Picture] = [
-        Curves("kaplan_meier", title, "time", "without an event", lines, steps=True)
+        Curves("kaplan_meier", title, *axes, lines, steps=True, more=more),
     ]
     if survival is not None and len(edges):
         found.append(_survival_calibration(survival, edges, time, event))
@@ -268,7 +275,10 @@ def of_numbers(predicted: Array, targets: Array, name: str) -> list[Picture]:
     both = np.concatenate([predicted, targets])
     ends = np.array([both.min(), both.max()])
     line = {f"{len(targets):,} slides": (targets, predicted)}
-    return [Curves("scatter", name, "label", "predicted", line, marks="o", reference=(ends, ends))]
+    axes, diagonal = ("label", "predicted"), (ends, ends)
+    return [
+        Curves("scatter", name, *axes, line, marks="o", reference=diagonal, shares=False),
+    ]
 
 
 def _axes(title: str, x: str, y: str):

@@ -128,6 +128,8 @@ def test_the_log_rank_p_is_small_where_risks_tell_and_undefined_where_all_are_on
     event = rng.uniform(size=200) < 0.8
     told = of_survival(risk, time, event)[0].title
     blind = of_survival(rng.normal(size=200), time, event)[0].title
+    table = of_survival(risk, time, event)[0].table()
+    assert set(table["log_rank_p"].map("{:.3g}".format)) == {told.removeprefix("log-rank p = ")}
     assert (
         float(told.removeprefix("log-rank p = "))
         < 1e-6
@@ -157,6 +159,15 @@ def test_a_test_set_whose_events_tell_nothing_has_its_curves_and_no_p(tmp_path, 
     write_pictures(drawn, tmp_path)
     assert drawn[0].title == "log-rank p undefined: no event tells them apart"
     assert {path.stem for path in tmp_path.glob("*.png")} == {"kaplan_meier", "calibration"}
+
+
+def test_shares_are_shown_from_0_to_1_whatever_part_of_it_the_lines_take():
+    time, event = np.arange(1.0, 21), np.arange(20) < 2  # nine in ten are left at the end
+    [curves] = of_survival(np.arange(20.0), time, event)
+    low, high = curves.draw().axes[0].get_ylim()
+    assert low <= 0 < 1 <= high < 1.2
+    [numbers] = of_numbers(np.array([40.0, 50.0]), np.array([41.0, 52.0]), "age")
+    assert numbers.draw().axes[0].get_ylim()[0] > 30
 
 
 def test_survival_that_is_predicted_right_lies_on_the_diagonal():
