@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.figure import Figure as Canvas
 from numpy.typing import NDArray
 
@@ -50,7 +51,8 @@ class Curves:
             axes.plot(*self.reference, color="0.7", linestyle="--", linewidth=1)
         for label, (x, y) in self.lines.items():
             style = "steps-post" if self.steps else "default"
-            axes.plot(x, y, self.marks, drawstyle=style, markersize=4, label=label)
+            # After a space: matplotlib leaves a name that begins with _ out of the legend.
+            axes.plot(x, y, self.marks, drawstyle=style, markersize=4, label=f" {label}")
         if self.shares:
             axes.set_ylim(-0.05, 1.05)
         axes.legend(frameon=False, fontsize=8)
@@ -100,7 +102,8 @@ def write_pictures(pictures: Iterable[Picture], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         at = io.BytesIO()
-        picture.draw().savefig(at, format="png", dpi=150, bbox_inches="tight")
+        with rc_context({"text.parse_math": False}):  # a class may be called $5$
+            picture.draw().savefig(at, format="png", dpi=150, bbox_inches="tight")
         write_atomically(folder / f"{picture.name}.png", at.getvalue())
         table = picture.table().to_csv(index=False).encode()
         write_atomically(folder / f"{picture.name}.csv", table)

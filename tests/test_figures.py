@@ -53,7 +53,7 @@ def test_the_area_under_each_precision_line_as_drawn_is_the_average_precision(cl
     names = [f"c{k}" for k in range(classes)]
     picture = by_name(of_classes(shares, labels, names, shares.argmax(1)))["precision_recall"]
     for line in picture.draw().axes[0].lines:
-        k = names.index(str(line.get_label()))
+        k = names.index(str(line.get_label()).strip())
         path = STEP_LOOKUP_MAP[line.get_drawstyle()]
         x, y = path(*line.get_data())
         want = average_precision(shares[:, k], labels == k, np.ones((1, len(labels))))[0]
@@ -106,6 +106,16 @@ def test_each_picture_is_a_png_with_a_csv_of_its_points(tmp_path: Path):
     }
     table = pd.read_csv(tmp_path / "figures" / "confusion.csv")
     assert table.to_dict("list") == {"label": ["a", "b"], "a": [3, 0], "b": [1, 2]}
+
+
+def test_a_class_may_have_any_name(tmp_path: Path):
+    shares, labels = drawn(3)
+    names = ["_other", "x$^$", "$5$"]  # not of a legend, no formula, a formula: as matplotlib has it
+    pictures = of_classes(shares, labels, names, shares.argmax(1))
+    write_pictures(pictures, tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.png")} == {picture.name for picture in pictures}
+    legend = by_name(pictures)["roc"].draw().axes[0].get_legend()
+    assert [text.get_text().strip() for text in legend.get_texts()] == names
 
 
 def test_survival_of_two_risk_groups_by_hand():
