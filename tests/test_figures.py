@@ -110,7 +110,11 @@ def test_each_picture_is_a_png_with_a_csv_of_its_points(tmp_path: Path):
 
 def test_a_class_may_have_any_name(tmp_path: Path):
     shares, labels = drawn(3)
-    names = ["_other", "x$^$", "$5$"]  # not of a legend, no formula, a formula: as matplotlib has it
+    names = [
+        "_other",
+        "x$^$",
+        "$5$",
+    ]  # not of a legend, no formula, a formula: as matplotlib has it
     pictures = of_classes(shares, labels, names, shares.argmax(1))
     write_pictures(pictures, tmp_path)
     assert {path.stem for path in tmp_path.glob("*.png")} == {picture.name for picture in pictures}
