@@ -366,12 +366,8 @@ def load_cohort(
     _settle(problems, data, name, problems_file)
     screen = Screen(leads=problems_file is not None)
     kept = [slide for slide in known if slide.id in first]
-    shares = data.cut
-    if chosen_on == "test":
-        shares = replace(shares, val=0)
-        kept = [
-            replace(slide, split={"val": "test"}.get(slide.split, slide.split)) for slide in kept
-        ]
+    shares = data.cut if chosen_on == "val" else replace(data.cut, val=0)
+    kept = kept if chosen_on == "val" else _val_in_test(kept)
     kept = _cut_missing(kept, shares, by=task.columns[0], seed=seed, screen=screen)
     check_splits(kept, chosen_on=chosen_on)
     trained = [slide for slide in kept if slide.split == "train"]
@@ -393,6 +389,11 @@ def load_cohort(
     for line in check_classes(items, task):
         screen.say(f"NOTE {line}")
     return items, problems
+
+
+def _val_in_test(slides: Sequence[Slide]) -> list[Slide]:
+    """With validation slides as part of the test."""
+    return [replace(s, split="test") if s.split == "val" else s for s in slides]
 
 
 def _cut_missing(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.figure import Figure as Canvas
 from numpy.typing import NDArray
 
@@ -33,13 +34,15 @@ class Curves:
     lines: Mapping[str, Line]
     """What a line is of -> its x and y."""
     steps: bool = False
-    """A value holds until the next x."""
+    """A value holds until the x of the next point."""
     marks: str = "-"
     """matplotlib's format of a line: ``o-`` marks its points, ``o`` does not join them."""
     reference: Line | None = None
     """A dashed line to compare with."""
-    more: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    """Further numbers of each point of the first line, for the CSV."""
+    shares: bool = True
+    """y goes from 0 to 1, and is shown so, whatever part of it the lines take."""
+    more: Mapping[str, NDArray[Any] | float] = field(default_factory=dict)
+    """Further numbers of each point, or one for all, for the CSV."""
 
     def draw(self) -> Canvas:
         """The picture."""
@@ -48,7 +51,10 @@ class Curves:
             axes.plot(*self.reference, color="0.7", linestyle="--", linewidth=1)
         for label, (x, y) in self.lines.items():
             style = "steps-post" if self.steps else "default"
-            axes.plot(x, y, self.marks, drawstyle=style, markersize=4, label=label)
+            # After a space: matplotlib leaves a name that begins with _ out of the legend.
+            axes.plot(x, y, self.marks, drawstyle=style, markersize=4, label=f" {label}")
+        if self.shares:
+            axes.set_ylim(-0.05, 1.05)
         axes.legend(frameon=False, fontsize=8)
         return canvas
 
@@ -96,7 +102,8 @@ def write_pictures(pictures: Iterable[Picture], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         at = io.BytesIO()
-        picture.draw().savefig(at, format="png", dpi=150, bbox_inches="tight")
+        with rc_context({"text.parse_math": False}):  # a class may be called $5$
+            picture.draw().savefig(at, format="png", dpi=150, bbox_inches="tight")
         write_atomically(folder / f"{picture.name}.png", at.getvalue())
         table = picture.table().to_csv(index=False).encode()
         write_atomically(folder / f"{picture.name}.csv", table)
@@ -134,7 +141,8 @@ def of_classes(
 def of_scores(scores: Mapping[str, tuple[Array, NDArray[np.bool_]]]) -> list[Picture]:
     """ROC, and precision against recall: name -> (n,) scores, and whether each is a positive.
 
-    What is never positive, or always, has no line; without any line there is no picture.
+    What is never positive, or always, has no line; without any line there is no picture. The area
+    under a line is the AUC, and the average precision, of the metrics.
     """
     from sklearn.metrics import precision_recall_curve, roc_curve
 
@@ -144,18 +152,28 @@ def of_scores(scores: Mapping[str, tuple[Array, NDArray[np.bool_]]]) -> list[Pic
         if 0 < positive.sum() < len(positive):
             roc[name] = roc_curve(positive, score)[:2]
             right, recall, _ = precision_recall_curve(positive, score)
-            precision[name] = (recall[::-1], right[::-1])
+            precision[name] = (recall, right)
     if not roc:
         return []
     rates = ("false positive rate", "true positive rate")
     return [
         Curves("roc", "ROC", *rates, roc, reference=CHANCE),
-        Curves("precision_recall", "precision and recall", "recall", "precision", precision),
+        # Steps: between two thresholds precision is not on the straight line (Davis & Goadrich 2006).
+        Curves(
+            "precision_recall",
+            "precision and recall",
+            "recall",
+            "precision",
+            precision,
+            steps=True,
+        ),
     ]
 
 
 def calibration(confidence: Array, right: NDArray[np.bool_]) -> Curves:
-    """How often the class predicted is right, by how probable the model calls it; see ECE.
+    """How often the likeliest class is right, by how probable the model calls it; see ECE.
+
+    Of ordered grades that is not always the one that is called (:func:`of_classes`, ``decided``).
 
     Bins are equally wide (Guo et al. 2017, arXiv:1706.04599); those without a slide have no point.
     """
@@ -167,8 +185,8 @@ def calibration(confidence: Array, right: NDArray[np.bool_]) -> Curves:
     return Curves(
         "calibration",
         "calibration",
-        "probability of the predicted class",
-        "share that is right",
+        "probability of the likeliest class",
+        "share of slides of that class",
         {f"{len(confidence):,} slides": (said, true)},
         marks="o-",
         reference=CHANCE,
@@ -192,8 +210,8 @@ def of_survival(
         event: (n,) whether it was seen.
         survival: (n, T) predicted chance to outlive each time of ``edges`` (T,); None: none.
 
-    The p in the title is that of :func:`log_rank`. In the calibration each point is a quarter
-    of the cases, by predicted survival at that time: its mean against the Kaplan-Meier estimate.
+    The p in the title, and in the CSV, is that of :func:`log_rank`. In the calibration each point is a
+    quarter of the cases, by predicted survival at that time: its mean against the Kaplan-Meier estimate.
     """
     high = risk > np.median(risk)
     groups = {"low risk": ~high, "high risk": high}
@@ -207,8 +225,9 @@ def of_survival(
     p = log_rank(time, event, high)
     why = "no event tells them apart" if len(lines) == 2 else "one risk for all"
     title = f"log-rank p = {p:.3g}" if np.isfinite(p) else f"log-rank p undefined: {why}"
+    axes, more = ("time", "without an event"), {"log_rank_p": p}
     found: list[Picture] = [
-        Curves("kaplan_meier", title, "time", "without an event", lines, steps=True)
+        Curves("kaplan_meier", title, *axes, lines, steps=True, more=more),
     ]
     if survival is not None and len(edges):
         found.append(_survival_calibration(survival, edges, time, event))
@@ -259,7 +278,10 @@ def of_numbers(predicted: Array, targets: Array, name: str) -> list[Picture]:
     both = np.concatenate([predicted, targets])
     ends = np.array([both.min(), both.max()])
     line = {f"{len(targets):,} slides": (targets, predicted)}
-    return [Curves("scatter", name, "label", "predicted", line, marks="o", reference=(ends, ends))]
+    axes, diagonal = ("label", "predicted"), (ends, ends)
+    return [
+        Curves("scatter", name, *axes, line, marks="o", reference=diagonal, shares=False),
+    ]
 
 
 def _axes(title: str, x: str, y: str):

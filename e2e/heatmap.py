@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -60,8 +61,8 @@ def draw_heatmap(
     """Write ``path``.png (the slide from its patches, beside it the scores over it) and ``.csv``.
 
     Colours are percentile ranks within the slide, because raw attention is often one hot patch on
-    a field of near zeros. Without a decoder there is no slide to show. The table holds x, y
-    (level-0 px), side and the raw score.
+    a field of near zeros. Without a decoder there is no slide to show. The table holds x, y and side
+    (level-0 px), the raw score and its percentile.
 
     Raises:
         DamagedDataError: a patch cannot be read; names it.
@@ -102,7 +103,8 @@ def _geometry(record: SlideRecord) -> tuple[NDArray[np.int64], int, tuple[int, i
     low = record.places.min(axis=0)
     extent = record.places.max(axis=0) - low + side
     scale = SIDE / max(extent)
-    cell = max(1, round(side * scale))
+    # Up, so that neighbours never leave a line of ground between them; but not by a rounding error.
+    cell = max(1, math.ceil(side * scale - 1e-6))
     corners = np.round((record.places - low) * scale).astype(np.int64)
     height, width = (int(corners[:, axis].max()) + cell for axis in (1, 0))
     return corners, cell, (height, width)
@@ -149,7 +151,9 @@ def _mosaic(item: LabelledSlide, record: SlideRecord, decoder: Decoder) -> NDArr
 def _panels(left: NDArray[np.uint8], right: NDArray[np.uint8], caption: str) -> bytes:
     height, width = left.shape[:2]
     bar = 24
-    canvas = Image.new("RGB", (2 * width + 72, height + bar), "white")
+    words = ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(caption)
+    size = (max(2 * width + 72, math.ceil(words) + 8), height + bar)
+    canvas = Image.new("RGB", size, "white")
     canvas.paste(Image.fromarray(left), (0, bar))
     canvas.paste(Image.fromarray(right), (width + 8, bar))
     ramp = colormaps["turbo"](np.linspace(1, 0, height))[:, None, :3] * 255

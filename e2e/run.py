@@ -125,7 +125,7 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
             screen.say(f"trained in {clock(time.monotonic() - started)}")
             _settle(settings, folder, parts, strategy, screen)
             _evaluate(settings, folder, folder, parts, strategy, screen)
-            screen.say(f"results: {folder}/metrics.json, predictions.csv, heatmaps/")
+            screen.say(f"results: {folder}/metrics.json, predictions.csv, figures/, heatmaps/")
     finally:
         screen.pause()
         log.close()
@@ -157,7 +157,11 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def evaluate(settings: Settings, folder: Path, out: Path) -> None:
-    """Evaluate a run's best epoch again, into ``out``; UserError for another head than the run's."""
+    """Evaluate a run's best epoch again, into ``out``, with what it went by; so that tools read it as a run.
+
+    Raises:
+        UserError: another head than the run's; or see :func:`train`.
+    """
     trained, asked = saved_settings(folder, [], REGISTRIES).head.name, settings.head.name
     if asked != trained:  # the weights of some would fit: those of mean and max are alike
         raise UserError(
@@ -173,9 +177,10 @@ def evaluate(settings: Settings, folder: Path, out: Path) -> None:
                 lambda: _prepare(settings, strategy, folder, new=False, trained=True, writes=False),
             )
             strategy.setup(parts.model, None, clip=None)
-            out.mkdir(parents=True, exist_ok=True)
+            if out.resolve() != folder.resolve():
+                _on_every_rank(strategy, lambda: _begin(settings, out, parts, strategy))
             _evaluate(settings, folder, out, parts, strategy, screen)
-            screen.say(f"results: {out}/metrics.json, predictions.csv, heatmaps/")
+            screen.say(f"results: {out}/metrics.json, predictions.csv, figures/, heatmaps/")
     finally:
         screen.pause()
         strategy.close()
@@ -304,7 +309,7 @@ def _look_over(parts: Parts, strategy: Strategy, screen: Screen) -> None:
 
 
 def _begin(settings: Settings, folder: Path, parts: Parts, strategy: Strategy) -> None:
-    """Make the run's folder, with what the run goes by."""
+    """Make the folder of a run, or of its evaluation, with what that goes by."""
     if not strategy.leads:
         return
     # The settings first: with them a run that is stopped here already goes on.
@@ -355,8 +360,8 @@ def predict(
     if build.on_features(settings):
         raise UserError(
             f"{folder} was trained on features, so it has no encoder for slides\n"
-            "  extract their features with launch/extract.py, list them in a label table, and use"
-            " launch/evaluate.py"
+            "  extract their features with launch/extract.py, add them and their labels to the run's label"
+            " table as test slides, and use launch/evaluate.py"
         )
     best = folder / "best.safetensors"
     tensors, _ = load_checkpoint(best)
@@ -519,7 +524,7 @@ def _greet(screen: Screen, settings: Settings, parts: Parts, strategy: Strategy)
         chosen = parts.of_split(split)
         patches = sum(item.store.count(item.slide.id) for item in chosen)
         screen.say(
-            f"{split:5}  {len(chosen)} slides, {patches:,} patches: "
+            f"{split:5}  {len(chosen)} {settings.data.unit}s, {patches:,} patches: "
             f"{parts.task.describe([item.target for item in chosen])}"
         )
     model = parts.model

@@ -328,11 +328,11 @@ class Trainer:
             self._save("best")
         else:
             progress.stale += 1
-        loss = progress.loss_sum / max(1, progress.losses)
+        loss = progress.loss_sum / progress.losses if progress.losses else None  # all were bad
         shown = "  ".join(f"{k} {_text(v[self.task.monitor])}" for k, v in found.items())
         mark = "  *" if progress.stale == 0 else ""
         self.screen.say(
-            f"epoch {progress.epoch + 1:3d}  loss {loss:.4f}  val {self.task.monitor}: {shown}{mark}"
+            f"epoch {progress.epoch + 1:3d}  loss {_text(loss, 4)}  val {self.task.monitor}: {shown}{mark}"
         )
         if self.strategy.leads:
             self.log.write(step=progress.step, epoch=progress.epoch, train_loss=loss, val=found)
@@ -524,5 +524,5 @@ def to_host(values: Tensor) -> Callable[[], list[float]]:
     return read
 
 
-def _text(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"
+def _text(value: float | None, digits: int = 3) -> str:
+    return "undefined" if value is None else f"{value:.{digits}f}"

@@ -3,8 +3,10 @@
   python launch/evaluate.py runs/panda_e2e_r18_abmilx
   torchrun --nproc-per-node 2 launch/evaluate.py RUN --out DIR engine.device=cpu
 
-Writes predictions.csv, metrics.json and heatmaps/ to DIR (RUN/evaluation unless told otherwise).
-Settings after the run change it for this evaluation alone, such as the place of the stores.
+Writes predictions.csv, metrics.json, figures/ and heatmaps/ to DIR (RUN/evaluation unless told otherwise),
+with settings.yaml, cohort.csv and task.json, by which tools/compare_runs.py reads it. Settings after the
+run change it for this evaluation alone, such as the place of the stores; a label table needs training and
+validation slides here too.
 """
 
 import argparse

@@ -6,8 +6,8 @@
 
 Settings are read in this order, later ones winning: the defaults of e2e/config.py,
 configs/datasets/<datasets>.yaml, configs/models/<model>.yaml, -c files in order, section.key=value.
-The run folder holds settings.yaml, cohort.csv, metrics.jsonl, best.safetensors, last.safetensors,
-predictions.csv, metrics.json and heatmaps/.
+The run folder holds settings.yaml, cohort.csv, task.json, metrics.jsonl, best.safetensors,
+last.safetensors, predictions.csv, metrics.json, figures/ and heatmaps/.
 """
 
 import sys

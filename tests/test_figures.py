@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.cbook import STEP_LOOKUP_MAP
 from PIL import Image
 
 from e2e.figures import (
@@ -18,7 +19,7 @@ from e2e.figures import (
     of_survival,
     write_pictures,
 )
-from e2e.metrics import auc, ece
+from e2e.metrics import auc, average_precision, ece
 
 
 def drawn(classes: int, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
@@ -44,6 +45,19 @@ def test_the_area_under_each_roc_is_the_auc(classes):
         k = names.index(name)
         want = auc(shares[:, k], labels == k, np.ones((1, len(labels))))[0]
         assert np.trapezoid(y, x) == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_area_under_each_precision_line_as_drawn_is_the_average_precision(classes):
+    shares, labels = drawn(classes)
+    names = [f"c{k}" for k in range(classes)]
+    picture = by_name(of_classes(shares, labels, names, shares.argmax(1)))["precision_recall"]
+    for line in picture.draw().axes[0].lines:
+        k = names.index(str(line.get_label()).strip())
+        path = STEP_LOOKUP_MAP[line.get_drawstyle()]
+        x, y = path(*line.get_data())
+        want = average_precision(shares[:, k], labels == k, np.ones((1, len(labels))))[0]
+        assert abs(np.trapezoid(y, x)) == pytest.approx(want, abs=1e-12)
 
 
 def test_calibrations_gaps_weighted_by_slides_are_the_expected_calibration_error():
@@ -94,6 +108,20 @@ def test_each_picture_is_a_png_with_a_csv_of_its_points(tmp_path: Path):
     assert table.to_dict("list") == {"label": ["a", "b"], "a": [3, 0], "b": [1, 2]}
 
 
+def test_a_class_may_have_any_name(tmp_path: Path):
+    shares, labels = drawn(3)
+    names = [
+        "_other",
+        "x$^$",
+        "$5$",
+    ]  # not of a legend, no formula, a formula: as matplotlib has it
+    pictures = of_classes(shares, labels, names, shares.argmax(1))
+    write_pictures(pictures, tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.png")} == {picture.name for picture in pictures}
+    legend = by_name(pictures)["roc"].draw().axes[0].get_legend()
+    assert [text.get_text().strip() for text in legend.get_texts()] == names
+
+
 def test_survival_of_two_risk_groups_by_hand():
     time = np.array([1.0, 2.0, 3.0, 1.0, 4.0, 5.0])
     event = np.array([True, False, True, True, True, False])
@@ -114,6 +142,8 @@ def test_the_log_rank_p_is_small_where_risks_tell_and_undefined_where_all_are_on
     event = rng.uniform(size=200) < 0.8
     told = of_survival(risk, time, event)[0].title
     blind = of_survival(rng.normal(size=200), time, event)[0].title
+    table = of_survival(risk, time, event)[0].table()
+    assert set(table["log_rank_p"].map("{:.3g}".format)) == {told.removeprefix("log-rank p = ")}
     assert (
         float(told.removeprefix("log-rank p = "))
         < 1e-6
@@ -143,6 +173,15 @@ def test_a_test_set_whose_events_tell_nothing_has_its_curves_and_no_p(tmp_path, 
     write_pictures(drawn, tmp_path)
     assert drawn[0].title == "log-rank p undefined: no event tells them apart"
     assert {path.stem for path in tmp_path.glob("*.png")} == {"kaplan_meier", "calibration"}
+
+
+def test_shares_are_shown_from_0_to_1_whatever_part_of_it_the_lines_take():
+    time, event = np.arange(1.0, 21), np.arange(20) < 2  # nine in ten are left at the end
+    [curves] = of_survival(np.arange(20.0), time, event)
+    low, high = curves.draw().axes[0].get_ylim()
+    assert low <= 0 < 1 <= high < 1.2
+    [numbers] = of_numbers(np.array([40.0, 50.0]), np.array([41.0, 52.0]), "age")
+    assert numbers.draw().axes[0].get_ylim()[0] > 30
 
 
 def test_survival_that_is_predicted_right_lies_on_the_diagonal():

@@ -184,6 +184,38 @@ def test_patches_touch_without_gaps(item, tmp_path):
     assert ground == 0
 
 
+def strip(tmp_path, columns: int, rows: int, caption: str) -> np.ndarray:
+    """The picture of a grid without a patch missing."""
+    coords = np.array([(64 * x, 64 * y) for y in range(rows) for x in range(columns)], np.int32)
+    black = jpeg(Image.new("RGB", (32, 32), "black"), quality=95)
+    with StoreWriter(tmp_path / "x.lmdb", RECIPE) as writer:
+        writer.add(record("s", len(coords), coords=coords), [black] * len(coords))
+    slide = LabelledSlide(
+        Slide("s", "s", "test", {}), PatchStore(tmp_path / "x.lmdb"), torch.tensor(0)
+    )
+    scores = np.arange(float(len(coords)))
+    path = tmp_path / "s"
+    draw_heatmap(slide, scores, decoder=build_decoder(), caption=caption, path=path)
+    with Image.open(tmp_path / "s.png") as image:
+        return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("columns", [7, 175, 180, 256])
+def test_patches_touch_however_many_there_are_in_a_row(tmp_path, columns):
+    picture = strip(tmp_path, columns, 2, "")
+    assert picture[BAR + 1, :SIDE].max() < 20
+
+
+def test_of_a_narrow_slide_the_caption_is_there_to_its_end(tmp_path):
+    caption = "TCGA-A1-A0SB-01Z-00-DX1.B34C267B   predicted malignant (0.98)   label malignant"
+    narrow, wide = (
+        strip(tmp_path / name, columns, 40, caption)[:BAR]
+        for name, columns in (("narrow", 1), ("wide", 40))
+    )
+    dark = [int((bar < 128).any(axis=2).sum()) for bar in (narrow, wide)]
+    assert dark[0] == dark[1] > 100
+
+
 def test_a_patch_that_cannot_be_decoded_is_named_with_what_to_do(tmp_path):
     jpegs = [jpeg(k) for k in range(300)]
     jpegs[270] = b"\xff\xd8 no more"

@@ -186,6 +186,15 @@ def test_the_log_says_which_steps_were_skipped_in_numbers_that_are_json(tmp_path
     assert steps[1]["loss"] > 0
 
 
+def test_an_epoch_whose_steps_were_all_skipped_has_no_loss_rather_than_0(tmp_path, capsys):
+    log, screen = MetricsLog(tmp_path / "metrics.jsonl"), Screen(leads=True)
+    poisoned = {(0, 0), (0, 1)}
+    trainer(tmp_path, both((0.5, 1.0)), poisoned=poisoned, log=log, screen=screen).fit()
+    assert "epoch   1  loss undefined  val auc" in capsys.readouterr().out
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["train_loss"] is None
+
+
 def test_the_learning_rate_reaches_zero_at_the_last_step(tmp_path):
     run = trainer(tmp_path, both((0.5, 1.0), (0.5, 1.0)))
     run.fit()

@@ -3,7 +3,8 @@
   python tools/compare_runs.py runs/a runs/b
   python tools/compare_runs.py runs/a runs/b --split val --metric kappa_quadratic --json ab.json
 
-Reads settings.yaml and predictions.csv of both run folders. Prints the metric of each run, A - B,
+Reads settings.yaml, task.json and predictions.csv of both folders: of runs, or of what launch/evaluate.py
+leaves (RUN/evaluation). Prints the metric of each run, A - B,
 their 95 % intervals and the p of no difference: DeLong's for the AUC of two classes where every
 slide is its own case; else that of the paired bootstrap over cases, whose resamples are the same
 for both runs.
