@@ -40,7 +40,15 @@ from e2e.data.pixels import Look, PixelCache
 from e2e.data.sampler import SAMPLERS
 from e2e.data.seed_lmdb import open_store
 from e2e.data.split_files import Folds, pick_fold, read_splits
-from e2e.data.splits import assign, check_copies, check_splits, cut, missing_classes
+from e2e.data.splits import (
+    HONEST,
+    Protocol,
+    assign,
+    check_copies,
+    check_splits,
+    cut,
+    missing_classes,
+)
 from e2e.data.store import Store
 from e2e.encoders.base import ENCODERS
 from e2e.errors import DamagedDataError, UserError, listing
@@ -328,7 +336,7 @@ def load_cohort(
     problems_file: Path | None,
     size: int | None = None,
     features: bool = False,
-    chosen_on: str = "val",
+    protocol: Protocol = HONEST,
 ) -> tuple[list[LabelledSlide], list[Problem]]:
     """The cohort's slides, or its cases, checked, split and matched with their patches.
 
@@ -337,8 +345,7 @@ def load_cohort(
             which say nothing either.
         size: to which all patches are brought; None: they stay as stored.
         features: take ``data.features`` in place of the stores.
-        chosen_on: the split on which epochs are compared, so that it must not be empty. If it is the
-            test, validation slides are part of it and none are cut off the training slides.
+        protocol: what the splits are used for.
 
     Returns:
         The slides, and what was left out under ``data.unmatched=drop``.
@@ -366,16 +373,14 @@ def load_cohort(
     _settle(problems, data, name, problems_file)
     screen = Screen(leads=problems_file is not None)
     kept = [slide for slide in known if slide.id in first]
-    shares = data.cut if chosen_on == "val" else replace(data.cut, val=0)
-    kept = kept if chosen_on == "val" else _val_in_test(kept)
-    kept = _cut_missing(kept, shares, by=task.columns[0], seed=seed, screen=screen)
-    check_splits(kept, chosen_on=chosen_on)
+    kept = _resplit(kept, protocol, data.cut, by=task.columns[0], seed=seed, screen=screen)
+    check_splits(kept, needs=protocol.needs)
     trained = [slide for slide in kept if slide.split == "train"]
     more, lacking = match_scales(trained, scales[1:])
     problems += lacking
     _settle(problems, data, name, problems_file)
     kept = [slide for slide in kept if slide.split != "train" or slide.id in more]
-    check_splits(kept, chosen_on=chosen_on)
+    check_splits(kept, needs=protocol.needs)
     stores = {slide.id: [first[slide.id], *more.get(slide.id, [])] for slide in kept}
     if not features:
         check_sides(stores, size)
@@ -391,16 +396,13 @@ def load_cohort(
     return items, problems
 
 
-def _val_in_test(slides: Sequence[Slide]) -> list[Slide]:
-    """With validation slides as part of the test."""
-    return [replace(s, split="test") if s.split == "val" else s for s in slides]
-
-
-def _cut_missing(
-    slides: list[Slide], shares: Cut, *, by: str, seed: int, screen: Screen
+def _resplit(
+    slides: list[Slide], protocol: Protocol, shares: Cut, *, by: str, seed: int, screen: Screen
 ) -> list[Slide]:
-    """With the splits of ``data.cut`` that no slide has yet: a test of the table or of a fold stays."""
-    for split in ("test", "val"):
+    """With the protocol's splits, and those of ``data.cut`` that no slide has yet: a test of the table or of
+    a fold stays."""
+    slides = [replace(s, split=protocol.joined.get(s.split, s.split)) for s in slides]
+    for split in protocol.cuts:
         share = getattr(shares, split)
         if share and any(slide.split == split for slide in slides):
             screen.say(

@@ -314,7 +314,8 @@ def heatmap_drawer(task: Task, look: Sight, folder: Path, chosen: Sequence[Label
             return
         words = zip(task.label_columns, task.words(task.numbers(item.target)), strict=True)
         label = ", ".join(f"{column} {word}" for column, word in words if word)
+        name = item.slide.id.replace("/", "_")  # an id of a table is no way out of the folder
         caption = f"{item.slide.id}   predicted {task.shown(values)[1]}   {label}".rstrip()
-        draw_heatmap(item, scores, decoder=decoder, caption=caption, path=folder / item.slide.id)
+        draw_heatmap(item, scores, decoder=decoder, caption=caption, path=folder / name)
 
     return draw

@@ -10,10 +10,11 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -23,11 +24,12 @@ from e2e.checkpoint import check_weights, load_checkpoint, part
 from e2e.config import Settings, dump_settings, flat_settings, saved_settings
 from e2e.data.cohort import Problem, Slide
 from e2e.data.loader import LabelledSlide, View
-from e2e.data.pack import Progress, Row, pack
+from e2e.data.pack import Progress, Report, Row, pack
 from e2e.data.pixels import Look
 from e2e.data.sources import SlideFiles, read_mpp
-from e2e.data.store import PatchStore
-from e2e.errors import UserError
+from e2e.data.splits import AS_PUBLISHED, EXTERNAL, HONEST, Protocol
+from e2e.data.store import PatchStore, Slides
+from e2e.errors import UserError, listing
 from e2e.evaluate import (
     arrays_of,
     evaluate_run,
@@ -52,8 +54,7 @@ PARTLY_DONE = 3
 """Exit code: the work is done but for some slides, which are named."""
 
 
-CHOSEN_ON = {"honest": "val", "as_published": "test"}
-"""Protocol -> the split on which the epoch is chosen."""
+PROTOCOLS = {"honest": HONEST, "as_published": AS_PUBLISHED}
 FEATURES = "features.json"
 """In a run's folder: which features it was trained on, in the two-stage mode."""
 LOCK = ".lock"
@@ -96,16 +97,20 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
         if strategy.leads:
             held.enter_context(_alone(folder))
 
+    def ready(trained: bool) -> Parts:
+        if strategy.leads and not resume:
+            _check_free(folder)
+        parts = _prepare(settings, strategy, folder, out=folder, trained=trained)
+        check_training(settings, parts, strategy.device, strategy.world_size)
+        return parts
+
     try:
         with strategy.watch():
             if resume:
                 _on_every_rank(strategy, hold)
             # A run that was stopped before it first saved begins anew, pretrained weights and all.
             begun = resume and (folder / LAST).is_file()
-            parts = _on_every_rank(
-                strategy,
-                lambda: _prepare(settings, strategy, folder, new=not resume, trained=begun),
-            )
+            parts = _on_every_rank(strategy, lambda: ready(begun))
             if not begun:
                 _on_every_rank(strategy, lambda: _look_over(parts, strategy, screen))
                 if not resume:
@@ -156,8 +161,12 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def evaluate(settings: Settings, folder: Path, out: Path) -> None:
+def evaluate(settings: Settings, folder: Path, out: Path, *, external: bool = False) -> None:
     """Evaluate a run's best epoch again, into ``out``, with what it went by; so that tools read it as a run.
+
+    Args:
+        external: the slides are of a cohort that the run has never seen: all of them are the test,
+            whatever splits there are.
 
     Raises:
         UserError: another head than the run's; or see :func:`train`.
@@ -168,17 +177,28 @@ def evaluate(settings: Settings, folder: Path, out: Path) -> None:
             f"{folder}/best.safetensors holds weights of the head '{trained}', not of '{asked}'\n"
             "  leave head.name as the run has it"
         )
+    if external:
+        data = settings.data
+        columns = replace(data.columns, split=None)
+        data = replace(data, columns=columns, split_file=None, fold=None)
+        settings = replace(settings, data=data)
     strategy = build.build_strategy(settings.engine, pick_device(settings.engine.device))
     screen = Screen(strategy.leads)
+    ways = EXTERNAL if external else None
     try:
         with strategy.watch():
             parts = _on_every_rank(
                 strategy,
-                lambda: _prepare(settings, strategy, folder, new=False, trained=True, writes=False),
+                lambda: _prepare(settings, strategy, folder, out=out, trained=True, protocol=ways),
             )
             strategy.setup(parts.model, None, clip=None)
             if out.resolve() != folder.resolve():
                 _on_every_rank(strategy, lambda: _begin(settings, out, parts, strategy))
+            if external and (seen := _seen(parts.items, folder)):
+                screen.say(
+                    f"NOTE {len(seen)} case(s) are named as some that the run was trained or chosen on: if "
+                    f"they are these, the figures are no estimate of new ones\n{listing(seen)}"
+                )
             _evaluate(settings, folder, out, parts, strategy, screen)
             screen.say(f"results: {out}/metrics.json, predictions.csv, figures/, heatmaps/")
     finally:
@@ -186,32 +206,45 @@ def evaluate(settings: Settings, folder: Path, out: Path) -> None:
         strategy.close()
 
 
+def _seen(items: Sequence[LabelledSlide], folder: Path) -> list[str]:
+    """Cases by whose names the run in ``folder`` was trained or its epoch chosen."""
+    known = pd.read_csv(folder / "cohort.csv", dtype=str, keep_default_na=False)
+    learned = set(known.loc[known["split"].isin(("train", "val")), "case"])
+    return sorted({item.slide.case for item in items} & learned)
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists() and {*os.listdir(folder)} - {LOCK}:
+        raise UserError(
+            f"the run folder {folder} exists\n"
+            f"  go on with it: --resume {folder}; or choose another: run.out=FOLDER"
+        )
+
+
 def _prepare(
     settings: Settings,
     strategy: Strategy,
     folder: Path,
     *,
-    new: bool,
+    out: Path,
     trained: bool,
-    writes: bool = True,
+    protocol: Protocol | None = None,
 ) -> Parts:
-    """Data and model; with ``writes`` the rank that leads also sees to it that ``folder`` is free.
+    """Data and model. What a checkpoint holds is not made (``trained``): weights of the encoder, what the
+    task fits.
 
-    What a checkpoint holds is not made (``trained``): weights of the encoder, what the task fits.
+    Args:
+        out: where results go; what of the cohort cannot be used is listed beside it.
+        protocol: None: the run's.
     """
-    ours = folder if writes and strategy.leads else None
-    if new and ours is not None and ours.exists() and {*os.listdir(ours)} - {LOCK}:
-        raise UserError(
-            f"the run folder {ours} exists\n"
-            f"  go on with it: --resume {ours}; or choose another: run.out=FOLDER"
-        )
     task = build.load_task(settings.task, folder) if trained else build.build_task(settings.task)
     features = build.on_features(settings)
     items, problems = take_in(
         settings,
         task,
         features=features,
-        problems_file=ours.with_name(f"{ours.name}.problems.csv") if ours else None,
+        problems_file=out.with_name(f"{out.name}.problems.csv") if strategy.leads else None,
+        protocol=protocol or PROTOCOLS[settings.run.protocol],
     )
     if not trained:
         fit_task(settings, task, items)
@@ -223,7 +256,6 @@ def _prepare(
         task,
         items,
         strategy.device,
-        world_size=strategy.world_size,
         trained=trained,
         problems=problems,
         features=known,
@@ -231,9 +263,14 @@ def _prepare(
 
 
 def take_in(
-    settings: Settings, task: Task, *, features: bool, problems_file: Path | None
+    settings: Settings,
+    task: Task,
+    *,
+    features: bool,
+    problems_file: Path | None,
+    protocol: Protocol,
 ) -> tuple[list[LabelledSlide], list[Problem]]:
-    """The cohort as :func:`e2e.build.load_cohort` has it, under the run's protocol.
+    """The cohort as :func:`e2e.build.load_cohort` has it.
 
     Raises:
         UserError: see there; or an update has too few bags for the task.
@@ -250,7 +287,7 @@ def take_in(
         size=settings.bag.size,
         problems_file=problems_file,
         features=features,
-        chosen_on=CHOSEN_ON[settings.run.protocol],
+        protocol=protocol,
     )
 
 
@@ -267,13 +304,11 @@ def make_parts(
     items: list[LabelledSlide],
     device: torch.device,
     *,
-    world_size: int,
     trained: bool,
     problems: list[Problem],
     features: dict[str, Any] | None,
 ) -> Parts:
-    """The model and what it sees of the slides, and whether they go together: all that can be told
-    before the first step.
+    """The model and what it sees of the slides.
 
     Args:
         trained: weights will be loaded, so none are fetched.
@@ -286,16 +321,21 @@ def make_parts(
     view = build.build_view(settings.data, settings.bag, device, features=features is not None)
     width = features["width"] if features else None
     model = build.build_model(settings, task, device, trained=trained, width=width)
-    parts = Parts(task, items, view, model, problems, features)
-    train = parts.of_split("train")
-    build.judged_weights(settings.optim, settings.select)
-    loader = build.build_loader(settings, train, view, model=model, task=task)
-    loader.check(world_size, settings.optim.epochs)
-    placed = any(regulariser.needs_coords for regulariser in model.regularisers)
-    for item in items if model.head.needs_coords else train if placed else []:
+    for item in items if model.head.needs_coords else []:
         view.check_places(item)
-    check_losses(model, task, train[0].target, device)
-    return parts
+    return Parts(task, items, view, model, problems, features)
+
+
+def check_training(settings: Settings, parts: Parts, device: torch.device, world_size: int) -> None:
+    """UserError where training would fail: all that can be told before the first step."""
+    build.judged_weights(settings.optim, settings.select)
+    train, model = parts.of_split("train"), parts.model
+    loader = build.build_loader(settings, train, parts.view, model=model, task=parts.task)
+    loader.check(world_size, settings.optim.epochs)
+    if any(regulariser.needs_coords for regulariser in model.regularisers):
+        for item in train:
+            parts.view.check_places(item)
+    check_losses(model, parts.task, train[0].target, device)
 
 
 def _look_over(parts: Parts, strategy: Strategy, screen: Screen) -> None:
@@ -354,54 +394,81 @@ def predict(
 ) -> int:
     """Cut raw slides as the run's were, predict them and draw a heatmap of each.
 
+    Args:
+        slides: a slide, or a folder of them; of a run on features, a folder or file of features.
+
     Returns:
         0, or 3 when some slides could not be read or hold no tissue.
+
+    Raises:
+        UserError: the features are of another encoder, or cannot be used.
     """
-    if build.on_features(settings):
-        raise UserError(
-            f"{folder} was trained on features, so it has no encoder for slides\n"
-            "  extract their features with launch/extract.py, add them and their labels to the run's label"
-            " table as test slides, and use launch/evaluate.py"
-        )
     best = folder / "best.safetensors"
     tensors, _ = load_checkpoint(best)
     screen = Screen(leads=True)
     out.mkdir(parents=True, exist_ok=True)
-    store_path = out / "slides.lmdb"
-    recipe = build.first_recipe(settings.data)
-    tiling = Tiling.from_recipe(recipe)
-    overrides = read_mpp(mpp_override) if mpp_override else {}
-    source = SlideFiles(find_slides(slides), tiling, recipe["quality"], overrides)
-    packed = pack(source, store_path, workers=workers, progress=_Told(screen))
     judged = build.judged_weights(settings.optim, settings.select)
     task = build.load_task(settings.task, folder).of(judged)
+    features, packed = None, None
+    if build.on_features(settings):
+        items = _unlabelled(
+            build.open_feature_stores(replace(settings.data, features=[str(slides)])), task
+        )
+        features = build.describe_features(items)
+        build.check_features(features, json.loads((folder / FEATURES).read_bytes()), folder)
+        build.check_values(items, screen)
+    else:
+        packed = _pack_alike(settings, slides, out / "slides.lmdb", mpp_override, workers, screen)
+        items = _unlabelled([PatchStore(out / "slides.lmdb")], task)
     strategy = Strategy(pick_device(settings.engine.device))
-    model = build.build_model(settings, task, strategy.device, trained=True)
+    parts = make_parts(
+        settings, task, items, strategy.device, trained=True, problems=[], features=features
+    )
     weights = part(judged, tensors)
-    strategy.setup(model, None, clip=None)
+    strategy.setup(parts.model, None, clip=None)
     check_weights(strategy.shapes, weights, best)
     strategy.load(weights)
-    store = PatchStore(store_path)
-    unknown = task.encode(dict.fromkeys(task.columns, ""))
-    items = [
-        LabelledSlide(Slide(id=slide, case=slide, split="", target={}), store, unknown)
-        for slide in store.slides
-    ]
-    view = build.build_view(settings.data, settings.bag, strategy.device, features=False)
+    placed = [item for item in items if item.record.coords is not None]
     found = predict_slides(
-        model,
+        parts.model,
         items,
         task=task,
-        view=view,
+        view=parts.view,
         strategy=strategy,
         screen=screen,
-        draw=heatmap_drawer(task, view.look, out / "heatmaps", items),
+        draw=heatmap_drawer(task, parts.view.look, out / "heatmaps", placed),
     )
     write_predictions(found, task, out / "predictions.csv")
     screen.say(f"{len(found)} slides predicted: {out}/predictions.csv, {out}/heatmaps/")
-    if packed.problems:
+    if packed and packed.problems:
         screen.say(f"{len(packed.problems)} slides could not be predicted, see {packed.quarantine}")
-    return PARTLY_DONE if packed.problems else 0
+        return PARTLY_DONE
+    return 0
+
+
+def _pack_alike(
+    settings: Settings,
+    slides: Path,
+    store: Path,
+    mpp_override: Path | None,
+    workers: int,
+    screen: Screen,
+) -> Report:
+    """Pack raw slides as those were that the run was trained on."""
+    recipe = build.first_recipe(settings.data)
+    overrides = read_mpp(mpp_override) if mpp_override else {}
+    tiling = Tiling.from_recipe(recipe)
+    source = SlideFiles(find_slides(slides), tiling, recipe["quality"], overrides)
+    return pack(source, store, workers=workers, progress=_Told(screen))
+
+
+def _unlabelled(stores: Sequence[Slides], task: Task) -> list[LabelledSlide]:
+    unknown = task.encode(dict.fromkeys(task.columns, ""))
+    return [
+        LabelledSlide(Slide(id=slide, case=slide, split="", target={}), store, unknown)
+        for store in stores
+        for slide in store.slides
+    ]
 
 
 class _Told(Progress):
@@ -426,7 +493,7 @@ def _trainer(
     loader = build.build_loader(
         settings, parts.of_split("train"), parts.view, model=parts.model, task=parts.task
     )
-    judges = parts.of_split(CHOSEN_ON[settings.run.protocol])
+    judges = parts.of_split(PROTOCOLS[settings.run.protocol].chosen_on)
     items, view = build.build_validation(settings, judges, parts.view, parts.task)
 
     def validate(model: MILModel) -> dict[str, float | None]:
@@ -504,7 +571,7 @@ def _evaluate(
         task=parts.task,
         view=parts.view,
         judged=build.judged_weights(settings.optim, settings.select),
-        chosen_on=CHOSEN_ON[settings.run.protocol],
+        chosen_on=PROTOCOLS[settings.run.protocol].chosen_on,
         draws=settings.run.bootstrap,
         heatmaps=settings.run.heatmaps,
         out=out,

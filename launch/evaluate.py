@@ -5,8 +5,11 @@
 
 Writes predictions.csv, metrics.json, figures/ and heatmaps/ to DIR (RUN/evaluation unless told otherwise),
 with settings.yaml, cohort.csv and task.json, by which tools/compare_runs.py reads it. Settings after the
-run change it for this evaluation alone, such as the place of the stores; a label table needs training and
-validation slides here too.
+run change it for this evaluation alone, such as the place of the stores.
+
+  python launch/evaluate.py RUN --external --out DIR data.labels=OTHER.csv data.stores=[OTHER.lmdb]
+
+Of a cohort that the run has never seen all slides of the table are the test; it needs no splits.
 """
 
 import argparse
@@ -26,10 +29,12 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument("--external", action="store_true", help="a cohort never seen: all is test")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
     settings = config.saved_settings(args.run, args.overrides, run.REGISTRIES)
-    run.evaluate(settings, args.run, args.out or args.run / "evaluation")
+    name = "external" if args.external else "evaluation"
+    run.evaluate(settings, args.run, args.out or args.run / name, external=args.external)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
   python launch/predict.py SLIDES --run runs/panda_e2e_r18_abmilx --out predictions
 
-SLIDES is a slide or a folder of slides. Tissue, grid and magnification are those of the store the
+SLIDES is a slide or a folder of slides; of a run on frozen features, a folder of features made alike
+(launch/extract.py). Tissue, grid and magnification are those of the store the
 run was trained on. Writes predictions.csv, a heatmap a slide, and the patches as slides.lmdb.
 Exit code 3: some slides could not be read or hold no tissue; the others are predicted.
 """
@@ -23,7 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("slides", type=Path, help="a slide, or a folder of slides")
+    parser.add_argument("slides", type=Path, help="a slide, or a folder of slides, or of features")
     parser.add_argument("--run", type=Path, required=True, help="a run folder")
     parser.add_argument("--out", type=Path, help="folder for the results (RUN/predict)")
     parser.add_argument("--mpp-override", type=Path, help="CSV slide,mpp for slides that lack it")

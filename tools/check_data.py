@@ -121,7 +121,13 @@ def take_in(
             data = replace(data, features=[f"{folder}/features.h5"], scales=[])
         features = stood_in or build.on_features(settings)
         asked = replace(settings, data=data)
-        items, left_out = run.take_in(asked, task, features=features, problems_file=problems)
+        items, left_out = run.take_in(
+            asked,
+            task,
+            features=features,
+            problems_file=problems,
+            protocol=run.PROTOCOLS[settings.run.protocol],
+        )
     run.fit_task(settings, task, items)
     if left_out:
         Screen(True).say(f"NOTE {len(left_out)} left out (data.unmatched=drop): {problems}")
@@ -130,17 +136,17 @@ def take_in(
 
 def check_model(settings: Settings, task: Task, items: list[LabelledSlide]) -> None:
     """UserError where a run on one process would be refused before its first step; no weights are fetched."""
-    on_features = build.on_features(settings)
-    run.make_parts(
+    device, on_features = pick_device(settings.engine.device), build.on_features(settings)
+    parts = run.make_parts(
         settings,
         task,
         items,
-        pick_device(settings.engine.device),
-        world_size=1,
+        device,
         trained=True,
         problems=[],
         features=build.describe_features(items) if on_features else None,
     )
+    run.check_training(settings, parts, device, world_size=1)
 
 
 def describe_table(data: Data, task: Task, slides: Sequence[Slide]) -> list[str]:

@@ -6,7 +6,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,34 @@ CLASSES = 20  # different numbers in a column; more are no classes
 GROUPS = 5
 
 
-def check_splits(slides: Sequence[Slide], *, chosen_on: str = "val") -> None:
-    """UserError when a case lies in two splits, or train or the split ``chosen_on`` is empty."""
+class Protocol(NamedTuple):
+    """What the splits of a table are used for."""
+
+    needs: tuple[str, ...]
+    """Splits that must not be empty; on the last of them epochs are compared."""
+    joined: Mapping[str, str]
+    """Split -> the one that it is part of; none is cut off for it."""
+
+    @property
+    def chosen_on(self) -> str:
+        """The split on which epochs are compared."""
+        return self.needs[-1]
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """The splits that may be cut off the training slides."""
+        known = () if "train" in self.joined else ("test", "val")
+        return tuple(split for split in known if split not in self.joined)
+
+
+HONEST = Protocol(("train", "val"), {})
+AS_PUBLISHED = Protocol(("train", "test"), {"val": "test"})
+EXTERNAL = Protocol(("test",), dict.fromkeys(("", "train", "val"), "test"))
+"""A cohort that the run has never seen: all of it is the test."""
+
+
+def check_splits(slides: Sequence[Slide], *, needs: Sequence[str] = HONEST.needs) -> None:
+    """UserError when a case lies in two splits, or one of ``needs`` is empty."""
     found: dict[str, set[str]] = defaultdict(set)
     for slide in slides:
         found[slide.case].add(slide.split)
@@ -38,7 +64,7 @@ def check_splits(slides: Sequence[Slide], *, chosen_on: str = "val") -> None:
             + listing(f"case '{c}': {', '.join(sorted(s))}" for c, s in sorted(torn.items()))
             + "\n  give each case one split, in the label table or in data.split_file"
         )
-    for split in ("train", chosen_on):
+    for split in needs:
         if not any(slide.split == split for slide in slides):
             cut_it = ", or set data.cut.val=0.1 to cut it from the training cases"
             raise UserError(
