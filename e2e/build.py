@@ -39,8 +39,15 @@ from e2e.data.loader import LabelledSlide, TrainingLoader, View, label_slides, s
 from e2e.data.pixels import Look, PixelCache
 from e2e.data.sampler import SAMPLERS
 from e2e.data.seed_lmdb import open_store
-from e2e.data.split_files import Folds, pick_fold, read_splits
-from e2e.data.splits import assign, check_copies, check_splits, cut, missing_classes
+from e2e.data.split_files import Folds, names_cases, pick_fold, read_splits
+from e2e.data.splits import (
+    assign,
+    check_cases,
+    check_copies,
+    check_splits,
+    cut,
+    missing_classes,
+)
 from e2e.data.store import Store
 from e2e.encoders.base import ENCODERS
 from e2e.errors import DamagedDataError, UserError, listing
@@ -372,6 +379,7 @@ def load_cohort(
         kept = [
             replace(slide, split={"val": "test"}.get(slide.split, slide.split)) for slide in kept
         ]
+    check_cases(kept)  # before the cut, which moves a case whole
     kept = _cut_missing(kept, shares, by=task.columns[0], seed=seed, screen=screen)
     check_splits(kept, chosen_on=chosen_on)
     trained = [slide for slide in kept if slide.split == "train"]
@@ -419,7 +427,8 @@ def _split_by_file(slides: list[Slide], data: Data) -> tuple[list[Slide], list[P
         raise UserError(f"no split file at {path}\n  set data.split_file=FILE, or a folder of them")
     folds = read_folds(data, path)
     fold = pick_fold(folds, data.fold, path)
-    return assign(slides, folds[fold], f"{path.name}, fold {fold}")
+    cases = names_cases(path, data.columns.slide, data.columns.case)
+    return assign(slides, folds[fold], f"{path.name}, fold {fold}", cases=cases)
 
 
 def read_folds(data: Data, path: Path) -> Folds:
