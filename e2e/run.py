@@ -37,7 +37,7 @@ from e2e.evaluate import (
     write_predictions,
 )
 from e2e.evaluate import predict as predict_slides
-from e2e.files import claim, write_atomically, write_json
+from e2e.files import claim, make_folder, write_atomically, write_json
 from e2e.log import TRACKERS, MetricsLog, Screen, clock
 from e2e.model import MILModel
 from e2e.parallel import Strategy, pick_device
@@ -173,7 +173,7 @@ def evaluate(settings: Settings, folder: Path, out: Path) -> None:
                 lambda: _prepare(settings, strategy, folder, new=False, trained=True, writes=False),
             )
             strategy.setup(parts.model, None, clip=None)
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder(out)
             _evaluate(settings, folder, out, parts, strategy, screen)
             screen.say(f"results: {out}/metrics.json, predictions.csv, heatmaps/")
     finally:
@@ -195,7 +195,7 @@ def _prepare(
     What a checkpoint holds is not made (``trained``): weights of the encoder, what the task fits.
     """
     ours = folder if writes and strategy.leads else None
-    if new and ours is not None and ours.exists() and {*os.listdir(ours)} - {LOCK}:
+    if new and ours is not None and not _is_free(ours):
         raise UserError(
             f"the run folder {ours} exists\n"
             f"  go on with it: --resume {ours}; or choose another: run.out=FOLDER"
@@ -223,6 +223,12 @@ def _prepare(
         problems=problems,
         features=known,
     )
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether nothing is there, but for a lock."""
+    there = os.listdir(folder) if folder.is_dir() else [folder.name] if folder.exists() else []
+    return not {*there} - {LOCK}
 
 
 def take_in(
@@ -361,7 +367,7 @@ def predict(
     best = folder / "best.safetensors"
     tensors, _ = load_checkpoint(best)
     screen = Screen(leads=True)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     store_path = out / "slides.lmdb"
     recipe = build.first_recipe(settings.data)
     tiling = Tiling.from_recipe(recipe)

@@ -457,6 +457,17 @@ def test_features_that_lost_the_note_on_their_weights_are_evaluated_still(
     assert "encoder: r50 abc in training, r50 xyz now" in said
 
 
+def test_a_file_in_the_place_of_a_folder_is_one_message(cohort, monkeypatch, capsys):
+    (cohort / "file").write_text("")
+    code, said = call(train.main, monkeypatch, capsys, *arguments(cohort, f"run.out={cohort}/file"))
+    assert (code, "file exists" in said) == (2, True)
+    few = arguments(cohort, "optim.epochs=1", "run.heatmaps=0")
+    assert call(train.main, monkeypatch, capsys, *few)[0] == 0
+    out = cohort / "file" / "again"
+    code, said = call(evaluate.main, monkeypatch, capsys, cohort / "run", "--out", out)
+    assert (code, f"cannot make the folder {out}: Not a directory" in said) == (2, True)
+
+
 def test_the_published_protocol_chooses_on_test_fits_on_all_and_says_so(
     cohort, monkeypatch, capsys
 ):
