@@ -157,12 +157,23 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def evaluate(settings: Settings, folder: Path, out: Path) -> None:
-    """Evaluate a run's best epoch again, into ``out``; UserError for another head than the run's."""
-    trained, asked = saved_settings(folder, [], REGISTRIES).head.name, settings.head.name
+    """Evaluate a run's best epoch again, into ``out``.
+
+    Raises:
+        UserError: another head than the run's, or its classes in another order.
+    """
+    saved = saved_settings(folder, [], REGISTRIES)
+    trained, asked = saved.head.name, settings.head.name
     if asked != trained:  # the weights of some would fit: those of mean and max are alike
         raise UserError(
             f"{folder}/best.safetensors holds weights of the head '{trained}', not of '{asked}'\n"
             "  leave head.name as the run has it"
+        )
+    ours, theirs = (build.build_task(s.task).output_names for s in (saved, settings))
+    if ours != theirs and sorted(ours) == sorted(theirs):
+        raise UserError(
+            f"the outputs of {folder} are, in this order, {', '.join(ours)}; found {', '.join(theirs)}\n"
+            "  leave task.classes, or task.labels, as the run has them"
         )
     strategy = build.build_strategy(settings.engine, pick_device(settings.engine.device))
     screen = Screen(strategy.leads)

@@ -457,6 +457,14 @@ def test_features_that_lost_the_note_on_their_weights_are_evaluated_still(
     assert "encoder: r50 abc in training, r50 xyz now" in said
 
 
+def test_a_run_is_not_evaluated_with_its_classes_in_another_order(cohort, monkeypatch, capsys):
+    few = arguments(cohort, "optim.epochs=1", "run.heatmaps=0")
+    assert call(train.main, monkeypatch, capsys, *few)[0] == 0
+    turned = "task.classes=[marked,plain]"
+    code, said = call(evaluate.main, monkeypatch, capsys, cohort / "run", turned)
+    assert (code, "are, in this order, plain, marked; found marked, plain" in said) == (2, True)
+
+
 def test_a_file_in_the_place_of_a_folder_is_one_message(cohort, monkeypatch, capsys):
     (cohort / "file").write_text("")
     code, said = call(train.main, monkeypatch, capsys, *arguments(cohort, f"run.out={cohort}/file"))
