@@ -39,11 +39,12 @@ from e2e.data.loader import LabelledSlide, TrainingLoader, View, label_slides, s
 from e2e.data.pixels import Look, PixelCache
 from e2e.data.sampler import SAMPLERS
 from e2e.data.seed_lmdb import open_store
-from e2e.data.split_files import Folds, pick_fold, read_splits
+from e2e.data.split_files import Folds, names_cases, pick_fold, read_splits
 from e2e.data.splits import (
     HONEST,
     Protocol,
     assign,
+    check_cases,
     check_copies,
     check_splits,
     cut,
@@ -402,6 +403,7 @@ def _resplit(
     """With the protocol's splits, and those of ``data.cut`` that no slide has yet: a test of the table or of
     a fold stays."""
     slides = [replace(s, split=protocol.joined.get(s.split, s.split)) for s in slides]
+    check_cases(slides)  # before the cut, which moves a case whole
     for split in protocol.cuts:
         share = getattr(shares, split)
         if share and any(slide.split == split for slide in slides):
@@ -422,7 +424,8 @@ def _split_by_file(slides: list[Slide], data: Data) -> tuple[list[Slide], list[P
         raise UserError(f"no split file at {path}\n  set data.split_file=FILE, or a folder of them")
     folds = read_folds(data, path)
     fold = pick_fold(folds, data.fold, path)
-    return assign(slides, folds[fold], f"{path.name}, fold {fold}")
+    cases = names_cases(path, data.columns.slide, data.columns.case)
+    return assign(slides, folds[fold], f"{path.name}, fold {fold}", cases=cases)
 
 
 def read_folds(data: Data, path: Path) -> Folds:

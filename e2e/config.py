@@ -193,10 +193,11 @@ class Optim:
             "over 0 or null (optim.train_encoder=false leaves the encoder as it is)",
         )
         _check(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "in (0, 1]")
-        _check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "at least 0")
+        for name in ("weight_decay", "warmup_epochs"):
+            value = getattr(self, name)
+            _check(0 <= value < math.inf, f"optim.{name}", value, "at least 0 and finite")
         _check(self.bags > 0, "optim.bags", self.bags, "at least 1")
         _check(self.epochs > 0, "optim.epochs", self.epochs, "at least 1")
-        _check(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "at least 0")
         _check(self.clip is None or self.clip > 0, "optim.clip", self.clip, "over 0 or null")
         _check(0 <= self.ema < 1, "optim.ema", self.ema, "in [0, 1)")
 
@@ -306,6 +307,7 @@ class Run:
 
     def __post_init__(self) -> None:
         known = ("tensorboard", "wandb", "wandb-online")
+        _check(abs(self.seed) < 2**63, "run.seed", self.seed, "of 63 bits")
         _check(self.save_every >= 0, "run.save_every", self.save_every, "at least 0")
         _check(self.bootstrap >= 0, "run.bootstrap", self.bootstrap, "at least 0")
         _check(
@@ -601,6 +603,12 @@ def _reject_unknown_keys(values: dict[str, Any], schema: Any, path: str, source:
             raise UserError(
                 f"{source}: setting {path}.{key} must be true or false, found {value!r}"
             )
+        # OmegaConf lets lists pass where a list of words belongs.
+        flat = str(fields[key].type) in ("list[str]", "list[float]")
+        if flat and isinstance(value, list) and any(isinstance(v, list | dict) for v in value):
+            raise UserError(
+                f"{source}: setting {path}.{key} must be a list of single values, found {value!r}"
+            )
         nested = fields[key].default_factory
         if dataclasses.is_dataclass(nested) and not isinstance(value, dict):
             raise UserError(f"{source}: setting {path}.{key} must hold keys, found {value!r}")
@@ -687,13 +695,24 @@ class _AsTyped(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+def _typed(text: str) -> Any:
+    """Null, a list, keys or a word in quotes as YAML has them; else the text, whatever signs are in it.
+
+    YAML itself would take what follows a # for a comment, and the column #id for null.
+    """
+    text = text.strip()
+    if text[:1] in ("[", "{", '"', "'"):
+        return yaml.load(text, _AsTyped)
+    return None if text in ("null", "Null", "NULL", "~") else text
+
+
 def _override_layer(text: str) -> Layer:
     path, equals, typed = text.partition("=")
     section, dot, rest = path.partition(".")
     if not equals or not dot:
         raise UserError(f"'{text}' is no setting; write section.key=value, such as optim.lr=1e-4")
     try:
-        value = yaml.load(typed, _AsTyped) if typed else ""
+        value = _typed(typed)
     except yaml.YAMLError as error:
         raise UserError(f"'{text}' cannot be read: {str(error).splitlines()[0]}") from error
     for key in reversed(rest.split(".")):

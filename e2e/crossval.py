@@ -26,7 +26,7 @@ from e2e.data.folds import case_strata, held_out, make_folds
 from e2e.data.split_files import fold_table, read_cells
 from e2e.data.splits import group_numbers
 from e2e.errors import UserError, listing
-from e2e.files import write_atomically, write_json
+from e2e.files import make_folder, write_atomically, write_json
 from e2e.judged import Judged, read_judged
 from e2e.metrics import Array, case_weights, interval
 
@@ -114,7 +114,7 @@ def make_plan(
             raise UserError(
                 f"{path} holds other folds than this command cuts\n  choose another --out"
             )
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         write_atomically(path, table)
     folds = build.read_folds(data, path)
     if missing := [name for name in only if name not in folds]:

@@ -42,6 +42,20 @@ def write_atomically(path: Path, content: bytes) -> None:
         ) from error
 
 
+def make_folder(path: Path) -> None:
+    """The folder, with those above it, if it is not there yet.
+
+    Raises:
+        OutputError: it cannot be made, or something else has its name.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot make the folder {path}: {error.strerror}\n  choose another, or make the place writable"
+        ) from error
+
+
 def write_json(path: Path, content: object) -> None:
     """Indented JSON; as :func:`write_atomically`."""
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())

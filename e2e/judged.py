@@ -40,7 +40,13 @@ def read_judged(folder: Path, split: str) -> Judged:
     path = folder / "predictions.csv"
     if not path.is_file():
         raise UserError(f"no {path}: the run is not evaluated\n  let it end, then compare")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except ValueError as error:  # of pandas too: empty, no table, another encoding
+        raise UserError(
+            f"{path} is no readable table: {error}\n"
+            f"  launch/evaluate.py {folder} --out {folder} makes it anew"
+        ) from error
     outputs, labels = [*task.prediction_columns], [*task.label_columns]
     if missing := {"case", "slide", "split", *labels, *outputs} - set(table.columns):
         raise UserError(f"{path} has no column {', '.join(sorted(missing))}")

@@ -39,7 +39,7 @@ from e2e.evaluate import (
     write_predictions,
 )
 from e2e.evaluate import predict as predict_slides
-from e2e.files import claim, write_atomically, write_json
+from e2e.files import claim, make_folder, write_atomically, write_json
 from e2e.log import TRACKERS, MetricsLog, Screen, clock
 from e2e.model import MILModel
 from e2e.parallel import Strategy, pick_device
@@ -169,19 +169,23 @@ def evaluate(settings: Settings, folder: Path, out: Path, *, external: bool = Fa
             whatever splits there are.
 
     Raises:
-        UserError: another head than the run's; or see :func:`train`.
+        UserError: another head than the run's, or its classes in another order; or see :func:`train`.
     """
-    trained, asked = saved_settings(folder, [], REGISTRIES).head.name, settings.head.name
+    saved = saved_settings(folder, [], REGISTRIES)
+    trained, asked = saved.head.name, settings.head.name
     if asked != trained:  # the weights of some would fit: those of mean and max are alike
         raise UserError(
             f"{folder}/best.safetensors holds weights of the head '{trained}', not of '{asked}'\n"
             "  leave head.name as the run has it"
         )
+    ours, theirs = (build.build_task(s.task).output_names for s in (saved, settings))
+    if ours != theirs and sorted(ours) == sorted(theirs):
+        raise UserError(
+            f"the outputs of {folder} are, in this order, {', '.join(ours)}; found {', '.join(theirs)}\n"
+            "  leave task.classes, or task.labels, as the run has them"
+        )
     if external:
-        data = settings.data
-        columns = replace(data.columns, split=None)
-        data = replace(data, columns=columns, split_file=None, fold=None)
-        settings = replace(settings, data=data)
+        settings = _without_splits(settings)
     strategy = build.build_strategy(settings.engine, pick_device(settings.engine.device))
     screen = Screen(strategy.leads)
     ways = EXTERNAL if external else None
@@ -192,6 +196,7 @@ def evaluate(settings: Settings, folder: Path, out: Path, *, external: bool = Fa
                 lambda: _prepare(settings, strategy, folder, out=out, trained=True, protocol=ways),
             )
             strategy.setup(parts.model, None, clip=None)
+            make_folder(out)
             if out.resolve() != folder.resolve():
                 _on_every_rank(strategy, lambda: _begin(settings, out, parts, strategy))
             if external and (seen := _seen(parts.items, folder)):
@@ -206,6 +211,13 @@ def evaluate(settings: Settings, folder: Path, out: Path, *, external: bool = Fa
         strategy.close()
 
 
+def _without_splits(settings: Settings) -> Settings:
+    columns = replace(settings.data.columns, split=None)
+    return replace(
+        settings, data=replace(settings.data, columns=columns, split_file=None, fold=None)
+    )
+
+
 def _seen(items: Sequence[LabelledSlide], folder: Path) -> list[str]:
     """Cases by whose names the run in ``folder`` was trained or its epoch chosen."""
     known = pd.read_csv(folder / "cohort.csv", dtype=str, keep_default_na=False)
@@ -214,7 +226,7 @@ def _seen(items: Sequence[LabelledSlide], folder: Path) -> list[str]:
 
 
 def _check_free(folder: Path) -> None:
-    if folder.exists() and {*os.listdir(folder)} - {LOCK}:
+    if not _is_free(folder):
         raise UserError(
             f"the run folder {folder} exists\n"
             f"  go on with it: --resume {folder}; or choose another: run.out=FOLDER"
@@ -260,6 +272,12 @@ def _prepare(
         problems=problems,
         features=known,
     )
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether nothing is there, but for a lock."""
+    there = os.listdir(folder) if folder.is_dir() else [folder.name] if folder.exists() else []
+    return not {*there} - {LOCK}
 
 
 def take_in(
@@ -406,7 +424,7 @@ def predict(
     best = folder / "best.safetensors"
     tensors, _ = load_checkpoint(best)
     screen = Screen(leads=True)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     judged = build.judged_weights(settings.optim, settings.select)
     task = build.load_task(settings.task, folder).of(judged)
     features, packed = None, None

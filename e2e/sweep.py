@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
 
 from e2e.child import is_done, keep_plan, run_script, start_or_resume
+from e2e.data.cohort import read_text
 from e2e.errors import UserError, listing
 from e2e.files import write_json
 from e2e.metrics import LOWER_IS_BETTER
@@ -23,8 +26,8 @@ def read_space(path: Path) -> dict[str, Any]:
         UserError: no such file, or an entry that says no range; names it.
     """
     try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        found = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
         raise UserError(f"the space {path} cannot be read: {str(error).splitlines()[0]}") from error
     wrong = ["it holds no settings"] if not isinstance(found, dict) or not found else []
     wrong = wrong or [f"{k}: {v}" for k, v in found.items() if not _is_range(v)]
@@ -37,17 +40,23 @@ def read_space(path: Path) -> dict[str, Any]:
 
 
 def _is_range(value: object) -> bool:
+    from optuna.distributions import FloatDistribution, IntDistribution
+
     if isinstance(value, list):
-        return len(value) > 0
-    if not isinstance(value, dict) or not {"low", "high"} <= value.keys() <= {
-        "low",
-        "high",
-        "log",
-        "step",
-    }:
+        return len(value) > 0 and all(
+            type(v) in (str, int, float, bool, list, NoneType) for v in value
+        )
+    if not isinstance(value, dict) or type(value.get("log", False)) is not bool:
         return False
-    numbers = [value[key] for key in ("low", "high")]
-    return all(type(n) in (int, float) for n in numbers) and numbers[0] < numbers[1]
+    numbers = [value.get("low"), value.get("high"), value.get("step", 1)]
+    if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+        return False
+    whole = all(type(n) is int for n in numbers)
+    try:
+        (IntDistribution if whole else FloatDistribution)(**value)
+    except (TypeError, ValueError):  # a key that is no such; no number over 0 where log asks for it
+        return False
+    return value["low"] < value["high"]
 
 
 def search(
@@ -127,7 +136,7 @@ def judge(command: Sequence[str], chosen: Mapping[str, Any], folder: Path, metri
 def _suggest(trial: Any, name: str, entry: Any) -> Any:
     if isinstance(entry, list):
         return trial.suggest_categorical(name, entry)
-    whole = isinstance(entry["low"], int) and isinstance(entry["high"], int)
+    whole = all(isinstance(entry[key], int) for key in entry if key != "log")
     suggest = trial.suggest_int if whole else trial.suggest_float
     return suggest(name, **entry)
 

@@ -27,12 +27,12 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--folds", type=int, help="cut so many folds; without it: those of data.split_file")
     add("--only", default="", help="folds to run, comma-separated (all)")
-    add("--seeds", default="0", help="comma-separated")
+    add("--seeds", default="", help="comma-separated (run.seed)")
     add("--gpus", default="", help="a run at a time on each of 0,1,2,3; or on several: 0+1,2+3")
     add("--at-once", type=int, default=1, help="without --gpus: so many runs at a time")
     args = parser.parse_intermixed_args()
     try:
-        args.seeds = [int(word) for word in args.seeds.split(",")]
+        args.seeds = [int(word) for word in args.seeds.split(",")] if args.seeds else []
     except ValueError as error:
         raise UserError(f"--seeds cannot be read: {error}") from error
     if args.at_once < 1:
@@ -50,7 +50,7 @@ def main() -> None:
         out=args.out,
         cut=args.folds,
         only=[word for word in args.only.split(",") if word],
-        seeds=args.seeds,
+        seeds=args.seeds or [settings.run.seed],
     )
     plan.keep()
     slots = [word.replace("+", ",") for word in args.gpus.split(",") if word]

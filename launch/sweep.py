@@ -33,6 +33,11 @@ def main() -> None:
     if args.trials < 1:
         raise UserError(f"--trials must be at least 1, found {args.trials}")
     settings, command = config.common_settings(args, run.REGISTRIES)
+    if settings.run.protocol != "honest":
+        raise UserError(
+            f"run.protocol={settings.run.protocol} chooses on the test, a search on validation alone\n"
+            "  leave it out"
+        )
     best = sweep.search(
         command,
         sweep.read_space(args.space),

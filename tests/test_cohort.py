@@ -224,6 +224,29 @@ def test_cells_of_blanks_are_empty_and_labels_that_differ_by_blanks_are_one(tabl
     assert [p.problem for p in problems] == ["duplicate row", "empty slide or case id"]
 
 
+def test_a_column_that_is_there_twice_is_refused_where_it_is_wanted(table):
+    path = table("case,slide,split,label,label,note,note\nc,s,train,a,b,x,y\n")
+    with pytest.raises(UserError, match=r"the column\(s\) label more than once"):
+        read(path)
+    slides, _ = read(path, targets=["split"])
+    assert slides == [Slide("s", "c", "train", {"split": "train"})]
+
+
+def test_blanks_around_the_names_of_columns_and_rows_without_any_word_do_not_count(table):
+    path = table("case, slide,split , label\nc, s, train, a\n,,,\n , , ,\n")
+    assert read(path) == ([Slide("s", "c", "train", {"label": "a"})], [])
+
+
+def test_a_bad_row_is_told_by_its_line_also_behind_empty_ones(table):
+    _, problems = read(table(HEADER + "c,s,train,a\n\n\nd,,train,a\n"))
+    assert [problem.where for problem in problems] == ["labels.csv line 5"]
+
+
+def test_a_table_of_empty_lines_is_told(table):
+    with pytest.raises(UserError, match="is empty"):
+        read(table(",,\n,,\n"))
+
+
 def test_ten_thousand_cases_are_read_and_every_bad_row_of_them_is_listed(table):
     rows = [f"c{n},s{n},{('train', 'val')[n % 5 == 0]},{'xy'[n % 2]}\n" for n in range(10_000)]
     again = [row.replace(",x", ",y") for row in rows[::10]]  # each contradicts the first

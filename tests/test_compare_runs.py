@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from e2e import build, config
 from e2e.errors import exit_code
@@ -183,3 +184,45 @@ def test_runs_of_other_classes_are_refused(tmp_path, monkeypatch, capsys):
     assert code == 2
     assert "different outputs" in error
     assert "no, maybe" in error
+
+
+def test_survival_judged_at_other_times_is_compared_by_what_does_not_hang_on_them(
+    tmp_path, monkeypatch, capsys
+):
+    asked = ["data.labels=x.csv", "task.name=survival", "task.event=1"]
+    rng = np.random.default_rng(0)
+    targets = np.stack([rng.uniform(1, 9, 40), np.arange(40) % 2], axis=1)
+    for name, bins in (("a", 3), ("b", 4), ("c", 4)):
+        settings = config.load_settings(
+            datasets="lung_detection",
+            model="e2e_r18_abmil",
+            files=[],
+            overrides=[*asked, f"task.bins={bins}"],
+            registries=build.REGISTRIES,
+        )
+        task = build.build_task(settings.task)
+        task.fit([torch.tensor(row) for row in targets], [f"t{k}" for k in range(40)])
+        said = task.predict(torch.from_numpy(rng.normal(size=(40, bins)))).tolist()
+        rows = [
+            Prediction(f"c{k}", f"s{k}", "test", said[k], targets[k].tolist()) for k in range(40)
+        ]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "settings.yaml").write_text(config.dump_settings(settings))
+        write_json(tmp_path / name / "task.json", task.state())
+        write_predictions(rows, task, tmp_path / name / "predictions.csv")
+    a, b, c = (tmp_path / name for name in "abc")
+    for metric in ("integrated_brier", "auc_dynamic_mean", "survival_nll"):
+        words = ("--draws", 20, "--metric", metric)
+        code, _, error = call(monkeypatch, capsys, a, b, *words)
+        assert (code, f"'{metric}' of the runs is not the same measure" in error) == (2, True)
+        assert call(monkeypatch, capsys, b, c, *words)[0] == 0
+    assert call(monkeypatch, capsys, a, b, "--draws", 20)[0] == 0
+    assert call(monkeypatch, capsys, a, b, "--draws", 20, "--metric", "c_index_uno")[0] == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"case,\xe9", b'case,"s'])
+def test_predictions_that_are_no_table_are_one_message(tmp_path, monkeypatch, capsys, content):
+    run = run_folder(tmp_path / "a", of_two([0.1, 0.9]), [0, 1])
+    (run / "predictions.csv").write_bytes(content)
+    code, _, error = call(monkeypatch, capsys, run, run)
+    assert (code, "predictions.csv is no readable table" in error) == (2, True)

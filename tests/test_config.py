@@ -221,6 +221,11 @@ WRONG = {
     "engine.max_bad_steps=0": ("setting engine.max_bad_steps must be at least 1, found 0",),
     "select.weights=best": ("setting select.weights must be auto or model or ema",),
     "select.patience=0": ("setting select.patience must be over 0 or null, found 0",),
+    "data.stores=[[a]]": ("setting data.stores must be a list of single values, found [['a']]",),
+    "task.classes=[[a],b]": ("setting task.classes must be a list of single values",),
+    "optim.weight_decay=inf": ("setting optim.weight_decay must be at least 0 and finite",),
+    "optim.warmup_epochs=inf": ("setting optim.warmup_epochs must be at least 0 and finite",),
+    "run.seed=9223372036854775808": ("setting run.seed must be of 63 bits",),
     "optim.lr": ("'optim.lr' is no setting; write section.key=value",),
     "lr=3": ("'lr=3' is no setting; write section.key=value",),
     "head=mean": ("'head=mean' is no setting",),
@@ -270,6 +275,15 @@ def test_text_is_kept_as_typed(text, layer):
     assert load(files=[layer(f"run: {{out: '{text}'}}")]).run.out == text
     if text:
         assert load(files=[layer(f"run: {{out: {text}}}")]).run.out == text
+
+
+@pytest.mark.parametrize(
+    "text", ["#id", "a #2", "|", ">", "@x", "%x", "*", "&x", "!x", "a: b", "-", "a\tb"]
+)
+def test_signs_of_yaml_in_a_typed_word_are_part_of_it(text):
+    assert load(f"data.columns.case={text}").data.columns.case == text
+    assert load(f'data.columns.case="{text}"').data.columns.case == text
+    assert load("data.columns.case=~").data.columns.case is None
 
 
 def test_classes_are_the_words_of_the_table(layer):

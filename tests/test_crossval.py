@@ -145,6 +145,30 @@ def test_a_mistake_is_told_before_any_training(cohort, monkeypatch, capsys, word
     assert not (cohort / "cv" / "runs").exists()
 
 
+def test_the_seed_of_the_settings_is_the_seed_of_the_runs(cohort, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(command.crossval, "run_all", lambda plan, *_: asked.extend(plan.trials))
+    monkeypatch.setattr(command.crossval, "report", lambda *_, **__: "")
+    words = [*own_words(cohort), "--folds", "2", "--out", cohort / "cv", "run.seed=5"]
+    assert call(command.main, monkeypatch, capsys, *words) == (0, "")
+    assert call(command.main, monkeypatch, capsys, *words, "--seeds", "1,2") == (0, "")
+    assert [trial.seed for trial in asked] == [5, 5, 1, 1, 2, 2]
+
+
+def test_a_file_in_the_place_of_the_folder_is_one_message(cohort, monkeypatch, capsys):
+    (cohort / "file").write_text("")
+    for out in (cohort / "file", cohort / "file" / "cv"):
+        words = [*own_words(cohort), "--folds", "2", "--out", out]
+        code, said = call(command.main, monkeypatch, capsys, *words)
+        assert (code, said.splitlines()[0]) == (
+            2,
+            f"error: cannot make the folder {out}: {WHY[out.name]}",
+        )
+
+
+WHY = {"file": "File exists", "cv": "Not a directory"}
+
+
 def own_words(cohort: Path) -> list[str]:
     return [w for w in arguments(cohort, "optim.epochs=1") if not w.startswith("run.out")]
 

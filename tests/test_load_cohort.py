@@ -187,6 +187,31 @@ def test_a_case_that_a_split_file_tears_stops_the_run(cohort):
         load(cohort, split_file=str(cohort / "splits_0_bool.csv"))
 
 
+def test_a_torn_case_stops_the_run_also_where_validation_is_cut_and_would_take_it_whole(cohort):
+    rows = [f"{name},{'test' if k in (1, 6) else 'train'}\n" for k, name in enumerate(NAMES)]
+    (cohort / "two.csv").write_text("slide,fold\n" + "".join(rows))
+    labels = cohort / "labels.csv"
+    labels.write_text(labels.read_text().replace("s1,c1", "s1,c0"))
+    # All training cases but one become validation, so that the torn one is among them or left.
+    for share in (0.3, 0.5, 0.8):
+        with pytest.raises(UserError, match=r"'c0': test, train"):
+            load(cohort, split_file=str(cohort / "two.csv"), cut=Cut(val=share))
+
+
+def test_a_case_is_not_taken_for_another_ones_slide_of_that_name(cohort):
+    slides = [str(k) for k in range(8)]
+    write_store(cohort / "n.lmdb", {name: 2 + k for k, name in enumerate(slides)})
+    rows = [f"{k},{7 - k},{'ab'[k % 2]}\n" for k in range(8)]
+    (cohort / "labels.csv").write_text("slide,case,label\n" + "".join(rows))
+    splits = ["train"] * 4 + ["val", "val", "test", "test"]
+    cases = [f"{case},{split}\n" for case, split in enumerate(splits)]
+    (cohort / "cases.csv").write_text("patient,fold\n" + "".join(cases))
+    asked = {"stores": [str(cohort / "n.lmdb")], "split_file": str(cohort / "cases.csv")}
+    assert splits_of(load(cohort, **asked)[0]) == dict(zip(slides, splits[::-1], strict=True))
+    (cohort / "cases.csv").write_text("slide,fold\n" + "".join(cases))
+    assert splits_of(load(cohort, **asked)[0]) == dict(zip(slides, splits, strict=True))
+
+
 def test_the_same_patches_in_two_splits_stop_the_run(cohort):
     with StoreWriter(cohort / "other.lmdb", RECIPE) as writer:
         for name in NAMES:

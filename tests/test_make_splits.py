@@ -146,6 +146,26 @@ def test_published_splits_that_tear_a_case_or_name_strangers_stop_with_the_names
     assert not (tmp_path / "out").exists()
 
 
+def test_published_splits_that_use_a_case_in_part_are_not_made_to_use_it_whole(tmp_path):
+    labels, splits = table(tmp_path, 4), tmp_path / "splits_0_bool.csv"
+    rows = ["000-0,True,False", "001-0,False,True", "002-0,True,False", "002-1,False,False"]
+    splits.write_text("\n".join([",train,test", *rows, "003-0,False,True", ""]))
+    with pytest.raises(UserError, match=r"of 1 case\(s\) some slides are used(?s:.*)case '002'"):
+        make(labels, "--splits", splits, "--out", tmp_path / "out")
+    splits.write_text(splits.read_text().replace("002-0,True", "002-0,False"))
+    assert make(labels, "--splits", splits, "--allow-missing", "--out", tmp_path / "out") == 0
+    assert pd.read_csv(tmp_path / "out" / "splits.csv")["fold_0"].isna().sum() == 2
+
+
+def test_published_splits_of_cases_are_not_taken_for_those_of_slides_of_that_name(tmp_path):
+    labels, splits = tmp_path / "labels.csv", tmp_path / "splits.csv"
+    labels.write_text("image,pid,grade\n1,4,0\n2,3,1\n3,2,0\n4,1,1\n")
+    splits.write_text("pid,fold\n1,train\n2,train\n3,test\n4,test\n")
+    assert make(labels, "--splits", splits, "--out", tmp_path / "out") == 0
+    found = pd.read_csv(tmp_path / "out" / "splits.csv")
+    assert found["fold_0"].tolist() == ["test", "test", "train", "train"]
+
+
 def test_a_split_without_a_class_stops_unless_it_is_allowed(tmp_path, capsys):
     labels = table(tmp_path)
     done = pd.read_csv(labels, dtype=str)

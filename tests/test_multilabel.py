@@ -112,3 +112,8 @@ def test_wrong_options_are_named(options, said):
     with pytest.raises(UserError) as error:
         task(**options)
     assert said in str(error.value)
+
+
+def test_a_label_is_not_called_as_the_mean_of_all_is():
+    with pytest.raises(UserError, match="'macro' is the name of the labels' mean"):
+        TASKS.build("multilabel", labels=["macro", "b"])

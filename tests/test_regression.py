@@ -41,5 +41,7 @@ def test_a_word_that_is_no_number_is_named(word):
 def test_training_slides_that_are_all_alike_are_refused():
     with pytest.raises(UserError, match="1 different number"):
         TASKS.build("regression").fit([torch.tensor(2.0)] * 3, ["c"] * 3)
+    with pytest.raises(UserError, match="1 different number"):  # their mean is not 0.1
+        TASKS.build("regression").fit([torch.tensor(0.1, dtype=torch.float64)] * 3, ["c"] * 3)
     with pytest.raises(UserError, match="0 different number"):
         TASKS.build("regression").fit([], [])

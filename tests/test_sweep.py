@@ -33,12 +33,42 @@ SPACE = "optim.lr: {low: 1.0e-4, high: 1.0e-2, log: true}\nhead.embed_dim: [4, 8
         ("optim.lr: {low: 1e-4, high: 1}", "optim.lr: "),  # to YAML 1e-4 is a word
         ("head.act: []", "head.act: "),
         ("a: [b", "cannot be read"),
+        ("optim.lr: {low: 0, high: 1, log: true}", "optim.lr: "),
+        ("optim.lr: {low: 0.1, high: 0.2, step: 0}", "optim.lr: "),
+        ("optim.lr: {low: 0.1, high: 0.2, log: true, step: 0.1}", "optim.lr: "),
+        ("optim.lr: {low: 0.1, high: 0.2, log: maybe}", "optim.lr: "),
+        ("optim.lr: {low: 0.1, high: .inf}", "optim.lr: "),
+        ("optim.lr: {low: 0.1, high: .nan}", "optim.lr: "),
+        ("run.out: [2024-01-01]", "run.out: "),  # to YAML a date, and no word
     ],
 )
 def test_a_space_that_says_no_range_is_refused(tmp_path, text, fault):
     (tmp_path / "space.yaml").write_text(text)
     with pytest.raises(UserError, match=fault):
         read_space(tmp_path / "space.yaml")
+
+
+def test_a_space_in_latin_1_is_told_as_such(tmp_path):
+    (tmp_path / "space.yaml").write_bytes("# \xe9\noptim.lr: [1]".encode("latin1"))
+    with pytest.raises(UserError, match="is not in UTF-8"):
+        read_space(tmp_path / "space.yaml")
+
+
+def test_steps_of_a_half_between_whole_numbers_are_taken(tmp_path):
+    (tmp_path / "space.yaml").write_text("optim.warmup_epochs: {low: 0, high: 2, step: 0.5}")
+    (name, entry), *_ = read_space(tmp_path / "space.yaml").items()
+    value = sweep._suggest(optuna.trial.FixedTrial({name: 1.5}), name, entry)
+    assert value == 1.5
+
+
+def test_a_search_that_would_choose_on_the_test_is_refused(cohort, monkeypatch, capsys):
+    (cohort / "space.yaml").write_text(SPACE)
+    words = [w for w in arguments(cohort, "run.protocol=as_published") if "run.out" not in w]
+    asked = [*words, "--space", cohort / "space.yaml", "--out", cohort / "sweep"]
+    code, said = call(command.main, monkeypatch, capsys, *asked)
+    assert code == 2
+    assert "run.protocol=as_published chooses on the test" in said
+    assert not (cohort / "sweep").exists()
 
 
 def report(folder: Path, value: float | None) -> None:

@@ -375,13 +375,56 @@ def test_weights_of_another_head_that_would_fit_are_refused(cohort, monkeypatch,
     assert not (cohort / "again").exists()
 
 
-def test_slides_cannot_be_predicted_by_a_head_alone(cohort, monkeypatch, capsys):
+def test_features_without_labels_are_predicted_as_the_run_judged_them(cohort, monkeypatch, capsys):
     code, said = call(train.main, monkeypatch, capsys, *arguments(cohort, "optim.epochs=1"))
     assert code == 0, said
-    line = (cohort, "--run", cohort / "run", "--out", cohort / "p")
-    code, said = call(predict.main, monkeypatch, capsys, *line)
-    assert code == 2, said
-    assert "was trained on features" in said
+    write_slide(cohort / "new", "s14", features_of(14, COUNTS["s14"]))
+    write_slide(cohort / "new", "placeless", features_of(3, 4), coords=False)
+    line = ("--run", cohort / "run", "--out", cohort / "p")
+    code, said = call(predict.main, monkeypatch, capsys, cohort / "new", *line)
+    assert code == 0, said
+    found, known = (
+        pd.read_csv(cohort / folder / "predictions.csv").set_index("slide")
+        for folder in ("p", "run")
+    )
+    assert sorted(found.index) == ["placeless", "s14"]
+    chances = ["prob_plain", "prob_marked"]
+    np.testing.assert_allclose(found.loc["s14", chances], known.loc["s14", chances])
+    assert [path.stem for path in (cohort / "p" / "heatmaps").glob("*.png")] == ["s14"]
+    write_slide(cohort / "wide", "s14", np.ones((3, D + 1), np.float32))
+    for folder, words in (
+        ("wide", f"width: {D} in training, {D + 1} now"),
+        ("none", "no features"),
+    ):
+        code, said = call(predict.main, monkeypatch, capsys, cohort / folder, *line)
+        assert code == 2
+        assert words in said
+
+
+def test_all_of_a_cohort_that_the_run_has_never_seen_is_its_test(cohort, monkeypatch, capsys):
+    code, said = call(train.main, monkeypatch, capsys, *arguments(cohort, "data.cut.val=0.1"))
+    assert code == 0, said
+    table = pd.read_csv(cohort / "labels.csv").drop(columns="split")
+    table["case"] = [f"other{k}" for k in range(len(table) - 1)] + ["c0"]
+    table.to_csv(cohort / "other.csv", index=False)
+    line = (cohort / "run", "--external", f"data.labels={cohort}/other.csv")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, line)])
+    evaluate.main()
+    said = capsys.readouterr().out
+    assert "NOTE 1 case(s) are named as some that the run was trained or chosen on" in said
+    assert "\n  c0\n" in said
+    found = pd.read_csv(cohort / "run" / "external" / "predictions.csv").set_index("slide")
+    assert sorted(found.index) == sorted(COUNTS)
+    assert set(found["split"]) == {"test"}
+    known = pd.read_csv(cohort / "run" / "predictions.csv").set_index("slide")
+    chances = ["prob_plain", "prob_marked"]
+    np.testing.assert_allclose(found.loc[known.index, chances], known[chances])
+    report = json.loads((cohort / "run" / "external" / "metrics.json").read_text())
+    assert report["test"]["slides"] == len(COUNTS)
+    assert "val" not in report
+    code, said = call(evaluate.main, monkeypatch, capsys, *(w for w in line if w != "--external"))
+    assert code == 2
+    assert "lacks column(s) split" in said
 
 
 def test_a_head_that_needs_coords_is_refused_without_them(cohort, monkeypatch, capsys):
@@ -455,6 +498,25 @@ def test_features_that_lost_the_note_on_their_weights_are_evaluated_still(
     code, said = call(evaluate.main, monkeypatch, capsys, *again)
     assert code == 2
     assert "encoder: r50 abc in training, r50 xyz now" in said
+
+
+def test_a_run_is_not_evaluated_with_its_classes_in_another_order(cohort, monkeypatch, capsys):
+    few = arguments(cohort, "optim.epochs=1", "run.heatmaps=0")
+    assert call(train.main, monkeypatch, capsys, *few)[0] == 0
+    turned = "task.classes=[marked,plain]"
+    code, said = call(evaluate.main, monkeypatch, capsys, cohort / "run", turned)
+    assert (code, "are, in this order, plain, marked; found marked, plain" in said) == (2, True)
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_message(cohort, monkeypatch, capsys):
+    (cohort / "file").write_text("")
+    code, said = call(train.main, monkeypatch, capsys, *arguments(cohort, f"run.out={cohort}/file"))
+    assert (code, "file exists" in said) == (2, True)
+    few = arguments(cohort, "optim.epochs=1", "run.heatmaps=0")
+    assert call(train.main, monkeypatch, capsys, *few)[0] == 0
+    out = cohort / "file" / "again"
+    code, said = call(evaluate.main, monkeypatch, capsys, cohort / "run", "--out", out)
+    assert (code, f"cannot make the folder {out}: Not a directory" in said) == (2, True)
 
 
 def test_the_published_protocol_chooses_on_test_fits_on_all_and_says_so(

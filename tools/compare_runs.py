@@ -42,7 +42,7 @@ def check_same(a: Judged, b: Judged) -> None:
     if only:
         raise UserError(
             f"the runs are judged on different slides, {len(only)} of them:\n{listing(only)}\n"
-            "  evaluate both on the same table with launch/evaluate.py"
+            "  evaluate both on one table: launch/evaluate.py RUN data.labels=TABLE --out RUN"
         )
     differ = [
         f"{slide}: {'/'.join(x)} in {a.folder}, {'/'.join(y)} in {b.folder}"
@@ -52,7 +52,7 @@ def check_same(a: Judged, b: Judged) -> None:
     if differ:
         raise UserError(
             f"the runs differ in case or label of {len(differ)} slides:\n{listing(differ)}\n"
-            "  evaluate both on the same table with launch/evaluate.py"
+            "  evaluate both on one table: launch/evaluate.py RUN data.labels=TABLE --out RUN"
         )
 
 
@@ -68,6 +68,12 @@ def compare(a: Judged, b: Judged, metric: str, *, draws: int, seed: int = 0) -> 
     metric = metric or a.task.monitor
     if any(metric not in values for values in found):
         raise UserError(f"no metric '{metric}'{suggest(metric, list(found[0]))}")
+    if a.task.yardstick(metric) != b.task.yardstick(metric):
+        raise UserError(
+            f"'{metric}' of the runs is not the same measure: its times, or its weights for censored cases, "
+            "are those of each run's own training cases and task.bins\n"
+            "  compare runs of one training split and task.bins, or by another metric: --metric c_index"
+        )
     first, second = (values[metric] for values in found)
     difference, p, test = interval(first - second), bootstrap_p(first - second), "paired bootstrap"
     if metric == "auc" and a.predicted.shape[1] == 2 and len(set(a.cases)) == len(a.cases):

@@ -43,7 +43,7 @@ from e2e.data.folds import (
     tcga_sites,
 )
 from e2e.data.sampler import mix
-from e2e.data.split_files import clam_files, fold_table, read_cells, read_splits
+from e2e.data.split_files import clam_files, fold_table, names_cases, read_cells, read_splits
 from e2e.data.splits import SPLITS, assign, group_numbers, missing_classes
 from e2e.errors import UserError, exit_code, listing
 from e2e.files import write_atomically
@@ -165,18 +165,29 @@ def published_folds(args: argparse.Namespace, slides: Sequence[Slide]) -> dict[s
         slide_suffix=args.slide_suffix,
         slide_separator=args.slide_separator,
     )
+    cases = names_cases(path, args.slide, args.case)
     for number, splits in published.items():
-        kept, problems = assign(slides, splits, f"{path.name}, fold {number}")
+        kept, problems = assign(slides, splits, f"{path.name}, fold {number}", cases=cases)
         if problems:
             raise UserError(
                 f"{path} and the label table do not agree in {len(problems)} place(s) of fold "
                 f"{number}\n{listing(problems)}\n"
                 "  give the columns of the ids in which the splits are written: --case, --slide"
             )
+        used = {slide.id: slide.split for slide in kept}
         found: dict[str, set[str]] = {slide.case: set() for slide in slides}
-        for slide in kept:
-            found[slide.case].add(slide.split)
-        torn = [f"case '{c}': {', '.join(sorted(s))}" for c, s in found.items() if len(s) > 1]
+        for slide in slides:
+            found[slide.case].add(used.get(slide.id, ""))
+        torn = [
+            f"case '{c}': {', '.join(sorted(s))}" for c, s in found.items() if len(s - {""}) > 1
+        ]
+        in_part = sorted(f"case '{case}'" for case, own in found.items() if len(own) > 1)
+        if in_part and not torn:
+            raise UserError(
+                f"{path}, fold {number}: of {len(in_part)} case(s) some slides are used and others not, "
+                f"and folds here are of whole cases\n{listing(in_part)}\n"
+                f"  train on the published splits themselves: data.split_file={path}"
+            )
         if torn:
             raise UserError(
                 f"{path}, fold {number}: {len(torn)} case(s) lie in more than one split: the test "

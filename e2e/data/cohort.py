@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import io
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,11 +78,11 @@ def read_table(
     slides: dict[str, Slide] = {}
     torn: set[str] = set()
     problems: list[Problem] = []
-    for line, row in enumerate(table.to_dict("records"), start=2):
-        where = f"{path.name} line {line}"
+    for number, row in zip(table.index, table.to_dict("records"), strict=True):
+        where = f"{path.name} line {number + 1}"
         own = {role: row[column] for role, column in wanted.items()}
         ids = slide_ids(own["slide"], slide_suffix, slide_separator)
-        for number, slide_id in enumerate(ids):
+        for place, slide_id in enumerate(ids):
             slide = Slide(
                 id=slide_id,
                 case=own.get("case", own["slide"].removesuffix(slide_suffix)),
@@ -92,7 +91,7 @@ def read_table(
                 centre=own.get("centre", ""),
             )
             fault = _row_fault(slide, known_splits)
-            if fault or slide_id in ids[:number]:
+            if fault or slide_id in ids[:place]:
                 problems.append(Problem(slide_id, where, fault or "named twice in its row"))
                 continue
             slide = replace(slide, split=known_splits[slide.split])
@@ -247,32 +246,40 @@ def _read_columns(path: Path, names: list[str]) -> pd.DataFrame:
     text = read_text(path)
     separator = "\t" if path.suffix in {".tsv", ".tab"} else ","
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
-            table = pd.read_csv(
-                io.StringIO(text),
-                sep=separator,
-                dtype=str,
-                keep_default_na=False,
-                index_col=False,  # else a comma at each line's end shifts every column by one
-            )
-    except (
-        pd.errors.ParserError,
-        pd.errors.ParserWarning,
-        pd.errors.EmptyDataError,
-    ) as error:
+        # The header is read as a row: pandas would call the second of two columns label.1, and take
+        # the first for an index where a comma ends each line.
+        table = pd.read_csv(
+            io.StringIO(text.lstrip("\r\n")),
+            sep=separator,
+            dtype=str,
+            keep_default_na=False,
+            header=None,
+            skip_blank_lines=False,  # so that a row's number is that of its line
+        )
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise UserError(f"{path} is no readable table: {str(error).strip()}") from error
-    missing = sorted(set(names) - set(table.columns))
+    table = table.fillna("").apply(lambda column: column.str.strip())
+    table = table.loc[(table != "").any(axis=1)]
+    if table.empty:
+        raise UserError(f"{path} is empty")
+    columns = table.iloc[0].tolist()
+    table = table.iloc[1:].set_axis(columns, axis=1)
+    missing = sorted(set(names) - set(columns))
     if missing:
         remedy = (
             "name the table's own columns: data.columns.case=, .slide=, .split=, the task's column"
         )
-        if ";" in str(table.columns[0]):  # as spreadsheets write where the comma is decimal
+        if ";" in columns[0]:  # as spreadsheets write where the comma is decimal
             remedy = "its cells are separated by ';': save it with commas"
         raise UserError(
             f"{path} lacks column(s) {', '.join(missing)}\n"
-            f"  it has: {', '.join(table.columns)}\n  {remedy}"
+            f"  it has: {', '.join(columns)}\n  {remedy}"
+        )
+    if twice := sorted({name for name in names if columns.count(name) > 1}):
+        raise UserError(
+            f"{path} has the column(s) {', '.join(twice)} more than once\n"
+            "  take out all but one, or give each a name of its own"
         )
     if table.empty:
-        raise UserError(f"{path} has no rows\n{listing(table.columns)}")
-    return pd.DataFrame({name: table[name].str.strip() for name in names})
+        raise UserError(f"{path} has no rows\n{listing(columns)}")
+    return table.loc[:, list(dict.fromkeys(names))]

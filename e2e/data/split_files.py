@@ -228,15 +228,8 @@ def read_splits(
     Raises:
         UserError: nothing there, no known format, an id in two splits of a fold, an unknown word.
     """
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if FOLD_FILE.fullmatch(file.name))
-        if not files:
-            raise UserError(
-                f"{path} has no splits_0.csv, fold_0.csv or split_0.json\n  name a file"
-            )
     found: Folds = {}
-    for file in files:
+    for file in _files(path):
         entries = _entries(SplitFile(file, slide_column, case_column))
         for fold, splits in _checked(file, entries, slide_suffix, slide_separator).items():
             known = found.setdefault(fold, splits)
@@ -248,6 +241,25 @@ def read_splits(
                 )
             known |= splits
     return dict(sorted(found.items(), key=lambda item: int(item[0])))
+
+
+def names_cases(
+    path: Path, slide_column: str | None = None, case_column: str | None = None
+) -> bool:
+    """Whether what :func:`read_splits` reads is a table whose ids are in a column of cases."""
+    columns = SplitFile(_files(path)[0]).cells.columns
+    return not {slide_column, *SLIDE_IDS} & {*columns} and bool(
+        {case_column, *CASE_IDS} & {*columns}
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if FOLD_FILE.fullmatch(file.name))
+    if not files:
+        raise UserError(f"{path} has no splits_0.csv, fold_0.csv or split_0.json\n  name a file")
+    return files
 
 
 def pick_fold(folds: Folds, fold: str | None, path: Path) -> str:

@@ -52,8 +52,8 @@ EXTERNAL = Protocol(("test",), dict.fromkeys(("", "train", "val"), "test"))
 """A cohort that the run has never seen: all of it is the test."""
 
 
-def check_splits(slides: Sequence[Slide], *, needs: Sequence[str] = HONEST.needs) -> None:
-    """UserError when a case lies in two splits, or one of ``needs`` is empty."""
+def check_cases(slides: Sequence[Slide]) -> None:
+    """UserError when a case lies in two splits."""
     found: dict[str, set[str]] = defaultdict(set)
     for slide in slides:
         found[slide.case].add(slide.split)
@@ -64,6 +64,11 @@ def check_splits(slides: Sequence[Slide], *, needs: Sequence[str] = HONEST.needs
             + listing(f"case '{c}': {', '.join(sorted(s))}" for c, s in sorted(torn.items()))
             + "\n  give each case one split, in the label table or in data.split_file"
         )
+
+
+def check_splits(slides: Sequence[Slide], *, needs: Sequence[str] = HONEST.needs) -> None:
+    """UserError when a case lies in two splits, or one of ``needs`` is empty."""
+    check_cases(slides)
     for split in needs:
         if not any(slide.split == split for slide in slides):
             cut_it = ", or set data.cut.val=0.1 to cut it from the training cases"
@@ -202,13 +207,14 @@ def _checksums(slide: str, store: Store, rows: Sequence[int]) -> NDArray[np.uint
 
 
 def assign(
-    slides: Sequence[Slide], splits: Mapping[str, str], where: str
+    slides: Sequence[Slide], splits: Mapping[str, str], where: str, *, cases: bool = False
 ) -> tuple[list[Slide], list[Problem]]:
     """Give each slide the split of its id, or of its case's.
 
     Args:
         splits: slide or case id -> train, val, test, or empty where it is not to be used.
         where: they come from, for the problems.
+        cases: the ids are those of cases, of which one may be another's slide's too: 1, 2, 3.
 
     Returns:
         The slides that have a split; the ids that no slide has, and the slides of no id.
@@ -219,7 +225,8 @@ def assign(
     ]
     kept: list[Slide] = []
     for slide in slides:
-        split = splits.get(slide.id, splits.get(slide.case))
+        first, second = (slide.case, slide.id) if cases else (slide.id, slide.case)
+        split = splits.get(first, splits.get(second))
         if split is None:
             problems.append(Problem(slide.id, where, "neither the slide nor its case has a split"))
         elif split:

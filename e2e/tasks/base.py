@@ -110,6 +110,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def yardstick(self, metric: str) -> object:
+        """What of the training cases ``metric`` is measured by; runs are compared where it is the same."""
+        return ()
+
     def pictures(self, predicted: Array, targets: Array) -> list[Picture]:
         """What shows how well it went, for the same arguments as :meth:`metrics`."""
         raise NotImplementedError

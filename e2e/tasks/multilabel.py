@@ -63,6 +63,10 @@ class Multilabel(Task):
     ) -> None:
         if len(set(labels)) != len(labels) or not labels:
             raise UserError(f"task.labels needs one or more different columns, found {labels}")
+        if "macro" in labels:  # auc_macro is the mean
+            raise UserError(
+                "task.labels: 'macro' is the name of the labels' mean; rename the column"
+            )
         if not 0 <= shift < 1:
             raise UserError(f"task.shift must be in [0, 1), found {shift:g}")
         self.columns = self.output_names = tuple(labels)

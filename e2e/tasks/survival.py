@@ -230,6 +230,15 @@ class Survival(Task):
         undefined = np.full(len(weights), np.nan)
         return {name: found.get(name, undefined) for name in self.metric_names}
 
+    def yardstick(self, metric: str) -> object:
+        """The times that are judged, and the censoring; of Harrell's C nothing."""
+        known = self.censoring
+        if metric == "c_index" or known is None:
+            return ()
+        times = () if metric == "c_index_uno" else tuple(self.edges)
+        censoring = (known.times.tolist(), known.chance.tolist())
+        return times, () if metric == "survival_nll" else censoring
+
     def pictures(self, predicted: Array, targets: Array) -> list[Picture]:
         """See :func:`e2e.figures.of_survival`."""
         known = np.isfinite(targets).all(axis=1)
