@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from e2e.data.cases import CaseStore
 from e2e.data.decode import Decoder, UndecodableError
 from e2e.data.loader import LabelledSlide
 from e2e.data.store import SlideRecord, Store
@@ -61,7 +62,8 @@ def draw_heatmap(
     """Write ``path``.png (the slide from its patches, beside it the scores over it) and ``.csv``.
 
     Colours are percentile ranks within the slide, because raw attention is often one hot patch on
-    a field of near zeros. Without a decoder there is no slide to show. The table holds x, y and side
+    a field of near zeros; where patches overlap it is their mean. Without a decoder there is no slide to
+    show. The table holds each patch's slide (of a case there may be several), its x, y and side there
     (level-0 px), the raw score and its percentile.
 
     Raises:
@@ -73,14 +75,19 @@ def draw_heatmap(
         tissue = _paint(record, np.full((record.count, 3), 200, np.uint8))
     else:
         tissue = _mosaic(item, record, decoder)
-    heat = _paint(record, (colormaps["turbo"](ranks)[:, :3] * 255).astype(np.uint8))
-    covered = _paint(record, np.full((record.count, 3), 255, np.uint8), ground=0)[..., :1] > 0
+    mean = _mean(record, ranks)
+    heat = colormaps["turbo"](np.nan_to_num(mean))[..., :3] * 255
+    covered = np.isfinite(mean)[..., None]
     blend = np.where(covered, 0.45 * tissue + 0.55 * heat, tissue).astype(np.uint8)
     write_atomically(path.with_name(path.name + ".png"), _panels(tissue, blend, caption))
+    slides, places = item.slide.id, record.places
+    if isinstance(item.store, CaseStore):
+        slides, places = item.store.origins()
     table = pd.DataFrame(
         {
-            "x": record.places[:, 0],
-            "y": record.places[:, 1],
+            "slide": slides,
+            "x": places[:, 0],
+            "y": places[:, 1],
             "side": round(record.level0_px, 2),
             "score": scores,
             "percentile": np.round(100 * ranks, 2),
@@ -116,14 +123,22 @@ def _spacing(places: NDArray[np.int32]) -> float:
     return float(min((step.min() for step in steps if len(step)), default=1))
 
 
-def _paint(
-    record: SlideRecord, colours: NDArray[np.uint8], *, ground: int = GROUND
-) -> NDArray[np.uint8]:
+def _paint(record: SlideRecord, colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
     corners, cell, shape = _geometry(record)
-    picture = np.full((*shape, 3), ground, np.uint8)
+    picture = np.full((*shape, 3), GROUND, np.uint8)
     for (x, y), colour in zip(corners, colours, strict=True):
         picture[y : y + cell, x : x + cell] = colour
     return picture
+
+
+def _mean(record: SlideRecord, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(height, width) mean of the patches that lie there; NaN where none does."""
+    corners, cell, shape = _geometry(record)
+    total, patches = np.zeros(shape), np.zeros(shape)
+    for (x, y), value in zip(corners, values, strict=True):
+        total[y : y + cell, x : x + cell] += value
+        patches[y : y + cell, x : x + cell] += 1
+    return np.divide(total, patches, out=np.full(shape, np.nan), where=patches > 0)
 
 
 def _mosaic(item: LabelledSlide, record: SlideRecord, decoder: Decoder) -> NDArray[np.uint8]:

@@ -146,6 +146,12 @@ def test_end_to_end_a_bag_is_a_case_too(patch_cohort, tmp_path, monkeypatch, cap
     code, said = call(train.main, monkeypatch, capsys, *line)
     assert code == 0, said
     assert len(pd.read_csv(tmp_path / "run" / "predictions.csv")) == 4
+    drawn = pd.read_csv(tmp_path / "run" / "heatmaps" / "c3_0.csv")
+    slides = list(table.loc[table["case"] == "c3_0", "slide"])
+    assert list(drawn["slide"].unique()) == slides
+    for slide, own in drawn.groupby("slide"):
+        coords = PatchStore(patch_cohort / "s.lmdb").record(slide).places
+        np.testing.assert_array_equal(own[["x", "y"]], coords)
     patches_of = table.assign(n=[3 + k % 4 for k in range(16)]).groupby("case")["n"].sum()
     for case in ("c3_0", "c3_1"):
         assert len(pd.read_csv(tmp_path / "run" / "heatmaps" / f"{case}.csv")) == patches_of[case]

@@ -117,7 +117,7 @@ def test_metrics_are_those_of_the_metrics_module():
 
 def test_a_splits_targets_are_told_in_a_line(any_task):
     targets = [torch.tensor(n) for n in (2, 0, 2)]
-    assert any_task.describe(targets) == "1 normal, 0 LUAD, 2 LUSC"
+    assert any_task.describe(targets) == "'normal' 1, 'LUAD' 0, 'LUSC' 2"
 
 
 def targets(*numbers: int) -> list[torch.Tensor]:

@@ -151,7 +151,8 @@ def drawn(item, tmp_path) -> np.ndarray:
 def test_the_table_holds_the_coordinates_of_the_store_and_the_raw_scores(item, tmp_path):
     drawn(item, tmp_path)
     table = pd.read_csv(tmp_path / "maps" / "s.v1.csv")
-    assert list(table.columns) == ["x", "y", "side", "score", "percentile"]
+    assert list(table.columns) == ["slide", "x", "y", "side", "score", "percentile"]
+    assert set(table.slide) == {item.slide.id}
     assert list(zip(table.x, table.y, strict=True)) == COORDS
     assert set(table.side) == {64.0}
     np.testing.assert_array_equal(table.score, SCORES)
@@ -175,6 +176,23 @@ def test_the_picture_has_the_tissue_on_the_left_and_the_scores_over_it_on_the_ri
         assert cell(picture, x, y, 1) == pytest.approx(0.45 * np.array(colour) + 0.55 * heat, abs=4)
     for panel in (0, 1):
         assert cell(picture, 1, 1, panel).tolist() == [245] * 3  # no patch, no colour
+
+
+def test_where_patches_overlap_their_mean_is_shown(tmp_path):
+    coords = np.array([(0, 0), (32, 0), (64, 0)], np.int32)  # of 64 px, each half on the next
+    black = jpeg(Image.new("RGB", (32, 32), "black"), quality=95)
+    with StoreWriter(tmp_path / "x.lmdb", RECIPE) as writer:
+        writer.add(record("s", 3, coords=coords), [black] * 3)
+    slide = LabelledSlide(
+        Slide("s", "s", "test", {}), PatchStore(tmp_path / "x.lmdb"), torch.tensor(0)
+    )
+    scores = np.array([0.0, 1.0, 2.0])  # ranks 0, 0.5, 1
+    draw_heatmap(slide, scores, decoder=build_decoder(), caption="", path=tmp_path / "s")
+    with Image.open(tmp_path / "s.png") as image:
+        row = np.asarray(image).astype(int)[BAR + 10, SIDE + 8 :]
+    for part, mean in enumerate((0.0, 0.25, 0.75, 1.0)):
+        expected = 0.55 * np.array(colormaps["turbo"](mean)[:3]) * 255
+        assert row[int((part + 0.5) * SIDE / 4)] == pytest.approx(expected, abs=4)
 
 
 def test_patches_touch_without_gaps(item, tmp_path):

@@ -96,6 +96,12 @@ class CaseStore:
         """
         return self._record
 
+    def origins(self) -> tuple[list[str], NDArray[np.int32]]:
+        """(N,) the slide of each patch, and (N, 2) its coords there, which all slides must have."""
+        records = [store.record(slide) for store, slide in self.parts]
+        slides = [record.slide for record in records for _ in range(record.count)]
+        return slides, np.concatenate([record.places for record in records])
+
     def read(self, slide: str, indices: Sequence[int] | NDArray[np.int64]) -> list[bytes]:
         """JPEG bytes of the given patches, in the order asked for."""
         wanted = np.asarray(indices, np.int64)

@@ -212,4 +212,4 @@ class Classification(Task):
     def describe(self, targets: Sequence[Tensor]) -> str:
         """Count of each class."""
         counts = zip(self._counts(targets), self.output_names, strict=True)
-        return ", ".join(f"{n} {name}" for n, name in counts)
+        return ", ".join(f"'{name}' {n}" for n, name in counts)
