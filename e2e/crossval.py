@@ -42,6 +42,12 @@ class Trial(NamedTuple):
         """Of its folder."""
         return f"fold_{self.fold}_seed_{self.seed}"
 
+    @classmethod
+    def named(cls, name: str) -> Trial | None:
+        """The one of that folder; None where it is no run's."""
+        found = re.fullmatch(r"fold_(.+)_seed_(-?\d+)", name)
+        return cls(found[1], int(found[2])) if found else None
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -63,6 +69,14 @@ class Plan:
     def folder(self, trial: Trial) -> Path:
         """The run folder of a trial."""
         return self.out / "runs" / trial.name
+
+    @property
+    def done(self) -> list[Trial]:
+        """What there is in the folder, by this command or an earlier one for other folds or seeds."""
+        there = [Trial.named(path.name) for path in (self.out / "runs").glob("fold_*_seed_*")]
+        known = [trial for trial in there if trial and is_done(self.folder(trial))]
+        asked = {trial: place for place, trial in enumerate(self.trials)}
+        return sorted(known, key=lambda t: (asked.get(t, len(asked)), t.seed, t.fold))
 
     def arguments(self, trial: Trial) -> list[str]:
         """Of launch/train.py."""
@@ -142,10 +156,10 @@ def cut_folds(settings: Settings, folds: int) -> bytes:
         split_names={},
         slide_separator=data.slide_separator,
     )
-    if problems:
+    if problems and data.unmatched == "error":
         raise UserError(
             f"{data.labels} has {len(problems)} row(s) that cannot be used\n{listing(problems)}\n"
-            "  mend them, or take them out"
+            "  mend them, or take them out, or set data.unmatched=drop to go on without them"
         )
     strata = case_strata(group_numbers(slides, targets[0]), targets[0])
     seed = settings.run.seed
@@ -199,12 +213,12 @@ def run_all(plan: Plan, slots: Sequence[str], say: Callable[[str], None]) -> Non
 
 
 def report(plan: Plan, *, draws: int) -> str:
-    """Write the tables of all runs that are done; the Markdown one.
+    """Write the tables of all runs that are done, by whichever of the commands; the Markdown one.
 
     Raises:
         UserError: none is done, or a run's predictions cannot be read.
     """
-    found = {t: read_judged(plan.folder(t), "test") for t in plan.trials if is_done(plan.folder(t))}
+    found = {trial: read_judged(plan.folder(trial), "test") for trial in plan.done}
     if not found:
         raise UserError(f"{plan.out} has no run that is done")
     return write_report(plan, found, summarise(found, draws=draws), draws)
@@ -273,8 +287,10 @@ def _measure(runs: Sequence[Judged], weights: Array) -> Mapping[str, Array]:
 
 def write_report(plan: Plan, found: Mapping[Trial, Judged], rows: Sequence[Row], draws: int) -> str:
     """results.csv (a line a run and metric), results.json, results.md and results.tex; the Markdown."""
+    known = {*found, *plan.trials}
     said = (
-        f"{len(found)} of {len(plan.trials)} runs: {len(plan.folds)} folds, {len(plan.seeds)} seed(s); "
+        f"{len(found)} of {len(known)} runs: {len({t.fold for t in known})} folds, "
+        f"{len({t.seed for t in known})} seed(s); "
         f"{len({s for run in found.values() for s in run.slides})} test slides of "
         f"{len({c for run in found.values() for c in run.cases})} cases; "
         f"intervals: 95 %, {draws:,} resamples of the cases"

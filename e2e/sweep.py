@@ -79,7 +79,8 @@ def search(
         metric: of validation, by the judged weights; more is better, or less, as the metric has it.
 
     Raises:
-        UserError: another search lies in ``out``; a run failed (its log is named).
+        UserError: another search lies in ``out``; a run failed (its log is named); the metric is defined in
+            no trial, whereas one in which it is not counts as the worst.
     """
     import optuna
 
@@ -93,6 +94,7 @@ def search(
         direction="minimize" if metric in LOWER_IS_BETTER else "maximize",
         load_if_exists=True,
     )
+    worst = math.inf if metric in LOWER_IS_BETTER else -math.inf
     running, done = optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.COMPLETE
     for stopped in study.get_trials(deepcopy=False, states=(running,)):
         study.tell(stopped.number, state=optuna.trial.TrialState.FAIL)
@@ -104,8 +106,11 @@ def search(
         said = ", ".join(f"{name}={value}" for name, value in chosen.items())
         say(f"trial {trial.number}: {said}")
         value = judge(command, chosen, folder, metric)
-        study.tell(trial, value)
-        say(f"  {metric} on validation {value:.4f}; best so far {study.best_value:.4f}")
+        study.tell(trial, worst if value is None else value)
+        shown = "undefined" if value is None else f"{value:.4f}"
+        say(f"  {metric} on validation {shown}; best so far {study.best_value:.4f}")
+    if study.best_value == worst:
+        raise UserError(f"{metric} is not defined on validation in any of the {trials} trials")
     table = study.trials_dataframe(attrs=("number", "value", "params", "state"))
     table.to_csv(out / "trials.csv", index=False)
     best = {"metric": metric, "value": study.best_value, "settings": study.best_params}
@@ -114,8 +119,10 @@ def search(
     return best
 
 
-def judge(command: Sequence[str], chosen: Mapping[str, Any], folder: Path, metric: str) -> float:
-    """Train the run, or go on with it; its ``metric`` on validation."""
+def judge(
+    command: Sequence[str], chosen: Mapping[str, Any], folder: Path, metric: str
+) -> float | None:
+    """Train the run, or go on with it; its ``metric`` on validation, None where that is not defined."""
     if not is_done(folder):
         words = [f"{name}={json.dumps(value)}" for name, value in chosen.items()]
         log = folder.with_name(f"{folder.name}.log")
@@ -128,9 +135,9 @@ def judge(command: Sequence[str], chosen: Mapping[str, Any], folder: Path, metri
     report = folder / "metrics.json"
     found = json.loads(report.read_bytes())
     values = found[found["chosen_on"]][found["judged"]]
-    if metric not in values or values[metric]["value"] is None:
+    if metric not in values:
         raise UserError(f"{report} has no '{metric}' on validation; it has: {', '.join(values)}")
-    return float(values[metric]["value"])
+    return values[metric]["value"]
 
 
 def _suggest(trial: Any, name: str, entry: Any) -> Any:

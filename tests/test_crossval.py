@@ -112,6 +112,23 @@ def test_another_cross_validation_in_the_same_folder_is_refused_and_more_seeds_a
             Plan(tmp_path / "cv", other[0], ("0", "1"), (0,), other[1]).keep()
 
 
+def test_what_an_earlier_command_trained_in_the_folder_is_reported_too(tmp_path):
+    plan = Plan(tmp_path, (), ("1",), (0,), "")
+    for name in (
+        "fold_1_seed_0",
+        "fold_0_seed_0",
+        "fold_0_seed_3",
+        "fold_a_b_seed_2",
+        "fold_seed_1",
+    ):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        if name != "fold_0_seed_3":
+            (tmp_path / "runs" / name / "metrics.json").write_text("{}")
+    assert plan.done == [Trial("1", 0), Trial("0", 0), Trial("a_b", 2)]
+    text = write_report(plan, {t: judged(k, ["a"]) for k, t in enumerate(plan.done)}, [], 50)
+    assert text.startswith("3 of 3 runs: 3 folds, 2 seed(s)")
+
+
 def test_a_run_that_fails_ends_the_others_before_they_begin_and_names_its_log(tmp_path):
     plan = Plan(tmp_path / "cv", ("--datasets", "panda", "--model", "abmil"), ("0", "1"), (0,), "")
     said: list[str] = []

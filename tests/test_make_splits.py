@@ -250,6 +250,7 @@ def test_cases_of_no_centre_are_named_where_folds_go_by_centre(tmp_path):
         (["--val", "1"], "--val is a share"),
         (["--repeats", "0"], "--repeats must be at least 1"),
         (["--inner", "1"], "--inner must be at least 2"),
+        (["--val", "0.99", "--allow-missing"], "0, 1, 2, 3, 4 have no training case"),
         (["--few-shot", "0"], "--few-shot must be at least 1"),
         (["--few-shot", "9"], "9 training cases of each class"),
     ],

@@ -86,10 +86,25 @@ def report(folder: Path, value: float | None) -> None:
 def test_a_trial_is_worth_what_it_has_on_validation(tmp_path):
     report(tmp_path / "a", 0.25)
     assert judge([], {}, tmp_path / "a", "auc") == 0.25
-    for name, value, metric in (("b", None, "auc"), ("c", 0.5, "kappa")):
-        report(tmp_path / name, value)
-        with pytest.raises(UserError, match=f"no '{metric}' on validation; it has: auc"):
-            judge([], {}, tmp_path / name, metric)
+    report(tmp_path / "b", None)
+    assert judge([], {}, tmp_path / "b", "auc") is None
+    with pytest.raises(UserError, match="no 'kappa' on validation; it has: auc"):
+        judge([], {}, tmp_path / "a", "kappa")
+
+
+@pytest.mark.parametrize(("metric", "best"), [("auc", 0.75), ("rmse", 0.5)])
+def test_a_trial_whose_metric_is_not_defined_is_the_worst_and_the_search_goes_on(
+    tmp_path, monkeypatch, metric, best
+):
+    values = iter([None, 0.5, 0.75, None, None])
+    monkeypatch.setattr(sweep, "judge", lambda *_: next(values))
+    said: list[str] = []
+    given = {"metric": metric, "seed": 0, "say": said.append}
+    space = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
+    assert search([], space, out=tmp_path / "a", trials=4, **given)["value"] == best
+    assert f"  {metric} on validation undefined; best so far {best:.4f}" in said
+    with pytest.raises(UserError, match=f"{metric} is not defined on validation in any of the 1"):
+        search([], space, out=tmp_path / "b", trials=1, **given)
 
 
 @pytest.mark.parametrize(("metric", "best"), [("auc", 0.75), ("rmse", 0.25), ("log_loss", 0.25)])

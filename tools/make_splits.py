@@ -127,7 +127,10 @@ def sites_of(slides: Sequence[Slide], site: str) -> dict[str, str]:
     found: dict[str, str] = {}
     torn = {s.case for s in slides if found.setdefault(s.case, s.centre) != s.centre}
     if torn:
-        raise UserError(f"{len(torn)} case(s) have slides of two centres\n{listing(sorted(torn))}")
+        raise UserError(
+            f"{len(torn)} case(s) have slides of two centres\n{listing(sorted(torn))}\n"
+            "  give each case one centre in that column"
+        )
     if nowhere := sorted(case for case, centre in found.items() if not centre):
         raise UserError(
             f"{len(nowhere)} case(s) have no word in the column '{site}', so their centre is not known\n"
@@ -290,6 +293,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             k: few_shot(strata, fold, args.few_shot, classes=classes, seed=mix(args.seed, k))
             for k, fold in folds.items()
         }
+    if bare := [number for number, fold in folds.items() if "train" not in fold.values()]:
+        raise UserError(
+            f"fold(s) {', '.join(bare)} have no training case\n  ask for a smaller --val, or fewer --folds"
+        )
     rows = counts(folds, slides, args.label, sites)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     screen = Screen(leads=True)
