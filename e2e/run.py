@@ -212,10 +212,10 @@ def evaluate(settings: Settings, folder: Path, out: Path, *, external: bool = Fa
 
 
 def _without_splits(settings: Settings) -> Settings:
+    """And without the further magnifications, which training alone sees."""
     columns = replace(settings.data.columns, split=None)
-    return replace(
-        settings, data=replace(settings.data, columns=columns, split_file=None, fold=None)
-    )
+    data = replace(settings.data, columns=columns, split_file=None, fold=None, scales=[])
+    return replace(settings, data=data, bag=replace(settings.bag, shares=[]))
 
 
 def _seen(items: Sequence[LabelledSlide], folder: Path) -> list[str]:
