@@ -14,14 +14,18 @@ from matplotlib import colormaps
 from PIL import Image
 from scipy.stats import rankdata
 
-import e2e.heads  # noqa: F401  (registers them)
+import e2e.heads
+import e2e.tasks  # noqa: F401  (each registers its plug-ins)
 from e2e.data.cohort import Slide
 from e2e.data.decode import build_decoder
+from e2e.data.feature_rows import FeatureCache
 from e2e.data.loader import LabelledSlide
 from e2e.data.store import PatchStore, StoreWriter
 from e2e.errors import DamagedDataError
+from e2e.evaluate import heatmap_drawer
 from e2e.heads.base import HEADS, HeadOutput
 from e2e.heatmap import draw_heatmap, patch_scores, percentile_ranks
+from e2e.tasks.base import TASKS
 from tests.conftest import RECIPE, jpeg, record
 
 SIDE = 768  # px of the longer side of a panel
@@ -176,6 +180,21 @@ def test_the_picture_has_the_tissue_on_the_left_and_the_scores_over_it_on_the_ri
         assert cell(picture, x, y, 1) == pytest.approx(0.45 * np.array(colour) + 0.55 * heat, abs=4)
     for panel in (0, 1):
         assert cell(picture, 1, 1, panel).tolist() == [245] * 3  # no patch, no colour
+
+
+def test_an_id_with_slashes_is_no_way_out_of_the_folder(tmp_path):
+    name = "../../out/s"
+    with StoreWriter(tmp_path / "x.lmdb", RECIPE) as writer:
+        writer.add(record(name, 2), [jpeg(0), jpeg(1)])
+    slide = LabelledSlide(
+        Slide(name, name, "test", {}), PatchStore(tmp_path / "x.lmdb"), torch.tensor(0)
+    )
+    task = TASKS.build("classification", classes=["a", "b"])
+    folder = tmp_path / "run" / "heatmaps"
+    draw = heatmap_drawer(task, FeatureCache(1 << 20), folder, [slide])
+    draw(slide, HeadOutput(torch.zeros(1, 2), attention_logits=torch.zeros(1, 1, 2)), [0.25, 0.75])
+    assert [path.name for path in folder.glob("*.png")] == [".._.._out_s.png"]
+    assert sorted(path.name for path in tmp_path.glob("*") if path.suffix == "") == ["run"]
 
 
 def test_where_patches_overlap_their_mean_is_shown(tmp_path):
