@@ -309,8 +309,7 @@ def heatmap_drawer(task: Task, look: Sight, folder: Path, chosen: Sequence[Label
     wanted = {item.slide.id for item in chosen}
 
     def draw(item: LabelledSlide, output: HeadOutput, values: list[float]) -> None:
-        scores = _scores_of(task, output, values)
-        if item.slide.id not in wanted or scores is None:
+        if item.slide.id not in wanted or (scores := _scores_of(task, output, values)) is None:
             return
         words = zip(task.label_columns, task.words(task.numbers(item.target)), strict=True)
         label = ", ".join(f"{column} {word}" for column, word in words if word)

@@ -25,6 +25,7 @@ from e2e.heads.base import HeadOutput
 
 SIDE = 768  # px of the longer side of each panel
 GROUND = 245  # grey where the slide has no patch
+PATCH = 200  # grey of a patch whose pixels are not at hand
 
 
 def patch_scores(
@@ -71,13 +72,13 @@ def draw_heatmap(
     """
     record = item.record
     ranks = percentile_ranks(scores)
-    if decoder is None:
-        tissue = _paint(record, np.full((record.count, 3), 200, np.uint8))
-    else:
-        tissue = _mosaic(item, record, decoder)
     mean = _mean(record, ranks)
     heat = colormaps["turbo"](np.nan_to_num(mean))[..., :3] * 255
     covered = np.isfinite(mean)[..., None]
+    if decoder is None:
+        tissue = np.where(covered, PATCH, GROUND).astype(np.uint8).repeat(3, axis=2)
+    else:
+        tissue = _mosaic(item, record, decoder)
     blend = np.where(covered, 0.45 * tissue + 0.55 * heat, tissue).astype(np.uint8)
     write_atomically(path.with_name(path.name + ".png"), _panels(tissue, blend, caption))
     slides, places = item.slide.id, record.places
@@ -121,14 +122,6 @@ def _spacing(places: NDArray[np.int32]) -> float:
     """The smallest step between columns or rows of patches, where nobody says how large they are."""
     steps = [np.diff(np.unique(places[:, axis])) for axis in (0, 1)]
     return float(min((step.min() for step in steps if len(step)), default=1))
-
-
-def _paint(record: SlideRecord, colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    corners, cell, shape = _geometry(record)
-    picture = np.full((*shape, 3), GROUND, np.uint8)
-    for (x, y), colour in zip(corners, colours, strict=True):
-        picture[y : y + cell, x : x + cell] = colour
-    return picture
 
 
 def _mean(record: SlideRecord, values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -261,8 +261,8 @@ def _prepare(
     if not trained:
         fit_task(settings, task, items)
     known = build.describe_features(items) if features else None
-    if known and trained and (folder / FEATURES).is_file():
-        build.check_features(known, json.loads((folder / FEATURES).read_bytes()), folder)
+    if known and trained:
+        _check_features(known, folder)
     return make_parts(
         settings,
         task,
@@ -272,6 +272,12 @@ def _prepare(
         problems=problems,
         features=known,
     )
+
+
+def _check_features(known: dict[str, Any], folder: Path) -> None:
+    """UserError where features are others than the run's, as far as that noted them."""
+    if (folder / FEATURES).is_file():
+        build.check_features(known, json.loads((folder / FEATURES).read_bytes()), folder)
 
 
 def _is_free(folder: Path) -> bool:
@@ -310,9 +316,9 @@ def take_in(
 
 
 def fit_task(settings: Settings, task: Task, items: Sequence[LabelledSlide]) -> None:
-    """Fit the task to the training slides, as published to all; UserError where nothing can be learned."""
-    honest = settings.run.protocol == "honest"
-    learned = [item for item in items if not honest or item.slide.split == "train"]
+    """Fit the task to the slides that the run's protocol has; UserError where nothing can be learned."""
+    splits = PROTOCOLS[settings.run.protocol].fitted_to
+    learned = [item for item in items if item.slide.split in splits]
     task.fit([item.target for item in learned], [item.slide.case for item in learned])
 
 
@@ -334,7 +340,7 @@ def make_parts(
         features: of :func:`e2e.build.describe_features`; None for patches.
 
     Raises:
-        UserError: they do not.
+        UserError: the settings make no model, or the head needs places that a slide does not have.
     """
     view = build.build_view(settings.data, settings.bag, device, features=features is not None)
     width = features["width"] if features else None
@@ -433,7 +439,7 @@ def predict(
             build.open_feature_stores(replace(settings.data, features=[str(slides)])), task
         )
         features = build.describe_features(items)
-        build.check_features(features, json.loads((folder / FEATURES).read_bytes()), folder)
+        _check_features(features, folder)
         build.check_values(items, screen)
     else:
         packed = _pack_alike(settings, slides, out / "slides.lmdb", mpp_override, workers, screen)

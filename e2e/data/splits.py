@@ -33,6 +33,8 @@ class Protocol(NamedTuple):
     """Splits that must not be empty; on the last of them epochs are compared."""
     joined: Mapping[str, str]
     """Split -> the one that it is part of; none is cut off for it."""
+    fitted_to: tuple[str, ...]
+    """Splits, as joined, that the task takes what it needs from."""
 
     @property
     def chosen_on(self) -> str:
@@ -46,9 +48,9 @@ class Protocol(NamedTuple):
         return tuple(split for split in known if split not in self.joined)
 
 
-HONEST = Protocol(("train", "val"), {})
-AS_PUBLISHED = Protocol(("train", "test"), {"val": "test"})
-EXTERNAL = Protocol(("test",), dict.fromkeys(("", "train", "val"), "test"))
+HONEST = Protocol(("train", "val"), {}, ("train",))
+AS_PUBLISHED = Protocol(("train", "test"), {"val": "test"}, ("train", "test"))
+EXTERNAL = Protocol(("test",), dict.fromkeys(("", "train", "val"), "test"), ())
 """A cohort that the run has never seen: all of it is the test."""
 
 
