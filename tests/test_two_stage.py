@@ -399,6 +399,8 @@ def test_features_without_labels_are_predicted_as_the_run_judged_them(cohort, mo
         code, said = call(predict.main, monkeypatch, capsys, cohort / folder, *line)
         assert code == 2
         assert words in said
+    (cohort / "run" / "features.json").unlink()  # a run of before it was noted
+    assert call(predict.main, monkeypatch, capsys, cohort / "new", *line)[0] == 0
 
 
 def test_all_of_a_cohort_that_the_run_has_never_seen_is_its_test(cohort, monkeypatch, capsys):

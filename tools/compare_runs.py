@@ -30,6 +30,10 @@ from e2e.log import Screen
 from e2e.metrics import LOWER_IS_BETTER, bootstrap_p, case_weights, delong, interval
 from e2e.registry import suggest
 
+EVALUATE_BOTH = (
+    "evaluate both on one table: launch/evaluate.py RUN data.labels=TABLE --out DIR; compare these"
+)
+
 
 def check_same(a: Judged, b: Judged) -> None:
     """UserError where the runs are not judged on the same slides, cases, labels and outputs."""
@@ -42,7 +46,7 @@ def check_same(a: Judged, b: Judged) -> None:
     if only:
         raise UserError(
             f"the runs are judged on different slides, {len(only)} of them:\n{listing(only)}\n"
-            "  evaluate both on one table: launch/evaluate.py RUN data.labels=TABLE --out RUN"
+            f"  {EVALUATE_BOTH}"
         )
     differ = [
         f"{slide}: {'/'.join(x)} in {a.folder}, {'/'.join(y)} in {b.folder}"
@@ -52,7 +56,7 @@ def check_same(a: Judged, b: Judged) -> None:
     if differ:
         raise UserError(
             f"the runs differ in case or label of {len(differ)} slides:\n{listing(differ)}\n"
-            "  evaluate both on one table: launch/evaluate.py RUN data.labels=TABLE --out RUN"
+            f"  {EVALUATE_BOTH}"
         )
 
 
