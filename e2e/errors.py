@@ -65,7 +65,7 @@ def exit_code(main: Callable[[], int | None], *, interrupted: str | None = None)
         return INTERRUPTED
 
 
-def listing(items: Iterable[object], *, most: int = 10) -> str:
+def format_list(items: Iterable[object], *, most: int = 10) -> str:
     """Indented lines, one an item; what is over ``most`` is counted, not shown."""
     shown = [str(item) for item in items]
     lines = [f"  {item}" for item in shown[:most]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import json
 import os
@@ -42,7 +43,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         ) from error
 
 
-def make_folder(path: Path) -> None:
+def create_folder(path: Path) -> None:
     """The folder, with those above it, if it is not there yet.
 
     Raises:
@@ -61,7 +62,7 @@ def write_json(path: Path, content: object) -> None:
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def claim(path: Path) -> int | None:
+def lock_file(path: Path) -> int | None:
     """Lock a file, which is made if need be, until ``os.close`` or the end of the process, however it ends.
 
     Returns:
@@ -79,3 +80,29 @@ def claim(path: Path) -> int | None:
             return None
         raise
     return handle
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark.
+
+    No other encoding is guessed: a letter read wrongly in an id is a slide that nobody finds.
+
+    Raises:
+        UserError: no such file; or its encoding, the first line that shows it, and how to mend it.
+    """
+    if not path.is_file():
+        raise UserError(f"no file at {path}")
+    content = path.read_bytes()
+    mend = f"-t utf8 '{path}' > NEW{path.suffix}"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path} is in UTF-16, not in UTF-8\n  iconv -f utf16 {mend}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = content[: error.start].count(b"\n")
+        line = content.split(b"\n")[number].decode("latin1").strip()
+        raise UserError(
+            f"{path} is not in UTF-8: byte 0x{content[error.start]:02x} in line {number + 1}\n"
+            f"  as latin-1 that line is: {line[:100]}\n"
+            f"  if that is right: iconv -f latin1 {mend}"
+        ) from error

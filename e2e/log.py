@@ -25,23 +25,23 @@ class Screen:
 
     PAUSE = 15.0  # seconds between two plain lines
 
-    def __init__(self, leads: bool) -> None:
-        self.leads = leads
+    def __init__(self, is_leader: bool) -> None:
+        self.is_leader = is_leader
         width = None if sys.stdout.isatty() else 140
-        self.console = Console(quiet=not leads, highlight=False, soft_wrap=True, width=width)
+        self.console = Console(quiet=not is_leader, highlight=False, soft_wrap=True, width=width)
         self._progress: Progress | None = None
         self._said = 0.0
 
     def say(self, text: str) -> None:
         """One line, above the progress line."""
-        if self.console.is_terminal or not self.leads:
+        if self.console.is_terminal or not self.is_leader:
             self.console.print(text, markup=False)
         else:
             print(text, flush=True)
 
     def step(self, done: int, total: int, text: str) -> None:
         """Move the progress line to ``done`` of ``total``."""
-        if not self.leads:
+        if not self.is_leader:
             return
         if not self.console.is_terminal:
             now = time.monotonic()
@@ -72,7 +72,7 @@ class Screen:
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table of text."""
         self.pause()
-        if not self.leads:
+        if not self.is_leader:
             return
         table = Table(title=escape(title), title_justify="left")
         for name in header:

@@ -17,13 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from e2e import config, crossval, run
 from e2e.errors import UserError, exit_code
+from e2e.runs import crossval
+from e2e.runs.parts import REGISTRIES
+from e2e.settings.cli import common_settings, many_runs_parser
 
 
 def parse() -> argparse.Namespace:
     """The command line: that of launch/train.py, and what a cross-validation needs."""
-    parser = config.many_runs_parser(__doc__ or "")
+    parser = many_runs_parser(__doc__ or "")
     add = parser.add_argument
     add("--folds", type=int, help="cut so many folds; without it: those of data.split_file")
     add("--only", default="", help="folds to run, comma-separated (all)")
@@ -43,7 +45,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Plan, train, report."""
     args = parse()
-    settings, command = config.common_settings(args, run.REGISTRIES)
+    settings, command = common_settings(args, REGISTRIES)
     plan = crossval.make_plan(
         settings,
         command,

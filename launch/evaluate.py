@@ -18,8 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from e2e import config, run
 from e2e.errors import exit_code
+from e2e.runs.evaluate import evaluate
+from e2e.runs.parts import REGISTRIES
+from e2e.settings.layers import saved_settings
 
 
 def main() -> None:
@@ -32,9 +34,9 @@ def main() -> None:
     parser.add_argument("--external", action="store_true", help="a cohort never seen: all is test")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
-    settings = config.saved_settings(args.run, args.overrides, run.REGISTRIES)
+    settings = saved_settings(args.run, args.overrides, REGISTRIES)
     name = "external" if args.external else "evaluation"
-    run.evaluate(settings, args.run, args.out or args.run / name, external=args.external)
+    evaluate(settings, args.run, args.out or args.run / name, external=args.external)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from e2e import extract
-from e2e.build import store_files
-from e2e.data.seed_lmdb import open_store
+from e2e.cohort.load import store_files
 from e2e.errors import exit_code
+from e2e.runs import extract
+from e2e.store.open import open_store
 from e2e.wsi.tiling import Tiling
 
 

@@ -1,4 +1,4 @@
-"""Predict raw slides without labels: cut as the run's training slides were, then judged by it.
+"""Predict raw slides without labels: cut as the run's training slides were, then predicted by it.
 
   python launch/predict.py SLIDES --run runs/panda_e2e_r18_abmilx --out predictions
 
@@ -15,8 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from e2e import config, run
 from e2e.errors import exit_code
+from e2e.runs.parts import REGISTRIES
+from e2e.runs.predict import predict
+from e2e.settings.layers import saved_settings
 
 
 def main() -> int:
@@ -31,8 +33,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
-    settings = config.saved_settings(args.run, args.overrides, run.REGISTRIES)
-    return run.predict(
+    settings = saved_settings(args.run, args.overrides, REGISTRIES)
+    return predict(
         settings,
         args.run,
         args.slides,

@@ -17,13 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from e2e import build, config, run, sweep
 from e2e.errors import UserError, exit_code
+from e2e.runs import sweep
+from e2e.runs.parts import REGISTRIES, build_task
+from e2e.settings.cli import common_settings, many_runs_parser
 
 
 def main() -> None:
     """Parse, check, search."""
-    parser = config.many_runs_parser(__doc__ or "")
+    parser = many_runs_parser(__doc__ or "")
     add = parser.add_argument
     add("--space", type=Path, required=True, help="YAML of settings and their ranges")
     add("--trials", type=int, default=20, help="in all")
@@ -32,7 +34,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if args.trials < 1:
         raise UserError(f"--trials must be at least 1, found {args.trials}")
-    settings, command = config.common_settings(args, run.REGISTRIES)
+    settings, command = common_settings(args, REGISTRIES)
     if settings.run.protocol != "honest":
         raise UserError(
             f"run.protocol={settings.run.protocol} chooses on the test, a search on validation alone\n"
@@ -43,7 +45,7 @@ def main() -> None:
         sweep.read_space(args.space),
         out=args.out,
         trials=args.trials,
-        metric=args.metric or build.build_task(settings.task).monitor,
+        metric=args.metric or build_task(settings.task).monitor,
         seed=args.seed,
         say=print,
     )

@@ -14,7 +14,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from e2e.data.store import PatchStore, SlideRecord, StoreWriter
+from e2e.store.lmdb import PatchStore, StoreWriter
+from e2e.store.records import SlideRecord
 
 # No deadline: how long an example takes says nothing on a machine that others use too.
 hypothesis.settings.register_profile("no deadline", deadline=None)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import ast
-import tomllib
 from pathlib import Path
 
 import pytest
+
+from e2e.runs.parts import REGISTRIES
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted([*ROOT.glob("e2e/**/*.py"), *ROOT.glob("launch/*.py"), *ROOT.glob("tools/*.py")])
 
 PARALLEL = {f"e2e/parallel/{name}.py" for name in ("ddp", "fsdp", "deepspeed")}
 OWNERS = {
-    "lmdb": {"e2e/data/store.py", "tools/bench_loader.py"},
+    "lmdb": {"e2e/store/lmdb.py", "tools/bench_loader.py"},
     "openslide": {"e2e/wsi/slide.py"},
     "timm": {"e2e/encoders/timm.py", "e2e/encoders/foundation.py"},
     "torch.distributed": {*PARALLEL, "launch/torchrun.py"},
@@ -21,31 +22,31 @@ OWNERS = {
     "deepspeed": {"e2e/parallel/deepspeed.py"},
     "wandb": {"e2e/log.py"},
     "torch.utils.tensorboard": {"e2e/log.py"},
-    "optuna": {"e2e/sweep.py"},
-    "omegaconf": {"e2e/config.py"},
-    "simplejpeg": {"e2e/data/decode.py", "tools/bench_loader.py"},
-    "turbojpeg": {"e2e/data/decode.py", "tools/bench_loader.py"},
-    "jpeg4py": {"e2e/data/decode.py"},
-    "nvidia.dali": {"e2e/data/decode.py", "tools/bench_loader.py"},
-    "distributed": {"e2e/data/cluster.py"},
+    "optuna": {"e2e/runs/sweep.py"},
+    "omegaconf": {"e2e/settings/layers.py"},
+    "simplejpeg": {"e2e/images/decode.py", "tools/bench_loader.py"},
+    "turbojpeg": {"e2e/images/decode.py", "tools/bench_loader.py"},
+    "jpeg4py": {"e2e/images/decode.py"},
+    "nvidia.dali": {"e2e/images/decode.py", "tools/bench_loader.py"},
+    "distributed": {"e2e/store/cluster.py"},
 }
 """Library -> the only files that may import it."""
 
-PLUGINS = ("e2e.heads", "e2e.encoders", "e2e.tasks", "e2e.data")
-LOOP = ("e2e.trainer", "e2e.evaluate", "e2e.heatmap", "e2e.build", "e2e.run")
-FORBIDDEN = {
-    "e2e/heads/": {*PLUGINS, *LOOP, "e2e.wsi", "e2e.model"} - {"e2e.heads"},
-    "e2e/encoders/": {*PLUGINS, *LOOP, "e2e.wsi", "e2e.model"} - {"e2e.encoders"},
-    "e2e/tasks/": {*PLUGINS, *LOOP, "e2e.wsi", "e2e.model"} - {"e2e.tasks"},
-    "e2e/data/": {*PLUGINS, *LOOP, "e2e.model"} - {"e2e.data"},
-    "e2e/wsi/": {*PLUGINS, *LOOP, "e2e.model"},
-    "e2e/model.py": {"e2e.data", "e2e.tasks", "e2e.parallel", "e2e.wsi", *LOOP},
-    "e2e/": {"launch", "tools", "tests"},
-    "e2e/bag.py": {"e2e."},
-    "e2e/registry.py": {"e2e.config", "e2e.bag", *PLUGINS, *LOOP},
-    "e2e/config.py": {"e2e.bag", "e2e.model", *PLUGINS, *LOOP},
-}
-"""File or folder -> what it must never import."""
+GROUND = ("errors", "registry", "files", "seeds", "memory", "slides", "log")
+LAYERS = (
+    GROUND,
+    ("wsi", "parallel"),
+    ("metrics", "images", "encoders", "heads", "settings"),
+    ("losses",),
+    ("tasks", "store"),
+    ("features",),
+    ("bags",),
+    ("cohort", "engine"),
+    ("training",),
+    ("reports",),
+    ("runs",),
+)
+"""Packages and modules of ``e2e`` from the ground up: each imports only from layers below its own."""
 
 
 def imports(path: Path) -> set[str]:
@@ -70,13 +71,60 @@ def test_outside_libraries_have_one_owner(path):
         assert not users or name in owners, f"{name} imports {users}; only {owners} may"
 
 
+def level(module: str) -> int | None:
+    """The layer of a module of ``e2e``; what stands above all of them has none."""
+    noun = module.split(".")[1] if module.startswith("e2e.") else ""
+    return next((number for number, layer in enumerate(LAYERS) if noun in layer), None)
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_no_file_imports_what_lies_above_it(path):
-    name = str(path.relative_to(ROOT))
-    for place, forbidden in FORBIDDEN.items():
-        if name == place or (place.endswith("/") and name.startswith(place)):
-            wrong = [m for m in imports(path) for f in forbidden if within(m, f)]
-            assert not wrong, f"{name} imports {wrong}"
+def test_imports_point_downwards(path):
+    module = module_of(path)
+    own = level(module)
+    for used in sorted(imports(path)):
+        assert not within(used, "tests"), f"{module} imports {used}"
+        if module.startswith("e2e."):
+            assert used.split(".")[0] not in ("launch", "tools"), f"{module} imports {used}"
+        if own is None or not used.startswith("e2e."):
+            continue
+        same_package = own > 0 and used.split(".")[1] == module.split(".")[1]
+        assert same_package or own == 0 == level(used) or (level(used) or 0) < own, (
+            f"{module} imports {used}, which is not below it"
+        )
+
+
+def test_every_package_has_a_layer():
+    nouns = {
+        path.relative_to(ROOT / "e2e").parts[0].removesuffix(".py")
+        for path in FILES
+        if path.parts[len(ROOT.parts)] == "e2e"
+    }
+    assert nouns - {"__init__"} == {noun for layer in LAYERS for noun in layer}
+
+
+def test_no_imports_go_in_circles():
+    """Over all modules, tools included."""
+    modules = {module_of(path): path for path in FILES}
+    edges = {
+        name: {u for u in imports(path) if u in modules and u != name}
+        for name, path in modules.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for used in sorted(edges[name]):
+                visit(used, (*trail, name))
+            done.add(name)
+
+    for name in sorted(edges):
+        visit(name, ())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -96,9 +144,8 @@ def test_functions_fit_on_a_screen_and_catch_what_they_name(path):
 
 def test_plugin_names_are_compared_nowhere_but_in_their_own_files():
     """No ``if name == "abmilx"`` outside the file that registers it."""
-    import e2e.build as build
 
-    names = {name for registry in build.REGISTRIES.values() for name in registry.names()}
+    names = {name for registry in REGISTRIES.values() for name in registry.names()}
     for path in FILES:
         tree = ast.parse(path.read_text())
         registered = {
@@ -114,11 +161,3 @@ def test_plugin_names_are_compared_nowhere_but_in_their_own_files():
                 strange = {w for w in words if isinstance(w, str)} & (names - registered)
                 strange -= {"mean", "max", "none", "features"}  # also plain words
                 assert not strange, f"{path.name}:{node.lineno} compares with {strange}"
-
-
-def test_every_package_is_installed():
-    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = {path.parent for path in ROOT.glob("e2e/**/*.py")}
-    assert {name for name in told if within(name, "e2e")} == {
-        ".".join(folder.relative_to(ROOT).parts) for folder in folders
-    }

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import e2e.heads  # noqa: F401
-from e2e.bag import Bag
-from e2e.checkpoint import load_checkpoint
+from e2e.bags.bag import Bag
+from e2e.engine.model import MILModel
 from e2e.errors import UserError
 from e2e.heads.base import HEADS, Head, HeadOutput
 from e2e.losses.base import REGULARISERS
-from e2e.model import MILModel
 from e2e.parallel import Strategy
 from e2e.tasks.base import TASKS
-from e2e.trainer import bag_losses
+from e2e.training.checkpoint import load_checkpoint
+from e2e.training.losses import bag_losses
 from tests import two_ranks
 from tests.test_abmilx import Watch
 from tests.test_model import apart, make_bag, make_model
@@ -465,7 +465,7 @@ def steps(kind: str, shard_over: int | None) -> dict[str, Tensor]:
         _, good = strategy.step()
         assert good
         model.head.after_step(good)
-    return strategy.whole(strategy.shards())
+    return strategy.full_tensors(strategy.shards())
 
 
 def world(strategy: Strategy) -> dict[Any, Any]:

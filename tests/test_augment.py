@@ -14,8 +14,9 @@ from skimage.color import hed2rgb, rgb2hed
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-import e2e.data.augment as augment_module
-from e2e.data.augment import (
+import e2e.images.augment as augment_module
+from e2e.errors import UserError
+from e2e.images.augment import (
     AUGMENTS,
     BLUR,
     BLUR_SIGMA,
@@ -37,8 +38,7 @@ from e2e.data.augment import (
     restain_,
     window_boxes,
 )
-from e2e.data.sampler import patch_seeds, uniform
-from e2e.errors import UserError
+from e2e.seeds import patch_seeds, uniform
 
 SEEDS = patch_seeds(1, np.arange(400))
 seed_arrays = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=12).map(

@@ -10,10 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from e2e.bag import Bag
-from e2e.batchnorm import ChunkBatchNorm, FrozenBatchNorm, SyncBatchNorm, fold_into, foldable_pairs
-from e2e.data.plan import balanced_cuts
+from e2e.bags.bag import Bag
+from e2e.bags.chunk_plan import balanced_cuts
 from e2e.encoders.base import ENCODERS
+from e2e.engine.batchnorm import (
+    ChunkBatchNorm,
+    FrozenBatchNorm,
+    SyncBatchNorm,
+    fold_into,
+    foldable_pairs,
+)
 from tests.test_model import CPU, apart, gradients, make_bag, make_model
 
 GOOD = torch.tensor(True)

@@ -24,8 +24,8 @@ import check_loader
 from bench_loader import Bench, OtherPixelsError, Sizes
 from check_engine import Row
 
-from e2e.data.augment import Augment
 from e2e.errors import UserError
+from e2e.images.augment import Augment
 
 SIZES = Sizes(
     patches=20, chunk=8, rounds=1, out=48, long=60, cold_gib=0.0, cold_patches=5, decoder="auto"
@@ -95,7 +95,7 @@ def test_unknown_rows_are_named(small):
 
 def test_our_pixels_are_those_of_the_bare_loop_and_of_the_published_way(small):
     library = bench.simplejpeg_library()
-    ours = partial(bench.ours, small, small.look())
+    ours = partial(bench.ours, small, small.reader())
     assert [len(chunk) for chunk in ours()] == [8, 8, 4]
     bench.require_same("bare", ours(), bench.bare(small, library))
     bench.require_same("published", ours(), bench.reference(small, library))
@@ -105,7 +105,7 @@ def test_our_pixels_are_those_of_the_bare_loop_and_of_the_published_way(small):
 def test_other_pixels_are_refused(small, options):
     other = bench.simplejpeg_library(**options)
     with pytest.raises(OtherPixelsError, match=r"^x: pixels differ by up to \d+, "):
-        bench.require_same("x", bench.ours(small, small.look()), bench.bare(small, other))
+        bench.require_same("x", bench.ours(small, small.reader()), bench.bare(small, other))
 
 
 @pytest.mark.parametrize("short", [[], [torch.zeros(2, 3)], [torch.zeros(2, 3), torch.zeros(1, 3)]])
@@ -122,7 +122,7 @@ def test_windows_are_those_that_the_augmentation_cuts(small):
     augment = Augment(flip="none", crop=0.25, size=48)
     windows = bench.windows_of(small, augment)
     assert len(np.unique(windows, axis=0)) == 20
-    ours = partial(bench.ours, small, small.look(augment))
+    ours = partial(bench.ours, small, small.reader(augment))
     _, gap = bench.difference(bench.normalised(ours()), bench.resized_by_pillow(small, windows))
     shifted = np.roll(windows, 1, axis=0)
     _, wrong = bench.difference(bench.normalised(ours()), bench.resized_by_pillow(small, shifted))

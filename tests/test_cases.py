@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 import torch
 
-from e2e.data.cases import by_case, check_single
-from e2e.data.cohort import Slide
-from e2e.data.features import open_features
-from e2e.data.store import PatchStore, StoreWriter
+from e2e.cohort.cases import check_single, group_by_case
 from e2e.errors import DamagedDataError, UserError
+from e2e.features.reader import open_features
+from e2e.slides import Slide
+from e2e.store.lmdb import PatchStore, StoreWriter
 from launch import train
 from tests.conftest import RECIPE, patches, record
 from tests.test_launch import arguments as patch_arguments
@@ -41,7 +41,7 @@ def stores(tmp_path) -> dict[str, PatchStore]:
 
 def joined(stores, **labels: str):
     slides = [slide(name, labels.get(name, "x")) for name in ("b1", "a2", "a1")]
-    return by_case(slides, {name: [store] for name, store in stores.items()})
+    return group_by_case(slides, {name: [store] for name, store in stores.items()})
 
 
 def test_a_case_has_the_patches_of_its_slides_in_their_order(stores):
@@ -76,7 +76,7 @@ def test_slides_of_one_case_with_two_labels_are_refused_by_name(stores):
 def test_slides_judged_by_themselves_are_told_where_a_case_has_several():
     slides = [slide(name) for name in ("b1", "a2", "a1")]
     [said] = check_single(slides)
-    assert said.startswith("3 slides of 2 cases: each slide is judged by itself")
+    assert said.startswith("3 slides of 2 cases: each slide is evaluated by itself")
     assert check_single(slides[:2]) == []
     with pytest.raises(
         UserError, match=r"1 case.s. have slides of different labels.*\n.*a1 x, a2 y"
@@ -86,10 +86,10 @@ def test_slides_judged_by_themselves_are_told_where_a_case_has_several():
 
 def test_a_case_is_of_its_slides_centre_or_of_all_of_them(stores):
     slides = [replace(slide(n), centre=c) for n, c in zip(COUNTS, ("x", "", "y"), strict=True)]
-    found, _ = by_case(slides, {name: [store] for name, store in stores.items()})
+    found, _ = group_by_case(slides, {name: [store] for name, store in stores.items()})
     assert {s.id: s.centre for s in found} == {"a": "x", "b": "y"}
     slides[1] = replace(slides[1], centre="w")
-    found, _ = by_case(slides, {name: [store] for name, store in stores.items()})
+    found, _ = group_by_case(slides, {name: [store] for name, store in stores.items()})
     assert found[0].centre == "w+x"
 
 
@@ -99,7 +99,7 @@ def test_a_case_of_features_has_those_of_its_slides(tmp_path):
     write_slide(tmp_path, "q", given["q"].astype(np.float32), coords=False)
     store, labels = open_features(tmp_path), {"label": "x"}
     slides = [Slide(name, "case", "train", labels) for name in "pq"]
-    _, cases = by_case(slides, {"p": [store], "q": [store]})
+    _, cases = group_by_case(slides, {"p": [store], "q": [store]})
     (case,) = cases["case"]
     found = case.features("case")
     assert found.dtype == torch.float32
@@ -115,7 +115,7 @@ def test_a_slide_that_cannot_be_read_is_named_within_its_case(tmp_path):
     write_slide(tmp_path, "q", bad)
     store = open_features(tmp_path)
     slides = [Slide(name, "case", "train", {}) for name in "pq"]
-    _, cases = by_case(slides, {"p": [store], "q": [store]})
+    _, cases = group_by_case(slides, {"p": [store], "q": [store]})
     with pytest.raises(DamagedDataError, match="slide 'q' have NaN or Inf, first in row 2"):
         cases["case"][0].features("case")
 

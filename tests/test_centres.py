@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from e2e import evaluate
-from e2e.evaluate import Prediction, centres_of, score, score_centres, write_predictions
+from e2e.reports import evaluate
+from e2e.reports.evaluate import Prediction, centres_of, score, score_centres, write_predictions
 from e2e.tasks.base import TASKS
 from launch import train
 from tests.test_launch import call

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from e2e.data.store import PatchStore, StoreWriter
 from e2e.errors import exit_code
+from e2e.store.lmdb import PatchStore, StoreWriter
 from tests.conftest import RECIPE, record, write_store
 from tools.check_data import main
 
@@ -307,8 +307,8 @@ def test_a_time_is_of_a_case_so_slides_that_differ_stop_it_and_several_are_told(
     write_table(cohort, case=cases, months=months, dead=dead)
     code, out, _ = said(*asked)
     assert code == 0
-    assert "NOTE 16 slides of 8 cases: each slide is judged by itself" in out
-    assert "judged by itself" not in said(*asked, "data.unit=case")[1]
+    assert "NOTE 16 slides of 8 cases: each slide is evaluated by itself" in out
+    assert "evaluated by itself" not in said(*asked, "data.unit=case")[1]
     write_table(cohort, case=cases, months=["30", *months[1:]], dead=dead)
     code, _, error = said(*asked)
     assert code == 2

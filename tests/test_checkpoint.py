@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from e2e.checkpoint import (
+from e2e.errors import DamagedDataError, UserError
+from e2e.parallel import Strategy
+from e2e.training.checkpoint import (
+    add_prefix,
     check_weights,
     load_checkpoint,
-    part,
-    prefixed,
     save_checkpoint,
+    select_prefix,
 )
-from e2e.errors import DamagedDataError, UserError
-from e2e.optim import build_optimizer
-from e2e.parallel import Strategy
+from e2e.training.optim import build_optimizer
 from tests.conftest import ROOT
 
 
@@ -76,15 +76,15 @@ def test_what_is_saved_is_loaded_to_the_bit(tmp_path):
 def test_training_goes_on_to_the_bit(tmp_path, order):
     one, path = set_up(net().to(memory_format=order)), tmp_path / "x.safetensors"
     train(one, range(3))
-    tensors = prefixed("model", one.whole(one.shards()))
-    tensors |= prefixed("optimizer", one.optimizer_tensors())
+    tensors = add_prefix("model", one.full_tensors(one.shards()))
+    tensors |= add_prefix("optimizer", one.optimizer_tensors())
     save_checkpoint(path, tensors, {})
     train(one, range(3, 6))
 
     resumed = set_up(net(seed=1).to(memory_format=order))
     loaded, _ = load_checkpoint(path)
-    resumed.load(part("model", loaded))
-    resumed.load_optimizer(part("optimizer", loaded))
+    resumed.load(select_prefix("model", loaded))
+    resumed.load_optimizer(select_prefix("optimizer", loaded))
     train(resumed, range(3, 6))
     assert same(resumed.model.state_dict(), one.model.state_dict())
     assert same(resumed.optimizer_tensors(), one.optimizer_tensors())
@@ -93,23 +93,25 @@ def test_training_goes_on_to_the_bit(tmp_path, order):
 def test_without_the_optimisers_state_training_goes_on_otherwise():
     one, other = set_up(net()), set_up(net(seed=1))
     train(one, range(3))
-    other.load(one.whole(one.shards()))
+    other.load(one.full_tensors(one.shards()))
     train(one, range(3, 4))
     train(other, range(3, 4))
     assert not same(other.model.state_dict(), one.model.state_dict())
 
 
 def test_parts_are_told_apart_by_their_names():
-    tensors = prefixed("model", {"a.b": torch.ones(1)}) | prefixed("model_b", {"c": torch.ones(2)})
-    assert list(part("model", tensors)) == ["a.b"]
-    assert part("ema", tensors) == {}
+    tensors = add_prefix("model", {"a.b": torch.ones(1)}) | add_prefix(
+        "model_b", {"c": torch.ones(2)}
+    )
+    assert list(select_prefix("model", tensors)) == ["a.b"]
+    assert select_prefix("ema", tensors) == {}
 
 
 FILL = """
     import resource, signal, sys
     from pathlib import Path
     import torch
-    from e2e.checkpoint import save_checkpoint
+    from e2e.training.checkpoint import save_checkpoint
     from e2e.errors import UserError
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))

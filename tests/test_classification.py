@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import e2e.tasks  # noqa: F401  (registers them)
 from e2e.errors import UserError
-from e2e.metrics import classification_metrics
+from e2e.metrics.values import classification_metrics
 from e2e.tasks.base import TASKS, Task
 
 THREE = ["normal", "LUAD", "LUSC"]

@@ -10,16 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e2e.data.cohort import (
-    Problem,
-    Slide,
-    match_stores,
-    read_table,
-    slide_ids,
-    write_problems,
-)
-from e2e.data.splits import check_splits, cut
+from e2e.cohort.match import match_slides
+from e2e.cohort.report import write_problems
+from e2e.cohort.splits import check_splits, cut
+from e2e.cohort.table import Problem, read_table, slide_ids
 from e2e.errors import UserError
+from e2e.slides import Slide
 from tests.conftest import write_store
 
 COLUMNS = {"slide": "slide", "case": "case", "split": "split"}
@@ -163,7 +159,7 @@ def test_slides_and_stores_are_compared_in_both_directions(tmp_path):
     first = write_store(tmp_path / "one.lmdb", {"a": 1, "both": 1, "extra": 1})
     second = write_store(tmp_path / "two.lmdb", {"b": 1, "both": 1})
     slides = [Slide(name, name, "train", {}) for name in ("a", "b", "both", "missing")]
-    where, problems = match_stores(slides, [first, second])
+    where, problems = match_slides(slides, [first, second])
     assert {slide: store.path.name for slide, store in where.items()} == {
         "a": "one.lmdb",
         "b": "two.lmdb",
@@ -179,7 +175,7 @@ def test_slides_and_stores_are_compared_in_both_directions(tmp_path):
 def test_ids_are_matched_exactly(tmp_path):
     store = write_store(tmp_path / "x.lmdb", {"7": 1, "S1": 1, "TCGA-1": 1})
     slides = [Slide(name, name, "train", {}) for name in ("007", "s1", "TCGA")]
-    where, problems = match_stores(slides, [store])
+    where, problems = match_slides(slides, [store])
     assert where == {}
     assert len(problems) == 6
 
@@ -320,7 +316,7 @@ def test_without_a_separator_a_cell_is_one_id_and_who_lacks_it_is_told_of_the_se
     slides, _ = read(
         table(HEADER + "c1,a.svs;b.svs,train,x\nc2,c;d,train,x\n"), slide_suffix=".svs"
     )
-    where, problems = match_stores(slides, [store])
+    where, problems = match_slides(slides, [store])
     assert list(where) == ["c;d"]  # an id may have any sign
     assert str(problems[0]) == (
         "a.svs;b: no store has it; are these several slides? data.slide_separator=';' (label table)"
@@ -328,7 +324,7 @@ def test_without_a_separator_a_cell_is_one_id_and_who_lacks_it_is_told_of_the_se
     slides, _ = read(
         table(HEADER + "c1,a.svs;b.svs,train,x\n"), slide_suffix=".svs", slide_separator=";"
     )
-    assert sorted(match_stores(slides, [store])[0]) == ["a", "b"]
+    assert sorted(match_slides(slides, [store])[0]) == ["a", "b"]
 
 
 IDS = st.text(st.characters(exclude_characters=";.", exclude_categories=("C", "Z")), min_size=1)
@@ -428,6 +424,6 @@ def test_the_made_cohorts_tables_are_read(table, columns, row):
 def test_a_slide_without_patches_is_a_problem_of_its_store(tmp_path):
     store = write_store(tmp_path / "one.lmdb", {"a": 1, "empty": 0})
     slides = [Slide(name, name, "train", {}) for name in ("a", "empty")]
-    where, problems = match_stores(slides, [store])
+    where, problems = match_slides(slides, [store])
     assert list(where) == ["a"]
     assert list(map(str, problems)) == ["empty: has no patches (one.lmdb)"]

@@ -7,9 +7,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from e2e.build import REGISTRIES, build_task, load_cohort
-from e2e.config import CONFIGS, Settings, load_settings
+from e2e.cohort.load import load_cohort
 from e2e.errors import UserError
+from e2e.runs.parts import REGISTRIES, build_task
+from e2e.settings.layers import CONFIGS, load_settings
+from e2e.settings.schema import Settings
 from tests.conftest import write_store
 
 COHORTS = sorted(path.stem for path in (CONFIGS / "datasets").glob("*.yaml"))

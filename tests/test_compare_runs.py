@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
-from e2e import build, config
 from e2e.errors import exit_code
-from e2e.evaluate import Prediction, write_predictions
 from e2e.files import write_json
-from e2e.metrics import delong
+from e2e.metrics.bootstrap import delong
+from e2e.reports.evaluate import Prediction, write_predictions
+from e2e.runs.parts import REGISTRIES, build_task
+from e2e.settings.layers import dump_settings, load_settings
 from tools import compare_runs
 
 
@@ -22,10 +23,10 @@ def run_folder(folder, scores, labels, *, cases=None, classes=("no", "yes"), spl
     """A run folder as training leaves it, as far as the tool reads it."""
     chosen = {"datasets": "lung_detection", "model": "e2e_r18_abmil", "files": []}
     asked = [f"task.classes=[{','.join(repr(c) for c in classes)}]", "data.labels=x.csv"]
-    settings = config.load_settings(**chosen, overrides=asked, registries=build.REGISTRIES)
+    settings = load_settings(**chosen, overrides=asked, registries=REGISTRIES)
     folder.mkdir()
-    (folder / "settings.yaml").write_text(config.dump_settings(settings))
-    task = build.build_task(settings.task)
+    (folder / "settings.yaml").write_text(dump_settings(settings))
+    task = build_task(settings.task)
     write_json(folder / "task.json", task.state())
     cases = cases or [f"c{k}" for k in range(len(labels))]
     rows = [
@@ -193,21 +194,21 @@ def test_survival_judged_at_other_times_is_compared_by_what_does_not_hang_on_the
     rng = np.random.default_rng(0)
     targets = np.stack([rng.uniform(1, 9, 40), np.arange(40) % 2], axis=1)
     for name, bins in (("a", 3), ("b", 4), ("c", 4)):
-        settings = config.load_settings(
+        settings = load_settings(
             datasets="lung_detection",
             model="e2e_r18_abmil",
             files=[],
             overrides=[*asked, f"task.bins={bins}"],
-            registries=build.REGISTRIES,
+            registries=REGISTRIES,
         )
-        task = build.build_task(settings.task)
+        task = build_task(settings.task)
         task.fit([torch.tensor(row) for row in targets], [f"t{k}" for k in range(40)])
         said = task.predict(torch.from_numpy(rng.normal(size=(40, bins)))).tolist()
         rows = [
             Prediction(f"c{k}", f"s{k}", "test", said[k], targets[k].tolist()) for k in range(40)
         ]
         (tmp_path / name).mkdir()
-        (tmp_path / name / "settings.yaml").write_text(config.dump_settings(settings))
+        (tmp_path / name / "settings.yaml").write_text(dump_settings(settings))
         write_json(tmp_path / name / "task.json", task.state())
         write_predictions(rows, task, tmp_path / name / "predictions.csv")
     a, b, c = (tmp_path / name for name in "abc")

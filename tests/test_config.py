@@ -11,20 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e2e.build import REGISTRIES, build_model, build_schedule, build_task
-from e2e.config import (
+from e2e.errors import UserError
+from e2e.runs.parts import REGISTRIES, build_model, build_schedule, build_task
+from e2e.settings.cli import settings_from_args, settings_help, train_parser
+from e2e.settings.layers import (
     CONFIGS,
-    PLAIN,
-    Settings,
     dump_settings,
     load_settings,
     saved_settings,
-    settings_help,
-    settings_of,
     split_model_name,
-    train_parser,
 )
-from e2e.errors import UserError
+from e2e.settings.schema import PLAIN, Settings
 
 
 def load(*overrides: str, files=(), datasets="panda", model="e2e_r18_abmil") -> Settings:
@@ -390,24 +387,24 @@ def parse(*arguments: str):
 def test_the_command_line_names_layers_folder_and_overrides(layer):
     extra = layer("optim: {epochs: 3}")
     line = ["--datasets", "panda", "--model", "e2e_r18_abmilx", "-c", str(extra), "optim.lr=0.5"]
-    settings, folder = settings_of(parse(*line), REGISTRIES)
+    settings, folder = settings_from_args(parse(*line), REGISTRIES)
     assert (settings.optim.epochs, settings.optim.lr) == (3, 0.5)
     assert folder == Path("runs/panda_e2e_r18_abmilx")
-    _, folder = settings_of(parse(*line, "run.out=elsewhere"), REGISTRIES)
+    _, folder = settings_from_args(parse(*line, "run.out=elsewhere"), REGISTRIES)
     assert folder == Path("elsewhere")
 
 
 def test_a_stopped_run_goes_on_with_its_own_settings_alone(tmp_path):
     settings = load("optim.lr=0.5")
     (tmp_path / "settings.yaml").write_text(dump_settings(settings))
-    assert settings_of(parse("--resume", str(tmp_path)), REGISTRIES) == (settings, tmp_path)
+    assert settings_from_args(parse("--resume", str(tmp_path)), REGISTRIES) == (settings, tmp_path)
     with pytest.raises(UserError, match="--resume goes on with the run's own settings"):
-        settings_of(parse("--resume", str(tmp_path), "optim.lr=1"), REGISTRIES)
+        settings_from_args(parse("--resume", str(tmp_path), "optim.lr=1"), REGISTRIES)
 
 
 def test_a_command_line_without_a_model_is_told_what_there_is():
     with pytest.raises(UserError, match=r"give --datasets and --model(?s:.*)panda"):
-        settings_of(parse("--datasets", "panda"), REGISTRIES)
+        settings_from_args(parse("--datasets", "panda"), REGISTRIES)
 
 
 def test_the_help_lists_every_setting_with_its_meaning():

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from e2e.data.store import PatchStore, StoreWriter
 from e2e.errors import UserError
+from e2e.store.lmdb import PatchStore, StoreWriter
 from tests.conftest import ROOT, jpeg, patches, picture
 from tests.test_seed_lmdb import put, write_coords, write_seed
 from tools import convert_lmdb

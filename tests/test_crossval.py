@@ -11,13 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from e2e import child
-from e2e.build import REGISTRIES
-from e2e.config import load_settings
-from e2e.crossval import Plan, Trial, make_plan, run_all, summarise, write_report
 from e2e.errors import UserError
-from e2e.judged import Judged
-from e2e.metrics import auc, case_weights
+from e2e.metrics.bootstrap import case_weights
+from e2e.metrics.values import auc
+from e2e.runs import many as child
+from e2e.runs.crossval import Plan, Trial, make_plan, run_all, summarise, write_report
+from e2e.runs.parts import REGISTRIES
+from e2e.runs.saved import SavedPredictions
+from e2e.settings.layers import load_settings
 from e2e.tasks.base import TASKS
 from launch import crossval as command
 from launch import train
@@ -28,20 +29,20 @@ from tests.test_two_stage import cohort as cohort
 BINARY = TASKS.build("classification", classes=["no", "yes"])
 
 
-def judged(seed: int, cases: list[str], task=BINARY) -> Judged:
+def selected(seed: int, cases: list[str], task=BINARY) -> SavedPredictions:
     rng = np.random.default_rng(seed)
     score = rng.uniform(size=len(cases))
     targets = np.arange(len(cases)) % 2
     slides = [f"{case}_{k}" for k, case in enumerate(cases)]
     facts = [(case, str(target)) for case, target in zip(cases, targets, strict=True)]
     predicted = np.stack([1 - score, score], 1)
-    return Judged(Path(), task, slides, facts, targets.astype(float), predicted)
+    return SavedPredictions(Path(), task, slides, facts, targets.astype(float), predicted)
 
 
-def folds(seeds: int = 2) -> dict[Trial, Judged]:
+def folds(seeds: int = 2) -> dict[Trial, SavedPredictions]:
     """Three folds of 8 slides of 4 cases."""
     return {
-        Trial(str(fold), seed): judged(10 * seed + fold, [f"c{fold}{k // 2}" for k in range(8)])
+        Trial(str(fold), seed): selected(10 * seed + fold, [f"c{fold}{k // 2}" for k in range(8)])
         for seed in range(seeds)
         for fold in range(3)
     }
@@ -51,7 +52,7 @@ def row_of(found, metric: str, draws: int = 50):
     return next(row for row in summarise(found, draws=draws) if row.metric == metric)
 
 
-def area(runs: list[Judged], weights: np.ndarray) -> np.ndarray:
+def area(runs: list[SavedPredictions], weights: np.ndarray) -> np.ndarray:
     score = np.concatenate([run.predicted[:, 1] for run in runs])
     return auc(score, np.concatenate([run.targets for run in runs]) == 1, weights)
 
@@ -125,7 +126,7 @@ def test_what_an_earlier_command_trained_in_the_folder_is_reported_too(tmp_path)
         if name != "fold_0_seed_3":
             (tmp_path / "runs" / name / "metrics.json").write_text("{}")
     assert plan.done == [Trial("1", 0), Trial("0", 0), Trial("a_b", 2)]
-    text = write_report(plan, {t: judged(k, ["a"]) for k, t in enumerate(plan.done)}, [], 50)
+    text = write_report(plan, {t: selected(k, ["a"]) for k, t in enumerate(plan.done)}, [], 50)
     assert text.startswith("3 of 3 runs: 3 folds, 2 seed(s)")
 
 
@@ -199,7 +200,9 @@ def test_a_fold_and_a_seed_are_one_run_however_often_they_are_asked_for(cohort):
     assert plan.trials == [Trial("1", 4)]
 
 
-@pytest.mark.parametrize("where", ["e2e.evaluate.write_pictures", "e2e.run.write_json"])
+@pytest.mark.parametrize(
+    "where", ["e2e.reports.evaluate.write_pictures", "e2e.runs.folder.write_json"]
+)
 def test_a_run_that_is_killed_anywhere_is_not_done_and_goes_on(cohort, monkeypatch, capsys, where):
     words, folder = own_words(cohort), cohort / "cv" / "runs" / "fold_0_seed_0"
 
@@ -228,7 +231,7 @@ def test_every_case_is_tested_once_and_what_was_stopped_goes_on(cohort, monkeypa
     table = pd.read_csv(cohort / "cv" / "results.csv")
     assert set(table["fold"]) == {0, 1, 2}
     report = json.loads((runs / "fold_1_seed_0" / "metrics.json").read_text())
-    value = report["test"][report["judged"]]["auc"]["value"]
+    value = report["test"][report["selected"]]["auc"]["value"]
     ours = table[(table["fold"] == 1) & (table["metric"] == "auc")]["value"]
     assert ours.to_list() == pytest.approx([value], nan_ok=True)
 

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from e2e.data import decode
-from e2e.data.decode import (
+from e2e.errors import UserError
+from e2e.images import decode
+from e2e.images.decode import (
     DECODERS,
     Decoder,
     SimpleJpeg,
@@ -31,7 +32,6 @@ from e2e.data.decode import (
     build_decoder,
     set_threads,
 )
-from e2e.errors import UserError
 from tests.conftest import jpeg, picture, pixels_of
 
 DEPRECATED = "ignore:The image decoding and encoding capabilities of TorchVision:DeprecationWarning"

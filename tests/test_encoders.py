@@ -14,12 +14,12 @@ from torch import nn
 
 import e2e.encoders
 import e2e.heads  # noqa: F401  (registers them)
-from e2e.bag import Bag
+from e2e.bags.bag import Bag
 from e2e.encoders.base import ENCODERS, Encoder
+from e2e.engine.model import MILModel
 from e2e.errors import UserError
 from e2e.heads.base import HEADS
-from e2e.model import MILModel
-from e2e.optim import build_optimizer, learning_rate
+from e2e.training.optim import build_optimizer, learning_rate
 from tests.test_model import make_bag
 
 

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from e2e.errors import DamagedDataError, UserError, exit_code, listing
+from e2e.errors import DamagedDataError, UserError, exit_code, format_list
 from tests.conftest import ROOT
 
 
@@ -78,10 +78,10 @@ def test_a_script_ends_as_promised(error, code, traceback):
 
 
 def test_a_long_list_is_shown_in_part_and_counted():
-    assert listing(["a", 2]) == "  a\n  2"
-    assert listing(range(12), most=10).splitlines()[-2:] == ["  9", "  ... and 2 more"]
-    assert listing(range(10)).count("\n") == 9
-    assert listing([]) == ""
+    assert format_list(["a", 2]) == "  a\n  2"
+    assert format_list(range(12), most=10).splitlines()[-2:] == ["  9", "  ... and 2 more"]
+    assert format_list(range(10)).count("\n") == 9
+    assert format_list([]) == ""
 
 
 def test_ctrl_c_is_one_line_and_130_where_a_command_says_what_it_means(capsys):

@@ -15,17 +15,19 @@ import torch
 from PIL import Image
 from torch import nn
 
-from e2e.data.cohort import Slide
-from e2e.data.decode import build_decoder
-from e2e.data.features import open_features
-from e2e.data.loader import LabelledSlide, View, whole_bag
-from e2e.data.pixels import Look
-from e2e.data.store import PatchStore, PlacelessRecord, StoreWriter
+from e2e.bags.loader import full_bag
+from e2e.bags.readers import PixelRowReader
+from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.encoders.base import ENCODERS
+from e2e.engine.model import MILModel
 from e2e.errors import UserError, exit_code
-from e2e.extract import encoder_options, extract, magnification, weights_digest
+from e2e.features.reader import open_features
 from e2e.heads.base import HeadOutput
-from e2e.model import MILModel
+from e2e.images.decode import build_decoder
+from e2e.runs.extract import encoder_options, extract, magnification, weights_digest
+from e2e.slides import Slide
+from e2e.store.lmdb import PatchStore, StoreWriter
+from e2e.store.records import PlacelessRecord
 from launch import extract as command
 from tests.conftest import ROOT, jpeg, patches, record, write_store
 
@@ -72,9 +74,9 @@ def evaluated(store: PatchStore, slide: str, *, size: int | None = None) -> torc
     model = MILModel(ENCODERS.build(ENCODER, **RANDOM), Seen(), chunk=4)  # type: ignore[arg-type]
     model.to(memory_format=torch.channels_last).eval()
     item = LabelledSlide(Slide(slide, slide, "", {}), store, torch.tensor(0.0))
-    view = View(Look(build_decoder("auto", CPU), size))
+    view = BagSpec(PixelRowReader(build_decoder("auto", CPU), size))
     with torch.no_grad():
-        model(whole_bag(item, view, 4), CPU)
+        model(full_bag(item, view, 4), CPU)
     return model.head.features  # type: ignore[return-value]
 
 
@@ -212,8 +214,8 @@ def test_what_is_there_but_not_whole_is_made_again(store, tmp_path, fault):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from e2e import extract
-from e2e.data.store import PatchStore
+from e2e.runs import extract
+from e2e.store.lmdb import PatchStore
 
 write, left = extract.write_atomically, [2]
 

@@ -13,16 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from e2e.data.features import (
-    FEATURE_FORMATS,
-    FeatureStore,
-    common_width,
-    made_by,
-    may_be_same,
-    open_features,
-)
-from e2e.data.store import PlacelessRecord
 from e2e.errors import DamagedDataError, UserError
+from e2e.features.check import common_width, made_by, may_be_same
+from e2e.features.formats import FEATURE_FORMATS
+from e2e.features.reader import FeatureFiles, open_features
+from e2e.store.records import PlacelessRecord
 
 COUNTS = {"s1": 5, "s2": 3, "TCGA-A1.01Z": 1}
 D = 4
@@ -370,7 +365,7 @@ def test_makers_may_be_the_same_as_far_as_both_are_known(one, other, same):
 # --- what is bad ---
 
 
-def refused(store: FeatureStore, slide: str, *words: str) -> None:
+def refused(store: FeatureFiles, slide: str, *words: str) -> None:
     with pytest.raises(DamagedDataError) as error:
         store.features(slide)
     for word in (f"slide '{slide}'", *words):

@@ -10,16 +10,16 @@ import pytest
 from matplotlib.cbook import STEP_LOOKUP_MAP
 from PIL import Image
 
-from e2e.figures import (
+from e2e.metrics.figures import (
     Curves,
     Matrix,
     calibration,
-    of_classes,
-    of_numbers,
-    of_survival,
-    write_pictures,
+    classification_figures,
+    regression_figures,
+    survival_figures,
+    write_figures,
 )
-from e2e.metrics import auc, average_precision, ece
+from e2e.metrics.values import auc, average_precision, ece
 
 
 def drawn(classes: int, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +39,7 @@ def by_name(pictures) -> dict:
 def test_the_area_under_each_roc_is_the_auc(classes):
     shares, labels = drawn(classes)
     names = [f"c{k}" for k in range(classes)]
-    lines = by_name(of_classes(shares, labels, names, shares.argmax(1)))["roc"].lines
+    lines = by_name(classification_figures(shares, labels, names, shares.argmax(1)))["roc"].lines
     assert list(lines) == (names if classes > 2 else names[1:])
     for name, (x, y) in lines.items():
         k = names.index(name)
@@ -51,7 +51,9 @@ def test_the_area_under_each_roc_is_the_auc(classes):
 def test_the_area_under_each_precision_line_as_drawn_is_the_average_precision(classes):
     shares, labels = drawn(classes)
     names = [f"c{k}" for k in range(classes)]
-    picture = by_name(of_classes(shares, labels, names, shares.argmax(1)))["precision_recall"]
+    picture = by_name(classification_figures(shares, labels, names, shares.argmax(1)))[
+        "precision_recall"
+    ]
     for line in picture.draw().axes[0].lines:
         k = names.index(str(line.get_label()).strip())
         path = STEP_LOOKUP_MAP[line.get_drawstyle()]
@@ -72,9 +74,9 @@ def test_calibrations_gaps_weighted_by_slides_are_the_expected_calibration_error
 
 def test_confusion_has_labels_in_rows_and_predictions_in_columns():
     shares = np.array([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]])
-    counts = by_name(of_classes(shares, np.array([0, 0, 1]), ["a", "b"], shares.argmax(1)))[
-        "confusion"
-    ].counts
+    counts = by_name(
+        classification_figures(shares, np.array([0, 0, 1]), ["a", "b"], shares.argmax(1))
+    )["confusion"].counts
     assert counts.tolist() == [[1, 1], [0, 1]]
 
 
@@ -82,9 +84,9 @@ def test_a_class_that_no_slide_has_gets_no_line_and_one_class_alone_no_roc():
     shares, labels = drawn(3)
     names, called = ["a", "b", "c"], shares.argmax(1)
     some, one = labels < 2, labels == 0
-    pictures = by_name(of_classes(shares[some], labels[some], names, called[some]))
+    pictures = by_name(classification_figures(shares[some], labels[some], names, called[some]))
     assert list(pictures["roc"].lines) == ["a", "b"]
-    alone = by_name(of_classes(shares[one], labels[one], names, called[one]))
+    alone = by_name(classification_figures(shares[one], labels[one], names, called[one]))
     assert set(alone) == {"calibration", "confusion"}
 
 
@@ -94,7 +96,7 @@ def test_each_picture_is_a_png_with_a_csv_of_its_points(tmp_path: Path):
         Curves("steps", "t", "months", "alive", {"low": line, "high": line}, steps=True),
         Matrix("confusion", "t", ["a", "b"], np.array([[3, 1], [0, 2]])),
     ]
-    write_pictures(pictures, tmp_path / "figures")
+    write_figures(pictures, tmp_path / "figures")
     for name in ("steps", "confusion"):
         with Image.open(tmp_path / "figures" / f"{name}.png") as image:
             assert len(np.unique(np.asarray(image.convert("L")))) > 10
@@ -115,8 +117,8 @@ def test_a_class_may_have_any_name(tmp_path: Path):
         "x$^$",
         "$5$",
     ]  # not of a legend, no formula, a formula: as matplotlib has it
-    pictures = of_classes(shares, labels, names, shares.argmax(1))
-    write_pictures(pictures, tmp_path)
+    pictures = classification_figures(shares, labels, names, shares.argmax(1))
+    write_figures(pictures, tmp_path)
     assert {path.stem for path in tmp_path.glob("*.png")} == {picture.name for picture in pictures}
     legend = by_name(pictures)["roc"].draw().axes[0].get_legend()
     assert [text.get_text().strip() for text in legend.get_texts()] == names
@@ -126,7 +128,7 @@ def test_survival_of_two_risk_groups_by_hand():
     time = np.array([1.0, 2.0, 3.0, 1.0, 4.0, 5.0])
     event = np.array([True, False, True, True, True, False])
     risk = np.array([9.0, 8.0, 7.0, 1.0, 2.0, 3.0])  # the first three are of high risk
-    [curves] = of_survival(risk, time, event)
+    [curves] = survival_figures(risk, time, event)
     low, high = curves.lines.values()
     assert high[0].tolist() == [0, 1, 2, 3]
     assert high[1].tolist() == pytest.approx([1, 2 / 3, 2 / 3, 0])
@@ -140,16 +142,16 @@ def test_the_log_rank_p_is_small_where_risks_tell_and_undefined_where_all_are_on
     risk = rng.normal(size=200)
     time = rng.exponential(np.exp(-2 * risk)) + 1e-3
     event = rng.uniform(size=200) < 0.8
-    told = of_survival(risk, time, event)[0].title
-    blind = of_survival(rng.normal(size=200), time, event)[0].title
-    table = of_survival(risk, time, event)[0].table()
+    told = survival_figures(risk, time, event)[0].title
+    blind = survival_figures(rng.normal(size=200), time, event)[0].title
+    table = survival_figures(risk, time, event)[0].table()
     assert set(table["log_rank_p"].map("{:.3g}".format)) == {told.removeprefix("log-rank p = ")}
     assert (
         float(told.removeprefix("log-rank p = "))
         < 1e-6
         < float(blind.removeprefix("log-rank p = "))
     )
-    assert "undefined" in of_survival(np.zeros(200), time, event)[0].title
+    assert "undefined" in survival_figures(np.zeros(200), time, event)[0].title
 
 
 @pytest.mark.parametrize(
@@ -163,24 +165,24 @@ def test_the_log_rank_p_is_small_where_risks_tell_and_undefined_where_all_are_on
 )
 def test_a_test_set_whose_events_tell_nothing_has_its_curves_and_no_p(tmp_path, time, event):
     curve = np.full((4, 1), 0.5)
-    drawn = of_survival(
+    drawn = survival_figures(
         np.array([1.0, 2, 3, 4]),
         np.array(time, float),
         np.array(event) == 1,
         survival=curve,
         edges=(2.5,),
     )
-    write_pictures(drawn, tmp_path)
+    write_figures(drawn, tmp_path)
     assert drawn[0].title == "log-rank p undefined: no event tells them apart"
     assert {path.stem for path in tmp_path.glob("*.png")} == {"kaplan_meier", "calibration"}
 
 
 def test_shares_are_shown_from_0_to_1_whatever_part_of_it_the_lines_take():
     time, event = np.arange(1.0, 21), np.arange(20) < 2  # nine in ten are left at the end
-    [curves] = of_survival(np.arange(20.0), time, event)
+    [curves] = survival_figures(np.arange(20.0), time, event)
     low, high = curves.draw().axes[0].get_ylim()
     assert low <= 0 < 1 <= high < 1.2
-    [numbers] = of_numbers(np.array([40.0, 50.0]), np.array([41.0, 52.0]), "age")
+    [numbers] = regression_figures(np.array([40.0, 50.0]), np.array([41.0, 52.0]), "age")
     assert numbers.draw().axes[0].get_ylim()[0] > 30
 
 
@@ -189,13 +191,13 @@ def test_survival_that_is_predicted_right_lies_on_the_diagonal():
     scale = rng.uniform(0.5, 4, 8000)
     time, edges = rng.exponential(scale), (0.5, 2.0)
     survival = np.exp(-np.array(edges) / scale[:, None])
-    curves = by_name(of_survival(-scale, time, time > 0, survival=survival, edges=edges))
+    curves = by_name(survival_figures(-scale, time, time > 0, survival=survival, edges=edges))
     for said, true in curves["calibration"].lines.values():
         np.testing.assert_allclose(said, true, atol=0.03)
     assert np.ptp(said) > 0.2
 
 
 def test_numbers_are_shown_against_their_labels():
-    [picture] = of_numbers(np.array([1.0, 2.0]), np.array([0.0, 3.0]), "age")
+    [picture] = regression_figures(np.array([1.0, 2.0]), np.array([0.0, 3.0]), "age")
     [(x, y)] = picture.lines.values()
     assert (x.tolist(), y.tolist()) == ([0, 3], [1, 2])

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from e2e.data.cohort import Slide
-from e2e.data.folds import (
+from e2e.cohort.folds import (
     case_strata,
     few_shot,
     held_out,
@@ -20,8 +19,9 @@ from e2e.data.folds import (
     nested_folds,
     tcga_sites,
 )
-from e2e.data.splits import cut, group_numbers
+from e2e.cohort.splits import cut, group_numbers
 from e2e.errors import UserError
+from e2e.slides import Slide
 
 CASES = st.lists(st.sampled_from("aaabbc"), min_size=6, max_size=60).map(
     lambda labels: {f"{n:03}": label for n, label in enumerate(labels)}

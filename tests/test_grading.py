@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import e2e.tasks  # noqa: F401
 from e2e.errors import UserError
-from e2e.metrics import confusion, kappa
+from e2e.metrics.values import confusion, kappa
 from e2e.tasks.base import TASKS
 
 GRADES = ["0", "1", "2", "3"]

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from e2e.data.store import StoreWriter
 from e2e.errors import UserError
+from e2e.store.lmdb import StoreWriter
 from tests.conftest import RECIPE, ROOT, jpeg, patches, record, write_store
 from tools.inspect_lmdb import CELL, main, span
 

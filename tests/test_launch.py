@@ -16,8 +16,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from e2e.data.store import PatchStore, StoreWriter
 from e2e.errors import exit_code
+from e2e.store.lmdb import PatchStore, StoreWriter
 from launch import evaluate, predict, train
 from tests.conftest import ROOT, jpeg, picture, record
 

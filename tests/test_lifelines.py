@@ -25,9 +25,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from sksurv.datasets import load_gbsg2, load_whas500
 
-from e2e import survival_metrics as sm
-from e2e.figures import Curves, of_survival
 from e2e.losses.survival import cox_loss
+from e2e.metrics.figures import Curves, survival_figures
+from e2e.metrics import survival as sm
 
 SAVED = json.loads((Path(__file__).parent / "lifelines.json").read_text())
 LOAD = {"whas500": load_whas500, "gbsg2": load_gbsg2}
@@ -120,7 +120,7 @@ def test_kaplan_meier_is_lifelines_of_all_and_of_each_half_by_risk(compared):
 
 
 def test_the_figures_log_rank_p_and_curves_are_lifelines_of_its_halves_by_risk(compared):
-    picture = of_survival(compared.risk, compared.time, compared.event)[0]
+    picture = survival_figures(compared.risk, compared.time, compared.event)[0]
     assert isinstance(picture, Curves)
     assert picture.title == f"log-rank p = {compared.theirs['log_rank']['p']:.3g}"
     at = compared.theirs["at"]

@@ -11,14 +11,16 @@ import pandas as pd
 import pytest
 import torch
 
-from e2e.build import REGISTRIES, build_task, check_classes, load_cohort
-from e2e.config import Columns, Cut, Data, Plugin, Settings, load_settings
-from e2e.crossval import make_plan
-from e2e.data.cohort import Slide
-from e2e.data.loader import LabelledSlide
-from e2e.data.split_files import clam_files, fold_table, read_cells
-from e2e.data.store import StoreWriter
+from e2e.bags.spec import LabelledSlide
+from e2e.cohort.load import check_classes, load_cohort
+from e2e.cohort.split_files import clam_files, fold_table, read_cells
 from e2e.errors import UserError
+from e2e.runs.crossval import make_plan
+from e2e.runs.parts import REGISTRIES, build_task
+from e2e.settings.layers import load_settings
+from e2e.settings.schema import Columns, Cut, Data, Plugin, Settings
+from e2e.slides import Slide
+from e2e.store.lmdb import StoreWriter
 from e2e.tasks.base import TASKS, Task
 from tests.conftest import RECIPE, patches, record, write_store
 from tests.test_tasks import EXAMPLES
@@ -370,7 +372,9 @@ def test_blanks_are_what_the_task_makes_of_them_and_what_has_no_label_is_listed(
     table = pd.DataFrame(rows).assign(slide=names, case=names, split=splits)
     table.to_csv(tmp_path / "labels.csv", index=False)
     write_store(tmp_path / "s.lmdb", {slide: 1 + k for k, slide in enumerate(names)})
-    known = [slide for slide, row in zip(names, rows, strict=True) if task.known(task.encode(row))]
+    known = [
+        slide for slide, row in zip(names, rows, strict=True) if task.is_labelled(task.encode(row))
+    ]
     assert set(names[:8]) <= set(known) <= set(names[:-1])
     unlabelled = [slide for slide in names if slide not in known]
     with pytest.raises(UserError, match=f"{names[-1]}: no value for {', '.join(task.columns)} "):

@@ -9,23 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from e2e.data.augment import Augment
-from e2e.data.cohort import Slide
-from e2e.data.decode import build_decoder
-from e2e.data.loader import (
-    LabelledSlide,
-    TrainingLoader,
-    View,
-    label_slides,
-    make_bag,
-    some_slides,
-    whole_bag,
-)
-from e2e.data.pixels import Look, PixelCache, cut_rows
-from e2e.data.plan import cut_update, share_update
-from e2e.data.sampler import sample_patches
-from e2e.data.store import PatchStore, StoreWriter
+from e2e.bags.cache import PixelCache
+from e2e.bags.chunk_plan import cut_update, share_update
+from e2e.bags.loader import TrainingLoader, full_bag, label_slides, make_bag, subset_slides
+from e2e.bags.readers import PixelRowReader, cut_rows
+from e2e.bags.sampler import sample_patches
+from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.errors import DamagedDataError, UserError
+from e2e.images.augment import Augment
+from e2e.images.decode import build_decoder
+from e2e.slides import Slide
+from e2e.store.lmdb import PatchStore, StoreWriter
 from tests.conftest import RECIPE, jpeg, patches, pixels_of, record
 
 CPU = torch.device("cpu")
@@ -44,9 +38,9 @@ def items(make_store):
     )
 
 
-def view_of(**options) -> View:
+def view_of(**options) -> BagSpec:
     look = {key: options.pop(key) for key in ("size", "augment", "keep") if key in options}
-    return View(Look(DECODER, **look), **options)
+    return BagSpec(PixelRowReader(DECODER, **look), **options)
 
 
 def bag_of(items, epoch=2, **changes):
@@ -242,7 +236,7 @@ def test_jpegs_of_one_slide_are_decoded_where_they_lie_unless_they_are_kept(
 
 
 def test_nothing_is_kept_of_rows_that_are_asked_for_once(items):
-    bag = whole_bag(items[1], view_of(keep="float"), chunk=8)
+    bag = full_bag(items[1], view_of(keep="float"), chunk=8)
     for chunk in bag.chunks:
         bag.pixels(chunk.start, chunk.stop, CPU)
     assert bag.pixels._kept == {}
@@ -343,10 +337,10 @@ def test_cached_pixels_are_decoded_once_and_only_as_many_as_fit(items, monkeypat
     view = replace(view_of(), cache=cache)
     seen = []
     for _ in range(2):
-        bag = whole_bag(items[1], view, chunk=8)
+        bag = full_bag(items[1], view, chunk=8)
         seen.append(torch.cat([bag.pixels(c.start, c.stop, CPU) for c in bag.chunks]))
     assert torch.equal(seen[0], seen[1])
-    assert torch.equal(seen[0], whole_bag(items[1], view_of(), 30).pixels(0, 30, CPU))
+    assert torch.equal(seen[0], full_bag(items[1], view_of(), 30).pixels(0, 30, CPU))
     assert decoded == [7, 8, 7, 8, 7, 8, 30]
     assert cache.held == 15 * patch_bytes
 
@@ -356,15 +350,15 @@ def test_a_few_slides_are_the_same_each_time_and_of_every_label():
         LabelledSlide(Slide(f"s{n}", f"s{n}", "val", {}), None, torch.tensor(n % 5 == 0).int())
         for n in range(40)
     ]
-    few = some_slides(cohort, 6, group=int, seed=1)
+    few = subset_slides(cohort, 6, group=int, seed=1)
     assert [int(i.target) for i in few].count(1) == 3
     assert [i.slide.id for i in few] == [
-        i.slide.id for i in some_slides(cohort[::-1], 6, group=int, seed=1)
+        i.slide.id for i in subset_slides(cohort[::-1], 6, group=int, seed=1)
     ]
     assert few == sorted(few, key=lambda item: item.slide.id)
-    assert some_slides(cohort, 6, group=int, seed=2) != few
+    assert subset_slides(cohort, 6, group=int, seed=2) != few
     assert (
-        len(some_slides(cohort, None, group=int, seed=1))
-        == len(some_slides(cohort, 99, group=int, seed=1))
+        len(subset_slides(cohort, None, group=int, seed=1))
+        == len(subset_slides(cohort, 99, group=int, seed=1))
         == 40
     )

@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from e2e.encoders.base import ENCODERS
 from e2e.encoders.lora import LoraLinear, add_lora, merge_lora
+from e2e.engine.model import MILModel
 from e2e.errors import UserError
 from e2e.heads.base import HEADS
-from e2e.model import MILModel
-from e2e.optim import build_optimizer
+from e2e.training.optim import build_optimizer
 from tests.test_encoders import bag_of, build, fine_tune, images, saved_bytes
 
 VIT = "vit_tiny_patch16_224"

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import e2e.losses  # noqa: F401
 from e2e.errors import UserError
-from e2e.evaluate import attention_entropy
 from e2e.heads.base import HeadOutput
 from e2e.losses.base import REGULARISERS, Regulariser, Weight
 from e2e.parallel import Strategy
+from e2e.reports.evaluate import attention_entropy
 from e2e.tasks.base import TASKS
-from e2e.trainer import bag_losses
+from e2e.training.losses import bag_losses
 from tests.test_model import make_bag, make_model
 
 SIZES = (6, 1, 4)

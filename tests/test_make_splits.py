@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from e2e.data.split_files import read_splits
+from e2e.cohort.split_files import read_splits
 from e2e.errors import UserError
 from tests.conftest import ROOT
 from tools.make_splits import main

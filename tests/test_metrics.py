@@ -11,24 +11,20 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as sk
 
-from e2e.data.folds import tcga_sites
+from e2e.cohort.folds import tcga_sites
 from e2e.errors import UserError
-from e2e.metrics import (
+from e2e.metrics.bootstrap import bootstrap_p, by_group, case_weights, confidence_interval, delong
+from e2e.metrics.values import (
     accuracy,
     auc,
     auc_macro,
     average_precision,
     balanced_accuracy,
-    bootstrap_p,
     brier,
-    by_group,
-    case_weights,
     classification_metrics,
     confusion,
-    delong,
     ece,
     f1_macro,
-    interval,
     kappa,
     log_loss,
     multilabel_metrics,
@@ -431,8 +427,12 @@ def test_each_centre_has_its_own_metrics_and_one_class_has_no_auc():
     expected = classification_metrics(probabilities[:40], labels[:40], weights[:, :40])
     for name, value in found["A2"].values.items():
         np.testing.assert_allclose(value, expected[name], err_msg=name, **EXACT)
-    assert interval(found["E9"].values["auc"]) == {"value": None, "low": None, "high": None}
-    assert interval(found["E9"].values["accuracy"])["value"] is not None
+    assert confidence_interval(found["E9"].values["auc"]) == {
+        "value": None,
+        "low": None,
+        "high": None,
+    }
+    assert confidence_interval(found["E9"].values["accuracy"])["value"] is not None
 
 
 @pytest.mark.parametrize("case", ["A2-A0T2", "TCGA-A2", "TCGA-A2X-A0T2", ""])
@@ -476,7 +476,7 @@ def test_the_interval_is_that_of_a_plain_loop():
     rng = np.random.default_rng(5)
     probabilities, labels, _ = bags(3, 2, count=80)
     cases = [f"case{number // 2}" for number in range(80)]
-    fast = interval(
+    fast = confidence_interval(
         classification_metrics(probabilities, labels, case_weights(cases, 4000, seed=0))["auc"]
     )
     by_case = {name: np.flatnonzero(np.array(cases) == name) for name in set(cases)}
@@ -495,10 +495,10 @@ def test_the_interval_is_that_of_a_plain_loop():
 
 def test_an_interval_leaves_out_what_is_not_defined():
     values = np.r_[0.7, np.arange(101) / 100, np.full(50, np.nan)]
-    assert interval(values) == {
+    assert confidence_interval(values) == {
         "value": 0.7,
         "low": pytest.approx(0.025),
         "high": pytest.approx(0.975),
     }
-    assert interval(np.full(4, np.nan)) == {"value": None, "low": None, "high": None}
-    assert interval(np.array([0.5])) == {"value": 0.5, "low": None, "high": None}
+    assert confidence_interval(np.full(4, np.nan)) == {"value": None, "low": None, "high": None}
+    assert confidence_interval(np.array([0.5])) == {"value": 0.5, "low": None, "high": None}

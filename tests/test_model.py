@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import e2e.heads  # noqa: F401  (registers the heads)
-from e2e.bag import Bag, Chunk
-from e2e.data.plan import cut_update
+from e2e.bags.bag import Bag, Chunk
+from e2e.bags.chunk_plan import cut_update
 from e2e.encoders.base import ENCODERS, Encoder
+from e2e.engine.model import MILModel, ReplayError, seeded
 from e2e.errors import UserError
 from e2e.heads.base import HEADS
 from e2e.memory import parse_bytes
-from e2e.model import MILModel, ReplayError, seeded
 
 CPU = torch.device("cpu")
 SIZES = (7, 1, 12)

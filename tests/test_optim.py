@@ -12,20 +12,20 @@ from torch import nn
 
 import e2e.encoders
 import e2e.heads  # noqa: F401  (registers them)
-from e2e.config import Optim
 from e2e.encoders.base import ENCODERS, Encoder
+from e2e.engine.model import MILModel
 from e2e.errors import UserError
 from e2e.heads.base import HEADS
-from e2e.model import MILModel
-from e2e.optim import (
+from e2e.parallel import Strategy
+from e2e.settings.schema import Optim
+from e2e.training.optim import (
     OPTIMIZERS,
     SCHEDULES,
-    WeightAverage,
+    MovingAverage,
     build_optimizer,
     learning_rate,
     learning_rate_scales,
 )
-from e2e.parallel import Strategy
 
 
 class Net(nn.Module):
@@ -307,7 +307,7 @@ GOOD = torch.tensor(True)
 def test_the_average_warms_up_by_hand():
     net = nn.Linear(1, 1, bias=False)
     nn.init.constant_(net.weight, 0.0)
-    average = WeightAverage(net.state_dict(), decay=0.2)
+    average = MovingAverage(net.state_dict(), decay=0.2)
     nn.init.constant_(net.weight, 1.0)
     average.update(net.state_dict(), 0, GOOD)  # decay min(0.2, 1/10): 0 * 0.1 + 1 * 0.9
     assert float(average.state["weight"]) == pytest.approx(0.9)
@@ -321,7 +321,7 @@ def test_the_average_warms_up_by_hand():
 
 def test_buffers_are_averaged_too_and_counters_copied():
     net = Net()
-    average = WeightAverage(net.state_dict(), decay=0.5)
+    average = MovingAverage(net.state_dict(), decay=0.5)
     net.norm.running_mean.fill_(4.0)
     net.norm.num_batches_tracked.fill_(7)
     average.update(net.state_dict(), 10**6, GOOD)
@@ -331,7 +331,7 @@ def test_buffers_are_averaged_too_and_counters_copied():
 
 def test_the_average_is_no_part_of_the_model():
     net = nn.Linear(2, 2)
-    average = WeightAverage(net.state_dict(), decay=0.5)
+    average = MovingAverage(net.state_dict(), decay=0.5)
     start = {name: value.clone() for name, value in average.state.items()}
     nn.init.constant_(net.weight, 9.0)
     assert all(torch.equal(average.state[name], start[name]) for name in start)
@@ -342,7 +342,7 @@ def test_the_average_is_no_part_of_the_model():
 
 def test_the_average_stays_where_it_is_after_a_skipped_step():
     net = Net()
-    average = WeightAverage(net.state_dict(), decay=0.5)
+    average = MovingAverage(net.state_dict(), decay=0.5)
     nn.init.constant_(net.norm.running_mean, 4.0)
     before = {name: value.clone() for name, value in average.state.items()}
     average.update(net.state_dict(), 10, torch.tensor(False))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e2e.data.order import balanced_order, plan_epoch, turns
+from e2e.bags.epoch_plan import balanced_order, plan_epoch, repeat_counts
 
 numbers = st.integers(0, 2**31)
 sizes = st.integers(1, 9)
@@ -152,4 +152,4 @@ def test_no_slides_make_no_updates():
 
 
 def test_turns_count_how_often_a_slide_came_before():
-    assert turns([[3, 1], [3, 3], [2]]) == [[0, 0], [1, 2], [0]]
+    assert repeat_counts([[3, 1], [3, 3], [2]]) == [[0, 0], [1, 2], [0]]

@@ -16,8 +16,11 @@ import pytest
 import tifffile
 from PIL import Image
 
-from e2e.data.pack import Progress, _BadSlideError, _Conveyor, _pool, pack
-from e2e.data.sources import (
+from e2e.errors import DamagedDataError, UserError
+from e2e.store.lmdb import PatchStore
+from e2e.store.pack import Progress, _BadSlideError, _Conveyor, _pool, pack
+from e2e.store.records import SlideRecord
+from e2e.store.sources import (
     CoordsFiles,
     PatchFolders,
     SlideFiles,
@@ -25,8 +28,6 @@ from e2e.data.sources import (
     read_coords,
     read_mpp,
 )
-from e2e.data.store import PatchStore, SlideRecord
-from e2e.errors import DamagedDataError, UserError
 from e2e.wsi.slide import WholeSlide, find_slides
 from e2e.wsi.tiling import Tiling
 
@@ -328,8 +329,8 @@ def test_going_on_in_another_way_is_refused(tmp_path):
 KILL_AFTER = """
 import os, signal, sys
 from pathlib import Path
-from e2e.data.pack import Progress, pack
-from e2e.data.sources import SlideFiles
+from e2e.store.pack import Progress, pack
+from e2e.store.sources import SlideFiles
 from e2e.wsi.slide import find_slides
 from e2e.wsi.tiling import Tiling
 

@@ -16,19 +16,19 @@ from queue import Queue
 
 import pytest
 
-from e2e.data.cluster import (
+from e2e.errors import UserError
+from e2e.store.cluster import (
     _issued,
     _problem,
     connected,
     index_path,
-    pack_over,
+    pack_on_cluster,
     pack_slide,
     read_index,
     store_files,
 )
-from e2e.data.pack import Progress, pack
-from e2e.data.sources import Job
-from e2e.errors import UserError
+from e2e.store.pack import Progress, pack
+from e2e.store.sources import Job
 from e2e.wsi.tiling import Tiling
 from tests.test_pack import (
     ROOT,
@@ -266,7 +266,7 @@ def test_local_workers_come_up_and_go_on_with_a_serial_store_and_nobody_outside_
     before = listening().keys()
     with connected("local", 2) as client:
         assert {host for socket, host in listening().items() if socket not in before} == {LOOPBACK}
-        pack_over(client, source(slides), out)
+        pack_on_cluster(client, source(slides), out)
         assert len(read_index(index_path(out))) in (2, 3)
     assert union(out) == serial(source(slides), tmp_path)
     refused = run_tool("--slides", slides, *CUT, "--out", out)
@@ -308,7 +308,7 @@ def listening():
 def test_a_worker_with_many_threads_has_one_file_and_is_told_of(tmp_path, client, scheduler):
     slides, told = cohort(tmp_path / "slides", 4), Told()
     with workers(scheduler, tmp_path, "--nthreads", 4, "--no-nanny", count=1):
-        pack_over(client, source(slides), tmp_path / "out.lmdb", progress=told)
+        pack_on_cluster(client, source(slides), tmp_path / "out.lmdb", progress=told)
     assert len(store_files(tmp_path / "out.lmdb")) == 1
     assert union(tmp_path / "out.lmdb") == serial(source(slides), tmp_path)
     assert "1 workers with 4 threads" in told.notes[0]
@@ -334,7 +334,7 @@ def test_a_worker_killed_in_the_middle_of_a_slide_costs_nothing_but_time(
     slides, out = cohort(tmp_path / "slides", 5), tmp_path / "out.lmdb"
     held = wrapped(Held, source(slides), tmp_path / "held")
     with workers(scheduler, tmp_path, *options, count=count), killer(tmp_path / "held"):
-        report = pack_over(client, held, out, chunk=1)
+        report = pack_on_cluster(client, held, out, chunk=1)
     assert [row.slide for row in report.packed] == ["s0", "s1", "s2", "s3", "s4"]
     assert union(out)[1] == serial(source(slides), tmp_path)[1]
 
@@ -347,7 +347,7 @@ def test_a_worker_killed_between_storing_a_slide_and_saying_so_leaves_it_stored_
     slides, out = cohort(tmp_path / "slides", 4), tmp_path / "out.lmdb"
     made = wrapped(Stored, source(slides), tmp_path / "held")
     with workers(scheduler, tmp_path, *options, count=count):
-        report = pack_over(client, made, out)
+        report = pack_on_cluster(client, made, out)
     assert (tmp_path / "held" / "s1.met").exists()
     assert [row.slide for row in report.packed] == ["s0", "s1", "s2", "s3"]
     assert union(out)[1] == serial(source(slides), tmp_path)[1]
@@ -363,11 +363,11 @@ def test_when_the_last_worker_is_killed_the_command_says_so_and_the_next_goes_on
         client.wait_for_workers(1)
         words = r"(?s)no worker, and 2 slides wait.*dask worker tcp://"
         with pytest.raises(UserError, match=words):
-            pack_over(client, held, out, chunk=1, patience=0.1)
+            pack_on_cluster(client, held, out, chunk=1, patience=0.1)
     assert [row["slide"] for row in table(tmp_path / "out.lmdb.report.csv")] == ["s0"]
     told = Told()
     with workers(scheduler, tmp_path, count=1):
-        pack_over(client, held, out, progress=told)
+        pack_on_cluster(client, held, out, progress=told)
     assert (told.stored, sorted(told.slides)) == (1, ["s1", "s2"])
     assert len(store_files(out)) == 1
     assert union(out)[1] == serial(source(slides), tmp_path)[1]
@@ -388,7 +388,7 @@ def test_a_slide_that_kills_every_worker_is_quarantined_and_the_others_go_on(
     slides, out = cohort(tmp_path / "slides", 3), tmp_path / "out.lmdb"
     made = wrapped(Deadly, source(slides), tmp_path / "held")
     with workers(scheduler, tmp_path, *NANNY, count=1):
-        report = pack_over(client, made, out)
+        report = pack_on_cluster(client, made, out)
     assert [row.slide for row in report.packed] == ["s0", "s2"]
     assert "each worker that packed it died" in table(report.quarantine)[0]["reason"]
 
@@ -430,7 +430,7 @@ def test_a_lost_scheduler_ends_the_command_with_a_message(tmp_path, caplog):
         thread = threading.Thread(target=end)
         thread.start()
         with pytest.raises(UserError, match="lost the Dask scheduler"):
-            pack_over(client, made, tmp_path / "out.lmdb", chunk=1)
+            pack_on_cluster(client, made, tmp_path / "out.lmdb", chunk=1)
         thread.join()
     assert not caplog.text
     assert [row["slide"] for row in table(tmp_path / "out.lmdb.report.csv")] == ["s0"]
@@ -445,7 +445,7 @@ def test_a_slide_in_two_files_is_dropped_from_the_second(tmp_path, client):
     shutil.copy(tmp_path / "out.a-0.lmdb", tmp_path / "out.b-0.lmdb")
     write_slide(slides / "t.tif", seed=9)
     pack(source(slides), tmp_path / "out.b-0.lmdb", workers=0)
-    report = pack_over(client, source(slides), out, progress=told)
+    report = pack_on_cluster(client, source(slides), out, progress=told)
     assert "out.b-0.lmdb is rewritten without 3 slides" in told.notes[0]
     assert "s1: kept in out.a-0.lmdb" in told.notes[0]
     assert len(report.packed) == 4
@@ -471,7 +471,7 @@ def test_an_address_where_nobody_answers_is_named(tmp_path):
 def test_a_scheduler_without_workers_says_how_many_slides_wait(tmp_path, client):
     slides = cohort(tmp_path / "slides", 2)
     with pytest.raises(UserError, match=r"(?s)no worker, and 2 slides wait.*--nthreads 1"):
-        pack_over(client, source(slides), tmp_path / "o.lmdb", patience=0.1)
+        pack_on_cluster(client, source(slides), tmp_path / "o.lmdb", patience=0.1)
 
 
 @pytest.mark.slow
@@ -490,7 +490,7 @@ def test_a_worker_with_another_version_of_the_project_or_none_is_named(tmp_path,
             workers(scheduler, tmp_path, count=1, path=tmp_path / folder),
             pytest.raises(UserError, match=words),
         ):
-            pack_over(client, source(slides), tmp_path / "o.lmdb")
+            pack_on_cluster(client, source(slides), tmp_path / "o.lmdb")
 
 
 def test_a_worker_that_does_not_share_folders_is_told(tmp_path):
@@ -512,15 +512,15 @@ def test_files_that_cannot_be_gone_on_with_are_named(tmp_path, client):
     pack(source(slides), tmp_path / "out.a-0.lmdb", workers=0)
     pack(source(slides, Tiling(4, 32, overlap=8)), tmp_path / "out.b-0.lmdb", workers=0)
     with pytest.raises(UserError, match=r"(?s)out\.b-0\.lmdb was packed in another way.*overlap"):
-        pack_over(client, source(slides), out)
+        pack_on_cluster(client, source(slides), out)
     with (
         _issued(out, {}, 1),
         pytest.raises(UserError, match="another command is packing"),
     ):
-        pack_over(client, source(slides), out)
+        pack_on_cluster(client, source(slides), out)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot make the folder"):
-        pack_over(client, source(slides), tmp_path / "file" / "x" / "o.lmdb")
+        pack_on_cluster(client, source(slides), tmp_path / "file" / "x" / "o.lmdb")
 
 
 def test_options_that_make_no_sense_and_a_missing_dask_are_told(tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from torch.optim import SGD, AdamW
 from e2e.errors import LostRankError, UserError
 from e2e.parallel import Strategy, allow_tf32, autocast_dtype, build_strategy, pick_device
 from e2e.parallel.base import lay_out_plainly
-from e2e.parallel.ddp import Group
+from e2e.parallel.ddp import DistributedStrategy
 from e2e.parallel.deepspeed import complete_config, read_config
 
 CPU = torch.device("cpu")
@@ -25,19 +25,19 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "deepspeed"
 def test_one_process_needs_no_process_group():
     strategy = Strategy(CPU)
     value = torch.ones(2)
-    strategy.sum(value)
-    assert strategy.leads
-    assert strategy.gather("x") == ["x"]
+    strategy.all_reduce_sum(value)
+    assert strategy.is_leader
+    assert strategy.gather_objects("x") == ["x"]
     assert value.tolist() == [1, 1]
     assert strategy.gather_rows(value, [2]) is value
-    strategy.agree({"settings": "abc"})
+    strategy.check_agreement({"settings": "abc"})
     assert not torch.distributed.is_initialized()
 
 
 def test_without_an_optimiser_the_model_is_only_placed():
     strategy, model = Strategy(CPU), nn.Linear(2, 1)
     strategy.setup(model, None, clip=None)
-    with strategy.whole_parameters() as plain:
+    with strategy.full_parameters() as plain:
         assert plain is model
     assert not hasattr(strategy, "optimizer")
 
@@ -54,9 +54,9 @@ def test_a_bad_step_leaves_weights_and_state_alone(fused, bad):
         return bool(strategy.step()[1])
 
     assert step(0.0)
-    before = strategy.whole(strategy.shards()) | strategy.optimizer_tensors()
+    before = strategy.full_tensors(strategy.shards()) | strategy.optimizer_tensors()
     assert not step(bad)
-    after = strategy.whole(strategy.shards()) | strategy.optimizer_tensors()
+    after = strategy.full_tensors(strategy.shards()) | strategy.optimizer_tensors()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert before["weight.step"] == 1
     assert step(0.0)
@@ -90,11 +90,11 @@ def test_gradients_are_clipped_jointly_and_the_norm_is_that_before():
 def test_other_weights_are_there_inside_and_gone_after():
     strategy, model = Strategy(CPU), nn.Linear(2, 1)
     strategy.setup(model, lambda m: SGD(m.parameters(), lr=1.0), clip=None)
-    own = strategy.whole(strategy.shards())
+    own = strategy.full_tensors(strategy.shards())
     other = {name: torch.full_like(value, 7.0) for name, value in own.items()}
-    with strategy.whole_parameters(other) as plain:
+    with strategy.full_parameters(other) as plain:
         assert plain(torch.ones(1, 2)).item() == 21.0
-    with pytest.raises(RuntimeError), strategy.whole_parameters(other) as plain:
+    with pytest.raises(RuntimeError), strategy.full_parameters(other) as plain:
         plain(torch.ones(1, 3))
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
 
@@ -135,7 +135,7 @@ def lost(said: str) -> AbstractContextManager[None]:
 
     @contextmanager
     def around() -> Iterator[None]:
-        with Group.watch(Strategy(CPU)):  # pyright: ignore[reportArgumentType]
+        with DistributedStrategy.detect_lost_ranks(Strategy(CPU)):  # pyright: ignore[reportArgumentType]
             yield
             raise RuntimeError(f"[/pytorch/gloo/pair.cc:561] {said}. Check the logs")
 

@@ -7,14 +7,14 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e2e.data.plan import (
+from e2e.bags.chunk_plan import (
     balanced_cuts,
     cut_update,
     full_cuts,
     group_bags,
-    in_one_piece,
     rows_of,
     share_update,
+    single_chunk,
 )
 
 sizes_of_bags = st.lists(st.integers(1, 300), min_size=1, max_size=12)
@@ -108,9 +108,9 @@ def test_437_and_563_of_1000_patches_as_worked_out_by_hand():
 
 def test_one_piece_is_the_whole_share():
     share = share_update(cut_update([5, 7, 9], 6), 1)[0]
-    (piece,) = in_one_piece(share)
+    (piece,) = single_chunk(share)
     assert piece.rows == 21
-    assert in_one_piece([]) == []
+    assert single_chunk([]) == []
 
 
 def test_a_chunk_goes_to_the_rank_that_wants_most_of_it():

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from e2e.data.decode import build_decoder
-from e2e.data.store import PatchStore
+from e2e.images.decode import build_decoder
+from e2e.store.lmdb import PatchStore
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from e2e import run
-from e2e.build import REGISTRIES, build_model, build_task, on_features
-from e2e.config import CONFIGS, Settings, settings_of, train_parser
+from e2e.runs.parts import REGISTRIES, build_model, build_task, on_features
+from e2e.runs.train import train
+from e2e.settings.cli import settings_from_args, train_parser
+from e2e.settings.layers import CONFIGS
+from e2e.settings.schema import Settings
 from tests.conftest import ROOT, write_store
 from tests.test_cohorts import small_cohort
 from tests.test_two_stage import write_slide
@@ -40,7 +42,7 @@ def command(recipe: str) -> list[str]:
 
 
 def settings_for(recipe: str, *more: str) -> tuple[Settings, Path]:
-    return settings_of(train_parser("x").parse_args([*command(recipe), *more]), REGISTRIES)
+    return settings_from_args(train_parser("x").parse_args([*command(recipe), *more]), REGISTRIES)
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +98,7 @@ def test_a_recipe_takes_two_steps_and_is_judged(recipe, tmp_path):
         recipe, *overrides, "optim.bags=8", "optim.epochs=1", "engine.device=cpu",
         "data.workers=1", "run.bootstrap=10", "run.heatmaps=0", f"run.out={tmp_path}/run",
     )  # fmt: skip
-    run.train(settings, folder, resume=False)
+    train(settings, folder, resume=False)
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert max(entry["step"] for entry in log) == 2
     assert all(np.isfinite(entry["train_loss"]) for entry in log if "train_loss" in entry)

@@ -11,17 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e2e.data.sampler import (
-    SAMPLERS,
-    equal_regions,
-    mix,
-    pad_with_copies,
-    patch_seeds,
-    sample_patches,
-    scale_quotas,
-    uniform,
-)
+from e2e.bags.sampler import SAMPLERS, equal_regions, pad_with_copies, sample_patches, scale_quotas
 from e2e.errors import UserError
+from e2e.seeds import mix_seed, patch_seeds, uniform
 
 numbers = st.integers(0, 2**31)
 names = st.text(min_size=1, max_size=20)
@@ -68,7 +60,7 @@ def test_nothing_to_draw_is_an_error(count, size):
 
 
 def test_what_recorded_runs_drew_is_drawn_again():
-    assert mix(1, 2, "a") == 4869288256290416682
+    assert mix_seed(1, 2, "a") == 4869288256290416682
     assert sample_patches("slide", 1000, 8, seed=1, epoch=2).tolist() == [
         482,
         498,
@@ -84,13 +76,13 @@ def test_what_recorded_runs_drew_is_drawn_again():
 
 @given(parts=st.lists(st.one_of(numbers, names), min_size=1, max_size=4))
 def test_mixed_seeds_are_numbers_of_63_bits(parts):
-    assert 0 <= mix(*parts) < 2**63
-    assert mix(*parts) == mix(*parts)
-    assert mix(*parts, "x") != mix(*parts)
+    assert 0 <= mix_seed(*parts) < 2**63
+    assert mix_seed(*parts) == mix_seed(*parts)
+    assert mix_seed(*parts, "x") != mix_seed(*parts)
 
 
 def test_mixing_does_not_run_parts_together():
-    assert len({mix(1, 23), mix(12, 3), mix(123), mix("1", "2", "3")}) == 4
+    assert len({mix_seed(1, 23), mix_seed(12, 3), mix_seed(123), mix_seed("1", "2", "3")}) == 4
 
 
 @given(seeds=seed_arrays, cut=st.integers(0, 60), draw=st.integers(0, 20))
@@ -122,7 +114,7 @@ def test_splitmix_gives_its_published_numbers():
 
 
 def test_draws_of_a_slides_patches_are_uniform_and_independent():
-    seeds = patch_seeds(mix(0, 0, "slide"), np.arange(40_000))
+    seeds = patch_seeds(mix_seed(0, 0, "slide"), np.arange(40_000))
     assert len(np.unique(seeds)) == len(seeds)
     draws = np.stack([uniform(seeds, draw) for draw in range(8)])
     counts = np.stack([np.histogram(row, bins=20, range=(0, 1))[0] for row in draws])

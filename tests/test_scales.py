@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from e2e.build import build_task, load_cohort, open_scales, store_files
-from e2e.config import Columns, Data, Plugin
-from e2e.data.augment import Augment
-from e2e.data.cohort import Slide, check_sides, match_scales
-from e2e.data.decode import build_decoder
-from e2e.data.loader import LabelledSlide, TrainingLoader, View, label_slides, whole_bag
-from e2e.data.pixels import Look
-from e2e.data.sampler import SAMPLERS, sample_patches
-from e2e.data.store import PatchStore, StoreWriter
+from e2e.bags.loader import TrainingLoader, full_bag, label_slides
+from e2e.bags.readers import PixelRowReader
+from e2e.bags.sampler import SAMPLERS, sample_patches
+from e2e.bags.spec import BagSpec, LabelledSlide
+from e2e.cohort.load import load_cohort, open_patch_readers, store_files
+from e2e.cohort.match import check_sides, match_scales
 from e2e.errors import DamagedDataError, UserError
+from e2e.images.augment import Augment
+from e2e.images.decode import build_decoder
+from e2e.runs.parts import build_task
+from e2e.settings.schema import Columns, Data, Plugin
+from e2e.slides import Slide
+from e2e.store.lmdb import PatchStore, StoreWriter
 from tests.conftest import RECIPE, jpeg, patches, pixels_of, record, write_store
 
 CPU = torch.device("cpu")
@@ -41,7 +44,9 @@ def items(tmp_path):
 
 
 def bag(items, epoch=1, **options):
-    view = View(Look(DECODER, augment=options.pop("augment", None)), **({"seed": 5} | options))
+    view = BagSpec(
+        PixelRowReader(DECODER, augment=options.pop("augment", None)), **({"seed": 5} | options)
+    )
     loader = TrainingLoader(items, view, bags=len(items), chunk=16)
     return next(loader.epoch(epoch, rank=0, world_size=1))[0]
 
@@ -84,8 +89,8 @@ def test_the_same_patch_number_looks_different_at_each_magnification(items):
 
 
 def test_evaluation_sees_the_first_magnification_alone(items):
-    view = View(Look(DECODER))
-    assert whole_bag(items[0], view, 64).num_patches == 40
+    view = BagSpec(PixelRowReader(DECODER))
+    assert full_bag(items[0], view, 64).num_patches == 40
 
 
 def test_short_bags_are_short_or_filled_with_copies_if_asked(items):
@@ -111,8 +116,8 @@ def test_neighbours_share_a_crop_if_asked_and_nothing_else(items):
 
 
 def test_blue_and_red_are_swapped_if_asked(items):
-    view = View(Look(DECODER, bgr=True))
-    plain, swapped = (whole_bag(items[0], v, 64) for v in (View(Look(DECODER)), view))
+    view = BagSpec(PixelRowReader(DECODER, bgr=True))
+    plain, swapped = (full_bag(items[0], v, 64) for v in (BagSpec(PixelRowReader(DECODER)), view))
     assert torch.equal(swapped.pixels(0, 40, CPU), plain.pixels(0, 40, CPU).flip(1))
 
 
@@ -123,7 +128,7 @@ def test_labels_come_in_turn_and_a_slide_that_comes_again_shows_other_patches(tm
         LabelledSlide(Slide(s, s, "train", {}), store, torch.tensor(int(n == 0)))
         for n, s in enumerate(counts)
     ]
-    view = View(Look(DECODER, augment=Augment(crop=0.5)), seed=1, bag_size=6)
+    view = BagSpec(PixelRowReader(DECODER, augment=Augment(crop=0.5)), seed=1, bag_size=6)
     loader = TrainingLoader(items, view, bags=2, chunk=6, groups=[int(i.target) for i in items])
     bags = [bag for bag, _ in loader.epoch(0, rank=0, world_size=1)]
     assert loader.updates() == len(bags) == 4
@@ -188,7 +193,7 @@ def test_stores_of_different_patch_sizes_are_refused_within_a_scale_and_without_
 def test_magnifications_of_different_patch_sizes_come_at_one_size_and_scale(tmp_path, size):
     stores = [write_side(tmp_path / f"{side}.lmdb", side) for side in (32, 48)]
     item = LabelledSlide(Slide("s", "s", "train", {}), stores[0], torch.tensor(0), (stores[1],))
-    view = View(Look(DECODER, size, Augment(size)), shares=(1, 1))
+    view = BagSpec(PixelRowReader(DECODER, size, Augment(size)), shares=(1, 1))
     found, _ = next(TrainingLoader([item], view, 1, 8).epoch(0, rank=0, world_size=1))
     pixels = found.pixels(0, 4, CPU)
     assert pixels.shape == (4, 3, size, size)
@@ -202,14 +207,14 @@ def test_a_damaged_patch_is_named_with_its_own_magnifications_store(tmp_path):
         writer.add(record("s", 2, patch_px=48), [jpeg(1, width=48), b"no jpeg"])
     bad = PatchStore(tmp_path / "bad.lmdb")
     item = LabelledSlide(Slide("s", "s", "train", {}), good, torch.tensor(0), (bad,))
-    view = View(Look(DECODER, 24), shares=(1, 1))
+    view = BagSpec(PixelRowReader(DECODER, 24), shares=(1, 1))
     found, _ = next(TrainingLoader([item], view, 1, 8).epoch(0, rank=0, world_size=1))
     with pytest.raises(DamagedDataError, match=r"bad.lmdb: slide 's' patch 1 "):
         found.pixels(0, 4, CPU)
 
 
 def test_regions_without_coords_are_refused_before_training(items, monkeypatch):
-    view = View(Look(DECODER), bag_size=4, sampler=SAMPLERS.build("regions"))
+    view = BagSpec(PixelRowReader(DECODER), bag_size=4, sampler=SAMPLERS.build("regions"))
     loader = TrainingLoader(items, view, 1, 8)
     loader.check(1, 1)
     known = PatchStore.record
@@ -224,7 +229,7 @@ def test_stores_are_files_globs_or_an_index(tmp_path):
     assert store_files(str(tmp_path / "a.lmdb")) == [tmp_path / "a.lmdb"]
     both = [tmp_path / "a.lmdb", tmp_path / "b.lmdb"]
     assert store_files(f"{tmp_path}/*.lmdb") == both
-    scales = open_scales(Data(stores=[f"{tmp_path}/*.lmdb"], scales=[[str(both[1])]]))
+    scales = open_patch_readers(Data(stores=[f"{tmp_path}/*.lmdb"], scales=[[str(both[1])]]))
     assert [[store.slides for store in stores] for stores in scales] == [[["a"], ["b"]], [["b"]]]
 
 

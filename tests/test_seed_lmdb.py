@@ -19,9 +19,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from e2e.data.seed_lmdb import SeedStore, literal, open_store
-from e2e.data.store import PatchStore, PlacelessRecord, Store
 from e2e.errors import DamagedDataError, UserError
+from e2e.store.abmilx import AbmilxStore, literal
+from e2e.store.lmdb import PatchStore
+from e2e.store.open import open_store
+from e2e.store.records import PatchReader, PlacelessRecord
 from tests.conftest import jpeg, patches
 
 
@@ -62,7 +64,7 @@ def write_coords(folder: Path, slide: str, count: int) -> None:
 @pytest.mark.parametrize("folder", [False, True])
 def test_patches_are_read_in_the_order_asked_for(tmp_path, folder):
     counts = {"a": 12, "TCGA-AB-1": 3, "TCGA-AB-1-1": 2, "Schnitt 7": 1}
-    store = SeedStore(write_seed(tmp_path / "x.lmdb", counts, folder=folder))
+    store = AbmilxStore(write_seed(tmp_path / "x.lmdb", counts, folder=folder))
     assert store.slides == list(counts)
     assert "a" in store
     assert "b" not in store
@@ -81,30 +83,30 @@ def test_both_kinds_are_told_by_what_is_in_them(tmp_path, make_store):
     bare = put(tmp_path / "bare.lmdb", {"b-0": pickle.dumps(jpeg())})
     folder = write_seed(tmp_path / "folder", {"a": 1}, folder=True)
     other = put(tmp_path / "other.lmdb", {"some": b"thing"})
-    opened: list[Store] = [open_store(path) for path in (ours.path, theirs, bare, folder)]
-    assert [type(s) for s in opened] == [PatchStore, SeedStore, SeedStore, SeedStore]
+    opened: list[PatchReader] = [open_store(path) for path in (ours.path, theirs, bare, folder)]
+    assert [type(s) for s in opened] == [PatchStore, AbmilxStore, AbmilxStore, AbmilxStore]
     assert opened[2].slides == ["b"]
     with pytest.raises(UserError, match="an LMDB of another kind"):
         open_store(other)
     with pytest.raises(UserError, match="no keys <slide>-<index>"):
-        SeedStore(other)
+        AbmilxStore(other)
     for path in (tmp_path / "nothing", tmp_path):
         with pytest.raises(UserError, match="no patch store at"):
             open_store(path)
         with pytest.raises(UserError, match="no LMDB at"):
-            SeedStore(path)
+            AbmilxStore(path)
     (tmp_path / "text.lmdb").write_bytes(b"text" * 1000)
     with pytest.raises(UserError, match="not an LMDB file"):
         open_store(tmp_path / "text.lmdb")
 
 
-def read_in_child(store: SeedStore) -> list[bytes]:
+def read_in_child(store: AbmilxStore) -> list[bytes]:
     return store.read("a", [1])
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_store_goes_into_other_processes(tmp_path, method):
-    store = SeedStore(write_seed(tmp_path / "x.lmdb", {"a": 2}))
+    store = AbmilxStore(write_seed(tmp_path / "x.lmdb", {"a": 2}))
     with multiprocessing.get_context(method).Pool(1) as pool:
         assert pool.apply(read_in_child, [store]) == store.read("a", [1])
 
@@ -113,7 +115,7 @@ def test_coords_of_clam_give_the_places(tmp_path):
     path = write_seed(tmp_path / "x.lmdb", {"a": 2, "b": 3, "c": 1})
     write_coords(tmp_path / "h5", "a", 2)
     write_coords(tmp_path / "h5", "b", 4)
-    store = SeedStore(path, coords=tmp_path / "h5")
+    store = AbmilxStore(path, coords=tmp_path / "h5")
     record = store.record("a")
     assert record.coords is not None
     assert record.coords.tolist() == [[0, 1], [2, 3]]
@@ -123,7 +125,7 @@ def test_coords_of_clam_give_the_places(tmp_path):
     with pytest.raises(DamagedDataError, match=r"no .h5 of slide 'c'"):
         store.record("c")
     with pytest.raises(UserError, match=r"no .h5 file in"):
-        SeedStore(path, coords=tmp_path)
+        AbmilxStore(path, coords=tmp_path)
 
 
 # --- files that are not as they should be ---
@@ -132,11 +134,11 @@ def test_coords_of_clam_give_the_places(tmp_path):
 def test_without_counts_the_keys_are_counted(tmp_path):
     counts = {"a": 12, "a-1": 3, "b": 1}
     path = write_seed(tmp_path / "x.lmdb", counts, __pn__=None, __keys__=None)
-    assert {s: SeedStore(path).count(s) for s in SeedStore(path).slides} == counts
+    assert {s: AbmilxStore(path).count(s) for s in AbmilxStore(path).slides} == counts
 
 
 def test_a_slide_that_lacks_its_count_is_named_when_it_is_wanted(tmp_path):
-    store = SeedStore(write_seed(tmp_path / "x.lmdb", {"a": 2, "b": 2}, __pn__={"a": 2}))
+    store = AbmilxStore(write_seed(tmp_path / "x.lmdb", {"a": 2, "b": 2}, __pn__={"a": 2}))
     assert store.slides == ["a", "b"]
     assert store.read("a", [0]) == patches("a", 1)
     for use in (store.count, store.record, lambda s: store.read(s, [0])):
@@ -149,7 +151,7 @@ def test_a_slide_that_lacks_its_count_is_named_when_it_is_wanted(tmp_path):
     ("counted", "fault"), [(3, "more patches than the 3"), (5, "fewer patches")]
 )
 def test_counts_that_disagree_with_the_keys_are_named(tmp_path, counted, fault):
-    store = SeedStore(write_seed(tmp_path / "x.lmdb", {"a": 4}, __pn__={"a": counted}))
+    store = AbmilxStore(write_seed(tmp_path / "x.lmdb", {"a": 4}, __pn__={"a": counted}))
     with pytest.raises(DamagedDataError, match=f"slide 'a' has {fault}"):
         store.record("a")
     assert len(list(store.damage("a"))) == 1
@@ -162,13 +164,13 @@ def test_counts_that_disagree_with_the_keys_are_named(tmp_path, counted, fault):
 def test_counts_that_cannot_be_are_refused_at_once(tmp_path, counts):
     path = write_seed(tmp_path / "x.lmdb", {"a": 2}, __pn__=counts)
     with pytest.raises(DamagedDataError, match="'a' cannot be right in a file of 6 keys"):
-        SeedStore(path)
+        AbmilxStore(path)
 
 
 @pytest.mark.parametrize("meta", [{"__pn__": [1]}, {"__slide__": {"a": 1}}, {"__slide__": [["a"]]}])
 def test_lists_of_another_kind_are_refused(tmp_path, meta):
     with pytest.raises(DamagedDataError, match=f"{next(iter(meta))} is no"):
-        SeedStore(write_seed(tmp_path / "x.lmdb", {"a": 2}, **meta))
+        AbmilxStore(write_seed(tmp_path / "x.lmdb", {"a": 2}, **meta))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_lists_of_another_kind_are_refused(tmp_path, meta):
 def test_a_value_that_is_no_patch_is_named_and_the_others_are_read(tmp_path, value, fault):
     path = write_seed(tmp_path / "x.lmdb", {"a": 3})
     put(path, {"a-1": value})
-    store = SeedStore(path)
+    store = AbmilxStore(path)
     for indices in ([1], [0, 2, 1]):
         with pytest.raises(DamagedDataError, match=f"x.lmdb: slide 'a' {fault}"):
             store.read("a", indices)
@@ -201,12 +203,12 @@ def test_a_value_that_is_no_patch_is_named_and_the_others_are_read(tmp_path, val
 def test_what_is_no_jpeg_is_named(tmp_path):
     path = write_seed(tmp_path / "x.lmdb", {"a": 3})
     put(path, {"a-1": pickle.dumps(b"no picture at all, but bytes")})
-    assert list(SeedStore(path).damage("a")) == [
+    assert list(AbmilxStore(path).damage("a")) == [
         f"{path}: slide 'a' patch 1 is no JPEG: 28 other bytes"
     ]
     put(other := write_seed(tmp_path / "y.lmdb", {"a": 3}), {"a-0": pickle.dumps(b"no picture")})
     with pytest.raises(DamagedDataError, match="patch 0 is no JPEG"):
-        SeedStore(other).record("a")
+        AbmilxStore(other).record("a")
 
 
 def test_a_file_cut_short_is_refused(tmp_path):
@@ -238,7 +240,7 @@ def test_every_way_a_patch_was_pickled_is_read(tmp_path, kind, protocol, size, o
     if old:  # the names that numpy 1 wrote: text of another length, so frame and length change
         value = numpy1(value)
     path = put(tmp_path / "x.lmdb", {"a-0": value})
-    [found] = SeedStore(path).read("a", [0])
+    [found] = AbmilxStore(path).read("a", [0])
     assert found == data
     assert type(found) is bytes
 
@@ -306,7 +308,7 @@ def test_a_malicious_patch_is_refused_by_name_and_never_run(tmp_path, name):
     path = write_seed(tmp_path / "x.lmdb", {"a": 3})
     put(path, {"a-1": value})
     with pytest.raises(DamagedDataError, match=r"x.lmdb: slide 'a' patch 1 is refused: "):
-        SeedStore(path).read("a", range(3))
+        AbmilxStore(path).read("a", range(3))
     assert not (tmp_path / "mark").exists()
 
 
@@ -316,7 +318,7 @@ def test_a_malicious_list_is_refused_by_name_and_never_run(tmp_path, name, key):
     path = write_seed(tmp_path / "x.lmdb", {"a": 3})
     put(path, {key: malicious(tmp_path / "mark")[name]})
     with pytest.raises(DamagedDataError, match=f"{key} is (refused|no)"):
-        SeedStore(path)
+        AbmilxStore(path)
     assert not (tmp_path / "mark").exists()
 
 
@@ -331,7 +333,7 @@ def test_the_malicious_pickles_would_have_run(tmp_path):
 
 def test_a_patch_of_many_steps_is_given_up_early(tmp_path):
     many = b"\x80\x04" + b"N" * 1000 + b"C\x01x."
-    store = SeedStore(put(tmp_path / "x.lmdb", {"a-0": many}))
+    store = AbmilxStore(put(tmp_path / "x.lmdb", {"a-0": many}))
     with pytest.raises(DamagedDataError, match="patch 0 is refused: its pickle has more than 100"):
         store.read("a", [0])
 
@@ -371,7 +373,7 @@ def test_what_is_stored_is_the_jpeg_itself(tmp_path):
     from PIL import Image
 
     red = jpeg(Image.new("RGB", (16, 16), (250, 10, 10)))
-    store = SeedStore(put(tmp_path / "x.lmdb", {"a-0": pickle.dumps(red)}))
+    store = AbmilxStore(put(tmp_path / "x.lmdb", {"a-0": pickle.dumps(red)}))
     with Image.open(io.BytesIO(store.read("a", [0])[0])) as image:
         r, _, b = np.asarray(image)[8, 8]
     assert r > 200 > b

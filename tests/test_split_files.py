@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e2e.data.split_files import (
+from e2e.cohort.split_files import (
     SPLIT_FORMATS,
     clam_files,
     fold_table,

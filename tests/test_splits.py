@@ -12,12 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e2e.data.cohort import Slide
-from e2e.data.features import FeatureStore, open_features
-from e2e.data.seed_lmdb import SeedStore
-from e2e.data.splits import assign, check_copies, check_splits, cut, missing_classes
-from e2e.data.store import PatchStore, StoreWriter
+from e2e.cohort.leaks import check_copies
+from e2e.cohort.splits import assign, check_splits, cut, find_missing_classes
 from e2e.errors import UserError
+from e2e.features.reader import FeatureFiles, open_features
+from e2e.slides import Slide
+from e2e.store.abmilx import AbmilxStore
+from e2e.store.lmdb import PatchStore, StoreWriter
 from tests.conftest import RECIPE, jpeg, patches, record, write_store
 from tests.test_seed_lmdb import write_seed
 
@@ -128,12 +129,12 @@ def test_an_empty_split_is_told_with_what_helps():
 def test_a_class_that_a_split_lacks_is_told():
     classes = {"1": ["a"], "2": ["b"], "3": ["a", "c"], "4": ["b"], "5": ["z"]}
     splits = {"1": "train", "2": "train", "3": "val", "4": "test", "5": ""}
-    assert missing_classes(splits, classes) == {
+    assert find_missing_classes(splits, classes) == {
         "train": ["c"],
         "val": ["b"],
         "test": ["a", "c"],
     }
-    assert missing_classes({"1": "train", "3": "train"}, classes) == {}
+    assert find_missing_classes({"1": "train", "3": "train"}, classes) == {}
 
 
 def test_splits_are_given_by_slide_or_by_case_and_what_has_none_is_listed():
@@ -216,7 +217,7 @@ def test_sums_that_are_alike_by_chance_are_no_patches_in_common(tmp_path, monkey
 
 
 def test_a_slide_in_a_file_without_checksums_is_found_in_a_store_that_has_them(tmp_path):
-    theirs = SeedStore(write_seed(tmp_path / "theirs.lmdb", {"a": 6, "b": 6, "c": 1, "d": 1}))
+    theirs = AbmilxStore(write_seed(tmp_path / "theirs.lmdb", {"a": 6, "b": 6, "c": 1, "d": 1}))
     ours = store_of(tmp_path / "ours.lmdb", A=patches("a", 6), C=patches("c", 1))
     stores = dict.fromkeys("abcd", theirs) | dict.fromkeys("AC", ours)
     slides = [slide(name) for name in "abcd"] + [slide(name, split="test") for name in "AC"]
@@ -281,6 +282,6 @@ def test_features_at_other_places_or_with_other_first_rows_are_not_read_whole(
             write_features(tmp_path / f"{name}.h5", 1, np.full((7, 2), n))
         else:
             torch.save(torch.full((7, 3), float(n)), tmp_path / f"{name}.pt")
-    monkeypatch.setattr(FeatureStore, "features", lambda *_: pytest.fail("features were read"))
+    monkeypatch.setattr(FeatureFiles, "features", lambda *_: pytest.fail("features were read"))
     stores = dict.fromkeys("ab", open_features(tmp_path))
     check_copies([slide("a"), slide("b", split="val")], stores)

@@ -25,17 +25,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from e2e.data import store as store_module
-from e2e.data.store import (
-    LONGEST_ID,
-    PatchStore,
-    PlacelessRecord,
-    StoreWriter,
-    _environment,
-    get,
-    snapshot,
-)
 from e2e.errors import DamagedDataError, OneRankError, UserError
+from e2e.store import lmdb as store_module
+from e2e.store.lmdb import LONGEST_ID, PatchStore, StoreWriter, _environment, get, snapshot
+from e2e.store.records import PlacelessRecord
 from tests.conftest import RECIPE, ROOT, patches, record, write_store
 
 IDS = [
@@ -238,7 +231,7 @@ def test_lmdbs_of_others_are_told_apart(tmp_path):
 
 READ_ALL = """
     import sys
-    from e2e.data.store import PatchStore, StoreWriter
+    from e2e.store.lmdb import PatchStore, StoreWriter
     from e2e.errors import UserError
     for length in map(int, sys.argv[2:]):
         with open(sys.argv[1], "r+b") as file:
@@ -345,7 +338,7 @@ def test_a_page_of_zeros_is_told_as_damage(tmp_path):
 FILL = """
     import resource, signal, sys
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    from e2e.data.store import StoreWriter
+    from e2e.store.lmdb import StoreWriter
     from e2e.errors import UserError
     from tests.conftest import RECIPE, patches, record
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
@@ -374,7 +367,7 @@ def test_a_full_disk_is_one_message_and_what_is_there_stays(tmp_path, limit):
     again = run(FILL.replace("range(1000)", "range(990, 993)"), path, 10_000_000)
     assert (again.returncode, again.stdout) == (0, ""), again.stderr
     last = run(
-        "import sys; from e2e.data.store import PatchStore; s = PatchStore(sys.argv[1]);"
+        "import sys; from e2e.store.lmdb import PatchStore; s = PatchStore(sys.argv[1]);"
         "print([f for x in s.slides for f in s.damage(x)], s.read('992', range(20)) != [])",
         path,
     )
@@ -464,7 +457,7 @@ def test_a_cold_slide_is_read_at_once_where_much_of_it_is_wanted(tmp_path, indic
 
 WRITE = """
     import sys
-    from e2e.data.store import PlacelessRecord, StoreWriter
+    from e2e.store.lmdb import PlacelessRecord, StoreWriter
     from tests.conftest import RECIPE, record
     with StoreWriter(sys.argv[1], RECIPE) as writer:
         print("open", flush=True)

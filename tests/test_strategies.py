@@ -116,10 +116,10 @@ def test_each_rank_may_judge_other_bags_with_other_weights_and_train_on(found, k
     for number, weights in enumerate((story["before"], story["other"])):
         model.load_state_dict(weights)
         for slide in range(5):
-            if (number, slide) in story["judged"]:
+            if (number, slide) in story["selected"]:
                 logits = model(bag_of([slide], torch.float32), CPU)[0].logits
-                torch.testing.assert_close(story["judged"][number, slide], logits)
-    assert len(story["judged"]) == 8
+                torch.testing.assert_close(story["selected"][number, slide], logits)
+    assert len(story["selected"]) == 8
     assert not torch.equal(
         story["after"]["encoder.net.0.weight"], story["next"]["encoder.net.0.weight"]
     )

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e2e.bag import Bag, Chunk
-from e2e.data.decode import set_threads, threads
-from e2e.data.stream import AHEAD, PixelsAhead, Waiting, ahead
+from e2e.bags.bag import Bag, Chunk
+from e2e.bags.prefetch import AHEAD, PrefetchedPixels, WaitTime, prefetch
 from e2e.errors import DamagedDataError
+from e2e.images.decode import set_threads, threads
 from tests.test_loader import Augment, bag_of, items  # noqa: F401  (a fixture)
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def step(bag: Bag, kept: int) -> list[torch.Tensor]:
 def test_every_chunk_is_made_as_often_as_it_is_asked_for_and_is_the_sources_own(plans):
     sources = [Source() for _ in plans]
     bags = [(bag(s, n), kept) for s, (n, kept) in zip(sources, plans, strict=True)]
-    for one, kept in ahead(bags, CPU):
+    for one, kept in prefetch(bags, CPU):
         kept = min(kept, len(one.chunks))
         seen = step(one, kept)
         twice = one.chunks[: len(one.chunks) - kept]
@@ -91,7 +91,7 @@ def test_every_chunk_is_made_as_often_as_it_is_asked_for_and_is_the_sources_own(
 def test_no_more_than_the_stated_chunks_are_made_before_they_are_asked_for(chunks, kept):
     first, second = Source(), Source()
     asked = 0
-    for one, _ in ahead([(bag(first, chunks), 0), (bag(second, 3), 0)], CPU):
+    for one, _ in prefetch([(bag(first, chunks), 0), (bag(second, 3), 0)], CPU):
         twice = one.chunks[: max(0, len(one.chunks) - kept)]
         passes = [(c, c in twice) for c in one.chunks] + [(c, False) for c in reversed(twice)]
         for chunk, again in passes:
@@ -102,7 +102,7 @@ def test_no_more_than_the_stated_chunks_are_made_before_they_are_asked_for(chunk
 
 def test_the_second_pass_and_the_next_bag_begin_before_they_are_asked_for():
     first, second = Source(), Source()
-    (one, _), (_, _) = ahead([(bag(first, 4), 0), (bag(second, 1), 0)], CPU)
+    (one, _), (_, _) = prefetch([(bag(first, 4), 0), (bag(second, 1), 0)], CPU)
     for chunk in one.chunks:
         one.pixels(chunk.start, chunk.stop, CPU, again=True)
     first.made.remove((6, 8))
@@ -114,7 +114,7 @@ def test_the_second_pass_and_the_next_bag_begin_before_they_are_asked_for():
 
 
 def test_a_fault_in_the_background_is_raised_to_the_one_who_asks_for_that_chunk():
-    (one, _), (two, _) = ahead([(bag(Source(broken=2), 3), 0), (bag(Source(), 1), 0)], CPU)
+    (one, _), (two, _) = prefetch([(bag(Source(broken=2), 3), 0), (bag(Source(), 1), 0)], CPU)
     one.pixels(0, 2, CPU)
     with pytest.raises(DamagedDataError, match="patch 2 is broken"):
         one.pixels(2, 4, CPU)
@@ -124,20 +124,20 @@ def test_a_fault_in_the_background_is_raised_to_the_one_who_asks_for_that_chunk(
 
 def test_rows_that_are_no_chunk_are_made_on_the_spot():
     source = Source()
-    pixels = PixelsAhead(source, bag(source, 3).chunks, CPU, Waiting())
+    pixels = PrefetchedPixels(source, bag(source, 3).chunks, CPU, WaitTime())
     assert pixels(1, 5, CPU)[:, 0, 0, 0].tolist() == [1, 2, 3, 4]
     assert source.made == [(1, 5)]
 
 
 def test_time_spent_waiting_is_counted():
-    gate, waiting = threading.Event(), Waiting()
+    gate, waiting = threading.Event(), WaitTime()
 
     class Slow(Source):
         def __call__(self, start, stop, device, *, again=False):
             assert gate.wait(60)
             return super().__call__(start, stop, device, again=again)
 
-    ((one, _),) = ahead([(bag(Slow(), 1), 0)], CPU, waiting)
+    ((one, _),) = prefetch([(bag(Slow(), 1), 0)], CPU, waiting)
     opener = threading.Timer(0.05, gate.set)
     opener.start()
     one.pixels(0, 2, CPU)
@@ -148,7 +148,7 @@ def test_time_spent_waiting_is_counted():
 def test_stored_pixels_are_the_same_ahead_of_time(items, keep):  # noqa: F811
     plain = bag_of(items[:3], augment=Augment(crop=0.3), keep=keep)
     expected = [plain.pixels(c.start, c.stop, CPU) for c in plain.chunks]
-    ((streamed, _),) = ahead([(replace(plain), 0)], CPU)
+    ((streamed, _),) = prefetch([(replace(plain), 0)], CPU)
     seen = step(streamed, kept=1)
     for pixels, chunk in zip(seen, [*expected, *reversed(expected[:-1])], strict=True):
         assert torch.equal(pixels, chunk)
@@ -161,7 +161,7 @@ def test_the_number_of_threads_changes_no_pixel_and_no_process_is_started(items,
     before, others = shared_memory(), children()
     try:
         set_threads(count)
-        ((streamed, _),) = ahead([(bag_of(items, augment=Augment(crop=0.3)), 0)], CPU)
+        ((streamed, _),) = prefetch([(bag_of(items, augment=Augment(crop=0.3)), 0)], CPU)
         for chunk in streamed.chunks:
             pixels = streamed.pixels(chunk.start, chunk.stop, CPU)
             assert torch.equal(pixels, expected.pixels(chunk.start, chunk.stop, CPU))
@@ -187,13 +187,13 @@ def children() -> set[str]:
 
 
 def test_a_forked_process_makes_pixels_too(items):  # noqa: F811
-    ((one, _),) = ahead([(bag_of(items), 0)], CPU)
+    ((one, _),) = prefetch([(bag_of(items), 0)], CPU)
     one.pixels(one.chunks[0].start, one.chunks[0].stop, CPU)  # the threads are there now
     child = os.fork()
     if child == 0:
         try:
             signal.alarm(60)  # threads that are not there would be waited for for ever
-            ((two, _),) = ahead([(bag_of(items), 0)], CPU)
+            ((two, _),) = prefetch([(bag_of(items), 0)], CPU)
             two.pixels(two.chunks[0].start, two.chunks[0].stop, CPU)
             os._exit(0)
         finally:

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from e2e.data.store import StoreWriter
 from e2e.errors import exit_code
+from e2e.store.lmdb import StoreWriter
 from tests.conftest import jpeg, picture, record
 from tools import study
 

@@ -21,7 +21,7 @@ with warnings.catch_warnings():
 import e2e.tasks  # noqa: F401
 from e2e.errors import UserError
 from e2e.losses.survival import cox_loss, discrete_nll
-from e2e.survival_metrics import Censoring
+from e2e.metrics.survival import Censoring
 from e2e.tasks.base import TASKS
 from e2e.tasks.survival import Survival
 
@@ -275,48 +275,50 @@ def test_survival_nll_of_the_metrics_is_the_loss_at_alpha_0():
     assert found["survival_nll"][0] == pytest.approx(expected, rel=1e-5)
 
 
-# --- when chances are judged ---
+# --- when probabilities are evaluated ---
 
 
 @pytest.fixture
 def rounded() -> tuple[Survival, np.ndarray]:
     """Intervals that meet at 2 and 3, and five cases of whole times, one lost at 2."""
-    judged = np.array([[1.0, 1], [2, 1], [2, 0], [3, 1], [4, 1]])
+    selected = np.array([[1.0, 1], [2, 1], [2, 0], [3, 1], [4, 1]])
     made = task(bins=3)
-    censoring = Censoring.fit(judged[:, 0], judged[:, 1] == 1)
+    censoring = Censoring.fit(selected[:, 0], selected[:, 1] == 1)
     known = {"times": censoring.times.tolist(), "chance": censoring.chance.tolist()}
     made.load_state({"edges": [2.0, 3.0], "censoring": known})
-    return made, judged
+    return made, selected
 
 
 def test_an_event_at_an_edge_is_judged_as_of_the_interval_that_begins_there_by_hand(rounded):
-    made, judged = rounded
+    made, selected = rounded
     # In sight: everybody until one of three is lost at 2, so 2/3 from there; inverse weights 1 and 3/2.
     # Before 2 the first case is ill and four are well; before 3 two are ill and two are well.
     predicted = np.tile([0.0, 0.8, 0.4, 0.1], (5, 1))
     before_2 = (0.8**2 + 4 * 0.2**2) / 5
     before_3 = (0.4**2 + 0.4**2 * 3 / 2 + 2 * 0.6**2 * 3 / 2) / 5
-    found = made.metrics(predicted, judged, np.ones((1, 5)))["integrated_brier"]
+    found = made.metrics(predicted, selected, np.ones((1, 5)))["integrated_brier"]
     np.testing.assert_allclose(found, (before_2 + before_3) / 2, rtol=1e-12)
 
 
 def test_who_knows_the_interval_of_each_event_has_no_brier_score_and_is_calibrated(rounded):
-    made, judged = rounded
-    seen = judged[judged[:, 1] == 1]
+    made, selected = rounded
+    seen = selected[selected[:, 1] == 1]
     alive = (made._interval(torch.from_numpy(seen[:, 0]))[:, None] > torch.arange(3)).numpy()
     predicted = np.c_[-alive.sum(1), alive].astype(float)
     assert made.metrics(predicted, seen, np.ones((1, 4)))["integrated_brier"] == 0
-    [calibration] = [p for p in made.pictures(predicted, seen) if p.name == "calibration"]
+    [calibration] = [p for p in made.figures(predicted, seen) if p.name == "calibration"]
     for label, (said, true) in calibration.lines.items():
         np.testing.assert_array_equal(said, true, err_msg=label)
     assert [*calibration.lines] == ["at 2", "at 3"]
 
 
 def test_the_chances_of_cox_are_those_before_the_edges_too():
-    made, judged = task(loss="cox", bins=3), targets((1, 1), (2, 1), (3, 1), (4, 1))
-    made.fit(judged, [*"abcd"])
+    made, selected = task(loss="cox", bins=3), targets((1, 1), (2, 1), (3, 1), (4, 1))
+    made.fit(selected, [*"abcd"])
     made.edges = [2.0, 3.0]
-    made.settle("ema", np.zeros((4, 1)), np.array([t.tolist() for t in judged]), [*"abcd"])
+    made.fit_to_predictions(
+        "ema", np.zeros((4, 1)), np.array([t.tolist() for t in selected]), [*"abcd"]
+    )
     found = made.of("ema").predict(torch.zeros(1, 1))[0, 1:].tolist()
     assert found == pytest.approx([math.exp(-1 / 4), math.exp(-1 / 4 - 1 / 3)])
 
@@ -338,21 +340,21 @@ def whas():
         table, outcome = load_whas500()
         numbers = table[["age", "bmi", "hr"]].astype(float)
         model = CoxPHSurvivalAnalysis().fit(numbers, outcome)
-    judged = np.c_[outcome["lenfol"].astype(float), outcome["fstat"].astype(float)]
-    return model.predict(numbers)[:, None], judged, model, numbers
+    selected = np.c_[outcome["lenfol"].astype(float), outcome["fstat"].astype(float)]
+    return model.predict(numbers)[:, None], selected, model, numbers
 
 
 def settled(whas, **options) -> Survival:
-    risk, judged, *_ = whas
+    risk, selected, *_ = whas
     made = task(loss="cox", **options)
-    names = [str(k) for k in range(len(judged))]
-    made.fit(targets(*judged.tolist()), names)
-    made.settle("ema", risk, judged, names)
+    names = [str(k) for k in range(len(selected))]
+    made.fit(targets(*selected.tolist()), names)
+    made.fit_to_predictions("ema", risk, selected, names)
     return made
 
 
 def test_cox_has_the_chances_of_scikit_survivals_cox_model_by_the_weights_that_were_settled(whas):
-    risk, judged, model, numbers = whas
+    risk, selected, model, numbers = whas
     made = settled(whas)
     told = made.of("ema")
     assert told.prediction_columns == ("risk", "survival_1", "survival_2", "survival_3")
@@ -361,31 +363,31 @@ def test_cox_has_the_chances_of_scikit_survivals_cox_model_by_the_weights_that_w
     np.testing.assert_allclose(
         found[:, 1:], [curve(made.times) for curve in curves], rtol=1e-4, atol=1e-5
     )
-    values = told.metrics(found, judged, np.ones((1, len(judged))))
+    values = told.metrics(found, selected, np.ones((1, len(selected))))
     assert 0.1 < values["integrated_brier"] < 0.2  # of chances of 1/2 everywhere: 0.25
-    assert "calibration" in {picture.name for picture in told.pictures(found, judged)}
+    assert "calibration" in {picture.name for picture in told.figures(found, selected)}
     assert told.shown(found[0].tolist())[0] == 0
 
 
 def test_of_other_weights_and_in_training_cox_has_risks_alone(whas):
-    risk, judged, *_ = whas
-    made, once = settled(whas), np.ones((1, len(judged)))
+    risk, selected, *_ = whas
+    made, once = settled(whas), np.ones((1, len(selected)))
     for told, more in ((made, set()), (made.of("model"), {"integrated_brier"})):
         assert told.prediction_columns == ("risk",)
         found = told.predict(torch.from_numpy(risk)).numpy()
         assert found.shape == risk.shape
-        values = told.metrics(found, judged, once)
+        values = told.metrics(found, selected, once)
         assert values.keys() == {"c_index", "c_index_uno", "auc_dynamic_mean"} | more
         assert all(np.isnan(values[name]).all() for name in more)
-        assert "calibration" not in {picture.name for picture in told.pictures(found, judged)}
+        assert "calibration" not in {picture.name for picture in told.figures(found, selected)}
 
 
 def test_a_case_of_several_slides_counts_once_in_the_baseline_hazard(whas):
-    risk, judged, *_ = whas
+    risk, selected, *_ = whas
     again = np.r_[np.arange(len(risk)), np.repeat(np.arange(40), 5)]
     names = [str(k) for k in again]
     made, expected = task(loss="cox"), settled(whas).baselines["ema"]
-    made.settle("ema", risk[again], judged[again], names)
+    made.fit_to_predictions("ema", risk[again], selected[again], names)
     found = made.baselines["ema"]
     np.testing.assert_array_equal(found.times, expected.times)
     np.testing.assert_allclose(found.log_hazard, expected.log_hazard, rtol=1e-10)
@@ -394,13 +396,13 @@ def test_a_case_of_several_slides_counts_once_in_the_baseline_hazard(whas):
 def test_slides_without_a_label_are_in_no_baseline_hazard_and_risks_that_are_no_numbers_have_none(
     whas,
 ):
-    risk, judged, *_ = whas
+    risk, selected, *_ = whas
     names = [str(k) for k in range(len(risk))]
     made, expected = task(loss="cox"), settled(whas).baselines["ema"]
-    more = np.r_[judged, [[NAN, 1], [5, NAN]]]
-    made.settle("ema", np.r_[risk, [[99.0], [99.0]]], more, [*names, "x", "y"])
+    more = np.r_[selected, [[NAN, 1], [5, NAN]]]
+    made.fit_to_predictions("ema", np.r_[risk, [[99.0], [99.0]]], more, [*names, "x", "y"])
     np.testing.assert_array_equal(made.baselines["ema"].log_hazard, expected.log_hazard)
-    made.settle("ema", np.r_[risk[1:], [[NAN]]], judged, names)
+    made.fit_to_predictions("ema", np.r_[risk[1:], [[NAN]]], selected, names)
     assert made.baselines == {}
 
 
@@ -417,7 +419,7 @@ def test_the_baseline_hazard_is_saved_with_the_run_and_runs_from_before_it_have_
 
 def test_a_pass_over_the_training_slides_is_for_cox_with_a_baseline_alone():
     asked = [task(), task(loss="cox", baseline="none"), task(loss="cox")]
-    assert [made.settles for made in asked] == [False, False, True]
+    assert [made.fits_predictions for made in asked] == [False, False, True]
 
 
 def test_the_events_are_told_with_their_code():

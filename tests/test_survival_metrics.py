@@ -16,8 +16,8 @@ with warnings.catch_warnings():
     from sksurv.linear_model import CoxPHSurvivalAnalysis
     from sksurv.nonparametric import CensoringDistributionEstimator, kaplan_meier_estimator
 
-from e2e import survival_metrics as sm
-from e2e.metrics import case_weights
+from e2e.metrics import survival as sm
+from e2e.metrics.bootstrap import case_weights
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 COLUMNS = {
@@ -246,8 +246,8 @@ def test_what_is_not_defined_is_nan():
         (short, [0.5, 0.9], False),
         (short, [0.5, 1.5], True),
     ):
-        judged = np.full((3, 2), 0.5), time, first, once[:1]
-        brier = sm.integrated_brier(*judged, times=np.array(times), censoring=g)
+        selected = np.full((3, 2), 0.5), time, first, once[:1]
+        brier = sm.integrated_brier(*selected, times=np.array(times), censoring=g)
         assert np.isnan(brier).tolist() == [undefined], times
     assert np.isnan(
         sm.c_index_uno(risk, time, np.array([False, True, False]), once[:1], censoring=short)

@@ -10,9 +10,9 @@ import optuna
 import pandas as pd
 import pytest
 
-from e2e import sweep
 from e2e.errors import UserError
-from e2e.sweep import judge, read_space, search
+from e2e.runs import sweep
+from e2e.runs.sweep import judge, read_space, search
 from launch import sweep as command
 from tests.test_launch import call
 from tests.test_two_stage import arguments
@@ -72,10 +72,10 @@ def test_a_search_that_would_choose_on_the_test_is_refused(cohort, monkeypatch, 
 
 
 def report(folder: Path, value: float | None) -> None:
-    """A run that was judged."""
+    """A run that was evaluated."""
     folder.mkdir(parents=True)
     content = {
-        "judged": "ema",
+        "selected": "ema",
         "chosen_on": "val",
         "val": {"ema": {"auc": {"value": value}}},
         "test": {"ema": {"auc": {"value": 1.0}}},
@@ -137,8 +137,8 @@ def test_a_search_goes_on_after_a_stop_and_keeps_the_best_on_validation(
     row = table.loc[table["value"].idxmax()]
     assert best["value"] == row["value"]
     assert best["settings"]["optim.lr"] == row["params_optim.lr"]
-    judged = json.loads((Path(best["run"]) / "metrics.json").read_text())
-    assert judged["val"]["ema"][best["metric"]]["value"] == best["value"]
+    selected = json.loads((Path(best["run"]) / "metrics.json").read_text())
+    assert selected["val"]["ema"][best["metric"]]["value"] == best["value"]
     assert (
         f"lr: {best['settings']['optim.lr']}" in (Path(best["run"]) / "settings.yaml").read_text()
     )

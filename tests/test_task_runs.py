@@ -16,9 +16,9 @@ with warnings.catch_warnings():
     from sksurv.linear_model import CoxPHSurvivalAnalysis
     from sksurv.preprocessing import OneHotEncoder
 
-from e2e.judged import read_judged
-from e2e.metrics import case_weights, interval
-from e2e.survival_metrics import Baseline, Censoring, c_index, integrated_brier
+from e2e.metrics.bootstrap import case_weights, confidence_interval
+from e2e.metrics.survival import Baseline, Censoring, c_index, integrated_brier
+from e2e.runs.saved import read_predictions
 from launch import evaluate, train
 from tests.test_launch import call
 from tests.test_two_stage import arguments, cohort  # noqa: F401  (a fixture)
@@ -95,7 +95,7 @@ def test_a_task_runs_from_its_columns_to_its_metrics_and_again(labelled, monkeyp
     assert call(evaluate.main, monkeypatch, capsys, folder)[0] == 0
     for file in ("metrics.json", "predictions.csv"):
         assert (folder / file).read_bytes() == (folder / "evaluation" / file).read_bytes()
-    first, again = (read_judged(at, "test") for at in (folder, folder / "evaluation"))
+    first, again = (read_predictions(at, "test") for at in (folder, folder / "evaluation"))
     np.testing.assert_array_equal(first.predicted, again.predicted)
     assert first.facts == again.facts
 
@@ -109,7 +109,7 @@ def test_coxs_baseline_hazard_is_that_of_the_training_cases_by_the_judged_weight
     [(kept, known)] = saved["baselines"].items()
     assert kept == "model"
     found = Baseline(np.array(known["times"]), np.array(known["log_hazard"]))
-    table = read_judged(folder, "test").predicted
+    table = read_predictions(folder, "test").predicted
     before = np.nextafter(saved["edges"], 0)
     expected = np.exp(-np.exp(found(before) + table[:, :1]))
     np.testing.assert_allclose(table[:, 1:], expected, rtol=1e-4)
@@ -229,8 +229,8 @@ def test_tabular_bags_reach_the_c_index_and_brier_score_of_scikit_survivals_cox_
     assert code == 0, said
     table = pd.read_csv(folder / "labels.csv")
     table = table[table["split"] == "test"].reset_index(drop=True)
-    judged = table["months"].to_numpy(float), table["status"].to_numpy() == 1
-    theirs = interval(c_index(risk, *judged, case_weights(table["case"], 2000, 0)))
+    selected = table["months"].to_numpy(float), table["status"].to_numpy() == 1
+    theirs = confidence_interval(c_index(risk, *selected, case_weights(table["case"], 2000, 0)))
     found = json.loads((out / "metrics.json").read_text())["test"]["model"]
     ours = found["c_index"]["value"]
     for name, value in (("ours", ours), ("theirs", theirs)):
@@ -242,7 +242,7 @@ def test_tabular_bags_reach_the_c_index_and_brier_score_of_scikit_survivals_cox_
     times, fitted = np.nextafter(state["edges"], 0), state["censoring"]
     expected = integrated_brier(
         np.stack([curve(times) for curve in curves]),
-        *judged,
+        *selected,
         np.ones((1, len(table))),
         times=times,
         censoring=Censoring(np.array(fitted["times"]), np.array(fitted["chance"])),

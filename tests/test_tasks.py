@@ -14,7 +14,7 @@ from e2e.errors import UserError
 from e2e.heads.base import HEADS
 from e2e.parallel import Strategy
 from e2e.tasks.base import TASKS, Task, choose_monitor, is_code, other_code
-from e2e.trainer import bag_losses
+from e2e.training.losses import bag_losses
 from tests.test_model import make_bag, make_model
 
 CLASSES = ["low", "middle", "high"]
@@ -169,8 +169,8 @@ def test_what_the_kept_weights_say_of_the_training_slides_is_read_by_their_name(
     task, targets = variant
     logits, numbers = logits_of(task, len(targets)), [task.numbers(t) for t in targets]
     predicted, cases = task.predict(logits).double().numpy(), [str(k) for k in range(len(targets))]
-    if task.settles:
-        task.settle("ema", predicted, np.array(numbers, np.float64), cases)
+    if task.fits_predictions:
+        task.fit_to_predictions("ema", predicted, np.array(numbers, np.float64), cases)
     assert task.predict(logits).shape == predicted.shape  # as in training
     json.dumps(task.state(), allow_nan=False)
     for kept in ("ema", "model"):
@@ -189,7 +189,7 @@ def test_words_of_the_predictions_table_become_the_same_numbers(variant):
     for target in [*targets, unlabelled(task)]:
         numbers = task.numbers(target)
         np.testing.assert_array_equal(np.array(task.read(task.words(numbers))), np.array(numbers))
-        assert any(task.words(numbers)) == task.known(target)
+        assert any(task.words(numbers)) == task.is_labelled(target)
 
 
 def test_a_picture_shows_an_output_that_there_is_and_says_something(variant):
@@ -226,10 +226,14 @@ def test_epochs_are_compared_by_the_metric_whichever_way_it_is_better():
     task = TASKS.build("regression")
     assert (task.monitor, task.tie_break) == ("rmse", "mae")
     small, large = ({"rmse": v, "mae": 0.3} for v in (1.0, 2.0))
-    assert task.merit(small) > task.merit(large) > task.merit({"rmse": None, "mae": 0.1})
-    assert task.merit(small) > task.merit(small | {"mae": 0.4})
+    assert (
+        task.selection_key(small)
+        > task.selection_key(large)
+        > task.selection_key({"rmse": None, "mae": 0.1})
+    )
+    assert task.selection_key(small) > task.selection_key(small | {"mae": 0.4})
     up = TASKS.build("regression", monitor="r2")
-    assert up.merit({"r2": 0.9, "mae": 1}) > up.merit({"r2": 0.5, "mae": 0})
+    assert up.selection_key({"r2": 0.9, "mae": 1}) > up.selection_key({"r2": 0.5, "mae": 0})
 
 
 @pytest.mark.parametrize("head", ["clam_sb", "dsmil", "dtfd", "mean"])

@@ -12,17 +12,18 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from e2e.bag import Bag
-from e2e.checkpoint import load_checkpoint, part
-from e2e.data.loader import View
-from e2e.data.pixels import Look
+from e2e.bags.bag import Bag
+from e2e.bags.readers import PixelRowReader
+from e2e.bags.spec import BagSpec
+from e2e.engine.model import MILModel
 from e2e.errors import UserError
 from e2e.heads.base import Head, HeadOutput
 from e2e.log import MetricsLog, Screen
-from e2e.model import MILModel
 from e2e.parallel import Strategy
 from e2e.tasks.base import TASKS
-from e2e.trainer import Schedule, Trainer, bag_losses
+from e2e.training.checkpoint import load_checkpoint, select_prefix
+from e2e.training.losses import bag_losses
+from e2e.training.trainer import Schedule, Trainer
 from tests.test_model import make_bag, make_model
 
 
@@ -66,7 +67,7 @@ def trainer(
 
     settings = {
         "lr": 1e-3, "weight_decay": 0.0, "epochs": len(scores), "warmup_epochs": 0, "clip": 1.0,
-        "ema": 0.9, "validate_every": 1, "patience": None, "min_epochs": 0, "judged": "ema",
+        "ema": 0.9, "validate_every": 1, "patience": None, "min_epochs": 0, "selected": "ema",
         "save_every": 0,
     }  # fmt: skip
     model = make_model(4, batch_norm="chunk")
@@ -80,7 +81,7 @@ def trainer(
         validate=validate,
         folder=folder,
         log=log or MetricsLog(None),
-        screen=screen or Screen(leads=False),
+        screen=screen or Screen(is_leader=False),
     )
 
 
@@ -94,14 +95,17 @@ def test_the_best_validation_is_kept_and_the_tie_break_decides_among_equals(tmp_
     tensors, state = load_checkpoint(tmp_path / "best.safetensors")
     assert state["epoch"] == 2
     last, _ = load_checkpoint(tmp_path / "last.safetensors")
-    moved = part("ema", tensors)["head.classify.weight"] - part("ema", last)["head.classify.weight"]
+    moved = (
+        select_prefix("ema", tensors)["head.classify.weight"]
+        - select_prefix("ema", last)["head.classify.weight"]
+    )
     assert moved.abs().sum() > 0
 
 
 def test_the_weights_that_are_judged_decide(tmp_path):
     scores = [{"model": (0.9, 1.0), "ema": (0.1, 1.0)}, {"model": (0.2, 1.0), "ema": (0.8, 1.0)}]
-    assert trainer(tmp_path, scores, judged="ema").fit().best_epoch == 1
-    assert trainer(tmp_path, scores, judged="model").fit().best_epoch == 0
+    assert trainer(tmp_path, scores, selected="ema").fit().best_epoch == 1
+    assert trainer(tmp_path, scores, selected="model").fit().best_epoch == 0
 
 
 def test_training_stops_when_validation_no_longer_improves(tmp_path):
@@ -144,7 +148,7 @@ def test_an_undefined_metric_is_worse_than_any_other(tmp_path):
 
 
 def test_a_bad_step_is_skipped_and_counted_and_its_slide_is_named(tmp_path, capsys):
-    run = trainer(tmp_path, both((0.5, 1.0)), poisoned={(0, 1)}, screen=Screen(leads=True))
+    run = trainer(tmp_path, both((0.5, 1.0)), poisoned={(0, 1)}, screen=Screen(is_leader=True))
     progress = run.fit()
     assert (progress.step, progress.bad_steps) == (2, 1)
     alone = trainer(tmp_path, both((0.5, 1.0)), one_update=True)
@@ -167,7 +171,7 @@ def test_too_many_bad_steps_stop_the_run_and_spare_the_checkpoint(tmp_path):
     tensors, state = load_checkpoint(tmp_path / "last.safetensors")
     assert state["step"] == 2
     assert all(torch.isfinite(value).all() for value in tensors.values())
-    model = part("model", tensors)
+    model = select_prefix("model", tensors)
     for name, value in run.model.state_dict().items():
         assert torch.equal(value, model[name]), name
 
@@ -187,7 +191,7 @@ def test_the_log_says_which_steps_were_skipped_in_numbers_that_are_json(tmp_path
 
 
 def test_an_epoch_whose_steps_were_all_skipped_has_no_loss_rather_than_0(tmp_path, capsys):
-    log, screen = MetricsLog(tmp_path / "metrics.jsonl"), Screen(leads=True)
+    log, screen = MetricsLog(tmp_path / "metrics.jsonl"), Screen(is_leader=True)
     poisoned = {(0, 0), (0, 1)}
     trainer(tmp_path, both((0.5, 1.0)), poisoned=poisoned, log=log, screen=screen).fit()
     assert "epoch   1  loss undefined  val auc" in capsys.readouterr().out
@@ -297,7 +301,7 @@ def scored_run(folder: Path, epochs: int, **schedule) -> tuple[Trainer, list[dic
 
     @dataclass(frozen=True)
     class Loader:
-        view: View
+        view: BagSpec
 
         def updates(self) -> int:
             return 2
@@ -306,7 +310,7 @@ def scored_run(folder: Path, epochs: int, **schedule) -> tuple[Trainer, list[dic
             drawn.append(dict(self.view.scores))
             yield from TwoUpdates(set(), one_update=False).epoch(epoch, **where)
 
-    run.loader = Loader(View(Look(None)))  # type: ignore[arg-type,assignment]
+    run.loader = Loader(BagSpec(PixelRowReader(None)))  # type: ignore[arg-type,assignment]
     run.score_patches = lambda model: {"s": model.head.classify.weight.detach().sum().view(1)}
     return run, drawn
 
@@ -343,8 +347,8 @@ def test_scores_that_are_not_finite_stop_the_run_with_the_slides_name(tmp_path):
 
 def test_patches_are_scored_by_the_weights_that_are_judged(tmp_path):
     found = {}
-    for judged in ("model", "ema"):
-        run, _ = scored_run(tmp_path / judged, 3, judged=judged)
+    for selected in ("model", "ema"):
+        run, _ = scored_run(tmp_path / selected, 3, selected=selected)
         run.fit()
-        found[judged] = float(load_file(tmp_path / judged / "patch_scores_2.safetensors")["s"])
+        found[selected] = float(load_file(tmp_path / selected / "patch_scores_2.safetensors")["s"])
     assert found["model"] != found["ema"]

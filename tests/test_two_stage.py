@@ -16,14 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from e2e.data.cohort import Slide
-from e2e.data.feature_rows import FeatureCache
-from e2e.data.features import made_by, open_features
-from e2e.data.loader import LabelledSlide, TrainingLoader, View, whole_bag
-from e2e.data.order import WINDOW, gather_alike, plan_epoch
+from e2e.bags.cache import FeatureRowReader
+from e2e.bags.epoch_plan import WINDOW, group_by_size, plan_epoch
+from e2e.bags.loader import TrainingLoader, full_bag
+from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.encoders.base import ENCODERS
+from e2e.engine.model import MILModel, pad
+from e2e.features.check import made_by
+from e2e.features.reader import open_features
 from e2e.heads.base import HEADS
-from e2e.model import MILModel, pad
+from e2e.slides import Slide
 from e2e.tasks.base import TASKS
 from launch import evaluate, predict, train
 from tests.conftest import ROOT
@@ -104,14 +106,14 @@ def model_of(head: str = "abmil", **options: object) -> MILModel:
 
 @pytest.mark.parametrize("head", ["abmil", "max", "transmil", "clam_mb"])
 def test_a_batch_of_features_is_its_bags_one_by_one(cohort, head):
-    items, view, model = items_of(cohort), View(FeatureCache(1 << 20)), model_of(head).eval()
+    items, view, model = items_of(cohort), BagSpec(FeatureRowReader(1 << 20)), model_of(head).eval()
     loader = TrainingLoader(items, view, bags=len(items), chunk=1, whole=True)
     ((bag, count),) = loader.epoch(0, rank=0, world_size=1)
     (together,) = model(bag, CPU)
     assert count == len(items)
     for row, slide in enumerate(bag.slides):
         item = next(item for item in items if item.slide.id == slide)
-        (alone,) = model(whole_bag(item, view, model.chunk), CPU)
+        (alone,) = model(full_bag(item, view, model.chunk), CPU)
         torch.testing.assert_close(together.logits[row], alone.logits[0], rtol=1e-4, atol=1e-5)
 
 
@@ -124,7 +126,7 @@ def test_padding_is_0_its_mask_says_so_and_half_precision_becomes_single():
 
 
 def test_the_features_are_those_of_the_files_in_the_order_that_was_drawn(cohort):
-    view = View(FeatureCache(0), seed=3, bag_size=4)
+    view = BagSpec(FeatureRowReader(0), seed=3, bag_size=4)
     item = items_of(cohort)[10]
     loader = TrainingLoader([item], view, bags=1, chunk=1, whole=True)
     ((bag, _),) = loader.epoch(0, rank=0, world_size=1)
@@ -163,7 +165,7 @@ def test_slides_of_like_size_share_an_update_yet_others_in_the_next_epoch():
 
 
 def test_a_window_is_as_many_updates_as_it_says():
-    plan = gather_alike(range(200), list(range(200)), 2, seed=0, epoch=0)
+    plan = group_by_size(range(200), list(range(200)), 2, seed=0, epoch=0)
     first = {k for update in plan[:WINDOW] for k in update}
     assert first == set(range(2 * WINDOW))
 
@@ -197,11 +199,11 @@ def test_features_are_read_once_as_far_as_the_memory_goes(cohort):
     items = [LabelledSlide(item.slide, store, item.target) for item in items_of(cohort)]
     sizes = {slide: store.store.features(slide).nbytes for slide in COUNTS}
     for budget, kept in ((sum(sizes.values()), 16), (0, 0), (sum(sizes.values()) // 2, None)):
-        cache = FeatureCache(budget)
+        cache = FeatureRowReader(budget)
         for _ in range(2):
             store.read.clear()
             for item in items:
-                bag = whole_bag(item, View(cache), sys.maxsize)
+                bag = full_bag(item, BagSpec(cache), sys.maxsize)
                 bag.pixels(0, bag.num_patches, CPU)
         assert cache.held <= budget
         missed = 16 - len(store.read)

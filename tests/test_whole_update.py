@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from e2e.bag import Bag
-from e2e.model import MILModel
+from e2e.bags.bag import Bag
+from e2e.engine.model import MILModel
 from e2e.parallel import Strategy
 from e2e.tasks.base import TASKS, Task
-from e2e.trainer import bag_losses
+from e2e.training.losses import bag_losses
 from tests import two_ranks
 from tests.test_model import make_bag, make_model
 from tests.two_ranks import UPDATES, bag_of, build, dtype_of, new_model, sgd
@@ -54,10 +54,10 @@ def steps(
         strategy.backward(loss)
         _, good = strategy.step()
         assert good
-        model.batch_norm.commit(strategy.sum, good)
+        model.batch_norm.commit(strategy.all_reduce_sum, good)
         total += loss.detach().double()
-    strategy.sum(total)
-    return strategy.whole(strategy.shards()), float(total)
+    strategy.all_reduce_sum(total)
+    return strategy.full_tensors(strategy.shards()), float(total)
 
 
 def world(strategy: Strategy) -> dict[Any, Any]:

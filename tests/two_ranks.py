@@ -24,17 +24,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from e2e.bag import Bag
-from e2e.data.cohort import Slide
-from e2e.data.loader import LabelledSlide, View, make_bag
-from e2e.data.pixels import Look
-from e2e.data.plan import cut_update, in_one_piece, share_update
+from e2e.bags.bag import Bag
+from e2e.bags.chunk_plan import cut_update, share_update, single_chunk
+from e2e.bags.loader import make_bag
+from e2e.bags.readers import PixelRowReader
+from e2e.bags.spec import BagSpec, LabelledSlide
+from e2e.engine.model import MILModel
 from e2e.errors import UserError, exit_code
-from e2e.model import MILModel
-from e2e.optim import build_optimizer
 from e2e.parallel import Strategy, build_strategy
+from e2e.slides import Slide
 from e2e.tasks.base import TASKS
-from e2e.trainer import bag_losses
+from e2e.training.losses import bag_losses
+from e2e.training.optim import build_optimizer
 from tests.test_model import make_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,8 +114,8 @@ def bag_of(
     groups = cut_update([SIZES[slide] for slide in update], CHUNK)
     shares = share_update(groups, world_size, shard_over=shard_over)
     if one_piece:
-        shares = [in_one_piece(share) for share in shares]
-    return make_bag(items, View(Look(drawn)), shares, rank=rank)
+        shares = [single_chunk(share) for share in shares]
+    return make_bag(items, BagSpec(PixelRowReader(drawn)), shares, rank=rank)
 
 
 def loss_of(strategy: Strategy, update: list[int], shard_over: int | None = None) -> Tensor:
@@ -172,13 +173,13 @@ def take_steps(
         norm, good = strategy.step()
         assert good
         norms.append(norm.double())
-        model.batch_norm.commit(strategy.sum, good)
+        model.batch_norm.commit(strategy.all_reduce_sum, good)
         for name, shard in strategy.shards().items():
             if shard.is_floating_point():
                 average[name].lerp_(shard, 1 - DECAY)
     return {
-        "weights": strategy.whole(strategy.shards()),
-        "average": strategy.whole(average),
+        "weights": strategy.full_tensors(strategy.shards()),
+        "average": strategy.full_tensors(average),
         "norms": torch.stack(norms),
     }
 
@@ -214,7 +215,7 @@ def skip_a_bad_step(kind: str, make_optimizer: Callable[[nn.Module], Optimizer])
         return bool(good), norm.item()
 
     def state() -> dict[str, Tensor]:
-        whole = strategy.whole(strategy.shards()) | strategy.optimizer_tensors()
+        whole = strategy.full_tensors(strategy.shards()) | strategy.optimizer_tensors()
         return whole | {f"rank 0's {n}": v.clone() for n, v in strategy.shards().items()}
 
     told = [step(0.0)]
@@ -224,7 +225,7 @@ def skip_a_bad_step(kind: str, make_optimizer: Callable[[nn.Module], Optimizer])
         states.append(state())
     told.append(step(0.0))
     states.append(state())
-    return {"told": strategy.gather(told), "states": states}
+    return {"told": strategy.gather_objects(told), "states": states}
 
 
 def evaluate_unevenly(kind: str) -> dict[str, Any]:
@@ -234,27 +235,29 @@ def evaluate_unevenly(kind: str) -> dict[str, Any]:
     strategy.setup(model, sgd, clip=None)
     strategy.backward(loss_of(strategy, [0, 1, 2]))
     strategy.step()
-    before = strategy.whole(strategy.shards())
+    before = strategy.full_tensors(strategy.shards())
     other = {name: shard * 0.9 for name, shard in strategy.shards().items()}
     slides = [0, 2, 4] if strategy.rank == 0 else [1]
-    judged = {}
+    selected = {}
     model.eval()
     with torch.no_grad():
         for number, weights in enumerate((None, other)):
-            with strategy.whole_parameters(weights) as plain:
+            with strategy.full_parameters(weights) as plain:
                 for slide in slides:
                     bag = bag_of([slide], torch.float32)
-                    judged[number, slide] = plain(bag, CPU)[0].logits.clone()
-    after = strategy.whole(strategy.shards())
+                    selected[number, slide] = plain(bag, CPU)[0].logits.clone()
+    after = strategy.full_tensors(strategy.shards())
     strategy.backward(loss_of(strategy, [3, 4, 0]))
     strategy.step()
-    everyone = {key: value for part in strategy.gather(judged) for key, value in part.items()}
+    everyone = {
+        key: value for part in strategy.gather_objects(selected) for key, value in part.items()
+    }
     return {
         "before": before,
         "after": after,
-        "other": strategy.whole(other),
-        "judged": everyone,
-        "next": strategy.whole(strategy.shards()),
+        "other": strategy.full_tensors(other),
+        "selected": everyone,
+        "next": strategy.full_tensors(strategy.shards()),
     }
 
 
@@ -284,19 +287,19 @@ def shard_a_bag(strategy: Strategy, dtype: torch.dtype) -> dict[str, Tensor]:
         loss = nn.functional.cross_entropy(logits, torch.tensor([step % 2]))
         strategy.backward(loss / strategy.world_size)
         strategy.step()
-    return strategy.whole(strategy.shards())
+    return strategy.full_tensors(strategy.shards())
 
 
 def disagree(strategy: Strategy) -> list[str]:
     """What each rank is told when rank 1 has other settings."""
     facts = {"settings": "abc", "cohort": "12 slides"}
-    strategy.agree(facts)
+    strategy.check_agreement(facts)
     if strategy.rank == 1:
         facts |= {"settings": "abd", "torch": "9.9"}
     try:
-        strategy.agree(facts)
+        strategy.check_agreement(facts)
     except UserError as error:
-        return strategy.gather(str(error))
+        return strategy.gather_objects(str(error))
     return ["nothing"]
 
 
@@ -330,14 +333,14 @@ def train_and_save(kind: str, make_optimizer: Callable[[nn.Module], Optimizer]) 
         strategy.step()
     average = {name: shard * 2 for name, shard in strategy.shards().items()}
     saved = {
-        "weights": strategy.whole(strategy.shards()),
-        "average": strategy.whole(average),
+        "weights": strategy.full_tensors(strategy.shards()),
+        "average": strategy.full_tensors(average),
         "optimizer": strategy.optimizer_tensors(),
         "shapes": strategy.shapes,
     }
     strategy.backward(loss_of(strategy, UPDATES[3]))
     strategy.step()
-    return saved | {"next": strategy.whole(strategy.shards())}
+    return saved | {"next": strategy.full_tensors(strategy.shards())}
 
 
 def load_and_train(strategy: Strategy, saved: dict[str, Any]) -> dict[str, Any]:
@@ -349,13 +352,13 @@ def load_and_train(strategy: Strategy, saved: dict[str, Any]) -> dict[str, Any]:
     strategy.load(weights)
     strategy.load_optimizer(optimizer)
     found = {
-        "weights": strategy.whole(strategy.shards()),
-        "average": strategy.whole(strategy.scatter(average)),
+        "weights": strategy.full_tensors(strategy.shards()),
+        "average": strategy.full_tensors(strategy.shard(average)),
         "optimizer": strategy.optimizer_tensors(),
     }
     strategy.backward(loss_of(strategy, UPDATES[3]))
     strategy.step()
-    return found | {"next": strategy.whole(strategy.shards())}
+    return found | {"next": strategy.full_tensors(strategy.shards())}
 
 
 def exchange(strategy: Strategy) -> dict[str, Any]:
@@ -363,7 +366,7 @@ def exchange(strategy: Strategy) -> dict[str, Any]:
     found: dict[Any, Any] = {}
     for optimizer in (sgd_momentum, adamw):
         saved = {kind: train_and_save(kind, optimizer) for kind in KINDS}
-        saved = strategy.gather(saved)[0]
+        saved = strategy.gather_objects(saved)[0]
         for source, content in saved.items():
             found[optimizer.__name__, source] = content
         for kind in KINDS:
@@ -382,9 +385,9 @@ def _rank(rank: int, port: int, out: Path, world: World) -> None:
         warnings.simplefilter("error")
         strategy = build("ddp", timeout=60)
         found = world(strategy)
-        if strategy.leads:
+        if strategy.is_leader:
             torch.save(found, out)
-        strategy.wait()
+        strategy.barrier()
         strategy.close()
 
 
@@ -422,7 +425,7 @@ def _doomed(rank: int, port: int, kind: str, fault: str, err: Path) -> None:
     def main() -> None:
         strategy = build(kind, timeout=5.0)
         try:
-            with strategy.watch():
+            with strategy.detect_lost_ranks():
                 strategy.setup(new_model(), sgd, clip=None)
                 for step, update in enumerate(UPDATES):
                     if step == 1 and rank == 1:

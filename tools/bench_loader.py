@@ -46,17 +46,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from e2e.data.augment import Augment
-from e2e.data.cohort import Slide
-from e2e.data.decode import build_decoder
-from e2e.data.loader import LabelledSlide, TrainingLoader, View, whole_bag
-from e2e.data.pack import pack
-from e2e.data.pixels import Look
-from e2e.data.sources import SlideFiles
-from e2e.data.store import PatchStore, SlideRecord, StoreWriter
-from e2e.data.stream import AHEAD, ahead
+from e2e.bags.loader import TrainingLoader, full_bag
+from e2e.bags.prefetch import AHEAD, prefetch
+from e2e.bags.readers import PixelRowReader
+from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.encoders.base import Encoder
 from e2e.errors import UserError, exit_code
+from e2e.images.augment import Augment
+from e2e.images.decode import build_decoder
+from e2e.slides import Slide
+from e2e.store.lmdb import PatchStore, StoreWriter
+from e2e.store.pack import pack
+from e2e.store.records import SlideRecord
+from e2e.store.sources import SlideFiles
 from e2e.wsi.tiling import Tiling
 
 Pixels = Iterator[Tensor]
@@ -219,12 +221,12 @@ class Bench:
         """Where chunks begin."""
         return range(0, self.sizes.patches, self.sizes.chunk)
 
-    def look(
+    def reader(
         self, augment: Augment | None = None, *, decoder: str | None = None, keep: str | None = None
-    ) -> Look:
+    ) -> PixelRowReader:
         """Of training; without ``augment`` the patches as they are."""
         made = build_decoder(decoder or self.sizes.decoder)
-        return Look(made, augment=augment or Augment(flip="none"), keep=keep)
+        return PixelRowReader(made, augment=augment or Augment(flip="none"), keep=keep)
 
 
 # --- ways of making pixels ------------------------------------------------------------------------
@@ -235,14 +237,14 @@ def item_of(store: PatchStore, slide: str) -> LabelledSlide:
     return LabelledSlide(Slide(slide, slide, "train", {}), store, torch.tensor(0))
 
 
-def ours(bench: Bench, look: Look, epochs: int = 1) -> Pixels:
+def ours(bench: Bench, reader: PixelRowReader, epochs: int = 1) -> Pixels:
     """The real training path: loader, pixels ahead, chunk after chunk, epoch after epoch."""
-    view = View(look)
+    view = BagSpec(reader)
     # Cuts of exactly ``chunk``, so that all ways make the same chunks.
     items = [item_of(bench.store, bench.slide)]
     loader = TrainingLoader(items, view, bags=1, chunk=bench.sizes.chunk, full=True)
     bags = chain.from_iterable(loader.epoch(k, rank=0, world_size=1) for k in range(epochs))
-    for bag, _ in ahead(bags, CPU):
+    for bag, _ in prefetch(bags, CPU):
         for chunk in bag.chunks:
             yield bag.pixels(chunk.start, chunk.stop, CPU)
 
@@ -396,7 +398,7 @@ def windows_of(bench: Bench, augment: Augment) -> NDArray[np.float64]:
     ramp = torch.arange(side, dtype=torch.uint8)
     x, y = ramp.expand(side, side), ramp.view(-1, 1).expand(side, side)
     picture = torch.stack([x, y, x]).unsqueeze(0)
-    rows = View(bench.look()).rows(item_of(bench.store, bench.slide), 0)[0][0]
+    rows = BagSpec(bench.reader()).rows(item_of(bench.store, bench.slide), 0)[0][0]
     inside = np.arange(out // 4, out - out // 4)  # where no border is repeated
     found = []
     for start in bench.starts():
@@ -494,18 +496,18 @@ def time_ways(ways: Mapping[str, Callable[[], Iterable[object]]], rounds: int) -
 
 def stages(bench: Bench, augment: Augment) -> dict[str, Callable[[], Iterable[object]]]:
     """Read, decode, augment, each by itself chunk by chunk; and all of them, as training has them."""
-    look, store, chunk = bench.look(augment), bench.store, bench.sizes.chunk
-    rows = View(look).rows(item_of(store, bench.slide), 0)[0][0]
+    reader, store, chunk = bench.reader(augment), bench.store, bench.sizes.chunk
+    rows = BagSpec(reader).rows(item_of(store, bench.slide), 0)[0][0]
     parts = [rows.part(start, start + chunk) for start in bench.starts()]
     jpegs = [store.read(part.slide, part.indices) for part in parts]
-    decoded = [look.decoder.decode(part, CPU) for part in jpegs]
+    decoded = [reader.decoder.decode(part, CPU) for part in jpegs]
     return {
         "read": lambda: (store.read(part.slide, part.indices) for part in parts),
-        "decode": lambda: (look.decoder.decode(part, CPU) for part in jpegs),
+        "decode": lambda: (reader.decoder.decode(part, CPU) for part in jpegs),
         "augment": lambda: (
             augment(pixels, part.seeds()) for pixels, part in zip(decoded, parts, strict=True)
         ),
-        "all together": lambda: ours(bench, look),
+        "all together": lambda: ours(bench, reader),
     }
 
 
@@ -555,16 +557,18 @@ def stream_memory(store: str, chunk: int, decoder: str, view: str) -> dict[str, 
 
     opened = PatchStore(store)
     keep = "jpeg" if view == "training" else None
-    look = Look(build_decoder(decoder), augment=Augment(flip="none"), keep=keep)
+    reader = PixelRowReader(build_decoder(decoder), augment=Augment(flip="none"), keep=keep)
     slide = item_of(opened, "long")
     side, count = opened.record("long").patch_px, opened.count("long")
-    warm = [(whole_bag(item_of(opened, "c0"), View(look), chunk), 0)]
-    for bag, _ in ahead(warm, CPU):
+    warm = [(full_bag(item_of(opened, "c0"), BagSpec(reader), chunk), 0)]
+    for bag, _ in prefetch(warm, CPU):
         bag.pixels(0, bag.chunks[0].stop, CPU)
     before = resident()
     Path("/proc/self/clear_refs").write_text("5")
     jpegs = opened.read("long", range(count)) if view == "at once" else []
-    for bag, _ in ahead([(whole_bag(slide, View(look), chunk), 0)] if not jpegs else [], CPU):
+    for bag, _ in prefetch(
+        [(full_bag(slide, BagSpec(reader), chunk), 0)] if not jpegs else [], CPU
+    ):
         for one in bag.chunks:
             bag.pixels(one.start, one.stop, CPU, again=view == "training")
     after = resident()
@@ -669,7 +673,7 @@ def two_workers(
     with context.Pool(2) as pool, ThreadPoolExecutor(2) as threads:
         job = partial(decode_all, bench.side, chunk)
         ways: dict[str, Callable[[], Iterable[object]]] = {
-            "ours": lambda: ours(bench, bench.look(), EPOCHS),
+            "ours": lambda: ours(bench, bench.reader(), EPOCHS),
             "one": lambda: [job(jpegs)],
             "processes": lambda: pool.map(job, halves, chunksize=1),
             "threads": lambda: threads.map(job, halves),

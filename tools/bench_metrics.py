@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from e2e import metrics as m
-from e2e import survival_metrics as sm
+from e2e.metrics import survival as sm
+from e2e.metrics import values as m
+from e2e.metrics.bootstrap import case_weights
 
 
 def main() -> None:
@@ -37,8 +38,8 @@ def main() -> None:
     print(f"{args.draws:,} draws of {n:,} cases, numpy {np.__version__}")
     print("seconds, of which the processor worked")
     cases = [str(k) for k in range(n)]
-    timed("case_weights", lambda: m.case_weights(cases, args.draws, 0))
-    weights = m.case_weights(cases, args.draws, 0)
+    timed("case_weights", lambda: case_weights(cases, args.draws, 0))
+    weights = case_weights(cases, args.draws, 0)
     raw = rng.random((n, 6))
     for classes in (2, 6):
         labels = rng.integers(0, classes, n)
@@ -64,8 +65,8 @@ def main() -> None:
     timed("c_index", lambda: sm.c_index(*followed))
     timed("c_index_uno", lambda: sm.c_index_uno(*followed, censoring=g))
     timed("auc_dynamic_mean", lambda: sm.dynamic_auc_mean(*followed, times=at, censoring=g))
-    judged = curves, *followed[1:]
-    timed("integrated_brier", lambda: sm.integrated_brier(*judged, times=at, censoring=g))
+    selected = curves, *followed[1:]
+    timed("integrated_brier", lambda: sm.integrated_brier(*selected, times=at, censoring=g))
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ import e2e.heads  # noqa: F401
 from e2e.errors import UserError, exit_code
 from e2e.files import write_json
 from e2e.heads.base import HEADS, Head
-from e2e.metrics import Array, classification_metrics
-from e2e.optim import build_optimizer, learning_rate
+from e2e.metrics.values import Array, classification_metrics
+from e2e.training.optim import build_optimizer, learning_rate
 
 Indices = NDArray[np.int64]
 Figures = dict[str, float]

@@ -40,20 +40,22 @@ from torch.nn.functional import cross_entropy
 
 import e2e.encoders
 import e2e.heads  # noqa: F401
-from e2e.bag import Bag
-from e2e.data.augment import Augment
-from e2e.data.cohort import Slide
-from e2e.data.decode import build_decoder
-from e2e.data.loader import LabelledSlide, View, make_bag
-from e2e.data.pixels import Look
-from e2e.data.plan import cut_update, share_update
-from e2e.data.store import PatchStore, SlideRecord, StoreWriter
-from e2e.data.stream import ahead
+from e2e.bags.bag import Bag
+from e2e.bags.chunk_plan import cut_update, share_update
+from e2e.bags.loader import make_bag
+from e2e.bags.prefetch import prefetch
+from e2e.bags.readers import PixelRowReader
+from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.encoders.base import ENCODERS
+from e2e.engine.model import MILModel
 from e2e.errors import UserError, exit_code
 from e2e.heads.base import HEADS
-from e2e.model import MILModel
+from e2e.images.augment import Augment
+from e2e.images.decode import build_decoder
 from e2e.parallel import autocast_dtype
+from e2e.slides import Slide
+from e2e.store.lmdb import PatchStore, StoreWriter
+from e2e.store.records import SlideRecord
 
 RETURNED = "glibc.malloc.mmap_threshold=1048576"
 """Freed tensors go back to the system at once. Else the peak is also of what the allocator holds back,
@@ -162,10 +164,10 @@ def bag_of(store: PatchStore, sizes: Sequence[int], work: Work, way: Way) -> Bag
         LabelledSlide(Slide(f"n{n}", f"n{n}", "train", {}), store, torch.tensor(k % 2))
         for k, n in enumerate(sizes)
     ]
-    view = View(Look(build_decoder(), augment=Augment(), keep=way.keep))
+    view = BagSpec(PixelRowReader(build_decoder(), augment=Augment(), keep=way.keep))
     groups = cut_update(sizes, work.chunk, full=way.compile)
     bags = [(make_bag(items, view, share_update(groups, 1)), None)]
-    return next(ahead(bags, torch.device(work.device)))[0]
+    return next(prefetch(bags, torch.device(work.device)))[0]
 
 
 def build_model(work: Work, way: Way) -> MILModel:

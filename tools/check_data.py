@@ -30,17 +30,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import h5py
 import numpy as np
 
-from e2e import build, run
-from e2e.config import Data, Settings, common_settings
-from e2e.data.cases import CaseStore
-from e2e.data.cohort import Slide, join_words, read_table
-from e2e.data.folds import tcga_sites
-from e2e.data.loader import LabelledSlide
-from e2e.data.splits import SPLITS
-from e2e.errors import UserError, exit_code, listing
+from e2e.bags.spec import LabelledSlide
+from e2e.cohort.cases import CaseStore
+from e2e.cohort.features import check_values, describe_features
+from e2e.cohort.folds import tcga_sites
+from e2e.cohort.load import require_files, store_files
+from e2e.cohort.splits import SPLITS
+from e2e.cohort.table import join_words, read_table
+from e2e.errors import UserError, exit_code, format_list
 from e2e.log import Screen
 from e2e.memory import free_memory, show_bytes
 from e2e.parallel import pick_device
+from e2e.runs.parts import (
+    PROTOCOLS,
+    REGISTRIES,
+    build_task,
+    check_training,
+    fit_task,
+    load_slides,
+    make_parts,
+    on_features,
+)
+from e2e.settings.cli import common_settings
+from e2e.settings.schema import Data, Settings
+from e2e.slides import Slide
 from e2e.tasks.base import Task
 from e2e.wsi.tiling import Tiling
 
@@ -93,17 +106,17 @@ def table_slides(data: Data, targets: Sequence[str], site: str | None) -> list[S
         slide_separator=data.slide_separator,
     )
     if not slides:
-        raise UserError(f"{data.labels} has no row that can be used\n{listing(problems)}")
+        raise UserError(f"{data.labels} has no row that can be used\n{format_list(problems)}")
     return slides
 
 
 def has_store(settings: Settings) -> bool:
     """Whether anything of the patch stores, or of the features, is there."""
-    entries = settings.data.features if build.on_features(settings) else settings.data.stores
-    return any(file.exists() for entry in entries for file in build.store_files(entry))
+    entries = settings.data.features if on_features(settings) else settings.data.stores
+    return any(file.exists() for entry in entries for file in store_files(entry))
 
 
-def take_in(
+def load_as_a_run(
     settings: Settings, task: Task, problems: Path, slides: Iterable[Slide]
 ) -> list[LabelledSlide]:
     """The cohort as a run takes it in, and the task fitted to its training slides.
@@ -119,16 +132,16 @@ def take_in(
                     # As many rows as no other has, since no two are copies; none is written.
                     file.create_dataset(f"{slide.id}/feat", (1 + k, 1), np.float32)
             data = replace(data, features=[f"{folder}/features.h5"], scales=[])
-        features = stood_in or build.on_features(settings)
+        features = stood_in or on_features(settings)
         asked = replace(settings, data=data)
-        items, left_out = run.take_in(
+        items, left_out = load_slides(
             asked,
             task,
             features=features,
             problems_file=problems,
-            protocol=run.PROTOCOLS[settings.run.protocol],
+            protocol=PROTOCOLS[settings.run.protocol],
         )
-    run.fit_task(settings, task, items)
+    fit_task(settings, task, items)
     if left_out:
         Screen(True).say(f"NOTE {len(left_out)} left out (data.unmatched=drop): {problems}")
     return items
@@ -136,17 +149,17 @@ def take_in(
 
 def check_model(settings: Settings, task: Task, items: list[LabelledSlide]) -> None:
     """UserError where a run on one process would be refused before its first step; no weights are fetched."""
-    device, on_features = pick_device(settings.engine.device), build.on_features(settings)
-    parts = run.make_parts(
+    device, two_stage = pick_device(settings.engine.device), on_features(settings)
+    parts = make_parts(
         settings,
         task,
         items,
         device,
         trained=True,
         problems=[],
-        features=build.describe_features(items) if on_features else None,
+        features=describe_features(items) if two_stage else None,
     )
-    run.check_training(settings, parts, device, world_size=1)
+    check_training(settings, parts, device, world_size=1)
 
 
 def describe_table(data: Data, task: Task, slides: Sequence[Slide]) -> list[str]:
@@ -241,16 +254,14 @@ def describe_mpp(items: Sequence[LabelledSlide]) -> str:
 def describe_needs(settings: Settings, items: Sequence[LabelledSlide]) -> list[str]:
     """Disk and memory, from the counts and the sizes of the files."""
     data, counts = settings.data, [item.store.count(item.slide.id) for item in items]
-    if build.on_features(settings):
-        width = build.describe_features(items)["width"]
+    if on_features(settings):
+        width = describe_features(items)["width"]
         return [
             f"memory: all features {show_bytes(4 * width * sum(counts))} ({sum(counts):,} x {width} x 4 "
             f"bytes), the largest bag {show_bytes(4 * width * max(counts))}; data.cache={data.cache}"
         ]
-    files = {
-        f for entries in (data.stores, *data.scales) for e in entries for f in build.store_files(e)
-    }
-    first = sum(f.stat().st_size for entry in data.stores for f in build.store_files(entry))
+    files = {f for entries in (data.stores, *data.scales) for e in entries for f in store_files(e)}
+    first = sum(f.stat().st_size for entry in data.stores for f in store_files(entry))
     disk, patch = sum(file.stat().st_size for file in files), first / sum(counts)
     bag = min(settings.bag.patches or max(counts), max(counts))
     update = settings.optim.bags * bag * patch
@@ -292,16 +303,16 @@ def report(args: argparse.Namespace, settings: Settings, task: Task, screen: Scr
     slides = table_slides(settings.data, task.columns, site)
     for line in describe_table(settings.data, task, slides):
         screen.say(line)
-    items = take_in(settings, task, args.problems, slides)
-    if real and build.on_features(settings):
-        build.check_values(items, screen)
+    items = load_as_a_run(settings, task, args.problems, slides)
+    if real and on_features(settings):
+        check_values(items, screen)
     lines = describe_splits(items, task, patches=real)
     if site:
         lines += describe_sites(items, case_sites(slides, site), task)
     looked = "nor do two splits share a slide's patches" if real else "patches are not compared"
     lines.append(f"leakage: no case lies in two splits; {looked}")
     if torn := same_patients(items):
-        lines.append(f"NOTE {len(torn)} TCGA patients lie in two splits\n{listing(torn)}")
+        lines.append(f"NOTE {len(torn)} TCGA patients lie in two splits\n{format_list(torn)}")
     if real:
         lines += [describe_mpp(items), *describe_needs(settings, items)]
     else:
@@ -314,13 +325,13 @@ def report(args: argparse.Namespace, settings: Settings, task: Task, screen: Scr
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Look the cohort over, and say what to do next."""
-    args, screen = parse(argv), Screen(leads=True)
-    settings, command = common_settings(args, build.REGISTRIES)
-    data, task = settings.data, build.build_task(settings.task)
+    args, screen = parse(argv), Screen(is_leader=True)
+    settings, command = common_settings(args, REGISTRIES)
+    data, task = settings.data, build_task(settings.task)
     alone = Path(data.labels).is_file() and not has_store(settings)
     try:
-        on_features = build.on_features(settings)
-        build.require_files(data, settings.names["datasets"], task.columns, features=on_features)
+        two_stage = on_features(settings)
+        require_files(data, settings.names["datasets"], task.columns, features=two_stage)
         missing = ""
     except UserError as error:
         if not alone:

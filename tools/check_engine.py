@@ -27,17 +27,18 @@ import torch.multiprocessing as mp
 from bench_step import Way, Work
 from torch.nn.functional import cross_entropy
 
-from e2e.data.augment import Augment
-from e2e.data.cohort import Slide
-from e2e.data.decode import build_decoder
-from e2e.data.loader import LabelledSlide, View, make_bag
-from e2e.data.pixels import Look
-from e2e.data.plan import cut_update
-from e2e.data.store import PatchStore
+from e2e.bags.chunk_plan import cut_update
+from e2e.bags.loader import make_bag
+from e2e.bags.readers import PixelRowReader
+from e2e.bags.spec import BagSpec, LabelledSlide
+from e2e.engine.model import MILModel
 from e2e.errors import UserError
 from e2e.heads.base import HEADS
-from e2e.model import MILModel
+from e2e.images.augment import Augment
+from e2e.images.decode import build_decoder
 from e2e.parallel import build_strategy
+from e2e.slides import Slide
+from e2e.store.lmdb import PatchStore
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -297,7 +298,7 @@ def _one_rank(rank: int, folder: Path, port: int) -> None:
     strategy.setup(model, lambda m: torch.optim.SGD(m.parameters(), lr=0.0), clip=None)
     chunks = [chunk for group in cut_update([1000], 63) for chunk in group]
     item = LabelledSlide(Slide("n1000", "n1000", "train", {}), store, torch.tensor(0))
-    view = View(Look(build_decoder(), augment=Augment(), keep="jpeg"))
+    view = BagSpec(PixelRowReader(build_decoder(), augment=Augment(), keep="jpeg"))
     found: dict[str, Any] = {}
     for name in ("good", "broken"):
         model.zero_grad(set_to_none=True)
@@ -357,7 +358,7 @@ CONTROLS = (
     ),
     (
         "dropout replay off",
-        "e2e/model.py",
+        "e2e/engine/model.py",
         "return seeded(seed, device) if self.training else nullcontext()",
         "return nullcontext()",
         "tests/test_model.py::test_recomputed_gradients_are_those_of_kept_graphs",
@@ -371,7 +372,7 @@ CONTROLS = (
     ),
     (
         "BatchNorm merge off",
-        "e2e/batchnorm.py",
+        "e2e/engine/batchnorm.py",
         "        total(flat)\n",
         "",
         "tests/test_strategies.py::test_two_ranks_take_the_steps_of_one_process",

@@ -30,21 +30,23 @@ from bench_step import synchronise
 from check_engine import Row, report
 from torch import Tensor
 
-from e2e.bag import Bag
-from e2e.data.cohort import Slide
-from e2e.data.feature_rows import FeatureCache
-from e2e.data.features import FeatureStore, open_features
-from e2e.data.loader import LabelledSlide, TrainingLoader, View
-from e2e.data.order import plan_epoch
-from e2e.data.stream import ahead
+from e2e.bags.bag import Bag
+from e2e.bags.cache import FeatureRowReader
+from e2e.bags.epoch_plan import plan_epoch
+from e2e.bags.loader import TrainingLoader
+from e2e.bags.prefetch import prefetch
+from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.encoders.base import ENCODERS
+from e2e.engine.model import MILModel, pad, seeded
+from e2e.features.reader import FeatureFiles, open_features
 from e2e.heads.base import HEADS
 from e2e.memory import show_bytes
-from e2e.model import MILModel, pad, seeded
-from e2e.optim import build_optimizer
 from e2e.parallel import build_strategy
+from e2e.slides import Slide
 from e2e.tasks.base import TASKS
-from e2e.trainer import bag_losses, to_host
+from e2e.training.losses import bag_losses
+from e2e.training.optim import build_optimizer
+from e2e.training.trainer import to_host
 
 WIDTH, LEAST, MOST = 512, 500, 4000
 """Of the features; patches of a bag."""
@@ -78,7 +80,7 @@ class Times:
     losses: list[float] = field(default_factory=list)
 
 
-def write_features(folder: Path, sizes: Sequence[int]) -> FeatureStore:
+def write_features(folder: Path, sizes: Sequence[int]) -> FeatureFiles:
     """TRIDENT's files of noise, float16, a slide a bag."""
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((2 * max(sizes), WIDTH), dtype=np.float32).astype(np.float16)
@@ -98,14 +100,14 @@ def sizes_of(bags: int) -> list[int]:
     return np.random.default_rng(1).integers(LEAST, MOST + 1, bags).tolist()
 
 
-def loader_over(store: FeatureStore, *, cached: bool) -> TrainingLoader:
+def loader_over(store: FeatureFiles, *, cached: bool) -> TrainingLoader:
     """As training has it; everything is in the cache already, or nothing ever is."""
-    cache = FeatureCache(sys.maxsize if cached else 0)
+    cache = FeatureRowReader(sys.maxsize if cached else 0)
     items = [
         LabelledSlide(Slide(slide, slide, "train", {}), store, torch.tensor(k % 2))
         for k, slide in enumerate(store.slides)
     ]
-    loader = TrainingLoader(items, View(cache), bags=BATCH, chunk=sys.maxsize, whole=True)
+    loader = TrainingLoader(items, BagSpec(cache), bags=BATCH, chunk=sys.maxsize, whole=True)
     if cached:
         for bag, _ in loader.epoch(0, rank=0, world_size=1):
             for chunk in bag.chunks:
@@ -149,7 +151,7 @@ class Training:
     def by_loader(self, loader: TrainingLoader, first: int, count: int) -> list[float]:
         """A few updates as the trainer takes them; their losses."""
         read = []
-        for bag, slides in ahead(updates_of(loader, first, count), self.device):
+        for bag, slides in prefetch(updates_of(loader, first, count), self.device):
             loss = bag_losses(self.strategy, bag, self.task).sum() / slides
             self.strategy.backward(loss)
             norm, good = self.strategy.step()
@@ -174,7 +176,7 @@ class Training:
 
 
 def time_epoch(
-    head: str, store: FeatureStore, cached: TrainingLoader, *, turns: Turns, device: torch.device
+    head: str, store: FeatureFiles, cached: TrainingLoader, *, turns: Turns, device: torch.device
 ) -> dict[str, Times]:
     """Every way over one epoch, a few updates at a time; controls over each fifth turn."""
     files = loader_over(store, cached=False)

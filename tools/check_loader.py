@@ -19,10 +19,10 @@ import torch
 from bench_loader import Bench, OtherPixelsError, Pixels
 from check_engine import Row, report
 
-from e2e.data.augment import Augment
-from e2e.data.decode import DECODERS, Decoder, build_decoder
-from e2e.data.stream import AHEAD
+from e2e.bags.prefetch import AHEAD
 from e2e.errors import UserError
+from e2e.images.augment import Augment
+from e2e.images.decode import DECODERS, Decoder, build_decoder
 from e2e.memory import show_bytes
 
 
@@ -43,7 +43,7 @@ def parts(bench_: Bench) -> Iterator[Row]:
 def overhead(bench_: Bench) -> Iterator[Row]:
     """Everything but the JPEG decode, above the bare decode loop of the same library."""
     library = bench.simplejpeg_library()
-    good = partial(bench.ours, bench_, bench_.look(decoder=library.name))
+    good = partial(bench.ours, bench_, bench_.reader(decoder=library.name))
     plain = partial(bench.bare, bench_)
     bench.require_same("ours and the bare loop", good(), plain(library))
     refused = _refusal(plain(bench.simplejpeg_library(fastdct=True)), good())
@@ -70,7 +70,7 @@ def overhead(bench_: Bench) -> Iterator[Row]:
 def reference(bench_: Bench) -> Iterator[Row]:
     """Patches per CPU-second against the published loader's way."""
     library = bench.turbojpeg_library() or bench.simplejpeg_library()
-    good = partial(bench.ours, bench_, bench_.look(decoder=library.name))
+    good = partial(bench.ours, bench_, bench_.reader(decoder=library.name))
     theirs = partial(bench.reference, bench_, library)
     bench.require_same("ours and the published loader's way", good(), theirs())
     reversed_ = bench.simplejpeg_library(colorspace="BGR")
@@ -94,7 +94,7 @@ def torchvision(bench_: Bench) -> Iterator[Row]:
     sizes = bench_.sizes
     augment = Augment(flip="none", crop=sizes.crop, size=sizes.out)
     windows = bench.windows_of(bench_, augment)
-    good = lambda: bench.normalised(bench.ours(bench_, bench_.look(augment)))  # noqa: E731
+    good = lambda: bench.normalised(bench.ours(bench_, bench_.reader(augment)))  # noqa: E731
     theirs = {k: bench.per_patch(bench_, windows, workers=k) for k in (0, 1)}
     others = bench.per_patch(bench_, np.roll(windows, 1, axis=0), workers=0)
     level = 255 * float(bench.STD.mean())  # from normalised values to grey levels
@@ -123,7 +123,7 @@ A quarter of it from Pillow's crops of the very windows: its filter is antialias
 
 def handed_over(bench_: Bench) -> Iterator[Row]:
     """What passes from the threads that make pixels to the trainer, and what is kept for later."""
-    look = bench_.look(keep="jpeg")
+    look = bench_.reader(keep="jpeg")
     noting = Noting(look.decoder)
     seen = list(bench.ours(bench_, replace(look, decoder=noting)))
     pointers = {pixels.data_ptr() for pixels in noting.made}
@@ -252,10 +252,10 @@ def dali(bench_: Bench) -> Iterator[Row]:
     except ImportError as error:
         yield Row("DALI on the CPU", "reported", f"skipped: {error}", "-", None)
         return
-    look = bench_.look(Augment(flip="none", crop=bench_.sizes.crop, size=bench_.sizes.out))
-    most, mean = bench.difference(decode(), bench.ours(bench_, bench_.look()))
+    look = bench_.reader(Augment(flip="none", crop=bench_.sizes.crop, size=bench_.sizes.out))
+    most, mean = bench.difference(decode(), bench.ours(bench_, bench_.reader()))
     ways = {
-        "decode, ours": partial(bench.ours, bench_, bench_.look()),
+        "decode, ours": partial(bench.ours, bench_, bench_.reader()),
         "decode, DALI": decode,
         "and crop, ours": partial(bench.ours, bench_, look),
         "and crop, DALI (draws its own)": crop,

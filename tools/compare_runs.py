@@ -23,20 +23,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from e2e.errors import UserError, exit_code, listing
+from e2e.errors import UserError, exit_code, format_list
 from e2e.files import write_json
-from e2e.judged import Judged, read_judged
 from e2e.log import Screen
-from e2e.metrics import LOWER_IS_BETTER, bootstrap_p, case_weights, delong, interval
+from e2e.metrics.bootstrap import bootstrap_p, case_weights, confidence_interval, delong
+from e2e.metrics.values import LOWER_IS_BETTER
 from e2e.registry import suggest
+from e2e.runs.saved import SavedPredictions, read_predictions
 
 EVALUATE_BOTH = (
     "evaluate both on one table: launch/evaluate.py RUN data.labels=TABLE --out DIR; compare these"
 )
 
 
-def check_same(a: Judged, b: Judged) -> None:
-    """UserError where the runs are not judged on the same slides, cases, labels and outputs."""
+def check_same(a: SavedPredictions, b: SavedPredictions) -> None:
+    """UserError where the runs are not selected on the same slides, cases, labels and outputs."""
     if a.task.output_names != b.task.output_names:
         kinds = [f"  {run.folder}: {', '.join(run.task.output_names)}" for run in (a, b)]
         raise UserError("\n".join(["the runs have different outputs:", *kinds]))
@@ -45,7 +46,7 @@ def check_same(a: Judged, b: Judged) -> None:
     only += [f"{s}: only in {b.folder}" for s in sorted(theirs - ours)]
     if only:
         raise UserError(
-            f"the runs are judged on different slides, {len(only)} of them:\n{listing(only)}\n"
+            f"the runs are selected on different slides, {len(only)} of them:\n{format_list(only)}\n"
             f"  {EVALUATE_BOTH}"
         )
     differ = [
@@ -55,12 +56,14 @@ def check_same(a: Judged, b: Judged) -> None:
     ]
     if differ:
         raise UserError(
-            f"the runs differ in case or label of {len(differ)} slides:\n{listing(differ)}\n"
+            f"the runs differ in case or label of {len(differ)} slides:\n{format_list(differ)}\n"
             f"  {EVALUATE_BOTH}"
         )
 
 
-def compare(a: Judged, b: Judged, metric: str, *, draws: int, seed: int = 0) -> dict[str, Any]:
+def compare(
+    a: SavedPredictions, b: SavedPredictions, metric: str, *, draws: int, seed: int = 0
+) -> dict[str, Any]:
     """``a``, ``b`` and ``difference`` with intervals, ``p`` (None: not defined) and its ``test``.
 
     Raises:
@@ -72,14 +75,18 @@ def compare(a: Judged, b: Judged, metric: str, *, draws: int, seed: int = 0) -> 
     metric = metric or a.task.monitor
     if any(metric not in values for values in found):
         raise UserError(f"no metric '{metric}'{suggest(metric, list(found[0]))}")
-    if a.task.yardstick(metric) != b.task.yardstick(metric):
+    if a.task.fitted_reference(metric) != b.task.fitted_reference(metric):
         raise UserError(
             f"'{metric}' of the runs is not the same measure: its times, or its weights for censored cases, "
             "are those of each run's own training cases and task.bins\n"
             "  compare runs of one training split and task.bins, or by another metric: --metric c_index"
         )
     first, second = (values[metric] for values in found)
-    difference, p, test = interval(first - second), bootstrap_p(first - second), "paired bootstrap"
+    difference, p, test = (
+        confidence_interval(first - second),
+        bootstrap_p(first - second),
+        "paired bootstrap",
+    )
     if metric == "auc" and a.predicted.shape[1] == 2 and len(set(a.cases)) == len(a.cases):
         said = delong(a.predicted[:, 1], b.predicted[:, 1], a.targets == 1)
         p, test = said.p, "DeLong"
@@ -90,8 +97,8 @@ def compare(a: Judged, b: Judged, metric: str, *, draws: int, seed: int = 0) -> 
         "cases": len(set(a.cases)),
         "draws": draws,
         "undefined_draws": int(np.isnan(first - second)[1:].sum()),
-        "a": interval(first),
-        "b": interval(second),
+        "a": confidence_interval(first),
+        "b": confidence_interval(second),
         "difference": difference,
         "p": none_if_nan(p),
         "test": test,
@@ -121,13 +128,15 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="two run folders, A and B")
     parser.add_argument("--split", default="test", help="whose slides (test)")
-    parser.add_argument("--metric", default="", help="default: the one run A was selected by")
+    parser.add_argument(
+        "--metric", default="", help="default: the one by which run A selected its epoch"
+    )
     parser.add_argument("--draws", type=int, default=10_000, help="resamples of the cases")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers here")
     args = parser.parse_args()
     if args.draws < 1:
         raise UserError(f"--draws must be at least 1, found {args.draws}")
-    a, b = (read_judged(folder, args.split) for folder in args.runs)
+    a, b = (read_predictions(folder, args.split) for folder in args.runs)
     result = compare(a, b, args.metric, draws=args.draws)
     result |= {"split": args.split, "runs": [str(folder) for folder in args.runs]}
     better = "lower" if result["metric"] in LOWER_IS_BETTER else "higher"
@@ -135,7 +144,7 @@ def main() -> None:
         f"{args.split}: {result['slides']} slides of {result['cases']} cases, {better} is better"
     )
     names = [f"{letter}: {folder}" for letter, folder in zip("AB", args.runs, strict=True)]
-    screen = Screen(leads=True)
+    screen = Screen(is_leader=True)
     screen.table(title, ["run", result["metric"], "95 % interval"], rows(result, names))
     p = "undefined" if result["p"] is None else f"{result['p']:.4g}"
     screen.say(f"p = {p} ({result['test']}), {args.draws:,} resamples of the cases")

@@ -24,11 +24,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from e2e.data.pack import Report, Row
-from e2e.data.seed_lmdb import SeedStore, jpeg_size
-from e2e.data.store import SlideRecord, StoreWriter
 from e2e.errors import DamagedDataError, UserError, exit_code
 from e2e.log import Screen
+from e2e.store.abmilx import AbmilxStore, jpeg_size
+from e2e.store.lmdb import StoreWriter
+from e2e.store.pack import Report, Row
+from e2e.store.records import SlideRecord
 
 BATCH = 256
 """Patches in memory at a time."""
@@ -55,7 +56,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def convert(
-    old: SeedStore, out: Path, screen: Screen, *, mpp: float | None, level0_px: float | None
+    old: AbmilxStore, out: Path, screen: Screen, *, mpp: float | None, level0_px: float | None
 ) -> Report:
     """Write every slide of ``old`` that is not in ``out`` yet; a slide whole or not at all.
 
@@ -82,7 +83,7 @@ def convert(
 
 
 def _convert_slide(
-    old: SeedStore, writer: StoreWriter, slide: str, mpp: float | None, level0_px: float | None
+    old: AbmilxStore, writer: StoreWriter, slide: str, mpp: float | None, level0_px: float | None
 ) -> Row:
     path = str(old.path)
     try:
@@ -98,7 +99,7 @@ def _convert_slide(
     return replace(_row(record), path=path)
 
 
-def _jpegs(old: SeedStore, record: SlideRecord) -> Iterator[bytes]:
+def _jpegs(old: AbmilxStore, record: SlideRecord) -> Iterator[bytes]:
     """The patches in order; DamagedDataError where one has another size than the first."""
     for rows in _batches(record.count):
         for index, jpeg in zip(rows, old.read(record.slide, rows), strict=True):
@@ -112,7 +113,7 @@ def _jpegs(old: SeedStore, record: SlideRecord) -> Iterator[bytes]:
             yield jpeg
 
 
-def _compare(old: SeedStore, writer: StoreWriter, record: SlideRecord) -> None:
+def _compare(old: AbmilxStore, writer: StoreWriter, record: SlideRecord) -> None:
     """Read a slide back and compare it with its source."""
     for rows in _batches(record.count):
         pairs = zip(old.read(record.slide, rows), writer.read(record.slide, rows), strict=True)
@@ -137,10 +138,10 @@ def _row(record: SlideRecord) -> Row:
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert, report, and tell by the exit code whether every slide is in the store."""
     args = parse(argv)
-    old = SeedStore(args.old, args.coords)
+    old = AbmilxStore(args.old, args.coords)
     if args.out.exists() and args.out.samefile(old.path):
         raise UserError(f"--out {args.out} is the file to convert: name another")
-    screen = Screen(leads=True)
+    screen = Screen(is_leader=True)
     report = convert(old, args.out, screen, mpp=args.mpp, level0_px=args.level0_px)
     patches = sum(row.patches for row in report.packed)
     screen.say(f"{report.out}: {len(report.packed)} slides, {patches:,} patches; {report.path}")

@@ -25,12 +25,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from e2e.data.decode import build_decoder
-from e2e.data.store import PatchStore
 from e2e.errors import UserError, exit_code
 from e2e.files import write_json
+from e2e.images.decode import build_decoder
 from e2e.log import Screen, clock
-from e2e.metrics import auc, case_weights, interval
+from e2e.metrics.bootstrap import case_weights, confidence_interval
+from e2e.metrics.values import auc
+from e2e.store.lmdb import PatchStore
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -158,9 +159,9 @@ def permute_labels(labels: Path, out: Path, seed: int) -> None:
 
 
 def test_auc(folder: Path) -> dict[str, Any]:
-    """Test AUC and interval of a run, by the weights that its validation judged."""
+    """Test AUC and confidence_interval of a run, by the weights that its validation selected."""
     report = json.loads((folder / "metrics.json").read_text())
-    return report["test"][report["judged"]]["auc"]
+    return report["test"][report["selected"]]["auc"]
 
 
 def mean_colour_auc(labels: Path, store_path: Path) -> dict[str, Any]:
@@ -180,18 +181,18 @@ def mean_colour_auc(labels: Path, store_path: Path) -> dict[str, Any]:
     )
     scores = model.predict_proba(colours[test])[:, 1]
     weights = case_weights(table["case"][test].tolist(), DRAWS, seed=0)
-    return dict(interval(auc(scores, anomaly[test], weights)))
+    return dict(confidence_interval(auc(scores, anomaly[test], weights)))
 
 
 def tell(out: Path, results: dict[str, dict[str, Any]], seconds: float, slides: str) -> None:
     """The figures beside their controls, and where everything lies."""
-    screen = Screen(leads=True)
+    screen = Screen(is_leader=True)
     rows = [
         [name, f"{r['value']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}"]
         for name, r in results.items()
     ]
     title = f"test AUC on {slides.split(',')[-1]} unseen slides"
-    screen.table(title, ("", "AUC", "95 % interval over cases"), rows)
+    screen.table(title, ("", "AUC", "95 % confidence_interval over cases"), rows)
     for name, place in {
         "predictions": "run/predictions.csv",
         "metrics": "run/metrics.json",

@@ -25,12 +25,13 @@ from PIL import Image, ImageDraw
 from rich.markup import escape
 from rich.table import Column, Table
 
-from e2e.data.decode import Decoder, UndecodableError, build_decoder
-from e2e.data.sampler import mix
-from e2e.data.store import PatchStore, SlideRecord
 from e2e.errors import DamagedDataError, UserError, exit_code
 from e2e.files import write_atomically
+from e2e.images.decode import Decoder, UndecodableError, build_decoder
 from e2e.log import Screen
+from e2e.seeds import mix_seed
+from e2e.store.lmdb import PatchStore
+from e2e.store.records import SlideRecord
 
 BATCH = 64  # patches decoded at once
 CELL = 96  # px of a patch on the sheet
@@ -209,7 +210,7 @@ def draw_sheet(
     pairs = [(store, record) for store, records in stores for record in records if record.count]
     if not pairs:
         raise UserError(f"cannot draw {path}: there are no patches")
-    rng = np.random.default_rng(mix(seed, "sheet"))
+    rng = np.random.default_rng(mix_seed(seed, "sheet"))
     chosen = sorted(rng.choice(len(pairs), min(slides, len(pairs)), replace=False))
     caption = 18
     canvas = Image.new(
@@ -222,7 +223,7 @@ def draw_sheet(
         mpp = "unknown mpp" if record.mpp is None else f"{record.mpp:.4g} um/px"
         text = f"{record.slide}   {record.count:,} patches of {record.patch_px} px, {mpp}"
         pen.text((4, top + 2), text, fill="black")
-        draw = np.random.default_rng(mix(seed, "sheet", record.slide))
+        draw = np.random.default_rng(mix_seed(seed, "sheet", record.slide))
         rows = sorted(draw.choice(record.count, min(patches, record.count), replace=False))
         for column, index in enumerate(rows):
             cell = _cell(store, record, int(index), decoder)
@@ -254,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--sheet writes a PNG; name it .png, not {args.sheet}")
     decoder = build_decoder(args.decoder)
     stores = [PatchStore(path) for path in args.stores]
-    screen = Screen(leads=True)
+    screen = Screen(is_leader=True)
     count, drawn = 0, []
     for store in stores:
         contents = Contents.of(store)

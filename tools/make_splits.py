@@ -31,8 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from e2e.data.cohort import Slide, read_table
-from e2e.data.folds import (
+from e2e.cohort.folds import (
     Fold,
     case_strata,
     few_shot,
@@ -42,12 +41,14 @@ from e2e.data.folds import (
     nested_folds,
     tcga_sites,
 )
-from e2e.data.sampler import mix
-from e2e.data.split_files import clam_files, fold_table, names_cases, read_cells, read_splits
-from e2e.data.splits import SPLITS, assign, group_numbers, missing_classes
-from e2e.errors import UserError, exit_code, listing
+from e2e.cohort.split_files import clam_files, fold_table, names_cases, read_cells, read_splits
+from e2e.cohort.splits import SPLITS, assign, find_missing_classes, group_numbers
+from e2e.cohort.table import read_table
+from e2e.errors import UserError, exit_code, format_list
 from e2e.files import write_atomically
 from e2e.log import Screen
+from e2e.seeds import mix_seed
+from e2e.slides import Slide
 
 TCGA = "tcga"
 BLANK = "(blank)"
@@ -114,7 +115,7 @@ def read_slides(args: argparse.Namespace) -> list[Slide]:
     )
     if problems:
         raise UserError(
-            f"{args.labels} has {len(problems)} row(s) that cannot be used\n{listing(problems)}\n"
+            f"{args.labels} has {len(problems)} row(s) that cannot be used\n{format_list(problems)}\n"
             "  mend them, or take them out"
         )
     return slides
@@ -128,13 +129,13 @@ def sites_of(slides: Sequence[Slide], site: str) -> dict[str, str]:
     torn = {s.case for s in slides if found.setdefault(s.case, s.centre) != s.centre}
     if torn:
         raise UserError(
-            f"{len(torn)} case(s) have slides of two centres\n{listing(sorted(torn))}\n"
+            f"{len(torn)} case(s) have slides of two centres\n{format_list(sorted(torn))}\n"
             "  give each case one centre in that column"
         )
     if nowhere := sorted(case for case, centre in found.items() if not centre):
         raise UserError(
             f"{len(nowhere)} case(s) have no word in the column '{site}', so their centre is not known\n"
-            f"{listing(nowhere)}\n  mend them, or take them out"
+            f"{format_list(nowhere)}\n  mend them, or take them out"
         )
     return found
 
@@ -145,7 +146,7 @@ def draw_folds(
     """Number -> fold: those of the first repeat first, in a fold the inner ones in turn."""
     folds: list[Fold] = []
     for repeat in range(args.repeats):
-        seed = mix(args.seed, repeat)
+        seed = mix_seed(args.seed, repeat)
         if sites is None:
             tests = held_out(strata, args.folds, seed=seed)
         else:
@@ -174,7 +175,7 @@ def published_folds(args: argparse.Namespace, slides: Sequence[Slide]) -> dict[s
         if problems:
             raise UserError(
                 f"{path} and the label table do not agree in {len(problems)} place(s) of fold "
-                f"{number}\n{listing(problems)}\n"
+                f"{number}\n{format_list(problems)}\n"
                 "  give the columns of the ids in which the splits are written: --case, --slide"
             )
         used = {slide.id: slide.split for slide in kept}
@@ -188,13 +189,13 @@ def published_folds(args: argparse.Namespace, slides: Sequence[Slide]) -> dict[s
         if in_part and not torn:
             raise UserError(
                 f"{path}, fold {number}: of {len(in_part)} case(s) some slides are used and others not, "
-                f"and folds here are of whole cases\n{listing(in_part)}\n"
+                f"and folds here are of whole cases\n{format_list(in_part)}\n"
                 f"  train on the published splits themselves: data.split_file={path}"
             )
         if torn:
             raise UserError(
                 f"{path}, fold {number}: {len(torn)} case(s) lie in more than one split: the test "
-                f"would not be honest\n{listing(sorted(torn))}"
+                f"would not be honest\n{format_list(sorted(torn))}"
             )
         folds[number] = {case: "".join(own) for case, own in found.items()}
     return folds
@@ -245,7 +246,7 @@ def check_classes(folds: Mapping[str, Fold], slides: Sequence[Slide], label: str
     return [
         f"fold {number}: {split} has no {' and no '.join(f'{label}={c}' for c in lacking)}"
         for number, fold in folds.items()
-        for split, lacking in missing_classes(fold, classes).items()
+        for split, lacking in find_missing_classes(fold, classes).items()
     ]
 
 
@@ -272,7 +273,7 @@ def write(files: Mapping[Path, bytes], out: Path) -> None:
     other = [path for path in there if path not in files or path.read_bytes() != files[path]]
     if other:
         raise UserError(
-            f"{out} holds other splits already\n{listing(sorted(other))}\n  choose another --out"
+            f"{out} holds other splits already\n{format_list(sorted(other))}\n  choose another --out"
         )
     for path, content in files.items():
         if path not in there:
@@ -290,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.few_shot:
         classes = {slide.target[args.label] for slide in slides} - {""}
         folds = {
-            k: few_shot(strata, fold, args.few_shot, classes=classes, seed=mix(args.seed, k))
+            k: few_shot(strata, fold, args.few_shot, classes=classes, seed=mix_seed(args.seed, k))
             for k, fold in folds.items()
         }
     if bare := [number for number, fold in folds.items() if "train" not in fold.values()]:
@@ -299,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     rows = counts(folds, slides, args.label, sites)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    screen = Screen(leads=True)
+    screen = Screen(is_leader=True)
     for row in rows:
         screen.say("  ".join(word.rjust(n) for word, n in zip(row, widths, strict=True)))
     for line in [] if args.splits else same_tests(folds, args.repeats):
@@ -308,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if lacking and not args.allow_missing:
         raise UserError(
             f"{len(lacking)} split(s) lack a class, so metrics of them are not defined\n"
-            f"{listing(lacking)}\n"
+            f"{format_list(lacking)}\n"
             "  ask for fewer --folds or a larger --val, or go on with --allow-missing"
         )
     for line in lacking:

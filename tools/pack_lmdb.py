@@ -41,11 +41,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from e2e.data.cluster import connected, index_path, pack_over
-from e2e.data.pack import Progress as PackProgress
-from e2e.data.pack import Report, Row, pack
-from e2e.data.sources import CoordsFiles, PatchFolders, SlideFiles, Source, read_mpp
 from e2e.errors import UserError, exit_code
+from e2e.store.cluster import connected, index_path, pack_on_cluster
+from e2e.store.pack import Progress as PackProgress
+from e2e.store.pack import Report, Row, pack
+from e2e.store.sources import CoordsFiles, PatchFolders, SlideFiles, Source, read_mpp
 from e2e.wsi.slide import find_slides
 from e2e.wsi.tiling import Tiling
 
@@ -226,7 +226,7 @@ def packing(args: argparse.Namespace) -> Iterator[Report]:
     with ExitStack() as stack:
         work = partial(pack, workers=workers)
         if args.scheduler:
-            work = partial(pack_over, stack.enter_context(connected(args.scheduler, workers)))
+            work = partial(pack_on_cluster, stack.enter_context(connected(args.scheduler, workers)))
         for out, source in made:
             if not args.scheduler and index_path(out).exists():
                 raise UserError(

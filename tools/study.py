@@ -30,11 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import pandas as pd
 
-from e2e import build, config
-from e2e.child import is_done, run_script, start_or_resume
+from e2e.cohort.load import load_cohort
 from e2e.errors import UserError, exit_code
 from e2e.files import write_atomically, write_json
-from e2e.metrics import Array, auc, case_weights, interval
+from e2e.metrics.bootstrap import case_weights, confidence_interval
+from e2e.metrics.values import Array, auc
+from e2e.runs.many import is_done, run_command, start_or_resume
+from e2e.runs.parts import REGISTRIES, build_task
+from e2e.settings.layers import load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = dict.fromkeys(("all", "same_steps", "same_patches"), (1e-4, 3e-4))
@@ -93,8 +96,8 @@ def paired(
     weights = case_weights(cases, draws, seed=0)
     means = {k: np.mean([auc(s, positive, weights) for s in rows], 0) for k, rows in scores.items()}
     others = means.keys() - {"all"} if "all" in means else set()
-    differences = {name: dict(interval(means["all"] - means[name])) for name in others}
-    return {name: dict(interval(values)) for name, values in means.items()}, differences
+    differences = {name: dict(confidence_interval(means["all"] - means[name])) for name in others}
+    return {name: dict(confidence_interval(values)) for name, values in means.items()}, differences
 
 
 class Study:
@@ -106,9 +109,9 @@ class Study:
         self.validations: int = args.validations
         self.command = ["--datasets", args.datasets, "--model", args.model]
         self.command += [word for path in args.config for word in ("-c", path)] + args.overrides
-        given = {"files": args.config, "overrides": args.overrides, "registries": build.REGISTRIES}
-        self.settings = config.load_settings(datasets=args.datasets, model=args.model, **given)
-        self.task = build.build_task(self.settings.task)
+        given = {"files": args.config, "overrides": args.overrides, "registries": REGISTRIES}
+        self.settings = load_settings(datasets=args.datasets, model=args.model, **given)
+        self.task = build_task(self.settings.task)
         times = self.out / "times.json"
         self.seconds = json.loads(times.read_text()) if times.is_file() else {}
 
@@ -117,7 +120,7 @@ class Study:
         data = self.settings.data
         if data.columns.split is None or len(self.task.output_names) != 2:
             raise UserError("a study needs a cohort of two classes with a split column")
-        items, _ = build.load_cohort(data, self.task, name="study", seed=0, problems_file=None)
+        items, _ = load_cohort(data, self.task, name="study", seed=0, problems_file=None)
         table = pd.read_csv(data.labels, sep=None, engine="python", dtype=str)
         tests = [word for word, split in data.splits.items() if split == "test"]
         rest = table[~table[data.columns.split].isin(tests)]
@@ -145,7 +148,7 @@ class Study:
             asked += [f"select.every={-(-arm.epochs // self.validations)}"]
             self.step("launch/train.py", start_or_resume(asked, folder), folder.name)
         report = json.loads((folder / "metrics.json").read_text())
-        return {k: report["val"][report["judged"]][k]["value"] for k in ("auc", "log_loss")}
+        return {k: report["val"][report["selected"]][k]["value"] for k in ("auc", "log_loss")}
 
     def test(self, arm: Arm, lr: float, seed: int) -> Any:
         """What a run predicts for the test slides, in their order."""
@@ -166,7 +169,7 @@ class Study:
         log = self.out / "runs" / f"{name}.log"
         print(f"{time.strftime('%H:%M:%S')}  {script} {name}", flush=True)
         started = time.monotonic()
-        code = run_script(script, arguments, log)
+        code = run_command(script, arguments, log)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
         write_json(self.out / "times.json", self.seconds)
         if code:

@@ -37,7 +37,8 @@ from e2e.encoders.base import ENCODERS
 from e2e.errors import UserError, exit_code
 from e2e.files import write_atomically, write_json
 from e2e.heads.base import HEADS
-from e2e.metrics import Array, auc, case_weights, interval
+from e2e.metrics.bootstrap import case_weights, confidence_interval
+from e2e.metrics.values import Array, auc
 from e2e.registry import suggest
 from tools.study import ROOT, Arm, Study, choose, paired, plan
 
@@ -220,7 +221,7 @@ class Judge:
         return np.stack([table[f"prob_{self.last}"] for table in tables])
 
     def auc(self, tables: Sequence[pd.DataFrame]) -> Row:
-        """Each seed's AUC, and their mean with its interval."""
+        """Each seed's AUC, and their mean with its confidence_interval."""
         scores, once = self.scores(tables), np.ones((1, len(self.slides)))
         means, _ = paired({"all": scores}, self.positive, self.cases, draws=self.draws)
         each = [float(auc(row, self.positive, once)[0]) for row in scores]
@@ -249,7 +250,7 @@ class Judge:
         if a is None or b is None:
             return None
         weights = case_weights(self.cases, self.draws, seed=0)
-        return dict(interval(weights @ (a - b) / weights.sum(1)))
+        return dict(confidence_interval(weights @ (a - b) / weights.sum(1)))
 
 
 def report(
@@ -288,7 +289,7 @@ def report(
 
 
 def span(found: Mapping[str, float | None] | None) -> str:
-    """A value with its interval; empty where there is none."""
+    """A value with its confidence_interval; empty where there is none."""
     if found is None or found["value"] is None:
         return ""
     return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**found)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from e2e.encoders.base import ENCODERS, Encoder
 from e2e.encoders.lora import add_lora
 from e2e.encoders.timm import TimmEncoder, notice_offline, resampled
-from e2e.errors import UserError, listing
+from e2e.errors import UserError, format_list
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LUNIT = (0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464)
@@ -206,7 +206,7 @@ def _load(encoder: FoundationEncoder, card: Card, weights: str | None) -> None:
         faults = [line.strip() for line in str(error).splitlines()[1:]]
         raise UserError(
             f"{weights or card.source} does not fit the encoder '{encoder.model}'\n"
-            f"{listing(text if len(text) < 300 else f'{text[:300]} ...' for text in faults)}"
+            f"{format_list(text if len(text) < 300 else f'{text[:300]} ...' for text in faults)}"
         ) from error
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from e2e.errors import UserError, listing
+from e2e.errors import UserError, format_list
 
 ATTENTION = ("qkv", "q", "k", "v", "kv", "q_proj", "k_proj", "v_proj", "proj")
 """What the linear layers of an attention are called."""
@@ -74,7 +74,7 @@ def add_lora(
     absent = [end for end in wanted if not hits[end]]
     if len(absent) == len(wanted) or (targets is not None and absent):
         ends = sorted({".".join(name.split(".")[-2:]) for name in linear})
-        has = f"it has:\n{listing(ends)}" if ends else "it has no linear layers at all"
+        has = f"it has:\n{format_list(ends)}" if ends else "it has no linear layers at all"
         raise UserError(f"no linear layer of the encoder is called {' or '.join(absent)}; {has}")
     chosen = sorted({name for names in hits.values() for name in names})
     chosen = [name for name in chosen if linear[name].weight.requires_grad]

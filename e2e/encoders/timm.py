@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from e2e.encoders.base import ENCODERS, Encoder
 from e2e.encoders.lora import add_lora
-from e2e.errors import OneRankError, UserError, listing
+from e2e.errors import OneRankError, UserError, format_list
 
 
 class TimmEncoder(Encoder):
@@ -184,7 +184,7 @@ def load_weights(encoder: TimmEncoder, path: Path) -> None:
     ]
     faults = [f"missing: {k}" for k in missing] + [f"unknown: {k}" for k in unknown] + shapes
     if faults:
-        raise UserError(f"{path} does not fit the encoder '{encoder.model}'\n{listing(faults)}")
+        raise UserError(f"{path} does not fit the encoder '{encoder.model}'\n{format_list(faults)}")
     net.load_state_dict({k: found.get(k, wanted[k]) for k in wanted})
 
 

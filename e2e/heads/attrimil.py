@@ -14,10 +14,10 @@ from e2e.heads.base import (
     Head,
     HeadOutput,
     OfUpdate,
+    class_membership,
     class_numbers,
     clear_padding,
     mask_logits,
-    own_classes,
 )
 from e2e.heads.layers import AttentionMLP
 
@@ -176,7 +176,7 @@ class AttriMIL(Head):
             return None
         top_BC, oldest_2C, there_2C = (output.aux[k] for k in ("top", "oldest", "there"))
         count = top_BC.shape[1]
-        own_BC = own_classes(
+        own_BC = class_membership(
             target, count, loss="AttriMIL's ranking loss", without="head.rank_weight=0"
         )
         numbers_C = class_numbers(count, target.device)

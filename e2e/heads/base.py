@@ -100,7 +100,7 @@ def class_numbers(outputs: int, device: torch.device) -> Tensor:
     return torch.arange(outputs, device=device) + (outputs == 1)
 
 
-def own_classes(target: Tensor, outputs: int, *, loss: str, without: str) -> Tensor:
+def class_membership(target: Tensor, outputs: int, *, loss: str, without: str) -> Tensor:
     """(B, C) whether a bag is of the class of each output; of none where its label is not known.
 
     Args:

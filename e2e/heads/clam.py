@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from e2e.errors import UserError
-from e2e.heads.base import HEADS, BagLoss, Head, HeadOutput, clear_padding, mask_logits, own_classes
+from e2e.heads.base import (
+    HEADS,
+    BagLoss,
+    Head,
+    HeadOutput,
+    class_membership,
+    clear_padding,
+    mask_logits,
+)
 from e2e.heads.layers import AttentionMLP, projection, xavier_init
 from e2e.registry import suggest
 
@@ -157,7 +165,7 @@ class ClamSB(Head):
         highest_BCK, lowest_BCK, share_BK = (output.aux[k] for k in ("highest", "lowest", "share"))
         share_B1K = share_BK.unsqueeze(1)
         count = highest_BCK.shape[1]
-        own_BC = own_classes(
+        own_BC = class_membership(
             target, count, loss="CLAM's instance loss", without="head.instance_weight=0"
         )
         both_BCK = self._cost(highest_BCK) + self._cost(-lowest_BCK)

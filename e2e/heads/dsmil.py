@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from e2e.errors import UserError, listing
+from e2e.errors import UserError, format_list
 from e2e.heads.base import HEADS, BagLoss, Head, HeadOutput, clear_padding, mask_logits
 from e2e.heads.layers import attention_pool, projection, xavier_init
 
@@ -43,7 +43,7 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if unknown:
         raise UserError(
             "these are no weights of the published DSMIL, whose layers are "
-            f"{', '.join(PUBLISHED)}; found\n{listing(unknown)}"
+            f"{', '.join(PUBLISHED)}; found\n{format_list(unknown)}"
         )
     return {
         f"{PUBLISHED[layers[key]]}.{key.rpartition('.')[2]}": (

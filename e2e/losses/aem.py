@@ -7,7 +7,7 @@ from torch import Tensor
 
 from e2e.errors import UserError
 from e2e.heads.base import HeadOutput
-from e2e.losses.base import REGULARISERS, Regulariser, Weight, real_attention
+from e2e.losses.base import REGULARISERS, Regulariser, Weight, log_attention
 
 
 @REGULARISERS.register("aem")
@@ -72,7 +72,7 @@ class AttentionEntropy(Regulariser):
             # The softmax over the largest logits is the rescaled attention of those patches.
             largest = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).values
             output = output._replace(attention_logits=largest)
-        logs, real = real_attention(output)
+        logs, real = log_attention(output)
         negative = torch.where(real, logs.exp() * logs, 0.0).sum(dim=-1)
         if not self.normalise:
             return negative

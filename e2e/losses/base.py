@@ -84,7 +84,7 @@ class Regulariser(nn.Module):
 REGULARISERS: Registry[Regulariser] = Registry("regulariser")
 
 
-def real_attention(output: HeadOutput) -> tuple[Tensor, Tensor]:
+def log_attention(output: HeadOutput) -> tuple[Tensor, Tensor]:
     """(B,A,N) log attention, 0 on padding, and the mask (B,A,N) of what is real.
 
     Raises:

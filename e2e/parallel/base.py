@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from e2e.errors import UserError
+
 Tensors = dict[str, Tensor]
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 STEP = "step"
@@ -42,7 +44,7 @@ class Strategy:
         self.clip: float | None = None
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
@@ -135,20 +137,20 @@ class Strategy:
         """Sum over ranks; its gradient is the sum over ranks of the gradients."""
         return tensor
 
-    def sum(self, tensor: Tensor) -> None:
+    def all_reduce_sum(self, tensor: Tensor) -> None:
         """Sum over ranks, in place."""
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any) -> list[Any]:
         """One value of each rank, in rank order, on every rank."""
         return [value]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every rank is here."""
 
     def close(self) -> None:
         """Leave the process group."""
 
-    def agree(self, facts: Mapping[str, str]) -> None:
+    def check_agreement(self, facts: Mapping[str, str]) -> None:
         """Compare what all ranks must have alike, such as settings and cohort.
 
         Raises:
@@ -156,9 +158,30 @@ class Strategy:
         """
 
     @contextmanager
-    def watch(self) -> Iterator[None]:
+    def detect_lost_ranks(self) -> Iterator[None]:
         """Around the run: a rank that is lost ends the others with a LostRankError."""
         yield
+
+    @contextmanager
+    def fail_together(self) -> Iterator[None]:
+        """A UserError that any rank raises inside the block ends every rank with its message.
+
+        Every rank must enter and leave the block, and no collective may run inside.
+        """
+        message: str | None = None
+        try:
+            yield
+        except UserError as error:
+            message = str(error)
+        messages = self.gather_objects(message)
+        failed = [rank for rank, text in enumerate(messages) if text is not None]
+        if failed:
+            only = (
+                ""
+                if len(failed) == len(messages)
+                else f"\n  (on rank {failed[0]} of {len(messages)})"
+            )
+            raise UserError(f"{messages[failed[0]]}{only}")
 
     # Weights
 
@@ -170,17 +193,17 @@ class Strategy:
     def _piece(self, value: Tensor) -> Tensor:
         return value.detach()
 
-    def whole(self, shards: Mapping[str, Tensor]) -> Tensors:
+    def full_tensors(self, shards: Mapping[str, Tensor]) -> Tensors:
         """Full tensors on the CPU from pieces like :meth:`shards`. Every rank must call it.
 
         Returns:
             A copy, on rank 0; nothing elsewhere.
         """
-        if not self.leads:
+        if not self.is_leader:
             return {}
         return {name: value.detach().to("cpu", copy=True) for name, value in shards.items()}
 
-    def scatter(self, whole: Mapping[str, Tensor]) -> Tensors:
+    def shard(self, whole: Mapping[str, Tensor]) -> Tensors:
         """This rank's pieces, new and on the device, of full tensors which every rank gives."""
         state = self.model.state_dict(keep_vars=True)
         return {name: self._cut(state[name], value) for name, value in whole.items()}
@@ -201,7 +224,7 @@ class Strategy:
             shard.copy_(self._cut(state[name], whole[name]))
 
     @contextmanager
-    def whole_parameters(self, shards: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+    def full_parameters(self, shards: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
         """The plain model, which each rank may call by itself inside, as often as it likes.
 
         Not for training. Every rank enters and leaves.
@@ -230,10 +253,12 @@ class Strategy:
     # The optimiser's state
 
     def optimizer_tensors(self) -> Tensors:
-        """The optimiser's state as full CPU tensors ``<parameter>.<slot>``; see :meth:`whole`."""
+        """The optimiser's state as full CPU tensors ``<parameter>.<slot>``; see :meth:`full_tensors`."""
         found: Tensors = {}
         for slot, pieces in sorted(self._slots().items()):
-            full = Strategy.whole(self, pieces) if slot == STEP else self.whole(pieces)
+            full = (
+                Strategy.full_tensors(self, pieces) if slot == STEP else self.full_tensors(pieces)
+            )
             found |= {f"{name}.{slot}": value for name, value in full.items()}
         return found
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from e2e.errors import LostRankError, UserError, listing
+from e2e.errors import LostRankError, UserError, format_list
 from e2e.parallel.base import MakeOptimizer, Strategy
 
 LOST = re.compile(
@@ -24,7 +24,7 @@ LOST = re.compile(
 """What backends say when another rank is gone, or does not answer."""
 
 
-class Group(Strategy):
+class DistributedStrategy(Strategy):
     """A process group, and what its ranks tell each other; the base of the distributed strategies.
 
     Args:
@@ -35,7 +35,7 @@ class Group(Strategy):
         super().__init__(device)
         self.timeout = timedelta(seconds=timeout)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        with self.watch():
+        with self.detect_lost_ranks():
             if dist.is_initialized():  # by another strategy of this process
                 dist.set_timeout(self.timeout)
             elif "RANK" in os.environ:
@@ -57,17 +57,17 @@ class Group(Strategy):
         summed: Tensor = _Total.apply(tensor)  # pyright: ignore[reportAssignmentType]
         return summed
 
-    def sum(self, tensor: Tensor) -> None:
+    def all_reduce_sum(self, tensor: Tensor) -> None:
         """See :class:`Strategy`."""
         dist.all_reduce(tensor)
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any) -> list[Any]:
         """See :class:`Strategy`."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """See :class:`Strategy`."""
         dist.barrier()
 
@@ -75,9 +75,9 @@ class Group(Strategy):
         """See :class:`Strategy`."""
         dist.destroy_process_group()
 
-    def agree(self, facts: Mapping[str, str]) -> None:
+    def check_agreement(self, facts: Mapping[str, str]) -> None:
         """See :class:`Strategy`."""
-        everyone = self.gather(dict(facts))
+        everyone = self.gather_objects(dict(facts))
         faults = []
         for name in sorted({name for found in everyone for name in found}):
             ranks: dict[str, list[int]] = {}
@@ -88,12 +88,12 @@ class Group(Strategy):
                 faults.append(f"{name}: {'; '.join(told)}")
         if faults:
             raise UserError(
-                f"the processes of this run do not agree\n{listing(faults)}\n"
+                f"the processes of this run do not agree\n{format_list(faults)}\n"
                 "  start all of them with the same settings, data and software"
             )
 
     @contextmanager
-    def watch(self) -> Iterator[None]:
+    def detect_lost_ranks(self) -> Iterator[None]:
         """See :class:`Strategy`."""
         try:
             yield
@@ -108,7 +108,7 @@ class Group(Strategy):
             ) from error
 
 
-class DDP(Group):
+class DDP(DistributedStrategy):
     """A replica of the model in each process; gradients are averaged over ranks once a step."""
 
     def _wrap(self, make_optimizer: MakeOptimizer) -> None:

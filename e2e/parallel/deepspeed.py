@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from e2e.errors import UserError, listing
+from e2e.errors import UserError, format_list
 from e2e.parallel.base import STEP, MakeOptimizer, Tensors, lay_out_plainly
-from e2e.parallel.ddp import Group
+from e2e.parallel.ddp import DistributedStrategy
 
 OURS = {
     "optimizer": "optim.*",
@@ -42,7 +42,7 @@ OURS = {
 """Keys of the JSON which this program writes itself, and the setting that says what."""
 
 
-class DeepSpeed(Group):
+class DeepSpeed(DistributedStrategy):
     """The optimiser's state (stage 1), also gradients (2), also weights (3) in a piece on each rank.
 
     Float32 weights. At stage 3 all weights are gathered once before the forward and let go in
@@ -50,7 +50,7 @@ class DeepSpeed(Group):
 
     Args:
         config: JSON of DeepSpeed; see configs/deepspeed/.
-        timeout: see :class:`Group`.
+        timeout: see :class:`DistributedStrategy`.
     """
 
     def __init__(self, device: torch.device, config: Path, *, timeout: float = 1800) -> None:
@@ -61,7 +61,7 @@ class DeepSpeed(Group):
     def _wrap(self, make_optimizer: MakeOptimizer) -> None:
         wide = {n for n, p in self.model.named_parameters() if p.dtype != torch.float32}
         if wide:
-            raise UserError(f"DeepSpeed needs float32 weights; these are not\n{listing(wide)}")
+            raise UserError(f"DeepSpeed needs float32 weights; these are not\n{format_list(wide)}")
         lay_out_plainly(self.model)
         config = complete_config(
             self._asked, self._config_file, clip=self.clip, world_size=self.world_size
@@ -109,7 +109,7 @@ class DeepSpeed(Group):
     def _piece(self, value: Tensor) -> Tensor:
         return _partition(value).detach() if _is_partitioned(value) else super()._piece(value)
 
-    def whole(self, shards: Mapping[str, Tensor]) -> Tensors:
+    def full_tensors(self, shards: Mapping[str, Tensor]) -> Tensors:
         """See :class:`Strategy`."""
         live = self.model.state_dict(keep_vars=True)
         found: Tensors = {}
@@ -119,7 +119,7 @@ class DeepSpeed(Group):
                 at = self.rank * len(piece)
                 count = max(0, min(len(piece), like.ds_numel - at))
                 piece = self._assemble(piece[:count], at, like.ds_shape)
-            if self.leads:
+            if self.is_leader:
                 found[name] = piece.detach().to("cpu", copy=True)
         return found
 
@@ -172,7 +172,7 @@ class DeepSpeed(Group):
         found: Tensors = {}
         fragments = self._fragments()
         slots = {slot for f in fragments.values() for slot in self.optimizer.state[f.flat]}
-        for slot in sorted({slot for part in self.gather(slots) for slot in part}):
+        for slot in sorted({slot for part in self.gather_objects(slots) for slot in part}):
             for name, fragment in fragments.items():
                 value = self.optimizer.state[fragment.flat].get(slot)
                 if slot == STEP:
@@ -181,7 +181,7 @@ class DeepSpeed(Group):
                     flat = fragment.flat if value is None else value
                     piece = flat[fragment.start : fragment.start + fragment.count]
                     full = self._assemble(piece, fragment.at, fragment.shape)
-                if self.leads:
+                if self.is_leader:
                     found[f"{name}.{slot}"] = full.detach().to("cpu", copy=True)
         return found
 
@@ -278,7 +278,7 @@ def complete_config(
         if asked["zero_optimization"].get(key, value) != value:
             faults.append(f"zero_optimization.{key} must be {value}, or left out")
     if faults:
-        raise UserError(f"{path} contradicts the settings\n{listing(sorted(faults))}")
+        raise UserError(f"{path} contradicts the settings\n{format_list(sorted(faults))}")
     rest = {key: value for key, value in asked.items() if key not in OURS}
     rest["zero_optimization"] = {**asked["zero_optimization"], **zero}
     return {"steps_per_print": None, **rest, **ours}

@@ -11,10 +11,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from e2e.parallel.base import MakeOptimizer, Tensors, lay_out_plainly
-from e2e.parallel.ddp import Group
+from e2e.parallel.ddp import DistributedStrategy
 
 
-class FSDP2(Group):
+class FSDP2(DistributedStrategy):
     """Sharded at the root alone: one all-gather before the forward, one reduce-scatter after backward.
 
     So ranks may cut their bags into different numbers of chunks: a collective per block would hang.
@@ -49,14 +49,14 @@ class FSDP2(Group):
         value = value.detach()
         return value.to_local() if isinstance(value, DTensor) else value
 
-    def whole(self, shards: Mapping[str, Tensor]) -> Tensors:
+    def full_tensors(self, shards: Mapping[str, Tensor]) -> Tensors:
         """See :class:`Strategy`."""
         live = self.model.state_dict(keep_vars=True)
         found: Tensors = {}
         for name, piece in shards.items():
             full = _like(live[name], piece)
             full = full.full_tensor() if isinstance(full, DTensor) else full
-            if self.leads:
+            if self.is_leader:
                 found[name] = full.detach().to("cpu", copy=True)
         return found
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from e2e.errors import UserError
-from e2e.figures import Picture
-from e2e.metrics import LOWER_IS_BETTER, Array, Values
+from e2e.metrics.figures import Figure
+from e2e.metrics.values import LOWER_IS_BETTER, Array, Values
 from e2e.registry import Registry, suggest
 
 Numbers = float | list[float]
@@ -44,9 +44,9 @@ class Task:
     bags of all ranks at once, and means nothing for one alone."""
 
     pools = True
-    """Whether predictions of models that were fitted to other cases can be judged as one set."""
+    """Whether predictions of models that were fitted to other cases can be evaluated as one set."""
 
-    settles = False
+    fits_predictions = False
     """Whether :meth:`settle` is wanted, which costs a pass over the training slides."""
 
     def encode(self, words: Mapping[str, str]) -> Tensor:
@@ -75,7 +75,9 @@ class Task:
             KeyError, ValueError, TypeError: it is of a task with other options.
         """
 
-    def settle(self, kept: str, predicted: Array, targets: Array, cases: Sequence[str]) -> None:
+    def fit_to_predictions(
+        self, kept: str, predicted: Array, targets: Array, cases: Sequence[str]
+    ) -> None:
         """After the training: take what is wanted of what the kept weights say of the training slides.
 
         Args:
@@ -110,15 +112,15 @@ class Task:
         """
         raise NotImplementedError
 
-    def yardstick(self, metric: str) -> object:
+    def fitted_reference(self, metric: str) -> object:
         """What of the training cases ``metric`` is measured by; runs are compared where it is the same."""
         return ()
 
-    def pictures(self, predicted: Array, targets: Array) -> list[Picture]:
+    def figures(self, predicted: Array, targets: Array) -> list[Figure]:
         """What shows how well it went, for the same arguments as :meth:`metrics`."""
         raise NotImplementedError
 
-    def merit(self, found: Mapping[str, float | None]) -> tuple[float, float]:
+    def selection_key(self, found: Mapping[str, float | None]) -> tuple[float, float]:
         """What epochs are compared by, more being better: ``monitor``, then ``tie_break``.
 
         ``found`` are metrics; one that is not defined (None) is worse than any other.
@@ -126,7 +128,7 @@ class Task:
         first, second = (_worth(name, found[name]) for name in (self.monitor, self.tie_break))
         return first, second
 
-    def known(self, target: Tensor) -> bool:
+    def is_labelled(self, target: Tensor) -> bool:
         """Whether there is a label, be it in part."""
         there = target.isfinite() & ((target >= 0) | target.is_floating_point())
         return bool(there.any())
@@ -182,14 +184,14 @@ def choose_monitor(asked: str, default: str, names: Iterable[str]) -> str:
     return chosen
 
 
-def one_of(option: str, word: str, known: Sequence[str]) -> str:
+def check_choice(option: str, word: str, known: Sequence[str]) -> str:
     """``word``; UserError unless it is known."""
     if word not in known:
         raise UserError(f"unknown task.{option} '{word}'{suggest(word, known)}")
     return word
 
 
-def at_least(option: str, value: float, least: float) -> float:
+def check_at_least(option: str, value: float, least: float) -> float:
     """``value``; UserError when it is less or endless."""
     if not least <= value < math.inf:
         raise UserError(f"task.{option} must be at least {least:g} and finite, found {value:g}")

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.errors import UserError
-from e2e.figures import Picture, of_classes
-from e2e.metrics import Array, Values, classification_metrics
-from e2e.tasks.base import TASKS, Numbers, Task, at_least, choose_monitor, one_of
+from e2e.metrics.figures import Figure, classification_figures
+from e2e.metrics.values import Array, Values, classification_metrics
+from e2e.tasks.base import TASKS, Numbers, Task, check_at_least, check_choice, choose_monitor
 
 NO_LABEL = -1
 
@@ -62,8 +62,8 @@ class Classification(Task):
         self.prediction_columns = tuple(f"prob_{name}" for name in classes)
         self.num_outputs = len(classes)
         self.label_smoothing = label_smoothing
-        self.class_weights = one_of("class_weights", class_weights, ("none", "balanced"))
-        self.focal_gamma = at_least("focal_gamma", focal_gamma, 0)
+        self.class_weights = check_choice("class_weights", class_weights, ("none", "balanced"))
+        self.focal_gamma = check_at_least("focal_gamma", focal_gamma, 0)
         self.weights = [1.0] * len(classes)
         default = "auc" if len(classes) == 2 else "balanced_accuracy"
         tried = self.metrics(np.eye(2, len(classes)), np.arange(2.0), np.ones((1, 2)))
@@ -116,7 +116,7 @@ class Classification(Task):
         return len(self.output_names)
 
     def _counts(self, targets: Sequence[Tensor]) -> NDArray[np.int64]:
-        numbers = [int(target) for target in targets if self.known(target)]
+        numbers = [int(target) for target in targets if self.is_labelled(target)]
         return np.bincount(np.array(numbers, np.int64), minlength=self.num_classes)
 
     def state(self) -> dict[str, Any]:
@@ -154,18 +154,18 @@ class Classification(Task):
         return logits.float().softmax(dim=-1)
 
     def metrics(self, predicted: Array, targets: Array, weights: Array) -> Values:
-        """See :mod:`e2e.metrics`."""
+        """See :mod:`e2e.metrics.values`."""
         known = np.isfinite(targets)
         chances, labels = predicted[known], targets[known].astype(np.int64)
         return classification_metrics(
             chances, labels, weights[:, known], decided=self._decide(chances)
         )
 
-    def pictures(self, predicted: Array, targets: Array) -> list[Picture]:
-        """See :func:`e2e.figures.of_classes`."""
+    def figures(self, predicted: Array, targets: Array) -> list[Figure]:
+        """See :func:`e2e.metrics.figures.classification_figures`."""
         known = np.isfinite(targets)
         chances, labels = predicted[known], targets[known].astype(np.int64)
-        return of_classes(chances, labels, self.output_names, self._decide(chances))
+        return classification_figures(chances, labels, self.output_names, self._decide(chances))
 
     def _decide(self, probabilities: Array) -> NDArray[np.int64]:
         """(n,) the class that is predicted."""
@@ -173,7 +173,7 @@ class Classification(Task):
 
     def numbers(self, target: Tensor) -> Numbers:
         """Class number; NaN without a label."""
-        return float(target) if self.known(target) else math.nan
+        return float(target) if self.is_labelled(target) else math.nan
 
     def words(self, numbers: Numbers) -> list[str]:
         """The class in the table's word."""
@@ -202,7 +202,7 @@ class Classification(Task):
 
     def group(self, target: Tensor) -> int:
         """Its class; -1 where that is not known."""
-        return int(target) if self.known(target) else NO_LABEL
+        return int(target) if self.is_labelled(target) else NO_LABEL
 
     def kinds(self, target: Tensor) -> list[str]:
         """Its class."""

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.errors import UserError
-from e2e.metrics import Array
-from e2e.tasks.base import TASKS, one_of
+from e2e.metrics.values import Array
+from e2e.tasks.base import TASKS, check_choice
 from e2e.tasks.classification import Classification
 
 LOSSES = ("ce", "coral", "corn")
@@ -62,7 +62,7 @@ class Grading(Classification):
         class_weights: str = "none",
         monitor: str = "kappa_quadratic",
     ) -> None:
-        self.ordinal = one_of("loss", loss, LOSSES) != "ce"
+        self.ordinal = check_choice("loss", loss, LOSSES) != "ce"
         self.conditional = loss == "corn"
         super().__init__(
             classes=classes,
@@ -84,7 +84,7 @@ class Grading(Classification):
         number = super().encode(words)
         if not self.ordinal:
             return number
-        return number.float() if self.known(number) else torch.tensor(math.nan)
+        return number.float() if self.is_labelled(number) else torch.tensor(math.nan)
 
     def _cost(self, logits: Tensor, target: Tensor) -> Tensor:
         if not self.ordinal:

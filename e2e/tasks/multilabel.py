@@ -12,9 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from e2e.errors import UserError
-from e2e.figures import Picture, of_scores
-from e2e.metrics import Array, Values, multilabel_metrics
-from e2e.tasks.base import TASKS, Task, at_least, choose_monitor, is_code, one_of, other_code
+from e2e.metrics.figures import Figure, score_figures
+from e2e.metrics.values import Array, Values, multilabel_metrics
+from e2e.tasks.base import (
+    TASKS,
+    Task,
+    check_at_least,
+    check_choice,
+    choose_monitor,
+    is_code,
+    other_code,
+)
 
 LOSSES = ("bce", "asymmetric")
 
@@ -75,13 +83,13 @@ class Multilabel(Task):
         self.num_outputs = len(labels)
         self.positive = positive
         self.negative = other_code("negative", positive, negative, "that a label is not there")
-        self.asymmetric = one_of("loss", loss, LOSSES) == "asymmetric"
+        self.asymmetric = check_choice("loss", loss, LOSSES) == "asymmetric"
         self.gammas = (
-            at_least("gamma_positive", gamma_positive, 0),
-            at_least("gamma_negative", gamma_negative, 0),
+            check_at_least("gamma_positive", gamma_positive, 0),
+            check_at_least("gamma_negative", gamma_negative, 0),
         )
         self.shift = shift
-        self.class_weights = one_of("class_weights", class_weights, ("none", "balanced"))
+        self.class_weights = check_choice("class_weights", class_weights, ("none", "balanced"))
         self.weights = [[1.0, 1.0] for _ in labels]
         """Of each label where it is not there, and where it is."""
         none = np.zeros((0, len(labels)))
@@ -156,16 +164,16 @@ class Multilabel(Task):
         return logits.float().sigmoid()
 
     def metrics(self, predicted: Array, targets: Array, weights: Array) -> Values:
-        """See :func:`e2e.metrics.multilabel_metrics`."""
+        """See :func:`e2e.metrics.values.multilabel_metrics`."""
         return multilabel_metrics(predicted, targets, weights, names=self.output_names)
 
-    def pictures(self, predicted: Array, targets: Array) -> list[Picture]:
-        """See :func:`e2e.figures.of_scores`; of each label the slides where it is known."""
+    def figures(self, predicted: Array, targets: Array) -> list[Figure]:
+        """See :func:`e2e.metrics.figures.score_figures`; of each label the slides where it is known."""
         scores = {}
         for name, score, target in zip(self.output_names, predicted.T, targets.T, strict=True):
             known = np.isfinite(target)
             scores[name] = (score[known], target[known] == 1)
-        return of_scores(scores)
+        return score_figures(scores)
 
     def read(self, words: Sequence[str]) -> list[float]:
         """See :class:`Task`."""

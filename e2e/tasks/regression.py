@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from e2e.errors import UserError
-from e2e.figures import Picture, of_numbers
-from e2e.metrics import Array, Values, regression_metrics
-from e2e.tasks.base import TASKS, Task, choose_monitor, one_of
+from e2e.metrics.figures import Figure, regression_figures
+from e2e.metrics.values import Array, Values, regression_metrics
+from e2e.tasks.base import TASKS, Task, check_choice, choose_monitor
 
 LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
 
@@ -38,7 +38,7 @@ class Regression(Task):
 
     def __init__(self, *, column: str = "label", loss: str = "mse", monitor: str = "rmse") -> None:
         self.columns = self.output_names = (column,)
-        self._cost = LOSSES[one_of("loss", loss, tuple(LOSSES))]
+        self._cost = LOSSES[check_choice("loss", loss, tuple(LOSSES))]
         names = regression_metrics(np.zeros(0), np.zeros(0), np.ones((1, 0)))
         self.monitor = choose_monitor(monitor, "rmse", names)
         self.mean, self.sd = 0.0, 1.0
@@ -57,7 +57,7 @@ class Regression(Task):
 
     def fit(self, targets: Sequence[Tensor], cases: Sequence[str]) -> None:
         """Mean and standard deviation."""
-        known = np.array([float(target) for target in targets if self.known(target)])
+        known = np.array([float(target) for target in targets if self.is_labelled(target)])
         if len(set(known)) < 2:  # the deviation of equal numbers may be a rounding error
             raise UserError(
                 f"the training slides have {len(set(known))} different number(s) in column "
@@ -85,13 +85,13 @@ class Regression(Task):
         return self.mean + self.sd * logits.double()
 
     def metrics(self, predicted: Array, targets: Array, weights: Array) -> Values:
-        """See :func:`e2e.metrics.regression_metrics`."""
+        """See :func:`e2e.metrics.values.regression_metrics`."""
         return regression_metrics(predicted[:, 0], targets, weights)
 
-    def pictures(self, predicted: Array, targets: Array) -> list[Picture]:
-        """See :func:`e2e.figures.of_numbers`."""
+    def figures(self, predicted: Array, targets: Array) -> list[Figure]:
+        """See :func:`e2e.metrics.figures.regression_figures`."""
         known = np.isfinite(targets)
-        return of_numbers(predicted[known, 0], targets[known], self.columns[0])
+        return regression_figures(predicted[known, 0], targets[known], self.columns[0])
 
     def shown(self, predicted: Sequence[float]) -> tuple[int, str]:
         """The number."""
@@ -103,7 +103,7 @@ class Regression(Task):
 
     def describe(self, targets: Sequence[Tensor]) -> str:
         """Mean, standard deviation and range."""
-        known = np.array([float(target) for target in targets if self.known(target)])
+        known = np.array([float(target) for target in targets if self.is_labelled(target)])
         if not len(known):
             return "no label"
         ends = f"{known.min():.4g} to {known.max():.4g}"

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from e2e.errors import UserError
-from e2e.figures import Picture, of_survival
 from e2e.losses.survival import cox_loss, discrete_nll
-from e2e.metrics import Array, Values, ratio
-from e2e.survival_metrics import Baseline, Censoring, survival_metrics
-from e2e.tasks.base import TASKS, Task, choose_monitor, is_code, one_of, other_code
+from e2e.metrics.figures import Figure, survival_figures
+from e2e.metrics.survival import Baseline, Censoring, survival_metrics
+from e2e.metrics.values import Array, Values, ratio
+from e2e.tasks.base import TASKS, Task, check_choice, choose_monitor, is_code, other_code
 
 LOSSES = ("nll", "cox")
 TIES = ("efron", "breslow")
@@ -37,7 +37,7 @@ class Survival(Task):
     Metrics besides Harrell's C use the censoring of the training cases, and the times at which
     ``bins`` intervals meet (:attr:`times`). Up to these ``cox`` has chances S(t) = exp(-H0(t)
     exp(risk)) to be without an event, with H0 of the training cases' risks by the weights that are
-    kept (one pass over them after the training); see :class:`e2e.survival_metrics.Baseline`.
+    kept (one pass over them after the training); see :class:`e2e.metrics.survival.Baseline`.
 
     Args:
         event: the code in ``event_column`` that means the event was seen. Tables differ (1 is an
@@ -83,8 +83,8 @@ class Survival(Task):
             )
         self.event, self.censored = event, other_code("censored", event, censored, "censored")
         self.columns = (event_column, time_column)
-        self.cox = self.whole_update = one_of("loss", loss, LOSSES) == "cox"
-        self.bins, self.alpha, self.ties = bins, alpha, one_of("ties", ties, TIES)
+        self.cox = self.whole_update = check_choice("loss", loss, LOSSES) == "cox"
+        self.bins, self.alpha, self.ties = bins, alpha, check_choice("ties", ties, TIES)
         self.num_outputs = 1 if self.cox else bins
         self.prediction_columns = _columns(0 if self.cox else bins)
         of_curves = () if self.cox else ("integrated_brier", "survival_nll")
@@ -94,7 +94,9 @@ class Survival(Task):
         self.edges: list[float] = []
         """Where one interval ends and the next begins; cut by :meth:`fit`."""
         self.censoring: Censoring | None = None
-        self.settles = one_of("baseline", baseline, BASELINES) == "breslow" and self.cox
+        self.fits_predictions = (
+            check_choice("baseline", baseline, BASELINES) == "breslow" and self.cox
+        )
         self.baselines: dict[str, Baseline] = {}
         """Of each kept weights' risks; found by :meth:`settle`."""
         self.baseline: Baseline | None = None
@@ -116,7 +118,7 @@ class Survival(Task):
 
     def fit(self, targets: Sequence[Tensor], cases: Sequence[str]) -> None:
         """The intervals and the censoring of the training cases; each counts once."""
-        once = {case: t for case, t in zip(cases, targets, strict=True) if self.known(t)}
+        once = {case: t for case, t in zip(cases, targets, strict=True) if self.is_labelled(t)}
         table = np.array([t.tolist() for t in once.values()]).reshape(-1, 2)
         time, event = table[:, 0], table[:, 1] == 1
         if not event.any():
@@ -137,7 +139,7 @@ class Survival(Task):
 
     @property
     def times(self) -> Array:
-        """(T,) the last moments before :attr:`edges`, at which chances are judged.
+        """(T,) the last moments before :attr:`edges`, at which probabilities are evaluated.
 
         A time on an edge is of the interval that begins there, so the chance to outlive the interval
         before is one to be without an event *before* the edge. That is another number where times are
@@ -168,7 +170,9 @@ class Survival(Task):
             for kept, found in state.get("baselines", {}).items()
         }
 
-    def settle(self, kept: str, predicted: Array, targets: Array, cases: Sequence[str]) -> None:
+    def fit_to_predictions(
+        self, kept: str, predicted: Array, targets: Array, cases: Sequence[str]
+    ) -> None:
         """The baseline hazard of these risks; a case counts once, however many its slides."""
         known = np.isfinite(targets).all(axis=1)
         time, event = targets[known].T
@@ -214,7 +218,7 @@ class Survival(Task):
         return torch.cat([-alive.sum(dim=1, keepdim=True), alive], dim=1)
 
     def metrics(self, predicted: Array, targets: Array, weights: Array) -> Values:
-        """See :mod:`e2e.survival_metrics`; and ``survival_nll``, the mean loss of ``nll`` at alpha 0."""
+        """See :mod:`e2e.metrics.survival`; and ``survival_nll``, the mean loss of ``nll`` at alpha 0."""
         several = len(self.edges) > 1
         curve = predicted[:, 1:]
         found = survival_metrics(
@@ -230,8 +234,8 @@ class Survival(Task):
         undefined = np.full(len(weights), np.nan)
         return {name: found.get(name, undefined) for name in self.metric_names}
 
-    def yardstick(self, metric: str) -> object:
-        """The times that are judged, and the censoring; of Harrell's C nothing."""
+    def fitted_reference(self, metric: str) -> object:
+        """The times that are evaluated, and the censoring; of Harrell's C nothing."""
         known = self.censoring
         if metric == "c_index" or known is None:
             return ()
@@ -239,13 +243,13 @@ class Survival(Task):
         censoring = (known.times.tolist(), known.chance.tolist())
         return times, () if metric == "survival_nll" else censoring
 
-    def pictures(self, predicted: Array, targets: Array) -> list[Picture]:
-        """See :func:`e2e.figures.of_survival`."""
+    def figures(self, predicted: Array, targets: Array) -> list[Figure]:
+        """See :func:`e2e.metrics.figures.survival_figures`."""
         known = np.isfinite(targets).all(axis=1)
         time, event = targets[known].T
         curve = predicted[known, 1 : 1 + len(self.edges)]
         survival = curve if curve.size else None
-        return of_survival(
+        return survival_figures(
             predicted[known, 0], time, event == 1, survival=survival, edges=self.times.tolist()
         )
 
@@ -266,7 +270,7 @@ class Survival(Task):
 
     def group(self, target: Tensor) -> int:
         """1 with an event, 0 when censored, -1 where that is not known."""
-        return int(target[1]) if self.known(target) else -1
+        return int(target[1]) if self.is_labelled(target) else -1
 
     def kinds(self, target: Tensor) -> list[str]:
         """An event, if it is one: without any no two cases can be compared."""
@@ -274,7 +278,7 @@ class Survival(Task):
 
     def describe(self, targets: Sequence[Tensor]) -> str:
         """How many events there are, and by which code."""
-        known = [target.tolist() for target in targets if self.known(target)]
+        known = [target.tolist() for target in targets if self.is_labelled(target)]
         if not known:
             return "no label"
         times, events = [time for time, _ in known], sum(event == 1 for _, event in known)

@@ -13,7 +13,7 @@ import openslide
 from numpy.typing import NDArray
 from PIL import Image
 
-from e2e.errors import DamagedDataError, UserError, listing
+from e2e.errors import DamagedDataError, UserError, format_list
 
 SUFFIXES = (
     *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".vms", ".vmu"),
@@ -169,7 +169,7 @@ def find_slides(folder: Path) -> list[Path]:
     if twice:
         raise UserError(
             f"{len(twice)} slide ids (file names without suffix) are taken by more than one file "
-            f"under {folder}; rename or remove one of each\n{listing(twice)}"
+            f"under {folder}; rename or remove one of each\n{format_list(twice)}"
         )
     return paths
 

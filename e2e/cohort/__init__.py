@@ -1,0 +1,1 @@
+"""From a label table to labelled slides: tables, splits, folds and their checks."""

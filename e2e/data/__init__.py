@@ -1,1 +1,0 @@
-"""From slides and tables to bags: stores, cohorts, splits, sampling, decoding."""

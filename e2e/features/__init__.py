@@ -1,0 +1,1 @@
+"""Frozen features of slides in the formats of several tools."""

@@ -1,0 +1,1 @@
+"""JPEG decoding and augmentation on the device."""

@@ -1,0 +1,1 @@
+"""Predictions of whole slides, their metrics, heatmaps and tables."""

@@ -1,0 +1,1 @@
+"""Runs from settings to results: the only package that reads Settings."""

@@ -1,0 +1,138 @@
+"""Evaluate a trained run again: on its own cohort, or on one that it has never seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from e2e.bags.spec import LabelledSlide
+from e2e.cohort.splits import EXTERNAL
+from e2e.errors import UserError, format_list
+from e2e.files import create_folder
+from e2e.log import Screen
+from e2e.parallel import Strategy, pick_device
+from e2e.reports.evaluate import evaluate_run
+from e2e.runs.folder import BEST, write_inputs
+from e2e.runs.parts import (
+    PROTOCOLS,
+    REGISTRIES,
+    Parts,
+    build_strategy,
+    build_task,
+    prepare,
+    selected_weights,
+)
+from e2e.settings.layers import saved_settings
+from e2e.settings.schema import Settings
+
+
+def evaluate(settings: Settings, folder: Path, out: Path, *, external: bool = False) -> None:
+    """Evaluate the selected epoch of the run in ``folder`` and write the results to ``out``.
+
+    ``out`` also receives the settings, cohort and task, so that tools can read it like a run folder.
+
+    Args:
+        external: the slides belong to a cohort that the run has never seen. All of them are the test
+            set, whatever splits the table has.
+
+    Raises:
+        UserError: the head, or the order of the classes, is not the run's; or see
+            :func:`e2e.runs.train.train`.
+    """
+    _check_same_model(settings, folder)
+    if external:
+        settings = _without_splits(settings)
+    strategy = build_strategy(settings.engine, pick_device(settings.engine.device))
+    screen = Screen(strategy.is_leader)
+    try:
+        with strategy.detect_lost_ranks():
+            with strategy.fail_together():
+                parts = prepare(
+                    settings,
+                    strategy.device,
+                    run=folder,
+                    problems_file=problems_file(out) if strategy.is_leader else None,
+                    protocol=EXTERNAL if external else None,
+                )
+            strategy.setup(parts.model, None, clip=None)
+            create_folder(out)
+            with strategy.fail_together():
+                if strategy.is_leader and out.resolve() != folder.resolve():
+                    write_inputs(
+                        out,
+                        settings,
+                        slides=parts.items,
+                        problems=parts.problems,
+                        task=parts.task,
+                        features=parts.features,
+                    )
+            if external and (seen := _cases_seen_in_training(parts.items, folder)):
+                screen.say(
+                    f"NOTE {len(seen)} case(s) have names that also occur in the run's training or "
+                    "validation cases; if they are the same patients, the results are no estimate for new "
+                    f"ones\n{format_list(seen)}"
+                )
+            write_evaluation(settings, folder, out, parts, strategy, screen)
+    finally:
+        screen.pause()
+        strategy.close()
+
+
+def write_evaluation(
+    settings: Settings, folder: Path, out: Path, parts: Parts, strategy: Strategy, screen: Screen
+) -> None:
+    """Evaluate the selected epoch of ``folder`` with these parts, and write the results to ``out``."""
+    evaluate_run(
+        parts.model,
+        folder / BEST,
+        parts.items,
+        task=parts.task,
+        view=parts.view,
+        selected=selected_weights(settings.optim, settings.select),
+        chosen_on=PROTOCOLS[settings.run.protocol].chosen_on,
+        draws=settings.run.bootstrap,
+        heatmaps=settings.run.heatmaps,
+        out=out,
+        strategy=strategy,
+        screen=screen,
+    )
+    screen.say(f"results: {out}/metrics.json, predictions.csv, figures/, heatmaps/")
+
+
+def problems_file(out: Path) -> Path:
+    """Where the unusable rows of a cohort are listed: beside the folder of the results."""
+    return out.with_name(f"{out.name}.problems.csv")
+
+
+def _check_same_model(settings: Settings, folder: Path) -> None:
+    """Raise UserError if head or outputs differ from the run's, even where its weights would fit."""
+    saved = saved_settings(folder, [], REGISTRIES)
+    if settings.head.name != saved.head.name:
+        raise UserError(
+            f"{folder / BEST} holds weights of the head '{saved.head.name}', not of "
+            f"'{settings.head.name}'\n  leave head.name as the run has it"
+        )
+    trained, requested = (build_task(s.task).output_names for s in (saved, settings))
+    if trained != requested and sorted(trained) == sorted(requested):
+        raise UserError(
+            f"the outputs of {folder} are, in this order, {', '.join(trained)}; "
+            f"found {', '.join(requested)}\n"
+            "  leave task.classes, or task.labels, as the run has them"
+        )
+
+
+def _without_splits(settings: Settings) -> Settings:
+    """The settings without splits, and without further magnifications, which only training uses."""
+    columns = replace(settings.data.columns, split=None)
+    data = replace(settings.data, columns=columns, split_file=None, fold=None, scales=[])
+    return replace(settings, data=data, bag=replace(settings.bag, shares=[]))
+
+
+def _cases_seen_in_training(items: Sequence[LabelledSlide], folder: Path) -> list[str]:
+    """Cases with names that occur in the training or validation split of the run."""
+    cohort = pd.read_csv(folder / "cohort.csv", dtype=str, keep_default_na=False)
+    seen = set(cohort.loc[cohort["split"].isin(("train", "val")), "case"])
+    return sorted({item.slide.case for item in items} & seen)

@@ -1,0 +1,428 @@
+"""From settings to parts: the one place where a section becomes the objects it describes."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import e2e.encoders
+import e2e.heads
+import e2e.losses
+import e2e.tasks  # noqa: F401  (each import registers its plug-ins)
+from e2e.bags.cache import FeatureRowReader, PixelCache
+from e2e.bags.loader import TrainingLoader, subset_slides
+from e2e.bags.readers import PixelRowReader
+from e2e.bags.sampler import SAMPLERS
+from e2e.bags.spec import BagSpec, LabelledSlide
+from e2e.cohort.features import describe_features
+from e2e.cohort.load import load_cohort, store_files
+from e2e.cohort.splits import AS_PUBLISHED, HONEST, Protocol
+from e2e.cohort.table import Problem
+from e2e.encoders.base import ENCODERS
+from e2e.engine.model import MILModel
+from e2e.errors import UserError
+from e2e.heads.base import HEADS, Head
+from e2e.images.augment import AUGMENTS
+from e2e.images.decode import build_decoder, set_threads
+from e2e.losses.base import REGULARISERS, Regulariser
+from e2e.memory import free_memory, parse_bytes
+from e2e.parallel import Strategy, allow_tf32, autocast_dtype
+from e2e.parallel import build_strategy as named_strategy
+from e2e.runs.folder import check_same_features, load_task
+from e2e.settings.layers import CONFIGS
+from e2e.settings.schema import BagSettings, Data, Engine, Optim, Plugin, Select, Settings
+from e2e.store.open import open_store
+from e2e.tasks.base import TASKS, Task
+from e2e.training.losses import check_losses
+from e2e.training.trainer import Schedule
+
+REGISTRIES = {
+    "encoder": ENCODERS,
+    "head": HEADS,
+    "task": TASKS,
+    "sampler": SAMPLERS,
+    "augment": AUGMENTS,
+    "losses": REGULARISERS,
+}
+
+
+PROTOCOLS = {"honest": HONEST, "as_published": AS_PUBLISHED}
+
+
+def build_task(plugin: Plugin) -> Task:
+    """The task of the settings, which has seen no training slides yet."""
+    return TASKS.build(plugin.name, **plugin.options)
+
+
+def on_features(settings: Settings) -> bool:
+    """Whether the run reads frozen features (the two-stage mode), and not patches."""
+    return bool(getattr(ENCODERS.factory(settings.encoder.name), "given", False))
+
+
+def build_model(
+    settings: Settings,
+    task: Task,
+    device: torch.device,
+    *,
+    trained: bool,
+    width: int | None = None,
+) -> MILModel:
+    """Encoder and head, initialised from the run's seed.
+
+    Args:
+        width: of the cohort's features; None for patches.
+        trained: weights will be loaded from a checkpoint, so none are fetched for the encoder.
+    """
+    engine = settings.engine
+    options = dict(settings.encoder.options)
+    pretrained = bool(options.get("pretrained") or options.get("weights"))
+    if width is not None:
+        if options["dim"] not in (0, width):
+            raise UserError(
+                f"encoder.dim={options['dim']}, but the features are of width {width}\n"
+                "  leave encoder.dim out, or set data.features to those of the encoder meant"
+            )
+        options["dim"] = width
+    if trained:
+        options |= {k: v for k, v in (("pretrained", False), ("weights", None)) if k in options}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(settings.run.seed)
+        encoder = ENCODERS.build(settings.encoder.name, **options)
+        head = build_head(settings.head, encoder.dim, task.num_outputs)
+    regularisers = build_regularisers(settings, head, encoder.dim)
+    policy = engine.batch_norm
+    has_norms = any(isinstance(module, _BatchNorm) for module in encoder.modules())
+    if policy == "auto":
+        policy = "frozen" if pretrained or not has_norms else "chunk"
+    if has_norms:
+        _check_policy(engine, policy)
+    if engine.checkpoint_blocks:
+        encoder.checkpoint_blocks()
+    model = MILModel(
+        encoder,
+        head,
+        chunk=sys.maxsize if encoder.given else engine.chunk,
+        batch_norm=policy,
+        # Not where weights may lie in pieces; a compiled encoder fuses by itself; blocks that are
+        # checkpointed are encoded again when the folded weights are gone.
+        fold=engine.fold
+        and not engine.compile
+        and not engine.checkpoint_blocks
+        and engine.strategy in ("auto", "ddp"),
+        train_encoder=settings.optim.train_encoder,
+        autocast=autocast_dtype(engine.precision, device),
+        keep_graphs=engine.keep_graphs,
+        verify=engine.verify,
+        regularisers=regularisers,
+    )
+    if engine.compile and not encoder.given:
+        _check_graphs(engine, device)
+        model.compile(cuda_graphs=engine.cuda_graphs)
+    return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def build_head(plugin: Plugin, in_dim: int, num_outputs: int) -> Head:
+    """The head of the settings; UserError where an option's value makes no head."""
+    endless = [
+        k for k, v in plugin.options.items() if isinstance(v, float) and not math.isfinite(v)
+    ]
+    try:
+        if endless:
+            raise ValueError(f"{endless[0]} is not finite")
+        return HEADS.build(plugin.name, in_dim, num_outputs, **plugin.options)
+    except (ValueError, RuntimeError, ZeroDivisionError, AssertionError) as error:
+        given = ", ".join(f"{key}={value}" for key, value in plugin.options.items())
+        raise UserError(
+            f"head '{plugin.name}' cannot be built: {error}\n  its options are {given}"
+        ) from error
+
+
+def build_regularisers(settings: Settings, head: Head, dim: int) -> list[Regulariser]:
+    """Those with a weight, each asked whether it goes with the head."""
+    # All are built, so that a wrong option is told even where the weight is 0.
+    built = [REGULARISERS.build(name, **options) for name, options in settings.losses.items()]
+    made = [regulariser for regulariser in built if regulariser.weight.peak]
+    if made:
+        with torch.random.fork_rng([]):
+            example = head(torch.zeros(1, 2, dim), torch.ones(1, 2, dtype=torch.bool))
+        for regulariser in made:
+            regulariser.check(example)
+    return made
+
+
+def build_strategy(engine: Engine, device: torch.device) -> Strategy:
+    """Where, over how many processes and in which float32 arithmetic the run goes."""
+    allow_tf32(engine.precision)
+    file = Path(engine.deepspeed)
+    return named_strategy(
+        device,
+        engine.strategy,
+        deepspeed=file if file.is_file() else CONFIGS.parent / file,
+        timeout=60 * engine.timeout,
+    )
+
+
+def _check_graphs(engine: Engine, device: torch.device) -> None:
+    """UserError where CUDA graphs are asked for without CUDA."""
+    if engine.cuda_graphs and device.type != "cuda":
+        raise UserError(
+            f"engine.cuda_graphs=true needs a CUDA device; this run is on {device.type}\n"
+            "  set engine.cuda_graphs=false"
+        )
+
+
+def _check_policy(engine: Engine, policy: str) -> None:
+    """UserError where an option of the engine does not go with the BatchNorm policy."""
+    for option in ("compile", "checkpoint_blocks"):
+        if getattr(engine, option) and policy != "frozen":
+            why = {
+                "compile": "pads chunks to one shape, and padding would enter the statistics",
+                "checkpoint_blocks": "runs BatchNorm a second time, which would move the statistics",
+            }[option]
+            raise UserError(
+                f"engine.{option}=true does not go with engine.batch_norm={policy}: it {why}\n"
+                f"  set engine.batch_norm=frozen, or engine.{option}=false"
+            )
+
+
+def build_view(data: Data, bag: BagSettings, device: torch.device, *, features: bool) -> BagSpec:
+    """What evaluation sees of a slide: all patches, as stored but for their size; or all features."""
+    if features:
+        free = free_memory(torch.device("cpu")) / 2
+        return BagSpec(
+            FeatureRowReader(int(free) if data.cache == "auto" else parse_bytes(data.cache))
+        )
+    if data.workers is not None:
+        set_threads(data.workers)
+    return BagSpec(PixelRowReader(build_decoder(data.decoder, device), bag.size, bgr=data.bgr))
+
+
+def build_loader(
+    settings: Settings,
+    items: Sequence[LabelledSlide],
+    view: BagSpec,
+    *,
+    model: MILModel,
+    task: Task,
+) -> TrainingLoader:
+    """The bags of the training slides; ``view`` is that of evaluation."""
+    engine, bag = settings.engine, settings.bag
+    sight = view.reader
+    if isinstance(sight, PixelRowReader):
+        sight = replace(
+            sight,
+            augment=AUGMENTS.build(settings.augment.name, bag.size, **settings.augment.options),
+            keep=None if engine.keep == "none" else engine.keep,
+        )
+    return TrainingLoader(
+        items=items,
+        view=BagSpec(
+            sight,
+            seed=settings.run.seed,
+            bag_size=bag.patches,
+            sampler=SAMPLERS.build(settings.sampler.name, **settings.sampler.options),
+            shares=tuple(bag.shares),
+            copies=bag.copies,
+            shared_crops=bag.shared_crops,
+        ),
+        bags=settings.optim.bags,
+        chunk=engine.chunk,
+        shard_over={"slide": None, "bag": 0, "auto": engine.shard_over}[engine.shard],
+        full=engine.compile,
+        one_piece=model.batch_norm.one_piece,
+        whole=model.encoder.given,
+        groups=[task.group(item.target) for item in items] if settings.optim.balance else None,
+    )
+
+
+def build_validation(
+    settings: Settings, items: Sequence[LabelledSlide], view: BagSpec, task: Task
+) -> tuple[list[LabelledSlide], BagSpec]:
+    """What the epochs are compared on: slides of validation, and what is seen of them each time."""
+    select, seed = settings.select, settings.run.seed
+    cache = (
+        PixelCache(parse_bytes(select.cache)) if isinstance(view.reader, PixelRowReader) else None
+    )
+    seen = replace(view, seed=seed, bag_size=select.patches, cache=cache)
+    return subset_slides(items, select.slides, group=task.group, seed=seed), seen
+
+
+def selected_weights(optim: Optim, select: Select) -> str:
+    """Whose validation selects the epoch, and whose predictions count: ``model`` or ``ema``."""
+    selected = select.weights
+    if selected == "auto":
+        selected = "ema" if optim.ema else "model"
+    if selected == "ema" and not optim.ema:
+        raise UserError("select.weights=ema needs optim.ema over 0")
+    return selected
+
+
+def build_schedule(
+    optim: Optim, select: Select, *, save_every: int, max_bad_steps: int, rescore: int
+) -> Schedule:
+    """What the trainer needs of the settings."""
+    return Schedule(
+        lr=optim.lr,
+        encoder_lr=optim.encoder_lr,
+        layer_decay=optim.layer_decay,
+        optimizer=optim.name,
+        schedule=optim.schedule,
+        weight_decay=optim.weight_decay,
+        epochs=optim.epochs,
+        warmup_epochs=optim.warmup_epochs,
+        clip=optim.clip,
+        ema=optim.ema,
+        validate_every=select.every,
+        patience=select.patience,
+        min_epochs=select.min_epochs,
+        selected=selected_weights(optim, select),
+        save_every=save_every,
+        max_bad_steps=max_bad_steps,
+        rescore=rescore,
+    )
+
+
+def first_recipe(data: Data) -> dict[str, Any]:
+    """How the patches of ``data.stores`` were made; UserError when no file of them is there."""
+    for entry in data.stores:
+        for path in store_files(entry):
+            return open_store(path).recipe
+    raise UserError(f"no file matches data.stores={data.stores}")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, before a strategy wraps the model."""
+
+    task: Task
+    items: list[LabelledSlide]
+    view: BagSpec
+    """How evaluation reads a slide: all of its patches, or features."""
+    model: MILModel
+    problems: list[Problem]
+    """Rows and slides of the cohort that were left out."""
+    features: dict[str, Any] | None
+    """Which features the run uses, in the two-stage mode; see :func:`describe_features`."""
+
+    def of_split(self, split: str) -> list[LabelledSlide]:
+        """The slides of one split."""
+        return [item for item in self.items if item.slide.split == split]
+
+
+def prepare(
+    settings: Settings,
+    device: torch.device,
+    *,
+    run: Path | None,
+    problems_file: Path | None,
+    protocol: Protocol | None = None,
+) -> Parts:
+    """Load the cohort, fit the task and build the model.
+
+    Args:
+        run: folder of a trained run, from which the fitted task is read and whose weights will be
+            loaded, so that no pretrained ones are fetched; None for a new run.
+        problems_file: where unusable rows are listed; None on ranks other than the leader.
+        protocol: what the splits are used for; None for the run's own.
+    """
+    plugin = settings.task
+    task = build_task(plugin) if run is None else load_task(plugin.name, plugin.options, run)
+    two_stage = on_features(settings)
+    items, problems = load_slides(
+        settings,
+        task,
+        features=two_stage,
+        problems_file=problems_file,
+        protocol=protocol or PROTOCOLS[settings.run.protocol],
+    )
+    if run is None:
+        fit_task(settings, task, items)
+    features = describe_features(items) if two_stage else None
+    if features and run is not None:
+        check_same_features(features, run)
+    return make_parts(
+        settings, task, items, device, trained=run is not None, problems=problems, features=features
+    )
+
+
+def load_slides(
+    settings: Settings,
+    task: Task,
+    *,
+    features: bool,
+    problems_file: Path | None,
+    protocol: Protocol,
+) -> tuple[list[LabelledSlide], list[Problem]]:
+    """The cohort as :func:`e2e.cohort.load.load_cohort` has it.
+
+    Raises:
+        UserError: see there; or an update has too few bags for the task.
+    """
+    if task.whole_update and settings.optim.bags < 2:
+        raise UserError(
+            "the task's loss compares the bags of an update: optim.bags must be 2 or more, found 1"
+        )
+    return load_cohort(
+        settings.data,
+        task,
+        name=settings.names.get("datasets", ""),
+        seed=settings.run.seed,
+        size=settings.bag.size,
+        problems_file=problems_file,
+        features=features,
+        protocol=protocol,
+    )
+
+
+def fit_task(settings: Settings, task: Task, items: Sequence[LabelledSlide]) -> None:
+    """Fit the task to the slides that the run's protocol has; UserError where nothing can be learned."""
+    splits = PROTOCOLS[settings.run.protocol].fitted_to
+    learned = [item for item in items if item.slide.split in splits]
+    task.fit([item.target for item in learned], [item.slide.case for item in learned])
+
+
+def make_parts(
+    settings: Settings,
+    task: Task,
+    items: list[LabelledSlide],
+    device: torch.device,
+    *,
+    trained: bool,
+    problems: list[Problem],
+    features: dict[str, Any] | None,
+) -> Parts:
+    """The model and what it sees of the slides.
+
+    Args:
+        trained: weights will be loaded, so none are fetched.
+        problems: what of the cohort was left out.
+        features: of :func:`e2e.cohort.features.describe_features`; None for patches.
+
+    Raises:
+        UserError: the settings make no model, or the head needs places that a slide does not have.
+    """
+    view = build_view(settings.data, settings.bag, device, features=features is not None)
+    width = features["width"] if features else None
+    model = build_model(settings, task, device, trained=trained, width=width)
+    for item in items if model.head.needs_coords else []:
+        view.check_places(item)
+    return Parts(task, items, view, model, problems, features)
+
+
+def check_training(settings: Settings, parts: Parts, device: torch.device, world_size: int) -> None:
+    """UserError where training would fail: all that can be told before the first step."""
+    selected_weights(settings.optim, settings.select)
+    train, model = parts.of_split("train"), parts.model
+    loader = build_loader(settings, train, parts.view, model=model, task=parts.task)
+    loader.check(world_size, settings.optim.epochs)
+    if any(regulariser.needs_coords for regulariser in model.regularisers):
+        for item in train:
+            parts.view.check_places(item)
+    check_losses(model, parts.task, train[0].target, device)

@@ -1,0 +1,144 @@
+"""Predict slides without labels with a trained run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from e2e.bags.spec import LabelledSlide
+from e2e.cohort.features import check_values, describe_features
+from e2e.cohort.load import open_feature_readers
+from e2e.files import create_folder
+from e2e.log import Screen
+from e2e.parallel import Strategy, pick_device
+from e2e.reports.evaluate import heatmap_drawer, write_predictions
+from e2e.reports.evaluate import predict as predict_slides
+from e2e.runs.folder import BEST, check_same_features, load_task
+from e2e.runs.parts import (
+    first_recipe,
+    make_parts,
+    on_features,
+    selected_weights,
+)
+from e2e.settings.schema import Settings
+from e2e.slides import Slide
+from e2e.store.lmdb import PatchStore
+from e2e.store.pack import Progress, Report, Row, pack
+from e2e.store.records import SlideReader
+from e2e.store.sources import SlideFiles, read_mpp
+from e2e.tasks.base import Task
+from e2e.training.checkpoint import check_weights, load_checkpoint, select_prefix
+from e2e.wsi.slide import find_slides
+from e2e.wsi.tiling import Tiling
+
+PARTLY_DONE = 3
+"""Exit code: done, but some slides failed; they are listed."""
+
+
+def predict(
+    settings: Settings,
+    folder: Path,
+    slides: Path,
+    out: Path,
+    *,
+    mpp_override: Path | None,
+    workers: int,
+) -> int:
+    """Predict slides and draw a heatmap of each.
+
+    Slides are cut with the tiling of the run's training slides.
+
+    Args:
+        slides: a slide file or a folder of them; for a two-stage run, a file or folder of features.
+
+    Returns:
+        0, or 3 when some slides could not be read or hold no tissue.
+
+    Raises:
+        UserError: the features come from another encoder, or cannot be used.
+    """
+    tensors, _ = load_checkpoint(folder / BEST)
+    screen = Screen(is_leader=True)
+    create_folder(out)
+    selected = selected_weights(settings.optim, settings.select)
+    task = load_task(settings.task.name, settings.task.options, folder).of(selected)
+    features, packed = None, None
+    if on_features(settings):
+        items, features = _read_features(settings, slides, folder, task, screen)
+    else:
+        packed = _pack_like_training(settings, slides, out, mpp_override, workers, screen)
+        items = _unlabelled([PatchStore(out / "slides.lmdb")], task)
+    strategy = Strategy(pick_device(settings.engine.device))
+    parts = make_parts(
+        settings, task, items, strategy.device, trained=True, problems=[], features=features
+    )
+    weights = select_prefix(selected, tensors)
+    strategy.setup(parts.model, None, clip=None)
+    check_weights(strategy.shapes, weights, folder / BEST)
+    strategy.load(weights)
+    with_coords = [item for item in items if item.record.coords is not None]
+    predictions = predict_slides(
+        parts.model,
+        items,
+        task=task,
+        view=parts.view,
+        strategy=strategy,
+        screen=screen,
+        draw=heatmap_drawer(task, parts.view.reader, out / "heatmaps", with_coords),
+    )
+    write_predictions(predictions, task, out / "predictions.csv")
+    screen.say(f"{len(predictions)} slides predicted: {out}/predictions.csv, {out}/heatmaps/")
+    if packed and packed.problems:
+        screen.say(f"{len(packed.problems)} slides could not be predicted, see {packed.quarantine}")
+        return PARTLY_DONE
+    return 0
+
+
+def _read_features(
+    settings: Settings, path: Path, folder: Path, task: Task, screen: Screen
+) -> tuple[list[LabelledSlide], dict[str, Any]]:
+    """The slides of a file or folder of features, checked against those the run was trained on."""
+    data = replace(settings.data, features=[str(path)])
+    items = _unlabelled(open_feature_readers(data), task)
+    features = describe_features(items)
+    check_same_features(features, folder)
+    check_values(items, screen)
+    return items, features
+
+
+def _pack_like_training(
+    settings: Settings,
+    slides: Path,
+    out: Path,
+    mpp_override: Path | None,
+    workers: int,
+    screen: Screen,
+) -> Report:
+    """Pack slides into ``out/slides.lmdb`` by the recipe of the run's training store."""
+    recipe = first_recipe(settings.data)
+    mpp_by_slide = read_mpp(mpp_override) if mpp_override else {}
+    tiling = Tiling.from_recipe(recipe)
+    source = SlideFiles(find_slides(slides), tiling, recipe["quality"], mpp_by_slide)
+    return pack(source, out / "slides.lmdb", workers=workers, progress=_PackProgress(screen))
+
+
+def _unlabelled(stores: Sequence[SlideReader], task: Task) -> list[LabelledSlide]:
+    unknown = task.encode(dict.fromkeys(task.columns, ""))
+    return [
+        LabelledSlide(Slide(id=slide, case=slide, split="", target={}), store, unknown)
+        for store in stores
+        for slide in store.slides
+    ]
+
+
+class _PackProgress(Progress):
+    """Prints one line for each packed slide."""
+
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+
+    def finished(self, row: Row) -> None:
+        """See the base class."""
+        self._screen.say(f"{row.slide}: {row.status}, {row.patches} patches {row.reason}".rstrip())

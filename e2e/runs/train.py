@@ -1,0 +1,248 @@
+"""Train a run from settings to a folder of results."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from e2e.bags.readers import PixelRowReader
+from e2e.bags.spec import LabelledSlide
+from e2e.cohort.features import check_values
+from e2e.engine.model import MILModel
+from e2e.files import write_json
+from e2e.log import TRACKERS, MetricsLog, Screen, clock
+from e2e.parallel import Strategy, pick_device
+from e2e.reports.evaluate import arrays_of, patch_attention, score
+from e2e.reports.evaluate import predict as predict_slides
+from e2e.runs.evaluate import problems_file, write_evaluation
+from e2e.runs.folder import BEST, TASK, check_is_new, locked, write_inputs
+from e2e.runs.parts import (
+    PROTOCOLS,
+    Parts,
+    build_loader,
+    build_schedule,
+    build_strategy,
+    build_validation,
+    check_training,
+    prepare,
+    selected_weights,
+)
+from e2e.settings.layers import dump_settings, flatten_settings
+from e2e.settings.schema import Settings
+from e2e.training.checkpoint import check_weights, load_checkpoint, select_prefix
+from e2e.training.trainer import LAST, Trainer
+
+
+def train(settings: Settings, folder: Path, *, resume: bool) -> None:
+    """Train in ``folder`` (new, or with ``resume`` a stopped run's), then evaluate the selected epoch.
+
+    Raises:
+        UserError: the folder is in use; data, weights or settings are wrong, or differ between ranks.
+        LostRankError: another process of the run died or does not answer.
+    """
+    strategy = build_strategy(settings.engine, pick_device(settings.engine.device))
+    screen = Screen(strategy.is_leader)
+    try:
+        with strategy.detect_lost_ranks(), ExitStack() as lock:
+            if resume:
+                _lock_together(lock, folder, strategy)
+            # A run that was stopped before its first checkpoint starts again, pretrained weights and all.
+            has_checkpoint = resume and (folder / LAST).is_file()
+            with strategy.fail_together():
+                if strategy.is_leader and not resume:
+                    check_is_new(folder)
+                parts = prepare(
+                    settings,
+                    strategy.device,
+                    run=folder if has_checkpoint else None,
+                    problems_file=problems_file(folder) if strategy.is_leader else None,
+                )
+                check_training(settings, parts, strategy.device, strategy.world_size)
+            if not has_checkpoint:
+                _check_evaluation_features(parts, strategy, screen)
+                if not resume:
+                    _lock_together(lock, folder, strategy)
+                _write_inputs_together(settings, folder, parts, strategy)
+            strategy.check_agreement(_facts(settings, parts.items))
+            _fit(settings, folder, parts, strategy, screen, resume=resume)
+            _fit_task_to_predictions(settings, folder, parts, strategy, screen)
+            write_evaluation(settings, folder, folder, parts, strategy, screen)
+    finally:
+        screen.pause()
+        strategy.close()
+
+
+def _lock_together(lock: ExitStack, folder: Path, strategy: Strategy) -> None:
+    with strategy.fail_together():
+        if strategy.is_leader:
+            lock.enter_context(locked(folder))
+
+
+def _write_inputs_together(
+    settings: Settings, folder: Path, parts: Parts, strategy: Strategy
+) -> None:
+    with strategy.fail_together():
+        if strategy.is_leader:
+            write_inputs(
+                folder,
+                settings,
+                slides=parts.items,
+                problems=parts.problems,
+                task=parts.task,
+                features=parts.features,
+            )
+
+
+def _check_evaluation_features(parts: Parts, strategy: Strategy, screen: Screen) -> None:
+    """Read the features of validation and test now, before hours of training; each rank its share.
+
+    Those of the training slides are all read in the first epoch.
+    """
+    with strategy.fail_together():
+        if parts.features is not None:
+            later = [item for item in parts.items if item.slide.split != "train"]
+            check_values(later[strategy.rank :: strategy.world_size], screen)
+
+
+def _facts(settings: Settings, items: list[LabelledSlide]) -> dict[str, str]:
+    """What must be the same on all ranks, as short texts."""
+    cohort = [(item.slide, item.store.count(item.slide.id), item.target.tolist()) for item in items]
+    digest = hashlib.sha256(repr(cohort).encode()).hexdigest()[:12]
+    return {"torch": torch.__version__, "cohort": digest, **flatten_settings(settings)}
+
+
+def _fit(
+    settings: Settings,
+    folder: Path,
+    parts: Parts,
+    strategy: Strategy,
+    screen: Screen,
+    *,
+    resume: bool,
+) -> None:
+    """Train to the end; the weights of the selected epoch are in the folder afterwards."""
+    log = MetricsLog(None)
+    try:
+        if strategy.is_leader:
+            trackers = [TRACKERS[k](folder, dump_settings(settings)) for k in settings.run.track]
+            log = MetricsLog(folder / "metrics.jsonl", trackers)
+        _print_summary(screen, settings, parts, strategy)
+        trainer = _build_trainer(settings, folder, parts, strategy, log, screen)
+        if resume:
+            trainer.resume()
+        started = time.monotonic()
+        trainer.fit()
+        screen.say(f"trained in {clock(time.monotonic() - started)}")
+    finally:
+        screen.pause()
+        log.close()
+
+
+def _build_trainer(
+    settings: Settings,
+    folder: Path,
+    parts: Parts,
+    strategy: Strategy,
+    log: MetricsLog,
+    screen: Screen,
+) -> Trainer:
+    task, train_slides = parts.task, parts.of_split("train")
+    loader = build_loader(settings, train_slides, parts.view, model=parts.model, task=task)
+    val_slides = parts.of_split(PROTOCOLS[settings.run.protocol].chosen_on)
+    val_slides, val_view = build_validation(settings, val_slides, parts.view, task)
+
+    def validate(model: MILModel) -> dict[str, float | None]:
+        predictions = predict_slides(
+            model, val_slides, task=task, view=val_view, strategy=strategy, screen=screen
+        )
+        return {name: m["value"] for name, m in score(predictions, task, draws=0).items()}
+
+    def score_patches(model: MILModel) -> dict[str, Tensor]:
+        return patch_attention(model, train_slides, task, parts.view, strategy, screen)
+
+    return Trainer(
+        parts.model,
+        task=task,
+        loader=loader,
+        strategy=strategy,
+        schedule=build_schedule(
+            settings.optim,
+            settings.select,
+            save_every=settings.run.save_every,
+            max_bad_steps=settings.engine.max_bad_steps,
+            rescore=settings.bag.rescore,
+        ),
+        validate=validate,
+        score_patches=score_patches if loader.view.sampler.uses_scores else None,
+        folder=folder,
+        log=log,
+        screen=screen,
+    )
+
+
+def _fit_task_to_predictions(
+    settings: Settings, folder: Path, parts: Parts, strategy: Strategy, screen: Screen
+) -> None:
+    """Fit what the task takes from predictions of the training slides by the selected weights."""
+    if not parts.task.fits_predictions:
+        return
+    strategy.barrier()  # for the rank that writes the checkpoint
+    selected = selected_weights(settings.optim, settings.select)
+    weights = select_prefix(selected, load_checkpoint(folder / BEST)[0])
+    check_weights(strategy.shapes, weights, folder / BEST)
+    with strategy.full_parameters(strategy.shard(weights)):
+        predictions = predict_slides(
+            parts.model,
+            parts.of_split("train"),
+            task=parts.task,
+            view=parts.view,
+            strategy=strategy,
+            screen=screen,
+        )
+    parts.task.fit_to_predictions(selected, *arrays_of(predictions), [p.case for p in predictions])
+    if strategy.is_leader:
+        write_json(folder / TASK, parts.task.state())
+
+
+def _print_summary(screen: Screen, settings: Settings, parts: Parts, strategy: Strategy) -> None:
+    """What is about to run, in a few lines."""
+    if settings.run.protocol != "honest":
+        screen.say(
+            "NOTE run.protocol=as_published: validation is part of the test, the epoch is chosen on the test"
+            " slides, and the task is fitted to all cases; the figures of test are no estimate of new slides"
+        )
+    for split in ("train", "val", "test"):
+        slides = parts.of_split(split)
+        patches = sum(item.store.count(item.slide.id) for item in slides)
+        screen.say(
+            f"{split:5}  {len(slides)} {settings.data.unit}s, {patches:,} patches: "
+            f"{parts.task.describe([item.target for item in slides])}"
+        )
+    model, reader = parts.model, parts.view.reader
+    encoder_size, head_size = (_millions(m) for m in (model.encoder, model.head))
+    devices = f"{strategy.world_size} x {strategy.device} ({type(strategy).__name__})"
+    bags = f"{settings.optim.bags} bags an update of {settings.bag.patches or 'all'} patches"
+    precision = model.autocast or torch.float32
+    if isinstance(reader, PixelRowReader):
+        trainable = _millions(model.encoder, trainable=True)
+        screen.say(
+            f"{settings.encoder.name} ({encoder_size} M parameters, {trainable} M trainable) + "
+            f"{settings.head.name} ({head_size} M) on {devices}; {bags}, chunks of {model.chunk}; "
+            f"BatchNorm {model.batch_norm.name}, {precision}; JPEG {reader.decoder.name} "
+            f"{reader.decoder.note}".rstrip()
+        )
+    else:
+        screen.say(
+            f"features of width {model.encoder.dim} + {settings.head.name} ({head_size} M) on {devices}; "
+            f"{bags}; {precision}"
+        )
+
+
+def _millions(module: torch.nn.Module, *, trainable: bool = False) -> str:
+    parameters = (p for p in module.parameters() if p.requires_grad or not trainable)
+    return f"{sum(p.numel() for p in parameters) / 1e6:.2f}"

@@ -1,0 +1,1 @@
+"""Typed settings: schema, YAML layers, command line."""

@@ -1,0 +1,1 @@
+"""Patch stores: JPEG patches of slides in LMDB, made and read."""

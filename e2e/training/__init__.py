@@ -1,0 +1,1 @@
+"""The training loop, its losses, optimiser and checkpoints."""
