@@ -26,8 +26,8 @@ with warnings.catch_warnings():
     from sksurv.datasets import load_gbsg2, load_whas500
 
 from e2e.losses.survival import cox_loss
-from e2e.metrics.figures import Curves, survival_figures
 from e2e.metrics import survival as sm
+from e2e.metrics.figures import Curves, survival_figures
 
 SAVED = json.loads((Path(__file__).parent / "lifelines.json").read_text())
 LOAD = {"whas500": load_whas500, "gbsg2": load_gbsg2}

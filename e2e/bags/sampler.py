@@ -49,7 +49,7 @@ class Sampler:
             seed: of the run.
             epoch: 0-based.
             scale: number of the store, so that scales of equal count are drawn independently.
-            turn: how often the slide came before in this epoch, see :func:`~e2e.bags.epoch_plan.repeat_counts`.
+            turn: how often the slide came before in this epoch, see ``epoch_plan.repeat_counts``.
             coords: (count, 2) x and y of the patches, in any unit.
             scores: (count,) what the patches are worth, higher is better; None where not known.
 
