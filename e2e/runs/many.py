@@ -14,7 +14,7 @@ from typing import Any
 from e2e.errors import UserError, format_list
 from e2e.files import write_json
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def start_or_resume(command: Sequence[str], folder: Path) -> list[str]:

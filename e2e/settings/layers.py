@@ -18,7 +18,7 @@ from e2e.errors import UserError
 from e2e.registry import Registry, suggest
 from e2e.settings.schema import PLAIN, Plugin, Settings, _check
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 Layer = tuple[str, dict[str, Any]]
