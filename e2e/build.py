@@ -6,7 +6,8 @@ import glob
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +33,7 @@ from e2e.data.cohort import (
     read_table,
     write_problems,
 )
-from e2e.data.decode import build_decoder, set_threads
+from e2e.data.decode import build_decoder, decoder_threads
 from e2e.data.feature_rows import FeatureCache
 from e2e.data.features import FeatureStore, common_width, made_by, may_be_same, open_features
 from e2e.data.loader import LabelledSlide, TrainingLoader, View, label_slides, some_slides
@@ -59,7 +60,7 @@ from e2e.log import Screen
 from e2e.losses.base import REGULARISERS, Regulariser
 from e2e.memory import free_memory, parse_bytes
 from e2e.model import MILModel
-from e2e.parallel import Strategy, allow_tf32, autocast_dtype
+from e2e.parallel import Strategy, autocast_dtype, float32_precision
 from e2e.parallel import build_strategy as named_strategy
 from e2e.tasks.base import TASKS, Task
 from e2e.trainer import Schedule
@@ -200,9 +201,18 @@ def build_regularisers(settings: Settings, head: Head, dim: int) -> list[Regular
     return made
 
 
+@contextmanager
+def process_settings(settings: Settings) -> Iterator[None]:
+    """Apply what the settings say of the whole process inside the block, and restore it afterwards.
+
+    These are the precision of float32 products and the number of decoder threads.
+    """
+    with float32_precision(settings.engine.precision), decoder_threads(settings.data.workers):
+        yield
+
+
 def build_strategy(engine: Engine, device: torch.device) -> Strategy:
-    """Where, over how many processes and in which float32 arithmetic the run goes."""
-    allow_tf32(engine.precision)
+    """Where and over how many processes the run goes."""
     file = Path(engine.deepspeed)
     return named_strategy(
         device,
@@ -240,8 +250,6 @@ def build_view(data: Data, bag: BagSettings, device: torch.device, *, features: 
     if features:
         free = free_memory(torch.device("cpu")) / 2
         return View(FeatureCache(int(free) if data.cache == "auto" else parse_bytes(data.cache)))
-    if data.workers is not None:
-        set_threads(data.workers)
     return View(Look(build_decoder(data.decoder, device), bag.size, bgr=data.bgr))
 
 

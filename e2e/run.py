@@ -23,6 +23,7 @@ from e2e.build import REGISTRIES as REGISTRIES
 from e2e.checkpoint import check_weights, load_checkpoint, part
 from e2e.config import Settings, dump_settings, flat_settings, saved_settings
 from e2e.data.cohort import Problem, Slide
+from e2e.data.decode import decoder_threads
 from e2e.data.loader import LabelledSlide, View
 from e2e.data.pack import Progress, Report, Row, pack
 from e2e.data.pixels import Look
@@ -88,6 +89,11 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
             the same on all ranks.
         LostRankError: another process of the run died or hangs.
     """
+    with build.process_settings(settings):
+        _train(settings, folder, resume=resume)
+
+
+def _train(settings: Settings, folder: Path, *, resume: bool) -> None:
     strategy = build.build_strategy(settings.engine, pick_device(settings.engine.device))
     screen = Screen(strategy.leads)
     log = MetricsLog(None)
@@ -186,6 +192,11 @@ def evaluate(settings: Settings, folder: Path, out: Path, *, external: bool = Fa
         )
     if external:
         settings = _without_splits(settings)
+    with build.process_settings(settings):
+        _evaluate_into(settings, folder, out, external=external)
+
+
+def _evaluate_into(settings: Settings, folder: Path, out: Path, *, external: bool) -> None:
     strategy = build.build_strategy(settings.engine, pick_device(settings.engine.device))
     screen = Screen(strategy.leads)
     ways = EXTERNAL if external else None
@@ -427,6 +438,20 @@ def predict(
     Raises:
         UserError: the features are of another encoder, or cannot be used.
     """
+    # Products of float32 keep the precision of this process, whatever engine.precision says.
+    with decoder_threads(settings.data.workers):
+        return _predict(settings, folder, slides, out, mpp_override=mpp_override, workers=workers)
+
+
+def _predict(
+    settings: Settings,
+    folder: Path,
+    slides: Path,
+    out: Path,
+    *,
+    mpp_override: Path | None,
+    workers: int,
+) -> int:
     best = folder / "best.safetensors"
     tensors, _ = load_checkpoint(best)
     screen = Screen(leads=True)

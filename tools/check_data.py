@@ -309,7 +309,8 @@ def report(args: argparse.Namespace, settings: Settings, task: Task, screen: Scr
     for line in lines:
         screen.say(line)
     if real:
-        check_model(settings, task, items)
+        with build.process_settings(settings):
+            check_model(settings, task, items)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
