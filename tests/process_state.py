@@ -28,8 +28,8 @@ from e2e.registry import Registry
 SEED = 0
 """Every test, and every file, starts from this seed."""
 
-OF_PYTEST = {"PYTEST_CURRENT_TEST"}
-"""Environment variables that change from test to test."""
+UNCHECKED_VARIABLES = {"PYTEST_CURRENT_TEST", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
+"""Environment variables that pytest sets for each test, and scikit-learn when it is imported."""
 
 State = dict[str, Any]
 """Name of a setting of the process -> its value."""
@@ -42,7 +42,8 @@ def read_state() -> State:
     """
     state: State = {
         "warnings.filters": list(warnings.filters),
-        "sys.path": list(sys.path),
+        # setuptools adds a folder of its own when it is imported.
+        "sys.path": [p for p in sys.path if not p.endswith("setuptools/_vendor")],
         "working directory": os.getcwd(),
         "torch.get_num_threads()": torch.get_num_threads(),
         "torch.get_num_interop_threads()": torch.get_num_interop_threads(),
@@ -72,7 +73,7 @@ def read_state() -> State:
     for name, value in read_tf32_settings().items():
         state[f"torch: {name}"] = value
     for name, value in os.environ.items():
-        if name not in OF_PYTEST:
+        if name not in UNCHECKED_VARIABLES:
             state[f"os.environ[{name!r}]"] = value
     for registry, names in read_registries().items():
         state[f"registry of {registry}"] = names

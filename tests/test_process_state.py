@@ -8,15 +8,24 @@ import random
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from e2e import run
+from e2e.build import REGISTRIES
+from e2e.config import Settings, settings_of, train_parser
 from e2e.data.decode import decoder_threads
 from e2e.encoders.base import ENCODERS
+from e2e.errors import UserError
+from e2e.extract import extract
 from e2e.parallel import float32_precision
-from tests.process_state import find_changes, fixed_seeds, read_state, shuffle_files
+from tests import test_launch, test_two_stage
+from tests.process_state import State, find_changes, fixed_seeds, read_state, shuffle_files
+from tests.test_launch import cohort as patch_cohort  # noqa: F401
+from tests.test_two_stage import cohort as feature_cohort  # noqa: F401
 
 
 def forbid_tf32_in_convolutions(_: pytest.MonkeyPatch) -> None:
@@ -179,3 +188,97 @@ def test_random_order_keeps_the_tests_of_a_file_together(pytester):
         orders.append([file for file, _ in ran])
     assert orders[0] == orders[1] != orders[2]
     assert orders[0] != sorted(orders[0])
+
+
+# --- runs ---
+
+
+def read_state_and_generators() -> tuple[State, list[object]]:
+    """The state of the process, and of the global random number generators."""
+    numpy = [
+        value.tolist() if isinstance(value, np.ndarray) else value
+        for value in np.random.get_state()
+    ]
+    return read_state(), [random.getstate(), numpy, torch.get_rng_state().tolist()]
+
+
+def assert_leaves_no_trace(run: Callable[[], object]) -> None:
+    """Run once more: importing a library, which happens once, may set what it likes."""
+    run()
+    before, generators = read_state_and_generators()
+    run()
+    after, generators_after = read_state_and_generators()
+    assert find_changes(before, after) == []
+    assert generators_after == generators
+
+
+def train(arguments: list[str], out: Path, *, strategy: str = "auto") -> tuple[Settings, Path]:
+    """Train one epoch in a new folder, with settings that change the process."""
+    arguments += ["optim.epochs=1", "engine.precision=fp32", "data.workers=3"]
+    arguments += [f"engine.strategy={strategy}", f"run.out={unused_path(out)}"]
+    settings, folder = settings_of(train_parser("").parse_args(arguments), REGISTRIES)
+    run.train(settings, folder, resume=False)
+    return settings, folder
+
+
+def unused_path(path: Path) -> Path:
+    """``path`` with the first number behind it that is free."""
+    return next(
+        p for p in (path.with_name(f"{path.name}{k}") for k in range(100)) if not p.exists()
+    )
+
+
+def test_training_evaluation_and_prediction_leave_the_process_unchanged(feature_cohort, tmp_path):  # noqa: F811
+    arguments = test_two_stage.arguments(feature_cohort)
+    assert_leaves_no_trace(lambda: train(arguments, tmp_path / "run"))
+    settings, folder = train(arguments, tmp_path / "run")
+    assert_leaves_no_trace(lambda: run.evaluate(settings, folder, tmp_path / "again"))
+
+    def predict() -> int:
+        out = unused_path(tmp_path / "predicted")
+        slides = feature_cohort / "feats"
+        return run.predict(settings, folder, slides, out, mpp_override=None, workers=1)
+
+    assert_leaves_no_trace(predict)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "fsdp"])
+def test_training_end_to_end_leaves_the_process_unchanged(patch_cohort, tmp_path, strategy):  # noqa: F811
+    arguments = test_launch.arguments(patch_cohort, tmp_path)
+    assert_leaves_no_trace(lambda: train(arguments, tmp_path / "run", strategy=strategy))
+
+
+def test_deepspeed_leaves_the_process_unchanged(patch_cohort, tmp_path):  # noqa: F811
+    # Once: a second run under DeepSpeed in one process fails in DeepSpeed itself.
+    before, generators = read_state_and_generators()
+    train(test_launch.arguments(patch_cohort, tmp_path), tmp_path / "run", strategy="deepspeed")
+    after, generators_after = read_state_and_generators()
+    assert find_changes(before, after) == []
+    assert generators_after == generators
+    assert "LOCAL_RANK" not in os.environ
+
+
+def test_a_failed_run_leaves_the_process_unchanged(patch_cohort, tmp_path):  # noqa: F811
+    arguments = test_launch.arguments(
+        patch_cohort,
+        tmp_path,
+        "engine.cuda_graphs=true",
+        "engine.compile=true",
+        "engine.batch_norm=chunk",
+    )
+
+    def fail() -> None:
+        with pytest.raises(UserError):
+            train(arguments, tmp_path / "run")
+
+    assert_leaves_no_trace(fail)
+
+
+def test_extraction_leaves_the_process_unchanged(make_store, tmp_path):
+    store = make_store({"a": 3, "b": 2})
+
+    def extract_all() -> None:
+        out = unused_path(tmp_path / "features")
+        assert extract([store], "test_resnet", {"pretrained": False}, out, precision="fp32") == 0
+
+    assert_leaves_no_trace(extract_all)
