@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import hypothesis
@@ -16,13 +16,71 @@ from PIL import Image
 
 from e2e.store.lmdb import PatchStore, StoreWriter
 from e2e.store.records import SlideRecord
+from tests.process_state import find_changes, fixed_seeds, read_state, shuffle_files
 
 # No deadline: how long an example takes says nothing on a machine that others use too.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+pytest_plugins = ["pytester"]
 RECIPE = {"mpp": 0.5, "patch_px": 32}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--random-order SEED``."""
+    parser.addoption(
+        "--random-order",
+        type=int,
+        metavar="SEED",
+        help="run the test files in an order drawn from SEED (the tests of a file keep theirs)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest-xdist would start with the longest files, whatever their order."""
+    if config.getoption("random_order") is not None and config.pluginmanager.hasplugin("xdist"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the files in the order of ``--random-order``."""
+    seed = config.getoption("random_order")
+    if seed is not None:
+        places = shuffle_files([str(item.path) for item in items], seed)
+        items.sort(key=lambda item: places[str(item.path)])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _file_leaves_the_process_unchanged() -> Iterator[list[str]]:
+    """Fail the last test of a file whose module fixtures leave state of the process changed."""
+    before, reported = read_state(), list[str]()
+    with fixed_seeds():
+        yield reported
+    after = read_state()
+    for state in (before, after):
+        del state["warnings.filters"]  # pytest itself sets and restores them, test by test
+    if changes := [line for line in find_changes(before, after) if line not in reported]:
+        pytest.fail("this file leaves the process changed:\n" + "\n".join(changes), pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def _test_leaves_the_process_unchanged(
+    _file_leaves_the_process_unchanged: list[str],
+) -> Iterator[None]:
+    """Fail a test that leaves state of the process changed, so that tests pass in any order.
+
+    Random numbers are the exception: a test may seed and draw from the global generators. Each test and
+    each file starts from the same seed, and their state is restored, so no test depends on another. That
+    training and evaluation leave the generators alone is a test of its own (tests/test_process_state.py).
+    """
+    before = read_state()
+    with fixed_seeds():
+        yield
+    if changes := find_changes(before, read_state()):
+        _file_leaves_the_process_unchanged += changes
+        pytest.fail("this test leaves the process changed:\n" + "\n".join(changes), pytrace=False)
 
 
 def picture(seed: int = 0, width: int = 32, height: int | None = None) -> Image.Image:

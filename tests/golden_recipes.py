@@ -201,13 +201,17 @@ def platform_facts() -> dict[str, str]:
     fields = dict(
         (part.strip() for part in line.split(":", 1)) for line in info.split("\n\n")[0].splitlines()
     )
-    vector_units = (f for f in fields.get("flags", "").split() if f.startswith(("avx", "amx", "fma")))
+    vector_units = (
+        f for f in fields.get("flags", "").split() if f.startswith(("avx", "amx", "fma"))
+    )
     return {
         "torch": torch.__version__,
         "timm": timm.__version__,
         "numpy": np.__version__,
         "machine": f"{platform.system()} {platform.machine()}",
-        "cpu": " ".join(fields.get(k, "") for k in ("model name", "cpu family", "model", "cache size")),
+        "cpu": " ".join(
+            fields.get(k, "") for k in ("model name", "cpu family", "model", "cache size")
+        ),
         "vector_units": " ".join(sorted(vector_units)),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "mkldnn": str(torch.backends.mkldnn.is_available()),
@@ -235,7 +239,12 @@ def run_recipes(names: Sequence[str], data: Path, out: Path) -> dict[str, Result
         _start(["-m", "tests.golden_recipes", "--train", json.dumps(single)])
     for name in names:
         if name in RANKS:
-            ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS[name]}"]
+            ranks = [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={RANKS[name]}",
+            ]
             _start([*ranks, "launch/train.py", *lines[name]])
     return {name: read_result(out / name) for name in names}
 
@@ -298,7 +307,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=f"of {', '.join(RECIPES)}; none: all")
+    parser.add_argument(
+        "recipes", nargs="*", metavar="RECIPE", help=f"of {', '.join(RECIPES)}; none: all"
+    )
     parser.add_argument("--write", action="store_true", help="write the golden files")
     parser.add_argument("--out", type=Path, default=GOLDEN, help="folder to write them to")
     parser.add_argument("--train", metavar="JSON", help=argparse.SUPPRESS)

@@ -11,6 +11,7 @@ import io
 import multiprocessing
 import threading
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,7 @@ from e2e.images.decode import (
     SimpleJpeg,
     UndecodableError,
     build_decoder,
-    set_threads,
+    decoder_threads,
 )
 from tests.conftest import jpeg, picture, pixels_of
 
@@ -75,10 +76,9 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture
 def threads():
-    """``set_threads``, undone afterwards."""
-    yield set_threads
-    decode._threads = None
-    decode._pool.cache_clear()
+    """Use a number of decoder threads for the rest of the test."""
+    with ExitStack() as stack:
+        yield lambda count: stack.enter_context(decoder_threads(count))
 
 
 @pytest.mark.parametrize("name", sorted(MISSING))
@@ -478,8 +478,8 @@ def test_after_an_error_nobody_writes_into_the_callers_memory_any_more(threads):
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_no_thread_at_all_is_refused(count):
-    with pytest.raises(ValueError, match="a decoder needs a thread"):
-        set_threads(count)
+    with pytest.raises(ValueError, match="a decoder needs a thread"), decoder_threads(count):
+        pass
 
 
 def test_several_threads_may_use_one_decoder_at_a_time(case, threads):

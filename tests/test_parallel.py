@@ -13,10 +13,17 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from e2e.errors import LostRankError, UserError
-from e2e.parallel import Strategy, allow_tf32, autocast_dtype, build_strategy, pick_device
+from e2e.parallel import (
+    Strategy,
+    autocast_dtype,
+    build_strategy,
+    float32_precision,
+    pick_device,
+)
 from e2e.parallel.base import lay_out_plainly
 from e2e.parallel.ddp import DistributedStrategy
 from e2e.parallel.deepspeed import complete_config, read_config
+from tests.process_state import read_tf32_settings
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "deepspeed"
@@ -232,7 +239,45 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, told):
 def test_float32_products_are_rounded_unless_fp32_is_asked_for():
     kinds = []
     for precision in ("auto", "fp32", "tf32"):
-        allow_tf32(precision)
-        kinds.append(torch.backends.cuda.matmul.fp32_precision)
-        assert torch.backends.cudnn.conv.fp32_precision == kinds[-1]
+        with float32_precision(precision):
+            kinds.append(torch.backends.cuda.matmul.fp32_precision)
+            assert torch.backends.cudnn.conv.fp32_precision == kinds[-1]
     assert kinds == ["tf32", "ieee", "tf32"]
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32", "tf32"])
+def test_both_interfaces_to_tf32_agree_inside_and_are_restored(precision):
+    before = read_tf32_settings()
+    with float32_precision(precision):
+        inside = read_tf32_settings()
+        torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    allowed = precision != "fp32"
+    assert inside["cuda.matmul.allow_tf32"] is inside["cudnn.allow_tf32"] is allowed
+    assert inside["float32_matmul_precision"] == ("high" if allowed else "highest")
+    for name in ("cuda.matmul", "cudnn.conv", "cudnn.rnn"):
+        assert inside[f"{name}.fp32_precision"] == ("tf32" if allowed else "ieee")
+    assert read_tf32_settings() == before
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_a_precision_that_the_caller_set_is_restored(precision):
+    before = read_tf32_settings()
+    with float32_precision("auto"):  # puts back what this test changes
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cudnn.allow_tf32 = False
+        callers = read_tf32_settings()
+        with float32_precision(precision):
+            assert not [v for v in read_tf32_settings().values() if "checking" in str(v)]
+        assert read_tf32_settings() == callers
+        with pytest.raises(UserError), float32_precision(precision):
+            raise UserError("a run that fails")
+        assert read_tf32_settings() == callers
+    assert read_tf32_settings() == before
+
+
+def test_a_caller_of_the_newer_interface_alone_does_not_stop_a_run():
+    with float32_precision("fp32"):
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        with float32_precision("auto"):
+            assert torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from e2e.bags.bag import Bag, Chunk
 from e2e.bags.prefetch import AHEAD, PrefetchedPixels, WaitTime, prefetch
 from e2e.errors import DamagedDataError
-from e2e.images.decode import set_threads, threads
+from e2e.images.decode import decoder_threads
 from tests.test_loader import Augment, bag_of, items  # noqa: F401  (a fixture)
 
 CPU = torch.device("cpu")
@@ -159,19 +159,13 @@ def test_stored_pixels_are_the_same_ahead_of_time(items, keep):  # noqa: F811
 def test_the_number_of_threads_changes_no_pixel_and_no_process_is_started(items, count):  # noqa: F811
     expected = bag_of(items, augment=Augment(crop=0.3))
     before, others = shared_memory(), children()
-    try:
-        set_threads(count)
+    with decoder_threads(count):
         ((streamed, _),) = prefetch([(bag_of(items, augment=Augment(crop=0.3)), 0)], CPU)
         for chunk in streamed.chunks:
             pixels = streamed.pixels(chunk.start, chunk.stop, CPU)
             assert torch.equal(pixels, expected.pixels(chunk.start, chunk.stop, CPU))
         assert children() <= others  # another test may have left one
         assert shared_memory() <= before
-    finally:
-        set_threads(threads_before)
-
-
-threads_before = threads()
 
 
 def shared_memory() -> set[str]:

@@ -50,6 +50,7 @@ from e2e.runs.parts import (
     load_slides,
     make_parts,
     on_features,
+    process_settings,
 )
 from e2e.settings.cli import common_settings
 from e2e.settings.schema import Data, Settings
@@ -320,7 +321,8 @@ def report(args: argparse.Namespace, settings: Settings, task: Task, screen: Scr
     for line in lines:
         screen.say(line)
     if real:
-        check_model(settings, task, items)
+        with process_settings(settings):
+            check_model(settings, task, items)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -97,7 +98,7 @@ class Decoder:
 
 
 class CpuDecoder(Decoder):
-    """One JPEG after another into the rows of one slab, on the threads of ``set_threads``."""
+    """One JPEG after another into the rows of one slab, on :func:`threads` threads."""
 
     borrows = True
 
@@ -396,20 +397,29 @@ def build_decoder(name: str = "auto", device: torch.device | str = "cpu") -> Dec
     return decoder
 
 
-def set_threads(count: int) -> None:
-    """CPU threads, the callers' own among them, of two decode calls at once in this process from now on.
+@contextmanager
+def decoder_threads(count: int | None) -> Iterator[None]:
+    """Use ``count`` CPU threads for two decode calls at once inside the block, in the whole process.
 
-    Without it: this rank's share of the cores, at most 16. 1: no other thread is ever used.
+    The callers' own threads are among them; with 1 no other thread is ever used.
+
+    Args:
+        count: None: this rank's share of the cores, at most 16.
     """
-    if count < 1:
+    if count is not None and count < 1:
         raise ValueError(f"a decoder needs a thread, not {count}")
     global _threads
-    _threads = count
+    before, _threads = _threads, count
     _pool.cache_clear()
+    try:
+        yield
+    finally:
+        _threads = before
+        _pool.cache_clear()
 
 
 def threads() -> int:
-    """CPU threads of two decode calls at once, see :func:`set_threads`."""
+    """CPU threads of two decode calls at once, see :func:`decoder_threads`."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's: ranks on this machine
     return _threads or max(1, min(16, len(os.sched_getaffinity(0)) // ranks))
 

@@ -4,7 +4,10 @@ The only user of ``torch.distributed``."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,8 +74,30 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if precision == "auto" and has_bf16 else None
 
 
-def allow_tf32(precision: str) -> None:
-    """Let a GPU round the factors of float32 products to TF32, unless ``fp32`` is asked for."""
-    kind = "ieee" if precision == "fp32" else "tf32"
-    torch.backends.cuda.matmul.fp32_precision = kind
-    torch.backends.cudnn.conv.fp32_precision = kind  # pyright: ignore[reportAttributeAccessIssue]
+@contextmanager
+def float32_precision(precision: str) -> Iterator[None]:
+    """Let a GPU use TF32 for float32 products inside the block, unless ``precision`` is ``fp32``.
+
+    PyTorch has two interfaces to this (``allow_tf32`` and ``fp32_precision``) and raises an error where
+    they disagree, for example in ``torch.export``. Both are set inside the block and restored after it.
+    On the CPU, products are computed in full float32.
+    """
+    backends: Any = torch.backends
+    on_gpu = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    operations = (*on_gpu, backends.mkldnn.matmul)
+    before = [operation.fp32_precision for operation in operations]
+    for operation in operations:  # where the two disagree, PyTorch refuses to read the older one
+        operation.fp32_precision = "ieee"
+    matmul_before = torch.get_float32_matmul_precision()
+    use_tf32 = precision != "fp32"
+    try:
+        backends.cuda.matmul.allow_tf32 = use_tf32
+        backends.cudnn.allow_tf32 = use_tf32
+        for operation in on_gpu:
+            operation.fp32_precision = "tf32" if use_tf32 else "ieee"
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul_before)
+        backends.cudnn.allow_tf32 = before[1] == "tf32"
+        for operation, value in zip(operations, before, strict=True):
+            operation.fp32_precision = value

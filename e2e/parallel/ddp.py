@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,6 +35,9 @@ class DistributedStrategy(Strategy):
     def __init__(self, device: torch.device, *, timeout: float = 1800) -> None:
         super().__init__(device)
         self.timeout = timedelta(seconds=timeout)
+        self._excepthook = (
+            sys.excepthook
+        )  # init_process_group sets its own, and never restores this one
         backend = "nccl" if device.type == "cuda" else "gloo"
         with self.detect_lost_ranks():
             if dist.is_initialized():  # by another strategy of this process
@@ -74,6 +78,7 @@ class DistributedStrategy(Strategy):
     def close(self) -> None:
         """See :class:`Strategy`."""
         dist.destroy_process_group()
+        sys.excepthook = self._excepthook
 
     def check_agreement(self, facts: Mapping[str, str]) -> None:
         """See :class:`Strategy`."""

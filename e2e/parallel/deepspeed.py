@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class DeepSpeed(DistributedStrategy):
     def __init__(self, device: torch.device, config: Path, *, timeout: float = 1800) -> None:
         self._config_file = config
         self._asked = read_config(config)
+        self._restore = ExitStack()
         super().__init__(device, timeout=timeout)
 
     def _wrap(self, make_optimizer: MakeOptimizer) -> None:
@@ -70,8 +71,11 @@ class DeepSpeed(DistributedStrategy):
         # ZeRO makes one flat tensor of each group, and cannot of none.
         groups = self.optimizer.param_groups
         groups[:] = [group for group in groups if group["params"]]
-        deepspeed = _import_deepspeed(self.device)
-        with _quiet():
+        with _environment(self.device), _quiet():
+            deepspeed = _import_deepspeed()
+            logger = logging.getLogger("DeepSpeed")
+            self._restore.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
             deepspeed.init_distributed(verbose=False)
             self._engine: Any = deepspeed.initialize(
                 model=self.model, optimizer=self.optimizer, config=config
@@ -83,6 +87,11 @@ class DeepSpeed(DistributedStrategy):
             self._engine.optimizer.parameter_offload._remove_module_hooks()
             self.model.register_forward_pre_hook(lambda *_: self._all_gather())
         self.module = self._engine
+
+    def close(self) -> None:
+        """See :class:`Strategy`."""
+        self._restore.close()
+        super().close()
 
     def _backward(self, loss: Tensor) -> None:
         with _quiet():
@@ -297,13 +306,24 @@ def _advice(key: str, ours: Mapping[str, Any]) -> str:
     )
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+@contextmanager
+def _environment(device: torch.device) -> Iterator[None]:
+    """Set the variables that DeepSpeed reads inside the block; restore all variables afterwards."""
+    before = dict(os.environ)
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")  # one process, not under torchrun
-    with _quiet():
-        import deepspeed
-        import deepspeed.ops
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def _import_deepspeed() -> Any:
+    import deepspeed
+    import deepspeed.ops
+
     # Its first use would compile for minutes, to add up small tensors faster on one machine.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

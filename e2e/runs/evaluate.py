@@ -13,17 +13,17 @@ from e2e.cohort.splits import EXTERNAL
 from e2e.errors import UserError, format_list
 from e2e.files import create_folder
 from e2e.log import Screen
-from e2e.parallel import Strategy, pick_device
+from e2e.parallel import Strategy
 from e2e.reports.evaluate import evaluate_run
 from e2e.runs.folder import BEST, write_inputs
 from e2e.runs.parts import (
     PROTOCOLS,
     REGISTRIES,
     Parts,
-    build_strategy,
     build_task,
     prepare,
     selected_weights,
+    session,
 )
 from e2e.settings.layers import saved_settings
 from e2e.settings.schema import Settings
@@ -45,40 +45,34 @@ def evaluate(settings: Settings, folder: Path, out: Path, *, external: bool = Fa
     _check_same_model(settings, folder)
     if external:
         settings = _without_splits(settings)
-    strategy = build_strategy(settings.engine, pick_device(settings.engine.device))
-    screen = Screen(strategy.is_leader)
-    try:
-        with strategy.detect_lost_ranks():
-            with strategy.fail_together():
-                parts = prepare(
+    with session(settings) as (strategy, screen):
+        with strategy.fail_together():
+            parts = prepare(
+                settings,
+                strategy.device,
+                run=folder,
+                problems_file=problems_file(out) if strategy.is_leader else None,
+                protocol=EXTERNAL if external else None,
+            )
+        strategy.setup(parts.model, None, clip=None)
+        create_folder(out)
+        with strategy.fail_together():
+            if strategy.is_leader and out.resolve() != folder.resolve():
+                write_inputs(
+                    out,
                     settings,
-                    strategy.device,
-                    run=folder,
-                    problems_file=problems_file(out) if strategy.is_leader else None,
-                    protocol=EXTERNAL if external else None,
+                    slides=parts.items,
+                    problems=parts.problems,
+                    task=parts.task,
+                    features=parts.features,
                 )
-            strategy.setup(parts.model, None, clip=None)
-            create_folder(out)
-            with strategy.fail_together():
-                if strategy.is_leader and out.resolve() != folder.resolve():
-                    write_inputs(
-                        out,
-                        settings,
-                        slides=parts.items,
-                        problems=parts.problems,
-                        task=parts.task,
-                        features=parts.features,
-                    )
-            if external and (seen := _cases_seen_in_training(parts.items, folder)):
-                screen.say(
-                    f"NOTE {len(seen)} case(s) have names that also occur in the run's training or "
-                    "validation cases; if they are the same patients, the results are no estimate for new "
-                    f"ones\n{format_list(seen)}"
-                )
-            write_evaluation(settings, folder, out, parts, strategy, screen)
-    finally:
-        screen.pause()
-        strategy.close()
+        if external and (seen := _cases_seen_in_training(parts.items, folder)):
+            screen.say(
+                f"NOTE {len(seen)} case(s) have names that also occur in the run's training or "
+                "validation cases; if they are the same patients, the results are no estimate for new "
+                f"ones\n{format_list(seen)}"
+            )
+        write_evaluation(settings, folder, out, parts, strategy, screen)
 
 
 def write_evaluation(

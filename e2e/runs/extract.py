@@ -33,7 +33,13 @@ from e2e.errors import DamagedDataError, UserError, format_list
 from e2e.files import write_atomically
 from e2e.images.decode import build_decoder
 from e2e.log import Screen
-from e2e.parallel import Strategy, allow_tf32, autocast_dtype, build_strategy, pick_device
+from e2e.parallel import (
+    Strategy,
+    autocast_dtype,
+    build_strategy,
+    float32_precision,
+    pick_device,
+)
 from e2e.registry import suggest
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore
@@ -167,7 +173,21 @@ def extract(
         raise UserError(f"--batch and --size must be at least 1, found {batch} and {size}")
     if not stores:
         raise UserError("no patch store to read: no file fits --stores")
-    allow_tf32(precision)
+    with float32_precision(precision):
+        return _extract(stores, encoder, options, out, size, batch, precision, dtype, device)
+
+
+def _extract(
+    stores: Sequence[PatchReader],
+    encoder: str,
+    options: Mapping[str, Any],
+    out: Path,
+    size: int | None,
+    batch: int,
+    precision: str,
+    dtype: str,
+    device: str,
+) -> int:
     strategy = build_strategy(pick_device(device))
     screen = Screen(strategy.is_leader)
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,11 @@ from e2e.engine.model import MILModel
 from e2e.errors import UserError
 from e2e.heads.base import HEADS, Head
 from e2e.images.augment import AUGMENTS
-from e2e.images.decode import build_decoder, set_threads
+from e2e.images.decode import build_decoder, decoder_threads
+from e2e.log import Screen
 from e2e.losses.base import REGULARISERS, Regulariser
 from e2e.memory import free_memory, parse_bytes
-from e2e.parallel import Strategy, allow_tf32, autocast_dtype
-from e2e.parallel import build_strategy as named_strategy
+from e2e.parallel import Strategy, autocast_dtype, build_strategy, float32_precision, pick_device
 from e2e.runs.folder import check_same_features, load_task
 from e2e.settings.layers import CONFIGS
 from e2e.settings.schema import BagSettings, Data, Engine, Optim, Plugin, Select, Settings
@@ -157,16 +158,35 @@ def build_regularisers(settings: Settings, head: Head, dim: int) -> list[Regular
     return made
 
 
-def build_strategy(engine: Engine, device: torch.device) -> Strategy:
-    """Where, over how many processes and in which float32 arithmetic the run goes."""
-    allow_tf32(engine.precision)
-    file = Path(engine.deepspeed)
-    return named_strategy(
-        device,
-        engine.strategy,
-        deepspeed=file if file.is_file() else CONFIGS.parent / file,
-        timeout=60 * engine.timeout,
-    )
+@contextmanager
+def process_settings(settings: Settings) -> Iterator[None]:
+    """Set what holds for the whole process inside the block, and restore it afterwards.
+
+    These are the precision of float32 products and the number of decoder threads.
+    """
+    with float32_precision(settings.engine.precision), decoder_threads(settings.data.workers):
+        yield
+
+
+@contextmanager
+def session(settings: Settings) -> Iterator[tuple[Strategy, Screen]]:
+    """Strategy and screen of a run, closed at the end of the block; see also :func:`process_settings`."""
+    engine = settings.engine
+    config = Path(engine.deepspeed)
+    with process_settings(settings):
+        strategy = build_strategy(
+            pick_device(engine.device),
+            engine.strategy,
+            deepspeed=config if config.is_file() else CONFIGS.parent / config,
+            timeout=60 * engine.timeout,
+        )
+        screen = Screen(strategy.is_leader)
+        try:
+            with strategy.detect_lost_ranks():
+                yield strategy, screen
+        finally:
+            screen.pause()
+            strategy.close()
 
 
 def _check_graphs(engine: Engine, device: torch.device) -> None:
@@ -199,8 +219,6 @@ def build_view(data: Data, bag: BagSettings, device: torch.device, *, features: 
         return BagSpec(
             FeatureRowReader(int(free) if data.cache == "auto" else parse_bytes(data.cache))
         )
-    if data.workers is not None:
-        set_threads(data.workers)
     return BagSpec(PixelRowReader(build_decoder(data.decoder, device), bag.size, bgr=data.bgr))
 
 

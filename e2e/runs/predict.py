@@ -20,6 +20,7 @@ from e2e.runs.parts import (
     first_recipe,
     make_parts,
     on_features,
+    process_settings,
     selected_weights,
 )
 from e2e.settings.schema import Settings
@@ -59,6 +60,19 @@ def predict(
     Raises:
         UserError: the features come from another encoder, or cannot be used.
     """
+    with process_settings(settings):
+        return _predict(settings, folder, slides, out, mpp_override=mpp_override, workers=workers)
+
+
+def _predict(
+    settings: Settings,
+    folder: Path,
+    slides: Path,
+    out: Path,
+    *,
+    mpp_override: Path | None,
+    workers: int,
+) -> int:
     tensors, _ = load_checkpoint(folder / BEST)
     screen = Screen(is_leader=True)
     create_folder(out)

@@ -16,7 +16,7 @@ from e2e.cohort.features import check_values
 from e2e.engine.model import MILModel
 from e2e.files import write_json
 from e2e.log import TRACKERS, MetricsLog, Screen, clock
-from e2e.parallel import Strategy, pick_device
+from e2e.parallel import Strategy
 from e2e.reports.evaluate import arrays_of, patch_attention, score
 from e2e.reports.evaluate import predict as predict_slides
 from e2e.runs.evaluate import problems_file, write_evaluation
@@ -26,11 +26,11 @@ from e2e.runs.parts import (
     Parts,
     build_loader,
     build_schedule,
-    build_strategy,
     build_validation,
     check_training,
     prepare,
     selected_weights,
+    session,
 )
 from e2e.settings.layers import dump_settings, flatten_settings
 from e2e.settings.schema import Settings
@@ -45,36 +45,30 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
         UserError: the folder is in use; data, weights or settings are wrong, or differ between ranks.
         LostRankError: another process of the run died or does not answer.
     """
-    strategy = build_strategy(settings.engine, pick_device(settings.engine.device))
-    screen = Screen(strategy.is_leader)
-    try:
-        with strategy.detect_lost_ranks(), ExitStack() as lock:
-            if resume:
+    with session(settings) as (strategy, screen), ExitStack() as lock:
+        if resume:
+            _lock_together(lock, folder, strategy)
+        # A run that was stopped before its first checkpoint starts again, pretrained weights and all.
+        has_checkpoint = resume and (folder / LAST).is_file()
+        with strategy.fail_together():
+            if strategy.is_leader and not resume:
+                check_is_new(folder)
+            parts = prepare(
+                settings,
+                strategy.device,
+                run=folder if has_checkpoint else None,
+                problems_file=problems_file(folder) if strategy.is_leader else None,
+            )
+            check_training(settings, parts, strategy.device, strategy.world_size)
+        if not has_checkpoint:
+            _check_evaluation_features(parts, strategy, screen)
+            if not resume:
                 _lock_together(lock, folder, strategy)
-            # A run that was stopped before its first checkpoint starts again, pretrained weights and all.
-            has_checkpoint = resume and (folder / LAST).is_file()
-            with strategy.fail_together():
-                if strategy.is_leader and not resume:
-                    check_is_new(folder)
-                parts = prepare(
-                    settings,
-                    strategy.device,
-                    run=folder if has_checkpoint else None,
-                    problems_file=problems_file(folder) if strategy.is_leader else None,
-                )
-                check_training(settings, parts, strategy.device, strategy.world_size)
-            if not has_checkpoint:
-                _check_evaluation_features(parts, strategy, screen)
-                if not resume:
-                    _lock_together(lock, folder, strategy)
-                _write_inputs_together(settings, folder, parts, strategy)
-            strategy.check_agreement(_facts(settings, parts.items))
-            _fit(settings, folder, parts, strategy, screen, resume=resume)
-            _fit_task_to_predictions(settings, folder, parts, strategy, screen)
-            write_evaluation(settings, folder, folder, parts, strategy, screen)
-    finally:
-        screen.pause()
-        strategy.close()
+            _write_inputs_together(settings, folder, parts, strategy)
+        strategy.check_agreement(_facts(settings, parts.items))
+        _fit(settings, folder, parts, strategy, screen, resume=resume)
+        _fit_task_to_predictions(settings, folder, parts, strategy, screen)
+        write_evaluation(settings, folder, folder, parts, strategy, screen)
 
 
 def _lock_together(lock: ExitStack, folder: Path, strategy: Strategy) -> None:

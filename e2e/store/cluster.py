@@ -129,9 +129,11 @@ def connected(scheduler: str, workers: int) -> Iterator[Client]:
         UserError: Dask is not installed, or nobody answers at the address.
     """
     dask = _distributed()
-    # It logs the traceback of a lost connection, for which there is a message here.
-    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+    logger = logging.getLogger("distributed.client")
     with ExitStack() as stack:
+        # It logs the traceback of a lost connection, for which there is a message here.
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.CRITICAL)
         address = scheduler
         if scheduler == "local":
             with interrupts_held():
