@@ -21,6 +21,7 @@ from e2e.parallel import float32_precision
 from e2e.runs.evaluate import evaluate
 from e2e.runs.extract import extract
 from e2e.runs.parts import REGISTRIES
+from e2e.runs.predict import predict
 from e2e.runs.train import train
 from e2e.settings.cli import settings_from_args, train_parser
 from e2e.settings.schema import Settings
