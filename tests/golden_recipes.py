@@ -196,7 +196,7 @@ def _survival() -> pd.DataFrame:
 
 
 def platform_facts() -> dict[str, str]:
-    """What the last digits of a training hang on besides the code and the data."""
+    """What the last digits of a training depend on besides the code and the data."""
     info = CPU_INFO.read_text() if CPU_INFO.is_file() else ""
     fields: dict[str, str] = {}
     for line in info.split("\n\n")[0].splitlines():
@@ -221,7 +221,7 @@ def platform_facts() -> dict[str, str]:
 
 
 def imaging_facts() -> dict[str, str]:
-    """What the bytes and pixels of JPEG patches hang on."""
+    """What the bytes and pixels of JPEG patches depend on."""
     codec = "libjpeg_turbo" if pillow_features.check_feature("libjpeg_turbo") else "jpg"
     return {"pillow": PIL.__version__, "jpeg": f"{codec} {pillow_features.version(codec)}"}
 
