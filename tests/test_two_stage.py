@@ -539,7 +539,7 @@ def test_the_published_protocol_chooses_on_test_fits_on_all_and_says_so(
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments(cohort, *task)])
     train.main()
     assert (
-        "warning: run.protocol=as_published: validation slides are part of the test, the epoch is selected on"
+        "warning: run.protocol=as_published: validation slides are part of the test, the epoch is selected on the test"
         in capsys.readouterr().out
     )
     assert len(seen) == len(COUNTS)
