@@ -208,7 +208,8 @@ def _print_summary(screen: Screen, settings: Settings, parts: Parts, strategy: S
     if settings.run.protocol != "honest":
         screen.say(
             "warning: run.protocol=as_published: validation slides are part of the test, the epoch is "
-            "selected on the test, and the task is fitted to all cases: test metrics are no estimate for new slides"
+            "selected on the test, and the task is fitted to all cases: the test metrics are no estimate for "
+            "new slides"
         )
     for split in ("train", "val", "test"):
         slides = parts.of_split(split)
