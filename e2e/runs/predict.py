@@ -13,8 +13,9 @@ from e2e.cohort.load import open_feature_readers
 from e2e.files import create_folder
 from e2e.log import Screen
 from e2e.parallel import Strategy, pick_device
-from e2e.reports.evaluate import heatmap_drawer, write_predictions
-from e2e.reports.evaluate import predict as predict_slides
+from e2e.reports.heatmap import heatmap_writer
+from e2e.reports.predictions import predict as predict_slides
+from e2e.reports.predictions import write_predictions
 from e2e.runs.folder import BEST, check_same_features, load_task
 from e2e.runs.parts import (
     first_recipe,
@@ -100,7 +101,7 @@ def _predict(
         view=parts.view,
         strategy=strategy,
         screen=screen,
-        draw=heatmap_drawer(task, parts.view.reader, out / "heatmaps", with_coords),
+        on_slide=heatmap_writer(task, parts.view.reader, out / "heatmaps", with_coords),
     )
     write_predictions(predictions, task, out / "predictions.csv")
     screen.say(f"{len(predictions)} slides predicted: {out}/predictions.csv, {out}/heatmaps/")

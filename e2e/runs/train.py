@@ -17,8 +17,9 @@ from e2e.engine.model import MILModel
 from e2e.files import write_json
 from e2e.log import TRACKERS, MetricsLog, Screen, clock
 from e2e.parallel import Strategy
-from e2e.reports.evaluate import arrays_of, patch_attention, score
-from e2e.reports.evaluate import predict as predict_slides
+from e2e.reports.evaluate import score
+from e2e.reports.predictions import predict as predict_slides
+from e2e.reports.predictions import score_patches, to_arrays
 from e2e.runs.evaluate import problems_file, write_evaluation
 from e2e.runs.folder import BEST, TASK, check_is_new, locked, write_inputs
 from e2e.runs.parts import (
@@ -156,8 +157,8 @@ def _build_trainer(
         )
         return {name: m["value"] for name, m in score(predictions, task, draws=0).items()}
 
-    def score_patches(model: MILModel) -> dict[str, Tensor]:
-        return patch_attention(model, train_slides, task, parts.view, strategy, screen)
+    def score_training_patches(model: MILModel) -> dict[str, Tensor]:
+        return score_patches(model, train_slides, task, parts.view, strategy, screen)
 
     return Trainer(
         parts.model,
@@ -172,7 +173,7 @@ def _build_trainer(
             rescore=settings.bag.rescore,
         ),
         validate=validate,
-        score_patches=score_patches if loader.view.sampler.uses_scores else None,
+        score_patches=score_training_patches if loader.view.sampler.uses_scores else None,
         folder=folder,
         log=log,
         screen=screen,
@@ -198,7 +199,7 @@ def _fit_task_to_predictions(
             strategy=strategy,
             screen=screen,
         )
-    parts.task.fit_to_predictions(selected, *arrays_of(predictions), [p.case for p in predictions])
+    parts.task.fit_to_predictions(selected, *to_arrays(predictions), [p.case for p in predictions])
     if strategy.is_leader:
         write_json(folder / TASK, parts.task.state())
 

@@ -16,7 +16,7 @@ from e2e.errors import UserError
 from e2e.heads.base import HeadOutput
 from e2e.losses.base import REGULARISERS, Regulariser, Weight
 from e2e.parallel import Strategy
-from e2e.reports.evaluate import attention_entropy
+from e2e.reports.predictions import attention_entropy
 from e2e.tasks.base import TASKS
 from e2e.training.losses import bag_losses
 from tests.helpers.models import make_bag, make_model
