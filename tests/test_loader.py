@@ -58,7 +58,7 @@ def loader_of(items, *, bags=2, chunk=4, **changes) -> TrainingLoader:
 def test_slides_are_in_the_order_of_their_ids_with_their_targets(items):
     assert [item.slide.id for item in items] == list("abcde")
     assert [int(item.target) for item in items] == [0, 1, 2, 3, 4]
-    assert items[1].record.count == 30
+    assert items[1].record.num_patches == 30
 
 
 def test_a_bag_holds_the_sampled_patches_of_its_slides(items):
@@ -198,8 +198,8 @@ def test_what_is_kept_spares_the_second_pass_its_work_and_changes_no_pixel(
     items, keep, monkeypatch
 ):
     read, decoded = [], []
-    store, decoder = PatchStore.lend, type(DECODER).decode  # what is read is lent, then copied
-    monkeypatch.setattr(PatchStore, "lend", lambda *given: read.append(1) or store(*given))
+    store, decoder = PatchStore.borrow, type(DECODER).decode  # what is read is lent, then copied
+    monkeypatch.setattr(PatchStore, "borrow", lambda *given: read.append(1) or store(*given))
     monkeypatch.setattr(
         type(DECODER), "decode", lambda *given: decoded.append(1) or decoder(*given)
     )

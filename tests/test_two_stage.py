@@ -22,7 +22,7 @@ from e2e.bags.loader import TrainingLoader, full_bag
 from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.encoders.base import ENCODERS
 from e2e.engine.model import MILModel, pad
-from e2e.features.check import made_by
+from e2e.features.check import describe_encoder
 from e2e.features.reader import open_features
 from e2e.heads.base import HEADS
 from e2e.slides import Slide
@@ -606,7 +606,7 @@ def test_the_weights_that_extraction_noted_are_part_of_who_made_features(tmp_pat
         note = folder.with_name("_config_feats_r50.json")
         note.write_text(json.dumps({"encoder": "r50", "weights": weights}))
         recipes.append(open_features(tmp_path / weights).recipe)
-    assert [made_by(recipe) for recipe in recipes] == ["r50 a", "r50 b"]
+    assert [describe_encoder(recipe) for recipe in recipes] == ["r50 a", "r50 b"]
 
 
 @pytest.mark.parametrize(

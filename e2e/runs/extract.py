@@ -367,7 +367,7 @@ def _readable(stores: Sequence[PatchReader]) -> tuple[list[LabelledSlide], list[
                 )
             item = LabelledSlide(Slide(slide, case=slide, split="", target={}), store, unknown)
             try:
-                if not item.record.count:
+                if not item.record.num_patches:
                     problems.append(f"{store.path}: slide '{slide}' has no patches")
                     continue
             except DamagedDataError as error:
@@ -437,7 +437,7 @@ def _todo(
         item.slide.id
         for item in items
         if strategy.is_leader
-        and _is_whole(places[item.slide.id].file(item.slide.id), item.record.count)
+        and _is_whole(places[item.slide.id].file(item.slide.id), item.record.num_patches)
     }
     there = strategy.gather_objects(there)[0]
     return [item for item in items if item.slide.id not in there]
