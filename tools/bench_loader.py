@@ -562,7 +562,7 @@ def stream_memory(store: str, chunk: int, decoder: str, view: str) -> dict[str, 
     keep = "jpeg" if view == "training" else None
     reader = PixelRowReader(build_decoder(decoder), augment=Augment(flip="none"), keep=keep)
     slide = item_of(opened, "long")
-    side, count = opened.record("long").patch_px, opened.count("long")
+    side, count = opened.record("long").patch_px, opened.num_patches("long")
     warm = [(full_bag(item_of(opened, "c0"), BagSpec(reader), chunk), 0)]
     for bag, _ in prefetch(warm, CPU):
         bag.pixels(0, bag.chunks[0].stop, CPU)
