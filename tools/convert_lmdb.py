@@ -123,7 +123,7 @@ def _convert_slide(
         writer.add(record, _read_jpegs(old, record))
     except DamagedDataError as error:  # of OLD.lmdb; a fault of the store is another UserError
         return Row(slide, "quarantined", path=path, reason=str(error))
-    _compare(old, writer, record)
+    _verify_copy(old, writer, record)
     return Row.of(record, "packed", path)
 
 
@@ -141,7 +141,7 @@ def _read_jpegs(old: AbmilxStore, record: SlideRecord) -> Iterator[bytes]:
             yield jpeg
 
 
-def _compare(old: AbmilxStore, writer: StoreWriter, record: SlideRecord) -> None:
+def _verify_copy(old: AbmilxStore, writer: StoreWriter, record: SlideRecord) -> None:
     """Read a slide back and compare it with its source."""
     for rows in _batches(record.num_patches):
         pairs = zip(old.read(record.slide, rows), writer.read(record.slide, rows), strict=True)

@@ -120,11 +120,11 @@ def trident(path: Path) -> Layout | None:
     recipe = plain_values(
         attrs, ("encoder", "target_magnification", "patch_size", "overlap", "mpp")
     )
-    recipe |= _read_weights(next(iter(files.values())).parent)
+    recipe |= _read_weights_digest(next(iter(files.values())).parent)
     return Layout(files, ("features",), recipe=recipe)
 
 
-def _read_weights(folder: Path) -> dict[str, Any]:
+def _read_weights_digest(folder: Path) -> dict[str, Any]:
     """Return what launch/extract.py wrote about the encoder's weights beside a folder of features."""
     config = folder.with_name(f"_config_feats_{folder.name.removeprefix('features_')}.json")
     try:

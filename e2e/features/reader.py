@@ -207,7 +207,7 @@ class FeatureFiles:
             raise DamagedDataError(
                 f"{file}: slide '{slide}' has no patches\n  leave the slide out of the label table"
             )
-        with self._open(slide) as arrays:
+        with self._open_arrays(slide) as arrays:
             values = copy_floats(arrays.features[...])
         is_finite = np.isfinite(values).all(axis=1)
         if not is_finite.all():
@@ -235,12 +235,12 @@ class FeatureFiles:
         ndarray, shape (min(rows, N), D)
             As :meth:`features`.
         """
-        with self._open(slide) as arrays:
+        with self._open_arrays(slide) as arrays:
             return copy_floats(arrays.features[:rows])
 
     def _read_record(self, slide: str) -> SlideRecord:
         num_patches, file = self.num_patches(slide), self._layout.files[slide]
-        with self._open(slide) as arrays:
+        with self._open_arrays(slide) as arrays:
             geometry = self._layout.geometry(arrays)
         source, source_bytes = file.name, file.stat().st_size
         if geometry is None:
@@ -273,7 +273,7 @@ class FeatureFiles:
         return self._shapes[slide]
 
     def _read_shape(self, slide: str) -> tuple[int, int]:
-        with self._open(slide) as arrays:
+        with self._open_arrays(slide) as arrays:
             self._check_encoder(slide, arrays.attrs)
             shape = tuple(arrays.features.shape)
             coords_shape = None if arrays.coords is None else tuple(arrays.coords.shape)
@@ -303,7 +303,7 @@ class FeatureFiles:
                 )
 
     @contextmanager
-    def _open(self, slide: str) -> Iterator[SlideArrays]:
+    def _open_arrays(self, slide: str) -> Iterator[SlideArrays]:
         """Open the arrays of a slide; whatever reading them raises becomes a DamagedDataError."""
         try:
             with self._layout.open(slide) as arrays:

@@ -109,8 +109,8 @@ class AbmilxStore:
             not a JPEG.
         """
         num_patches = self.num_patches(slide)
-        has_more = read_value(self.path, _patch_key(slide, num_patches)) is not None
-        last_key = _patch_key(slide, num_patches - 1)
+        has_more = read_value(self.path, _pickle_key(slide, num_patches)) is not None
+        last_key = _pickle_key(slide, num_patches - 1)
         if has_more or (num_patches and read_value(self.path, last_key) is None):
             raise DamagedDataError(
                 f"{self.path}: slide '{slide}' has {'more' if has_more else 'fewer'} patches than "
@@ -140,9 +140,9 @@ class AbmilxStore:
         index_list: list[int] = np.asarray(indices, np.int64).tolist()
 
         def read_patches(txn: Any) -> list[bytes]:
-            read_ahead(lambda index: txn.get(_patch_key(slide, index)), index_list)
+            read_ahead(lambda index: txn.get(_pickle_key(slide, index)), index_list)
             return [
-                self._unpack_patch(slide, index, num_patches, txn.get(_patch_key(slide, index)))
+                self._unpack_patch(slide, index, num_patches, txn.get(_pickle_key(slide, index)))
                 for index in index_list
             ]
 
@@ -279,7 +279,7 @@ def _has_abmilx_keys(txn: Any) -> bool:
         return re.fullmatch(rb"__\w+__|.+-\d+", bytes(cursor.key()), re.DOTALL) is not None
 
 
-def _patch_key(slide: str, index: int) -> bytes:
+def _pickle_key(slide: str, index: int) -> bytes:
     return f"{slide}-{index}".encode()
 
 

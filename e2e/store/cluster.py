@@ -166,12 +166,16 @@ def pack_on_cluster(
             files |= set(list_store_files(out))
             stores = _read_store_files(sorted(files), recipe, progress, patience)
             rows = _merge_rows(stores, rows)
-            counts = {f: {row.slide: row.patches for row in held} for f, held in stores.items()}
-            write_index(out, recipe, counts)
+            write_index(out, recipe, _count_patches(stores))
         finally:
             report = Report(out, sorted(rows, key=lambda row: row.slide), index_path(out))
             report.write()
     return report
+
+
+def _count_patches(stores: dict[Path, list[Row]]) -> dict[Path, dict[str, int]]:
+    """Return store file -> slide -> number of patches."""
+    return {file: {row.slide: row.patches for row in rows} for file, rows in stores.items()}
 
 
 def _report_row(progress: Progress, row: Row) -> None:

@@ -82,7 +82,7 @@ def read_snapshot(path: Path, work: Callable[[lmdb.Transaction], T]) -> T:
     DamagedDataError
         If LMDB, the JSON parser or the text decoder rejects what is in the file.
     """
-    environment = _environment(path)
+    environment = _open_environment(path)
     for _ in range(ATTEMPTS):
         first_txn = environment.info()["last_txnid"]
         result: Any = None
@@ -132,7 +132,7 @@ def _forget_environments() -> None:
 os.register_at_fork(after_in_child=_forget_environments)
 
 
-def _environment(path: Path) -> lmdb.Environment:
+def _open_environment(path: Path) -> lmdb.Environment:
     """Return the open file; it is opened at the first call in each process."""
     status = path.stat()
     key = (os.getpid(), f"{status.st_dev}:{status.st_ino}")

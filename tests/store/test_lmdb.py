@@ -598,7 +598,7 @@ def readers(store: PatchStore) -> list[str]:
     """This process's rows of the store's table of readers."""
     return [
         line
-        for line in snapshot._environment(store.path).readers().splitlines()
+        for line in snapshot._open_environment(store.path).readers().splitlines()
         if str(os.getpid()) in line
     ]
 
