@@ -274,7 +274,7 @@ def test_a_patch_that_is_missing_is_named(make_store, tmp_path):
     with lmdb.open(str(path), subdir=False, map_size=1 << 24) as env, env.begin(write=True) as txn:
         txn.delete(b"p" + bytes(7) + b"\x03")
     bag = bag_of([labelled(PatchStore(path))], bag_size=None)
-    with pytest.raises(DamagedDataError, match="slide 's' lacks patch 3 of 5"):
+    with pytest.raises(DamagedDataError, match="slide 's' patch 3 of 5 is missing"):
         bag.pixels(0, 5, CPU)
 
 
