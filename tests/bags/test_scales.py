@@ -220,7 +220,7 @@ def test_regions_without_coords_are_refused_before_training(items, monkeypatch):
     loader.check(1, 1)
     known = PatchStore.record
     monkeypatch.setattr(PatchStore, "record", lambda *a: replace(known(*a), coords=None))
-    with pytest.raises(UserError, match=r"the coords of slide 'a'(?s:.*)data\.coords"):
+    with pytest.raises(UserError, match=r"slide 'a' has no patch coordinates(?s:.*)data\.coords"):
         loader.check(1, 1)
 
 

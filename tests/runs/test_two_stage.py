@@ -302,7 +302,7 @@ def test_a_label_outside_the_classes_is_listed(cohort, monkeypatch, capsys):
 def test_features_without_coords_are_refused_where_coords_are_needed(cohort, monkeypatch, capsys):
     write_slide(cohort / "feats", "s01", features_of(1, COUNTS["s01"]), coords=False)
     said = refusal(cohort, monkeypatch, capsys, "sampler.name=regions", "bag.patches=2")
-    assert "the coords of slide 's01'" in said
+    assert "slide 's01' has no patch coordinates" in said
 
 
 def test_a_head_option_of_another_type_is_refused(cohort, monkeypatch, capsys):
@@ -372,7 +372,7 @@ def test_all_of_a_cohort_that_the_run_has_never_seen_is_its_test(cohort, monkeyp
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, line)])
     evaluate.main()
     said = capsys.readouterr().out
-    assert "NOTE 1 case(s) are named as some that the run was trained or chosen on" in said
+    assert "1 case(s) have names that also occur in the run's training or validation cases" in said
     assert "\n  c0\n" in said
     found = pd.read_csv(cohort / "run" / "external" / "predictions.csv").set_index("slide")
     assert sorted(found.index) == sorted(COUNTS)
@@ -393,7 +393,7 @@ def test_a_head_that_needs_coords_is_refused_without_them(cohort, monkeypatch, c
     assert call(train.main, monkeypatch, capsys, *arguments(cohort, "optim.epochs=1"))[0] == 0
     monkeypatch.setattr(HEADS.factory("abmil"), "needs_coords", True)
     said = refusal(cohort, monkeypatch, capsys, f"run.out={cohort}/other")
-    assert "the coords of slide 's15'" in said
+    assert "slide 's15' has no patch coordinates" in said
 
 
 def test_a_regulariser_that_needs_coords_is_refused_without_those_of_training(
@@ -407,7 +407,7 @@ def test_a_regulariser_that_needs_coords_is_refused_without_those_of_training(
     assert code == 0, said
     write_slide(cohort / "feats", "s03", features_of(3, COUNTS["s03"]), coords=False)
     said = refusal(cohort, monkeypatch, capsys, *more, f"run.out={cohort}/other")
-    assert "the coords of slide 's03'" in said
+    assert "slide 's03' has no patch coordinates" in said
 
 
 def test_features_of_two_encoders_are_refused_with_both(cohort, monkeypatch, capsys):
@@ -496,7 +496,7 @@ def test_the_published_protocol_chooses_on_test_fits_on_all_and_says_so(
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments(cohort, *task)])
     train.main()
     assert (
-        "NOTE run.protocol=as_published: validation is part of the test, the epoch is chosen on the test"
+        "warning: run.protocol=as_published: validation slides are part of the test, the epoch is selected"
         in capsys.readouterr().out
     )
     assert len(seen) == len(COUNTS)
