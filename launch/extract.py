@@ -16,10 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from e2e.cohort.load import store_files
 from e2e.errors import exit_code
 from e2e.runs import extract
-from e2e.store.open import open_store
+from e2e.store.open import expand_store_paths, open_store
 from e2e.wsi.tiling import Tiling
 
 
@@ -65,7 +64,7 @@ def main() -> int:
             workers=args.workers,
             **how,
         )
-    files = [file for entry in args.stores for file in store_files(entry)]
+    files = [file for entry in args.stores for file in expand_store_paths(entry)]
     stores = [open_store(file, args.coords) for file in files]
     return extract.extract(stores, args.encoder, options, args.out, **how)
 

@@ -136,7 +136,7 @@ def draw_heatmap(
         tissue = _mosaic(item, record, decoder)
     blend = np.where(covered, (1 - OVERLAY) * tissue + OVERLAY * colours, tissue).astype(np.uint8)
     write_atomically(path.with_name(f"{path.name}.png"), _panels(tissue, blend, caption))
-    slides, coords = item.slide.id, record.places
+    slides, coords = item.slide.id, record.require_coords()
     if isinstance(item.store, CaseStore):
         slides, coords = item.store.origins()
     table = pd.DataFrame(
@@ -164,7 +164,7 @@ def percentile_ranks(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _layout(record: SlideRecord) -> tuple[NDArray[np.int64], int, tuple[int, int]]:
     """Upper left corner of each patch in the panel, side of a patch there, (height, width)."""
-    coords = record.places
+    coords = record.require_coords()
     side = record.level0_px or _grid_step(coords)
     low = coords.min(axis=0)
     extent = coords.max(axis=0) - low + side
@@ -197,8 +197,8 @@ def _mosaic(item: LabelledSlide, record: SlideRecord, decoder: Decoder) -> NDArr
     corners, side, shape = _layout(record)
     picture = np.full((*shape, 3), BACKGROUND, np.uint8)
     store = cast(PatchReader, item.store)
-    for start in range(0, record.count, 256):
-        rows = range(start, min(start + 256, record.count))
+    for start in range(0, record.num_patches, 256):
+        rows = range(start, min(start + 256, record.num_patches))
         jpegs = store.read(item.slide.id, rows)
         try:
             images = decoder.decode(jpegs).permute(0, 2, 3, 1).numpy()

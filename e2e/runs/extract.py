@@ -423,7 +423,7 @@ def _readable_slides(stores: Sequence[PatchReader]) -> tuple[list[LabelledSlide]
                 )
             item = LabelledSlide(Slide(slide, case=slide, split="", target={}), store, no_target)
             try:
-                if not item.record.count:
+                if not item.record.num_patches:
                     problems.append(f"{store.path}: slide '{slide}' has no patches")
                     continue
             except DamagedDataError as error:
@@ -500,7 +500,7 @@ def _slides_without_features(
         item.slide.id
         for item in items
         if strategy.is_leader
-        and _is_complete(folders[item.slide.id].file(item.slide.id), item.record.count)
+        and _is_complete(folders[item.slide.id].file(item.slide.id), item.record.num_patches)
     }
     complete = strategy.gather_objects(complete)[0]
     return [item for item in items if item.slide.id not in complete]
