@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from e2e.bags.cache import PixelCache
-from e2e.bags.chunk_plan import cut_update, share_update
+from e2e.bags.chunk_plan import assign_to_ranks, cut_update
 from e2e.bags.loader import TrainingLoader, full_bag, label_slides, make_bag, subset_slides
 from e2e.bags.readers import PixelRowReader, cut_rows
 from e2e.bags.sampler import sample_patches
@@ -38,21 +38,22 @@ def items(make_store):
     )
 
 
-def view_of(**options) -> BagSpec:
-    look = {key: options.pop(key) for key in ("size", "augment", "keep") if key in options}
-    return BagSpec(PixelRowReader(DECODER, **look), **options)
+def spec_of(**options) -> BagSpec:
+    reading = {key: options.pop(key) for key in ("size", "augment", "keep") if key in options}
+    return BagSpec(PixelRowReader(DECODER, **reading), **options)
 
 
 def bag_of(items, epoch=2, **changes):
-    view = view_of(**({"seed": 3, "bag_size": 8} | changes))
-    shares = share_update(cut_update([view.count(item) for item in items], 5), 1)
-    return make_bag(items, view, shares, epoch=epoch)
+    spec = spec_of(**({"seed": 3, "bag_size": 8} | changes))
+    shares = assign_to_ranks(cut_update([spec.num_patches(item) for item in items], 5), 1)
+    return make_bag(items, spec, shares, epoch=epoch)
 
 
 def loader_of(items, *, bags=2, chunk=4, **changes) -> TrainingLoader:
-    options = {key: changes.pop(key) for key in list(changes) if key in ("shard_over", "one_piece")}
-    view = {"seed": 0, "bag_size": 4, "size": 16, "augment": Augment(crop=0.5, size=16)}
-    return TrainingLoader(items, view_of(**(view | changes)), bags, chunk, **options)
+    loading = ("shard_over", "single_chunk_per_rank")
+    options = {key: changes.pop(key) for key in list(changes) if key in loading}
+    spec = {"seed": 0, "bag_size": 4, "size": 16, "augment": Augment(crop=0.5, size=16)}
+    return TrainingLoader(items, spec_of(**(spec | changes)), bags, chunk, **options)
 
 
 def test_slides_are_in_the_order_of_their_ids_with_their_targets(items):
@@ -182,13 +183,15 @@ def test_a_rank_with_nothing_of_a_sharded_bag_has_it_and_a_chunk_that_counts_not
     assert idle[0].chunks[0].stop == 15
 
 
-def test_one_piece_is_one_chunk_a_rank_or_an_error_that_says_why(items):
-    loader = loader_of(items, bags=5, chunk=40, bag_size=None, one_piece=True)
+def test_a_single_chunk_per_rank_or_an_error_that_says_why(items):
+    loader = loader_of(items, bags=5, chunk=40, bag_size=None, single_chunk_per_rank=True)
     bags = [next(iter(loader.epoch(0, rank=rank, world_size=2)))[0] for rank in range(2)]
     assert [len(bag.chunks) for bag in bags] == [1, 1]
     assert sum(bag.num_patches for bag in bags) == sum(COUNTS.values())
-    small = loader_of(items, bags=5, chunk=30, bag_size=None, one_piece=True)
-    with pytest.raises(UserError, match=r"one has 34 patches, engine.chunk is 30"):
+    small = loader_of(items, bags=5, chunk=30, bag_size=None, single_chunk_per_rank=True)
+    with pytest.raises(
+        UserError, match=r"an update has 34 patches on a rank and engine.chunk is 30"
+    ):
         small.check(world_size=2, epochs=1)
     loader.check(world_size=2, epochs=3)
 
@@ -205,14 +208,14 @@ def test_what_is_kept_spares_the_second_pass_its_work_and_changes_no_pixel(
     )
     bag = bag_of(items[:2], augment=Augment(crop=0.3, size=16), keep=keep)
     passes = [
-        [bag.pixels(c.start, c.stop, CPU, again=again) for c in bag.chunks]
-        for again in (True, False)
+        [bag.pixels(c.start, c.stop, CPU, will_be_reread=will_be_reread) for c in bag.chunks]
+        for will_be_reread in (True, False)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*passes, strict=True))
     work = {"jpeg": (1, 2), "uint8": (1, 1), "float": (1, 1)}[keep]
     once = sum(len(cut_rows(bag.pixels._rows, c.start, c.stop)) for c in bag.chunks)
     assert (len(read), len(decoded)) == (work[0] * once, work[1] * len(bag.chunks))
-    assert bag.pixels._kept == {}  # nothing is held longer than it is wanted
+    assert bag.pixels._cache == {}  # nothing is held longer than it is wanted
 
 
 @pytest.mark.parametrize(
@@ -236,10 +239,10 @@ def test_jpegs_of_one_slide_are_decoded_where_they_lie_unless_they_are_kept(
 
 
 def test_nothing_is_kept_of_rows_that_are_asked_for_once(items):
-    bag = full_bag(items[1], view_of(keep="float"), chunk=8)
+    bag = full_bag(items[1], spec_of(keep="float"), chunk=8)
     for chunk in bag.chunks:
         bag.pixels(chunk.start, chunk.stop, CPU)
-    assert bag.pixels._kept == {}
+    assert bag.pixels._cache == {}
     assert [chunk.stop - chunk.start for chunk in bag.chunks] == [7, 8, 7, 8]
 
 
@@ -304,14 +307,14 @@ def test_a_patch_that_is_missing_is_named(make_store, tmp_path):
         bag.pixels(0, 5, CPU)
 
 
-def test_a_share_of_exactly_one_chunk_is_one_piece(items):
-    loader = loader_of(items, bags=5, chunk=65, bag_size=None, one_piece=True)
+def test_a_ranks_patches_of_exactly_one_chunk_fit(items):
+    loader = loader_of(items, bags=5, chunk=65, bag_size=None, single_chunk_per_rank=True)
     bag, _ = next(loader.epoch(0, rank=0, world_size=1))
     assert [(c.start, c.stop) for c in bag.chunks] == [(0, 65)]
 
 
-def test_one_piece_is_looked_after_in_every_epoch_before_the_first(items):
-    loader = loader_of(items, bags=2, chunk=40, bag_size=None, one_piece=True)
+def test_a_single_chunk_per_rank_is_checked_for_every_epoch_before_the_first(items):
+    loader = loader_of(items, bags=2, chunk=40, bag_size=None, single_chunk_per_rank=True)
     with pytest.raises(UserError, match=r"engine.chunk is 40"):  # 30 + 17 meet in some epoch
         loader.check(world_size=1, epochs=50)
 
@@ -321,7 +324,7 @@ def test_head_draws_differ_between_epochs(items):
 
 
 def test_chunks_for_a_compiled_encoder_are_full_but_a_bags_last(items):
-    loader = TrainingLoader(items[1:2], view_of(), 1, 8, full=True)
+    loader = TrainingLoader(items[1:2], spec_of(), 1, 8, fixed_size_chunks=True)
     bag, _ = next(loader.epoch(0, rank=0, world_size=1))
     assert [c.stop - c.start for c in bag.chunks] == [8, 8, 8, 6]
 
@@ -334,15 +337,15 @@ def test_cached_pixels_are_decoded_once_and_only_as_many_as_fit(items, monkeypat
     )
     patch_bytes = 3 * 32 * 32
     cache = PixelCache(20 * patch_bytes)  # two of the slide's four chunks of 7 or 8
-    view = replace(view_of(), cache=cache)
+    spec = replace(spec_of(), cache=cache)
     seen = []
     for _ in range(2):
-        bag = full_bag(items[1], view, chunk=8)
+        bag = full_bag(items[1], spec, chunk=8)
         seen.append(torch.cat([bag.pixels(c.start, c.stop, CPU) for c in bag.chunks]))
     assert torch.equal(seen[0], seen[1])
-    assert torch.equal(seen[0], full_bag(items[1], view_of(), 30).pixels(0, 30, CPU))
+    assert torch.equal(seen[0], full_bag(items[1], spec_of(), 30).pixels(0, 30, CPU))
     assert decoded == [7, 8, 7, 8, 7, 8, 30]
-    assert cache.held == 15 * patch_bytes
+    assert cache.cached_bytes == 15 * patch_bytes
 
 
 def test_a_few_slides_are_the_same_each_time_and_of_every_label():

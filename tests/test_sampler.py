@@ -177,15 +177,15 @@ def test_a_short_bag_is_all_of_the_slide(name, count, more):
 
 
 @every_sampler
-def test_a_samplers_draws_differ_by_seed_epoch_slide_scale_and_turn(name):
+def test_a_samplers_draws_differ_by_seed_epoch_slide_scale_and_repeat(name):
     sampler, values = SAMPLERS.build(name), slide_of(10_000)
 
     def draw(slide="a", seed=0, epoch=0, **which):
         drawn = sampler.choose(slide, 10_000, 8, seed=seed, epoch=epoch, **which, **values)
         return tuple(drawn.tolist())
 
-    others = [draw(slide="b"), draw(seed=1), draw(epoch=1), draw(scale=1), draw(turn=1)]
-    assert len({draw(), *others, draw(scale=1, turn=1)}) == 7
+    others = [draw(slide="b"), draw(seed=1), draw(epoch=1), draw(scale=1), draw(repeat=1)]
+    assert len({draw(), *others, draw(scale=1, repeat=1)}) == 7
 
 
 @every_sampler
@@ -202,18 +202,18 @@ def test_a_sampler_refuses_a_slide_it_cannot_draw_from(name):
 @pytest.mark.parametrize(
     ("what", "value", "found"),
     [
-        ("scores", np.zeros(9), r"\(9,\), its patches ask for \(10,\)"),
-        ("scores", np.zeros((10, 1)), r"\(10, 1\), its patches ask for \(10,\)"),
-        ("coords", np.zeros((11, 2)), r"\(11, 2\), its patches ask for \(10, 2\)"),
+        ("scores", np.zeros(9), r"\(9,\), expected \(10,\) for its patches"),
+        ("scores", np.zeros((10, 1)), r"\(10, 1\), expected \(10,\) for its patches"),
+        ("coords", np.zeros((11, 2)), r"\(11, 2\), expected \(10, 2\) for its patches"),
         (
             "scores",
             [0.0] * 8 + [np.nan, np.inf],
-            "2 of 10 patches are not finite, first of patch 8",
+            "2 of 10 patches are not finite, first patch 8",
         ),
         (
             "coords",
             [[0, -np.inf]] + [[0, 0]] * 9,
-            "1 of 10 patches are not finite, first of patch 0",
+            "1 of 10 patches are not finite, first patch 0",
         ),
     ],
 )
@@ -228,8 +228,8 @@ def test_wrong_scores_and_coords_are_refused_with_the_slides_name(name, size, wh
     ("name", "options", "message"),
     [
         ("regions", {"grid": 0}, "grid must be at least 1, got 0"),
-        ("attention", {"top": 1.1}, "top must lie between 0 and 1, got 1.1"),
-        ("attention", {"top": float("nan")}, "top must lie between 0 and 1, got nan"),
+        ("attention", {"top": 1.1}, "top must be between 0 and 1, got 1.1"),
+        ("attention", {"top": float("nan")}, "top must be between 0 and 1, got nan"),
         ("strata", {"grid": 2}, "sampler 'strata' has no option 'grid'"),
     ],
 )
@@ -387,12 +387,12 @@ def test_copies_are_uniform_with_replacement():
     assert 0 < np.abs(counts - 400).max() < 5 * 19.5
 
 
-def test_copies_differ_by_seed_epoch_slide_scale_and_turn():
+def test_copies_differ_by_seed_epoch_slide_scale_and_repeat():
     def draw(slide="a", seed=0, epoch=0, **which):
         padded = pad_with_copies(np.arange(9), 60, slide=slide, seed=seed, epoch=epoch, **which)
         return tuple(padded.tolist())
 
-    assert len({draw(), draw("b"), draw(seed=1), draw(epoch=1), draw(scale=1), draw(turn=1)}) == 6
+    assert len({draw(), draw("b"), draw(seed=1), draw(epoch=1), draw(scale=1), draw(repeat=1)}) == 6
 
 
 def test_nothing_cannot_be_copied():

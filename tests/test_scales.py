@@ -59,7 +59,7 @@ def test_a_bag_takes_its_share_from_each_magnification(items):
     found = bag(items, bag_size=16, shares=(3, 1))
     for slide, main, sub in (("a", 12, 4), ("b", 12, 4), ("c", 9, 2)):
         assert [len(part) for part in rows_of(found, slide)] == [main, sub]
-        assert [part.store.path.stem for part in rows_of(found, slide)] == ["main", "sub"]
+        assert [part.reader.path.stem for part in rows_of(found, slide)] == ["main", "sub"]
     assert dict(zip(found.slides, found.sizes, strict=True)) == {"a": 16, "b": 16, "c": 11}
     place = found.slides.index("a")
     main, sub = rows_of(found, "a")
@@ -74,7 +74,7 @@ def test_a_bag_takes_its_share_from_each_magnification(items):
 
 
 def test_one_magnification_is_as_if_there_were_no_other(items):
-    alone = [replace(item, more=()) for item in items]
+    alone = [replace(item, other_scales=()) for item in items]
     one, two = bag(items, bag_size=7), bag(alone, bag_size=7)
     assert torch.equal(one.pixels(0, 21, CPU), two.pixels(0, 21, CPU))
     assert one.seeds == two.seeds
@@ -95,7 +95,7 @@ def test_evaluation_sees_the_first_magnification_alone(items):
 
 def test_short_bags_are_short_or_filled_with_copies_if_asked(items):
     assert bag(items, bag_size=16, shares=(3, 1)).num_patches == 43
-    filled = bag(items, bag_size=16, shares=(3, 1), copies=True)
+    filled = bag(items, bag_size=16, shares=(3, 1), fill_with_copies=True)
     assert filled.sizes == [16, 16, 16]
     main, sub = rows_of(filled, "c")
     assert sorted(set(main.indices)) == list(range(9))
@@ -105,12 +105,12 @@ def test_short_bags_are_short_or_filled_with_copies_if_asked(items):
 def test_neighbours_share_a_crop_if_asked_and_nothing_else(items):
     augment = Augment(24, flip="none", crop=0.2)
     one, two = (bag(items, bag_size=8, augment=augment, shared_crops=n) for n in (4, 0))
-    shared = np.concatenate([part.shared for part in one.pixels._rows])
+    shared = np.concatenate([part.crop_seeds for part in one.pixels._rows])
     assert [len(set(group)) for group in np.split(shared, 4)] == [1, 1, 1, 1]
     assert len(set(shared)) == 4
     assert not torch.equal(one.pixels(0, 24, CPU), two.pixels(0, 24, CPU))
     later = bag(items, 2, bag_size=8, augment=augment, shared_crops=4)
-    assert set(shared).isdisjoint(np.concatenate([part.shared for part in later.pixels._rows]))
+    assert set(shared).isdisjoint(np.concatenate([part.crop_seeds for part in later.pixels._rows]))
     halves = torch.cat([one.pixels(0, 11, CPU), one.pixels(11, 24, CPU)])
     torch.testing.assert_close(halves, one.pixels(0, 24, CPU))
 

@@ -31,10 +31,10 @@ class Source:
         self.kept: set[tuple[int, int]] = set()
         self.changed = threading.Condition()
 
-    def __call__(self, start, stop, device, *, again=False):
+    def __call__(self, start, stop, device, *, will_be_reread=False):
         with self.changed:
             self.made.append((start, stop))
-            if again:
+            if will_be_reread:
                 self.kept.add((start, stop))
             self.changed.notify_all()
         if start == self.broken:
@@ -67,7 +67,7 @@ def bag(source, chunks: int, name: str = "s") -> Bag:
 def step(bag: Bag, kept: int) -> list[torch.Tensor]:
     """Ask as the engine does: the last ``kept`` chunks once, the others a second time backwards."""
     twice = bag.chunks[: len(bag.chunks) - kept]
-    seen = [bag.pixels(c.start, c.stop, CPU, again=c in twice) for c in bag.chunks]
+    seen = [bag.pixels(c.start, c.stop, CPU, will_be_reread=c in twice) for c in bag.chunks]
     return seen + [bag.pixels(c.start, c.stop, CPU) for c in reversed(twice)]
 
 
@@ -94,8 +94,8 @@ def test_no_more_than_the_stated_chunks_are_made_before_they_are_asked_for(chunk
     for one, _ in prefetch([(bag(first, chunks), 0), (bag(second, 3), 0)], CPU):
         twice = one.chunks[: max(0, len(one.chunks) - kept)]
         passes = [(c, c in twice) for c in one.chunks] + [(c, False) for c in reversed(twice)]
-        for chunk, again in passes:
-            one.pixels(chunk.start, chunk.stop, CPU, again=again)
+        for chunk, will_be_reread in passes:
+            one.pixels(chunk.start, chunk.stop, CPU, will_be_reread=will_be_reread)
             asked += 1
             assert len(first.made) + len(second.made) <= asked + AHEAD
 
@@ -104,7 +104,7 @@ def test_the_second_pass_and_the_next_bag_begin_before_they_are_asked_for():
     first, second = Source(), Source()
     (one, _), (_, _) = prefetch([(bag(first, 4), 0), (bag(second, 1), 0)], CPU)
     for chunk in one.chunks:
-        one.pixels(chunk.start, chunk.stop, CPU, again=True)
+        one.pixels(chunk.start, chunk.stop, CPU, will_be_reread=True)
     first.made.remove((6, 8))
     first.wait_for((6, 8))  # the last chunk again: the backward will want it
     for chunk in reversed(one.chunks[1:]):
@@ -133,9 +133,9 @@ def test_time_spent_waiting_is_counted():
     gate, waiting = threading.Event(), WaitTime()
 
     class Slow(Source):
-        def __call__(self, start, stop, device, *, again=False):
+        def __call__(self, start, stop, device, *, will_be_reread=False):
             assert gate.wait(60)
-            return super().__call__(start, stop, device, again=again)
+            return super().__call__(start, stop, device, will_be_reread=will_be_reread)
 
     ((one, _),) = prefetch([(bag(Slow(), 1), 0)], CPU, waiting)
     opener = threading.Timer(0.05, gate.set)
@@ -152,7 +152,7 @@ def test_stored_pixels_are_the_same_ahead_of_time(items, keep):  # noqa: F811
     seen = step(streamed, kept=1)
     for pixels, chunk in zip(seen, [*expected, *reversed(expected[:-1])], strict=True):
         assert torch.equal(pixels, chunk)
-    assert plain.pixels._kept == {}
+    assert plain.pixels._cache == {}
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

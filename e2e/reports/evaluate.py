@@ -17,7 +17,7 @@ from torch import Tensor
 
 from e2e.bags.loader import full_bag
 from e2e.bags.prefetch import prefetch
-from e2e.bags.readers import PixelRowReader, RowReader
+from e2e.bags.readers import RowReader
 from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.cohort.folds import tcga_sites
 from e2e.engine.model import MILModel
@@ -312,7 +312,6 @@ def heatmap_drawer(
 
     Of features there are no patches to show: the scores stand alone.
     """
-    decoder = reader.decoder if isinstance(reader, PixelRowReader) else None
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {item.slide.id for item in chosen}
 
@@ -323,6 +322,6 @@ def heatmap_drawer(
         label = ", ".join(f"{column} {word}" for column, word in words if word)
         name = item.slide.id.replace("/", "_")  # an id of a table is no way out of the folder
         caption = f"{item.slide.id}   predicted {task.shown(values)[1]}   {label}".rstrip()
-        draw_heatmap(item, scores, decoder=decoder, caption=caption, path=folder / name)
+        draw_heatmap(item, scores, decoder=reader.decoder, caption=caption, path=folder / name)
 
     return draw

@@ -82,8 +82,8 @@ def draw_heatmap(
     blend = np.where(covered, 0.45 * tissue + 0.55 * heat, tissue).astype(np.uint8)
     write_atomically(path.with_name(path.name + ".png"), _panels(tissue, blend, caption))
     slides, places = item.slide.id, record.places
-    if isinstance(item.store, CaseStore):
-        slides, places = item.store.origins()
+    if isinstance(item.reader, CaseStore):
+        slides, places = item.reader.origins()
     table = pd.DataFrame(
         {
             "slide": slides,
@@ -138,7 +138,7 @@ def _mosaic(item: LabelledSlide, record: SlideRecord, decoder: Decoder) -> NDArr
     """The slide put together from its own patches."""
     corners, cell, shape = _geometry(record)
     picture = np.full((*shape, 3), GROUND, np.uint8)
-    store = cast(PatchReader, item.store)
+    store = cast(PatchReader, item.reader)
     for start in range(0, record.count, 256):
         rows = range(start, min(start + 256, record.count))
         jpegs = store.read(item.slide.id, rows)

@@ -363,7 +363,7 @@ def _readable(stores: Sequence[PatchReader]) -> tuple[list[LabelledSlide], list[
         for slide in store.slides:
             if slide in items:
                 raise UserError(
-                    f"slide '{slide}' is in {items[slide].store.path} and in {store.path}"
+                    f"slide '{slide}' is in {items[slide].reader.path} and in {store.path}"
                 )
             item = LabelledSlide(Slide(slide, case=slide, split="", target={}), store, unknown)
             try:
@@ -398,7 +398,7 @@ def _built_for(encoder: Encoder) -> int | None:
 
 
 def _place(item: LabelledSlide, out: Path, encoder: str) -> FeatureFolder:
-    record, overlap = item.record, int(item.store.recipe.get("overlap", 0))
+    record, overlap = item.record, int(item.reader.recipe.get("overlap", 0))
     return FeatureFolder(out, magnification(record.mpp), record.patch_px, overlap, encoder)
 
 
