@@ -14,20 +14,21 @@ from skimage.color import hed2rgb, rgb2hed
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-import e2e.images.augment as augment_module
 from e2e.errors import UserError
-from e2e.images.augment import (
-    AUGMENTS,
+from e2e.images import draws as augment_draws
+from e2e.images.augment import AUGMENTS, MAX_STRENGTH, Augment
+from e2e.images.colour import restain_
+from e2e.images.draws import (
     BLUR,
     BLUR_SIGMA,
     BRIGHTNESS,
     CONTRAST,
     HUE,
-    MOST,
     SATURATION,
     STAIN,
     STAIN_SHIFT,
-    Augment,
+)
+from e2e.images.geometry import (
     cut_bytes,
     flip_and_turn,
     motions,
@@ -35,7 +36,6 @@ from e2e.images.augment import (
     random_windows,
     resample,
     resize,
-    restain_,
     window_boxes,
 )
 from e2e.seeds import patch_seeds, uniform
@@ -448,7 +448,7 @@ def test_a_window_that_shrinks_much_is_antialiased_as_torchvision_does(box):
     [(20, 1e-5, 1e-6), (28, 1e-5, 1e-6), (32, 0.03, 5e-3), (42, 0.06, 0.01)],
 )
 def test_a_window_that_shrinks_little_is_close_to_torchvisions_antialiased_one(width, most, mean):
-    # 28 pixels wide; 32 are the worst case of 256 to 224, 42 the limit of SHRINKS.
+    # 28 pixels wide; 32 are the worst case of 256 to 224, 42 the limit of ANTIALIAS_ABOVE.
     pixels = smooth(4, 64)
     found = resample(pixels, (28, 28), window_of(8, 8, width, width, 64).repeat(4, 0))
     expected = tv.resized_crop(pixels.float() / 255, 8, 8, width, width, [28, 28], antialias=True)
@@ -633,12 +633,12 @@ def test_an_unknown_preset_is_refused_with_the_nearest_name():
 
 def test_patches_with_one_shared_seed_share_the_rectangle_and_nothing_else():
     pixels, seeds = patches(40, 12, 12), SEEDS[:40]
-    shared = patch_seeds(7, np.arange(4)).repeat(10)
-    found = Augment(flip="turns", crop=0.2, size=12, brightness=0.5)(pixels, seeds, shared)
-    cut = cut_bytes(flip_and_turn(pixels, seeds), (12, 12), random_windows(shared, 0.2)) / 255
+    crop_seeds = patch_seeds(7, np.arange(4)).repeat(10)
+    found = Augment(flip="turns", crop=0.2, size=12, brightness=0.5)(pixels, seeds, crop_seeds)
+    cut = cut_bytes(flip_and_turn(pixels, seeds), (12, 12), random_windows(crop_seeds, 0.2)) / 255
     expected = one_by_one(tv.adjust_brightness, cut, factors(BRIGHTNESS, 0.5))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    assert len(np.unique(random_windows(shared, 0.2), axis=0)) == 4
+    assert len(np.unique(random_windows(crop_seeds, 0.2), axis=0)) == 4
     own = Augment(flip="turns", crop=0.2, size=12)
     assert torch.equal(own(pixels, seeds, seeds), own(pixels, seeds))
 
@@ -646,15 +646,15 @@ def test_patches_with_one_shared_seed_share_the_rectangle_and_nothing_else():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"flip": "twist"}, "flip must be turns, mirrors or none, found 'twist'"),
-        ({"crop": 0.0}, r"crop must be in \(0, 1\], found 0.0"),
-        ({"crop": float("nan")}, r"crop must be in \(0, 1\], found nan"),
-        ({"blur_sigma": (2.0, 1.0)}, "blur_sigma must be two numbers over 0, the lesser first"),
+        ({"flip": "twist"}, "flip must be turns, mirrors or none, got 'twist'"),
+        ({"crop": 0.0}, r"crop must be in \(0, 1\], got 0.0"),
+        ({"crop": float("nan")}, r"crop must be in \(0, 1\], got nan"),
+        ({"blur_sigma": (2.0, 1.0)}, "blur_sigma must be two numbers above 0, the smaller first"),
         *[
             ({name: 1.01 * most}, rf"{name} must be in \[0, {most:g}\]")
-            for name, most in MOST.items()
+            for name, most in MAX_STRENGTH.items()
         ],
-        *[({name: -0.1}, rf"{name} must be in \[0, ") for name in MOST],
+        *[({name: -0.1}, rf"{name} must be in \[0, ") for name in MAX_STRENGTH],
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(options, message):
@@ -666,5 +666,5 @@ def test_every_draw_has_a_number_of_its_own_that_never_changes():
     # Two options with one number would vary together; a new number would change old runs.
     single = "MIRROR_X MIRROR_Y TRANSPOSE AREA ASPECT LEFT TOP SHIFT_X SHIFT_Y ANGLE SCALE SHEAR"
     names = [*single.split(), "BRIGHTNESS", "CONTRAST", "SATURATION", "HUE"]
-    numbers = [getattr(augment_module, name) for name in names]
+    numbers = [getattr(augment_draws, name) for name in names]
     assert [*numbers, *STAIN, *STAIN_SHIFT, BLUR, BLUR_SIGMA] == list(range(1, 25))

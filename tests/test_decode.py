@@ -24,15 +24,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from e2e.errors import UserError
-from e2e.images import decode
 from e2e.images.decode import (
     DECODERS,
     Decoder,
     SimpleJpeg,
     UndecodableError,
     build_decoder,
-    decoder_threads,
 )
+from e2e.images.jpeg_header import read_frame_header
+from e2e.images.threads import decoder_threads
 from tests.conftest import jpeg, picture, pixels_of
 
 DEPRECATED = "ignore:The image decoding and encoding capabilities of TorchVision:DeprecationWarning"
@@ -131,7 +131,7 @@ def test_a_decoder_without_its_library_says_what_to_install(name, capfd):
         with pytest.raises(UserError) as error:
             build_decoder(name)
     message = str(error.value)
-    assert f"decoder '{name}' finds no system library" in message
+    assert f"decoder '{name}' needs libturbojpeg, which is not installed" in message
     assert "Debian: libturbojpeg0" in message
     assert "data.decoder=auto" in message
     assert len(message.splitlines()) == 2
@@ -211,7 +211,7 @@ def cmyk() -> dict[str, bytes]:
 def test_cmyk_is_right_or_a_named_error(case, kind):
     value, plain = cmyk()[kind], jpeg(4)
     if case.decoder.name in {"turbojpeg", "jpeg4py"}:
-        with pytest.raises(UndecodableError, match="is no readable JPEG") as error:
+        with pytest.raises(UndecodableError, match="is not a readable JPEG") as error:
             case.pixels([plain, value])
         assert error.value.index == 1
         return
@@ -234,7 +234,7 @@ def test_cmyk_is_right_or_a_named_error(case, kind):
     ids=["baseline", "progressive", "grey", "cut", "rgb", "cmyk", "adobe"],
 )
 def test_a_gpu_is_given_what_all_libraries_take_for_the_same(value, plain):
-    assert decode._frame(value) == (32, 32, plain)
+    assert read_frame_header(value) == (32, 32, plain)
 
 
 def resized(value: bytes, height: int, width: int) -> bytes:
@@ -341,7 +341,7 @@ def test_a_broken_value_is_named_by_its_index(case, threads, kind, index):
     threads(4)
     jpegs = [WHOLE] * 40
     jpegs[index] = BROKEN[kind]
-    with pytest.raises(UndecodableError, match="is no readable JPEG") as error:
+    with pytest.raises(UndecodableError, match="is not a readable JPEG") as error:
         case.decoder.decode(jpegs, case.device)
     assert error.value.index == index
     assert_as_pillow(case, [WHOLE, WHOLE])  # and the next ones are fine
@@ -351,7 +351,7 @@ def test_a_broken_value_is_named_by_its_index(case, threads, kind, index):
 def test_damage_inside_is_an_error_or_what_pillow_saves_of_it(case, kind):
     value = LOST[kind]
     if case.decoder.strict:
-        with pytest.raises(UndecodableError, match="is no readable JPEG") as error:
+        with pytest.raises(UndecodableError, match="is not a readable JPEG") as error:
             case.decoder.decode([WHOLE, value], case.device)
         assert error.value.index == 1
     elif case.device == "cpu":
@@ -424,8 +424,8 @@ class Spy(SimpleJpeg):
         super().__init__(torch.device("cpu"))
         self.seen: list[tuple[int, bytes]] = []
 
-    def into(self, jpeg, row):
-        super().into(jpeg, row)
+    def decode_one(self, jpeg, row):
+        super().decode_one(jpeg, row)
         self.seen.append((threading.get_ident(), bytes(jpeg)))
 
     def threads(self) -> set[int]:
@@ -478,7 +478,10 @@ def test_after_an_error_nobody_writes_into_the_callers_memory_any_more(threads):
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_no_thread_at_all_is_refused(count):
-    with pytest.raises(ValueError, match="a decoder needs a thread"), decoder_threads(count):
+    with (
+        pytest.raises(ValueError, match="a decoder needs at least 1 thread"),
+        decoder_threads(count),
+    ):
         pass
 
 

@@ -114,7 +114,7 @@ def test_every_fault_is_named(tmp_path, capsys):
     assert code == 3
     faults = [line.removeprefix("  FAULT ") for line in lines if line.startswith("  FAULT ")]
     assert faults[0] == f"{path}: the record of slide 'b' is damaged"
-    assert faults[1].startswith("slide 'a' patch 7: is no readable JPEG (")
+    assert faults[1].startswith("slide 'a' patch 7: is not a readable JPEG (")
     assert faults[2] == "slide 'a' patch 70: is 48x48 px, the record says 32 px"
     assert faults[3:] == ["slide 'c' patch 5: checksum differs", "slide 'c' patch 6: missing"]
     assert lines[-1] == "  verified 160 patches: 5 fault(s)"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from e2e.bags.bag import Bag, Chunk
 from e2e.bags.prefetch import AHEAD, PrefetchedPixels, WaitTime, prefetch
 from e2e.errors import DamagedDataError
-from e2e.images.decode import decoder_threads
+from e2e.images.threads import decoder_threads
 from tests.test_loader import Augment, bag_of, items  # noqa: F401  (a fixture)
 
 CPU = torch.device("cpu")

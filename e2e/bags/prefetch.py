@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from e2e.bags.bag import Bag, Chunk, PixelSource
-from e2e.images.decode import CALLS, threads
+from e2e.images.threads import CONCURRENT_CALLS, num_threads
 
 AHEAD = 2
 """Chunks that are read before they are requested: one is ready while another is being read."""
@@ -197,7 +197,7 @@ def _read_span(source: PixelSource, span: Span, device: torch.device) -> _ReadyP
 def _prefetch_pool(device_type: str) -> ThreadPoolExecutor:
     # One thread on a GPU: two would share a stream, and memory that one has freed while its kernels wait in
     # the queue would be decoded into by the other, because nvJPEG does not wait for the stream.
-    count = 1 if device_type == "cuda" else min(CALLS, threads())
+    count = 1 if device_type == "cuda" else min(CONCURRENT_CALLS, num_threads())
     return ThreadPoolExecutor(count, thread_name_prefix="pixels")
 
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from e2e.bags.bag import PixelSource
 from e2e.errors import DamagedDataError
 from e2e.features.reader import FeatureFiles
-from e2e.images.augment import Augment, resize
-from e2e.images.decode import Buffer, Decoder, UndecodableError
+from e2e.images.augment import Augment
+from e2e.images.decode import Decoder, UndecodableError
+from e2e.images.geometry import resize
+from e2e.images.jpeg_header import Buffer
 from e2e.seeds import patch_seeds
 from e2e.store.records import PatchReader, SlideReader
 

@@ -31,7 +31,8 @@ from e2e.engine.model import MILModel
 from e2e.errors import UserError
 from e2e.heads.base import HEADS, Head
 from e2e.images.augment import AUGMENTS
-from e2e.images.decode import build_decoder, decoder_threads
+from e2e.images.decode import build_decoder
+from e2e.images.threads import decoder_threads
 from e2e.log import Screen
 from e2e.losses.base import REGULARISERS, Regulariser
 from e2e.memory import free_memory, parse_bytes
