@@ -154,10 +154,10 @@ def test_all_decoders_agree_with_pillow(case, subsampling, quality):
     if case.decoder.tolerance == 0:  # noise is all edges, where ways of upsampling differ most
         images.append(Image.fromarray(noise))
     jpegs = [jpeg(image, quality=quality, subsampling=subsampling) for image in images]
-    found = case.decoder.decode(jpegs, case.device)
-    assert found.shape == (len(images), 3, 64, 64)
-    assert (found.dtype, found.device.type) == (torch.uint8, case.device)
-    assert found.is_contiguous(memory_format=torch.channels_last)
+    pixels = case.decoder.decode(jpegs, case.device)
+    assert pixels.shape == (len(images), 3, 64, 64)
+    assert (pixels.dtype, pixels.device.type) == (torch.uint8, case.device)
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
     assert_as_pillow(case, jpegs)
 
 
@@ -179,24 +179,24 @@ def test_other_kinds_of_jpeg_are_read(case, options):
 
 def test_colours_are_in_the_order_red_green_blue(case):
     ground = Image.new("RGB", (16, 16), (250, 120, 10))
-    found = case.pixels([jpeg(ground, quality=95)])[0].mean(axis=(0, 1))
-    assert found.tolist() == pytest.approx([250, 120, 10], abs=near(case))
+    pixels = case.pixels([jpeg(ground, quality=95)])[0].mean(axis=(0, 1))
+    assert pixels.tolist() == pytest.approx([250, 120, 10], abs=near(case))
 
 
 def test_images_stand_upright_and_odd_sizes_are_kept(case):
     canvas = np.zeros((33, 47, 3), np.uint8)
     canvas[:16, :, 0] = 255  # the upper half red
-    found = case.pixels([jpeg(Image.fromarray(canvas), quality=95, subsampling=0)])[0]
-    assert found.shape == (33, 47, 3)
-    assert found[:14, :, 0].mean() > 240
-    assert found[18:, :, 0].mean() < 15
+    pixels = case.pixels([jpeg(Image.fromarray(canvas), quality=95, subsampling=0)])[0]
+    assert pixels.shape == (33, 47, 3)
+    assert pixels[:14, :, 0].mean() > 240
+    assert pixels[18:, :, 0].mean() < 15
 
 
 def test_grey_becomes_three_equal_channels(case):
     value = jpeg(picture(3).convert("L"))
-    found = case.pixels([value, value])
-    assert found.shape == (2, 32, 32, 3)
-    assert bool((found == found[..., :1]).all())
+    pixels = case.pixels([value, value])
+    assert pixels.shape == (2, 32, 32, 3)
+    assert bool((pixels == pixels[..., :1]).all())
     assert_as_pillow(case, [value])
 
 
@@ -215,9 +215,9 @@ def test_cmyk_is_right_or_a_named_error(case, kind):
             case.pixels([plain, value])
         assert error.value.index == 1
         return
-    found = case.pixels([plain, value])
-    assert np.abs(found[1].astype(int) - pixels_of([value])[0]).max() <= 1
-    np.testing.assert_array_equal(found[0], case.pixels([plain, plain])[1])
+    pixels = case.pixels([plain, value])
+    assert np.abs(pixels[1].astype(int) - pixels_of([value])[0]).max() <= 1
+    np.testing.assert_array_equal(pixels[0], case.pixels([plain, plain])[1])
 
 
 @pytest.mark.parametrize(
@@ -267,11 +267,11 @@ def test_real_tissue_looks_the_same_to_all(case, shared_data):
 def test_the_result_lies_in_the_callers_memory(case):
     values = [jpeg(seed) for seed in range(20)]
     out = torch.full((20, 32, 32, 3), 77, dtype=torch.uint8)
-    for chosen in (values, values[::-1]):  # and again
-        found = case.decoder.decode(chosen, case.device, out=out)
+    for jpegs in (values, values[::-1]):  # and again
+        pixels = case.decoder.decode(jpegs, case.device, out=out)
         if case.device == "cpu":
-            assert found.data_ptr() == out.data_ptr()
-        np.testing.assert_array_equal(found.permute(0, 2, 3, 1).cpu().numpy(), case.pixels(chosen))
+            assert pixels.data_ptr() == out.data_ptr()
+        np.testing.assert_array_equal(pixels.permute(0, 2, 3, 1).cpu().numpy(), case.pixels(jpegs))
 
 
 @pytest.mark.parametrize(
@@ -385,16 +385,16 @@ def test_any_cut_is_an_error(name, cut):
 @given(place=st.integers(2, len(WHOLE) - 10), noise=st.binary(min_size=1, max_size=8))
 def test_noise_is_an_error_or_an_image_without_a_trace_of_what_lay_there(name, place, noise):
     value = WHOLE[:place] + noise + WHOLE[place + len(noise) :]
-    found = []
+    outcomes = []
     for marker in (0, 200):
         out = torch.full((2, 64, 64, 3), marker, dtype=torch.uint8)
         try:
             decoded = READY[name].decoder.decode([WHOLE, value], READY[name].device, out=out)
         except UndecodableError as error:
-            found.append(error.index)
+            outcomes.append(error.index)
         else:
-            found.append(decoded.cpu().numpy().tobytes())
-    assert found[0] == found[1]
+            outcomes.append(decoded.cpu().numpy().tobytes())
+    assert outcomes[0] == outcomes[1]
 
 
 def test_a_patch_of_another_size_is_named(case):
@@ -422,14 +422,14 @@ class Spy(SimpleJpeg):
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
-        self.seen: list[tuple[int, bytes]] = []
+        self.calls: list[tuple[int, bytes]] = []
 
     def decode_one(self, jpeg, row):
         super().decode_one(jpeg, row)
-        self.seen.append((threading.get_ident(), bytes(jpeg)))
+        self.calls.append((threading.get_ident(), bytes(jpeg)))
 
     def threads(self) -> set[int]:
-        return {thread for thread, _ in self.seen}
+        return {thread for thread, _ in self.calls}
 
 
 VALUES = [jpeg(seed, width=64) for seed in range(40)]
@@ -456,7 +456,7 @@ def test_the_caller_works_too_and_takes_no_more_than_half_of_the_threads(threads
     assert threading.get_ident() in spy.threads()
     assert 2 <= len(spy.threads()) <= 3
     for thread in spy.threads():  # each a stretch of neighbours
-        mine = [VALUES.index(value) for owner, value in spy.seen if owner == thread]
+        mine = [VALUES.index(value) for owner, value in spy.calls if owner == thread]
         assert len(mine) >= 13
         assert mine == sorted(mine)
 
@@ -473,7 +473,7 @@ def test_after_an_error_nobody_writes_into_the_callers_memory_any_more(threads):
     spy, large = Spy(), jpeg(0, width=1024)
     with pytest.raises(UndecodableError):
         spy.decode([large[:2000], *[large] * 31])  # at once, while the others take long
-    assert len(spy.seen) == 16  # the other thread's half
+    assert len(spy.calls) == 16  # the other thread's half
 
 
 @pytest.mark.parametrize("count", [0, -1])
@@ -488,19 +488,19 @@ def test_no_thread_at_all_is_refused(count):
 def test_several_threads_may_use_one_decoder_at_a_time(case, threads):
     threads(4)
     expected = [case.pixels(VALUES), case.pixels(VALUES[::-1])]
-    found: list[NDArray[np.uint8]] = []
+    results: list[NDArray[np.uint8]] = []
 
-    def work(chosen: list[bytes]) -> None:
+    def work(jpegs: list[bytes]) -> None:
         for _ in range(5):
-            found.append(case.pixels(chosen))
+            results.append(case.pixels(jpegs))
 
     workers = [threading.Thread(target=work, args=(v,)) for v in (VALUES, VALUES[::-1])]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert len(found) == 10
-    assert all(any(np.array_equal(f, e) for e in expected) for f in found)
+    assert len(results) == 10
+    assert all(any(np.array_equal(f, e) for e in expected) for f in results)
 
 
 def decode_in_child(name: str) -> list[int] | str:
@@ -520,11 +520,11 @@ def test_decoding_goes_on_in_a_forked_process_or_says_that_it_cannot(name, threa
     threads(4)
     READY[name].decoder.decode([WHOLE] * 32)
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        found = pool.apply_async(decode_in_child, [name]).get(timeout=60)
+        result = pool.apply_async(decode_in_child, [name]).get(timeout=60)
     if name == "dali-cpu":
-        assert "built before this process was forked" in found
+        assert "built before this process was forked" in result
     else:
-        assert found == [32, 3, 64, 64]
+        assert result == [32, 3, 64, 64]
 
 
 # A GPU
@@ -545,7 +545,7 @@ def test_no_image_is_decoded_into_memory_that_queued_kernels_read(name):
             slow = (slow @ slow).clamp(-1, 1)
         sums = torch.stack([tensor.sum() for tensor in held])
         del held
-        found = case.pixels(jpegs)
+        pixels = case.pixels(jpegs)
         assert sums.tolist() == [7 * 3 * 256 * 256] * len(jpegs)
-        difference = np.abs(found - expected).mean(axis=(1, 2, 3))
+        difference = np.abs(pixels - expected).mean(axis=(1, 2, 3))
         assert difference.max() <= case.decoder.tolerance

@@ -64,16 +64,16 @@ def test_slides_are_in_the_order_of_their_ids_with_their_targets(items):
 
 def test_a_bag_holds_the_sampled_patches_of_its_slides(items):
     bag = bag_of(items[:3])
-    chosen = [sample_patches(s, COUNTS[s], 8, seed=3, epoch=2) for s in "abc"]
+    indices = [sample_patches(s, COUNTS[s], 8, seed=3, epoch=2) for s in "abc"]
     assert bag.offsets == (0, 8, 16, 20)
     assert bag.slides == ("a", "b", "c")
     assert bag.target.tolist() == [0, 1, 2]
     assert bag.weight.tolist() == [1, 1, 1]
     expected = pixels_of(
-        [patches(s, 30)[i] for s, rows in zip("abc", chosen, strict=True) for i in rows]
+        [patches(s, 30)[i] for s, rows in zip("abc", indices, strict=True) for i in rows]
     )
     np.testing.assert_array_equal(bag.pixels(0, 20, CPU).permute(0, 2, 3, 1), expected)
-    for s, rows, coords in zip("abc", chosen, bag.coords, strict=True):
+    for s, rows, coords in zip("abc", indices, bag.coords, strict=True):
         np.testing.assert_array_equal(coords, record(s, 30).coords[rows])
 
 
@@ -88,13 +88,13 @@ def test_all_patches_are_taken_in_their_order(items):
 @pytest.mark.parametrize("augment", [None, Augment(), Augment(crop=0.3, size=20), Augment(size=16)])
 def test_pixels_are_the_same_each_time_and_however_they_are_cut(items, augment):
     bag = bag_of(items, augment=augment)
-    whole = bag.pixels(0, bag.num_patches, CPU)
-    assert torch.equal(bag.pixels(0, bag.num_patches, CPU), whole)
+    at_once = bag.pixels(0, bag.num_patches, CPU)
+    assert torch.equal(bag.pixels(0, bag.num_patches, CPU), at_once)
     for width in (1, 3, 8, 13):
         starts = range(0, bag.num_patches, width)
         ends = [min(start + width, bag.num_patches) for start in starts]
         pieces = [bag.pixels(s, e, CPU) for s, e in zip(starts, ends, strict=True)]
-        assert torch.equal(torch.cat(pieces), whole)
+        assert torch.equal(torch.cat(pieces), at_once)
 
 
 def test_a_slide_looks_the_same_in_any_batch(items):
@@ -123,12 +123,12 @@ def test_an_epoch_shows_every_slide_once_over_the_ranks(items):
     loader = loader_of(items)
     assert loader.updates() == 3
     for world in (1, 2, 3):
-        seen = []
+        slides_of_ranks = []
         for rank in range(world):
             bags = list(loader.epoch(0, rank=rank, world_size=world))
             assert [slides for _, slides in bags] == [2, 2, 1]
-            seen += [s for bag, _ in bags if bag.weight.all() for s in bag.slides]
-        assert sorted(seen) == list("abcde")
+            slides_of_ranks += [s for bag, _ in bags if bag.weight.all() for s in bag.slides]
+        assert sorted(slides_of_ranks) == list("abcde")
 
 
 @pytest.mark.parametrize("shard_over", [None, 8])
@@ -156,16 +156,18 @@ def test_a_sharded_bag_is_on_every_rank_with_all_its_coords_and_its_own_rows(ite
     loader = loader_of(items, bags=5, chunk=3, bag_size=None, shard_over=8)
     bags = [next(iter(loader.epoch(0, rank=rank, world_size=3)))[0] for rank in range(3)]
     for slide, size in (("a", 9), ("b", 30), ("e", 17)):
-        places = [bag.slides.index(slide) for bag in bags]
-        shards = {bag.shards[k] for bag, k in zip(bags, places, strict=True)}
+        positions = [bag.slides.index(slide) for bag in bags]
+        shards = {bag.shards[k] for bag, k in zip(bags, positions, strict=True)}
         assert len(shards) == 1  # all ranks agree on who has how much
-        own = [bag.offsets[k + 1] - bag.offsets[k] for bag, k in zip(bags, places, strict=True)]
-        assert tuple(own) == shards.pop()
-        assert sum(own) == size
-        for bag, k in zip(bags, places, strict=True):
+        rows_of_ranks = [
+            bag.offsets[k + 1] - bag.offsets[k] for bag, k in zip(bags, positions, strict=True)
+        ]
+        assert tuple(rows_of_ranks) == shards.pop()
+        assert sum(rows_of_ranks) == size
+        for bag, k in zip(bags, positions, strict=True):
             np.testing.assert_array_equal(bag.coords[k], record(slide, size).coords)
             assert bag.weight[k] == pytest.approx(1 / 3)
-            assert bag.seeds[k] == bags[0].seeds[places[0]]
+            assert bag.seeds[k] == bags[0].seeds[positions[0]]
     order = [[s for s in bag.slides if s in "abe"] for bag in bags]
     assert order[0] == order[1] == order[2]  # the gathers meet in the same order
     assert sum(float(bag.weight.sum()) for bag in bags) == pytest.approx(5)
@@ -202,10 +204,8 @@ def test_what_is_kept_spares_the_second_pass_its_work_and_changes_no_pixel(
 ):
     read, decoded = [], []
     store, decoder = PatchStore.lend, type(DECODER).decode  # what is read is lent, then copied
-    monkeypatch.setattr(PatchStore, "lend", lambda *given: read.append(1) or store(*given))
-    monkeypatch.setattr(
-        type(DECODER), "decode", lambda *given: decoded.append(1) or decoder(*given)
-    )
+    monkeypatch.setattr(PatchStore, "lend", lambda *args: read.append(1) or store(*args))
+    monkeypatch.setattr(type(DECODER), "decode", lambda *args: decoded.append(1) or decoder(*args))
     bag = bag_of(items[:2], augment=Augment(crop=0.3, size=16), keep=keep)
     passes = [
         [bag.pixels(c.start, c.stop, CPU, will_be_reread=will_be_reread) for c in bag.chunks]
@@ -224,10 +224,10 @@ def test_what_is_kept_spares_the_second_pass_its_work_and_changes_no_pixel(
 def test_jpegs_of_one_slide_are_decoded_where_they_lie_unless_they_are_kept(
     items, keep, slides, kind, monkeypatch
 ):
-    seen = []
+    types = []
 
     def decode(jpegs, device):
-        seen.extend(map(type, jpegs))
+        types.extend(map(type, jpegs))
         return real(jpegs, device)
 
     bag = bag_of(items[:slides], keep=keep)
@@ -235,7 +235,7 @@ def test_jpegs_of_one_slide_are_decoded_where_they_lie_unless_they_are_kept(
     real = DECODER.decode
     monkeypatch.setattr(DECODER, "decode", decode)
     assert torch.equal(bag.pixels(0, bag.offsets[-1], CPU), before)
-    assert set(seen) == {kind}
+    assert set(types) == {kind}
 
 
 def test_nothing_is_kept_of_rows_that_are_asked_for_once(items):
@@ -253,11 +253,13 @@ def test_training_sees_the_augmented_view(items):
     plain = bag_of(
         [i for i in items if i.slide.id in bag.slides], epoch=0, seed=0, bag_size=4, size=16
     )
-    seen = bag.pixels(0, bag.num_patches, CPU)
-    assert seen.shape == (8, 3, 16, 16)
+    augmented = bag.pixels(0, bag.num_patches, CPU)
+    assert augmented.shape == (8, 3, 16, 16)
     assert sorted(bag.slides) == sorted(plain.slides)
-    seen, expected = seen.float() / 255, plain.pixels(0, 8, CPU)
-    assert not any(torch.allclose(view, stored, atol=0.02) for view in seen for stored in expected)
+    augmented, expected = augmented.float() / 255, plain.pixels(0, 8, CPU)
+    assert not any(
+        torch.allclose(patch, stored, atol=0.02) for patch in augmented for stored in expected
+    )
 
 
 def test_a_rank_without_a_slide_gets_one_that_counts_nothing(items):
@@ -269,13 +271,13 @@ def test_a_rank_without_a_slide_gets_one_that_counts_nothing(items):
 
 def test_an_epoch_goes_on_in_the_middle_as_if_never_stopped(items):
     loader = loader_of(items)
-    whole = list(loader.epoch(4, rank=0, world_size=1))
+    uninterrupted = list(loader.epoch(4, rank=0, world_size=1))
     rest = list(loader.epoch(4, rank=0, world_size=1, first=1))
     assert len(rest) == 2
-    for (bag, _), (again, _) in zip(whole[1:], rest, strict=True):
-        assert bag.slides == again.slides
+    for (bag, _), (resumed_bag, _) in zip(uninterrupted[1:], rest, strict=True):
+        assert bag.slides == resumed_bag.slides
         assert torch.equal(
-            bag.pixels(0, bag.num_patches, CPU), again.pixels(0, bag.num_patches, CPU)
+            bag.pixels(0, bag.num_patches, CPU), resumed_bag.pixels(0, bag.num_patches, CPU)
         )
 
 
@@ -338,12 +340,12 @@ def test_cached_pixels_are_decoded_once_and_only_as_many_as_fit(items, monkeypat
     patch_bytes = 3 * 32 * 32
     cache = PixelCache(20 * patch_bytes)  # two of the slide's four chunks of 7 or 8
     spec = replace(spec_of(), cache=cache)
-    seen = []
+    passes = []
     for _ in range(2):
         bag = full_bag(items[1], spec, chunk=8)
-        seen.append(torch.cat([bag.pixels(c.start, c.stop, CPU) for c in bag.chunks]))
-    assert torch.equal(seen[0], seen[1])
-    assert torch.equal(seen[0], full_bag(items[1], spec_of(), 30).pixels(0, 30, CPU))
+        passes.append(torch.cat([bag.pixels(c.start, c.stop, CPU) for c in bag.chunks]))
+    assert torch.equal(passes[0], passes[1])
+    assert torch.equal(passes[0], full_bag(items[1], spec_of(), 30).pixels(0, 30, CPU))
     assert decoded == [7, 8, 7, 8, 7, 8, 30]
     assert cache.cached_bytes == 15 * patch_bytes
 

@@ -143,7 +143,9 @@ def test_which_slide_of_a_group_comes_first_is_uniform():
 
 @pytest.mark.parametrize("groups", [[0, 1], [0] * 6, []])
 def test_each_slide_has_one_group(groups):
-    with pytest.raises(ValueError, match=f"groups has {len(groups)} entries, expected one for each of 5 slides"):
+    with pytest.raises(
+        ValueError, match=f"groups has {len(groups)} entries, expected one for each of 5 slides"
+    ):
         plan_epoch(5, 2, seed=0, epoch=0, groups=groups)
 
 

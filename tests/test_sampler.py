@@ -34,8 +34,8 @@ def test_patches_are_drawn_without_replacement(slide, count, size, seed):
 
 @given(slide=names, count=st.integers(1, 300))
 def test_all_patches_are_all_of_them(slide, count):
-    whole = sample_patches(slide, count, None, seed=0, epoch=0)
-    np.testing.assert_array_equal(whole, np.arange(count))
+    indices = sample_patches(slide, count, None, seed=0, epoch=0)
+    np.testing.assert_array_equal(indices, np.arange(count))
 
 
 def test_draws_differ_by_seed_epoch_and_slide():
@@ -87,10 +87,10 @@ def test_mixing_does_not_run_parts_together():
 
 @given(seeds=seed_arrays, cut=st.integers(0, 60), draw=st.integers(0, 20))
 def test_a_draw_is_free_of_how_the_seeds_are_cut(seeds, cut, draw):
-    whole = uniform(seeds, draw)
-    assert ((whole >= 0) & (whole < 1)).all()
+    at_once = uniform(seeds, draw)
+    assert ((at_once >= 0) & (at_once < 1)).all()
     pieces = [uniform(seeds[:cut], draw), uniform(seeds[cut:], draw)]
-    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+    np.testing.assert_array_equal(np.concatenate(pieces), at_once)
 
 
 @given(
@@ -102,15 +102,15 @@ def test_a_patch_keeps_its_seed_whatever_else_is_in_the_bag(seed, indices, data)
     every = np.array(indices)
     seeds = patch_seeds(seed, every)
     assert seeds.dtype == np.uint64
-    chosen = data.draw(st.lists(st.integers(0, len(indices) - 1), min_size=1, max_size=5))
-    np.testing.assert_array_equal(patch_seeds(seed, every[chosen]), seeds[chosen])
+    rows = data.draw(st.lists(st.integers(0, len(indices) - 1), min_size=1, max_size=5))
+    np.testing.assert_array_equal(patch_seeds(seed, every[rows]), seeds[rows])
 
 
 def test_splitmix_gives_its_published_numbers():
     # Vigna's splitmix64.c from state 1234567: the first outputs, whose upper 53 bits are used.
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    found = [float(uniform(np.array([1234567], np.uint64), draw)[0]) for draw in range(3)]
-    assert found == [(value >> 11) * 2.0**-53 for value in expected]
+    draws = [float(uniform(np.array([1234567], np.uint64), draw)[0]) for draw in range(3)]
+    assert draws == [(value >> 11) * 2.0**-53 for value in expected]
 
 
 def test_draws_of_a_slides_patches_are_uniform_and_independent():
@@ -200,7 +200,7 @@ def test_a_sampler_refuses_a_slide_it_cannot_draw_from(name):
 @every_sampler
 @pytest.mark.parametrize("size", [3, 20])
 @pytest.mark.parametrize(
-    ("what", "value", "found"),
+    ("what", "value", "message"),
     [
         ("scores", np.zeros(9), r"\(9,\), expected \(10,\) for its patches"),
         ("scores", np.zeros((10, 1)), r"\(10, 1\), expected \(10,\) for its patches"),
@@ -217,8 +217,8 @@ def test_a_sampler_refuses_a_slide_it_cannot_draw_from(name):
         ),
     ],
 )
-def test_wrong_scores_and_coords_are_refused_with_the_slides_name(name, size, what, value, found):
-    with pytest.raises(UserError, match=f"^slide 'a7': {what} .*{found}"):
+def test_wrong_scores_and_coords_are_refused_with_the_slides_name(name, size, what, value, message):
+    with pytest.raises(UserError, match=f"^slide 'a7': {what} .*{message}"):
         SAMPLERS.build(name).choose(
             "a7", 10, size, seed=0, epoch=0, **(slide_of(10) | {what: value})
         )
@@ -260,12 +260,12 @@ def test_strata_draw_every_patch_equally_often_though_intervals_are_of_one_and_t
 
 # regions
 
-places = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=120).map(
-    lambda xy: np.array(xy, np.float64)
-)
+positions = st.lists(
+    st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=120
+).map(lambda xy: np.array(xy, np.float64))
 
 
-@given(coords=places, grid=st.integers(1, 6))
+@given(coords=positions, grid=st.integers(1, 6))
 def test_regions_hold_equally_many_patches_and_lie_side_by_side(coords, grid):
     region = equal_regions(coords, grid)
     held = np.bincount(region, minlength=grid**2)
@@ -370,13 +370,13 @@ def test_a_slide_without_scores_is_drawn_at_random(count, size, seed, epoch):
     seed=numbers,
 )
 def test_a_short_bag_is_filled_with_copies_behind_its_own_patches(indices, size, seed):
-    own = np.array(indices)
-    padded = pad_with_copies(own, size, slide="a", seed=seed, epoch=0)
+    drawn = np.array(indices)
+    padded = pad_with_copies(drawn, size, slide="a", seed=seed, epoch=0)
     assert padded.dtype == np.int64
-    assert len(padded) == max(len(own), size or 0)
-    np.testing.assert_array_equal(padded[: len(own)], own)
+    assert len(padded) == max(len(drawn), size or 0)
+    np.testing.assert_array_equal(padded[: len(drawn)], drawn)
     assert set(padded.tolist()) == set(indices)
-    again = pad_with_copies(own, size, slide="a", seed=seed, epoch=0)
+    again = pad_with_copies(drawn, size, slide="a", seed=seed, epoch=0)
     np.testing.assert_array_equal(padded, again)
 
 
@@ -429,12 +429,12 @@ def test_quotas_by_hand():
 def test_quotas_sum_to_the_bag_by_the_largest_remainder(bag, shares):
     quotas = scale_quotas(bag, shares, [bag] * len(shares))
     assert sum(quotas) == bag
-    whole = [Fraction(str(share)) for share in shares]
-    exact = [bag * share / sum(whole) for share in whole]
+    fractions = [Fraction(str(share)) for share in shares]
+    exact = [bag * share / sum(fractions) for share in fractions]
     raised = []
-    for quota, wanted in zip(quotas, exact, strict=True):
-        assert quota in (int(wanted), int(wanted) + 1)
-        raised.append((wanted % 1, quota > wanted))
+    for quota, exact_quota in zip(quotas, exact, strict=True):
+        assert quota in (int(exact_quota), int(exact_quota) + 1)
+        raised.append((exact_quota % 1, quota > exact_quota))
     for i, (remainder, up) in enumerate(raised):
         for other, other_up in raised[i + 1 :]:
             if up != other_up:  # the larger remainder is raised, of equal ones the first

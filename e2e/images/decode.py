@@ -158,7 +158,7 @@ class CpuDecoder(Decoder):
     def _decode_block(self, jpegs: Jpegs, rows: NDArray[np.uint8], start: int, stop: int) -> None:
         size = (rows.shape[1], rows.shape[2])
         for index in range(start, stop):
-            _check_size(index, jpegs[index], size)
+            _check_jpeg_size(index, jpegs[index], size)
             try:
                 self.decode_one(jpegs[index], rows[index])
             except DECODE_ERRORS as error:
@@ -279,7 +279,7 @@ class BatchDecoder(Decoder):
     ) -> Tensor:
         if device.type != self._device.type:
             return self._cpu._decode_into_slab(jpegs, size, device, out)
-        are_plain = [_check_size(index, jpeg, size) for index, jpeg in enumerate(jpegs)]
+        are_plain = [_check_jpeg_size(index, jpeg, size) for index, jpeg in enumerate(jpegs)]
         slab = self._batch_or_none(jpegs, device) if all(are_plain) else None
         if slab is None:
             rows = zip(range(len(jpegs)), jpegs, are_plain, strict=True)
@@ -452,7 +452,7 @@ def build_decoder(name: str = "auto", device: torch.device | str = "cpu") -> Dec
     return decoder
 
 
-def _check_size(index: int, jpeg: Buffer, size: Size) -> bool:
+def _check_jpeg_size(index: int, jpeg: Buffer, size: Size) -> bool:
     """Whether the JPEG is plain, see :mod:`jpeg_header`; UndecodableError unless it has this size."""
     try:
         header = read_frame_header(jpeg)

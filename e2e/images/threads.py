@@ -46,7 +46,7 @@ _num_threads: int | None = None
 
 @cache
 def decoder_pool() -> ThreadPoolExecutor:
-    """Return the threads of all decoders; threads are enough, because decoding releases the interpreter lock."""
+    """Return the threads that all decoders share. Decoding releases the interpreter lock."""
     return ThreadPoolExecutor(num_threads() - 1, thread_name_prefix="decode")
 
 
