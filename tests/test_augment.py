@@ -457,7 +457,7 @@ def test_a_window_that_shrinks_little_is_close_to_torchvisions_antialiased_one(w
     assert difference.mean() < mean
 
 
-def test_only_windows_that_shrink_much_are_antialiased_and_each_patch_stands_in_its_place():
+def test_only_windows_that_shrink_much_are_antialiased_and_patches_keep_their_order():
     pixels, size = patches(60, 32, 32), 16
     result = random_resized_crop(pixels, SEEDS[:60], 0.08, size)
     windows = random_windows(SEEDS[:60], 0.08)
@@ -559,7 +559,7 @@ def to_skimage(image: Tensor) -> np.ndarray:
     return image.movedim(1, -1).numpy()
 
 
-def test_stain_jitter_is_skimages_deconvolution_scaled_shifted_and_put_together_again():
+def test_stain_jitter_is_skimages_deconvolution_scaled_shifted_and_recombined():
     generator = np.random.default_rng(0)
     # Colours that the stains can make: skimage cuts negative amounts away.
     image = hed2rgb(generator.uniform(0.005, 0.1, (20, 6, 6, 3)))
@@ -581,7 +581,7 @@ def test_stain_jitter_draws_each_stain_of_each_patch_within_its_strength():
     np.testing.assert_allclose(to_skimage(result), expected, rtol=0, atol=2e-5)
 
 
-def test_stain_jitter_of_no_strength_changes_no_colour_not_even_one_no_stain_makes():
+def test_stain_jitter_of_no_strength_changes_no_colour_not_even_one_outside_the_stains():
     result = restain_(COLOURS / 255, np.ones((40, 3)), np.zeros((40, 3)))
     torch.testing.assert_close(result, COLOURS / 255, rtol=0, atol=2e-5)
 

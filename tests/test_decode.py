@@ -103,12 +103,12 @@ def test_two_decoders_need_nothing_installed():
     assert {"pillow-cpu", "simplejpeg-cpu"} <= set(READY)
 
 
-def test_auto_says_which_decoder_it_is():
+def test_auto_has_the_name_of_the_decoder_it_chose():
     assert build_decoder("auto").name == "simplejpeg"
     assert build_decoder("pillow").name == "pillow"
 
 
-def test_auto_on_a_gpu_is_nvjpeg_or_says_why_not():
+def test_auto_on_a_gpu_is_nvjpeg_or_notes_why_not():
     decoder = build_decoder("auto", "cuda")
     if "nvjpeg-cuda" in READY:
         assert (decoder.name, decoder.note) == ("nvjpeg", "")
@@ -117,7 +117,7 @@ def test_auto_on_a_gpu_is_nvjpeg_or_says_why_not():
         assert decoder.note.startswith("decoder 'nvjpeg' does not work on cuda (")
 
 
-def test_nvjpeg_on_the_cpu_is_a_mistake_with_a_way_out():
+def test_nvjpeg_on_the_cpu_is_refused_with_advice():
     with pytest.raises(UserError, match=r"'nvjpeg' decodes on a CUDA device, not on cpu\n.*auto"):
         build_decoder("nvjpeg", "cpu")
 
@@ -138,7 +138,7 @@ def test_a_decoder_without_its_library_says_what_to_install(name, capfd):
     assert capfd.readouterr().err == ""  # nor an exception from a half-made object
 
 
-def test_an_unknown_decoder_is_told_the_nearest_name():
+def test_an_unknown_decoder_is_refused_with_the_nearest_name():
     with pytest.raises(UserError, match="did you mean 'simplejpeg'"):
         build_decoder("simplejpg")
 
@@ -233,7 +233,7 @@ def test_cmyk_is_right_or_a_named_error(case, kind):
     ],
     ids=["baseline", "progressive", "grey", "cut", "rgb", "cmyk", "adobe"],
 )
-def test_a_gpu_is_given_what_all_libraries_take_for_the_same(value, plain):
+def test_only_jpegs_that_all_libraries_decode_alike_count_as_plain(value, plain):
     assert read_frame_header(value) == (32, 32, plain)
 
 
@@ -348,7 +348,7 @@ def test_a_broken_value_is_named_by_its_index(case, threads, kind, index):
 
 
 @pytest.mark.parametrize("kind", LOST)
-def test_damage_inside_is_an_error_or_what_pillow_saves_of_it(case, kind):
+def test_damage_inside_is_an_error_or_gives_what_pillow_recovers(case, kind):
     value = LOST[kind]
     if case.decoder.strict:
         with pytest.raises(UndecodableError, match="is not a readable JPEG") as error:
@@ -383,7 +383,7 @@ def test_any_cut_is_an_error(name, cut):
 @pytest.mark.parametrize("name", sorted(READY))
 @settings(max_examples=40)
 @given(place=st.integers(2, len(WHOLE) - 10), noise=st.binary(min_size=1, max_size=8))
-def test_noise_is_an_error_or_an_image_without_a_trace_of_what_lay_there(name, place, noise):
+def test_noise_is_an_error_or_an_image_without_old_content_of_the_memory(name, place, noise):
     value = WHOLE[:place] + noise + WHOLE[place + len(noise) :]
     outcomes = []
     for marker in (0, 200):
@@ -403,7 +403,7 @@ def test_a_patch_of_another_size_is_named(case):
     assert error.value.index == 2
 
 
-def test_the_callers_memory_says_which_size_is_right(case):
+def test_the_callers_memory_decides_the_size(case):
     out = torch.empty((2, 32, 32, 3), dtype=torch.uint8)
     with pytest.raises(UndecodableError, match="is 16x16 px, not 32x32 px") as error:
         case.decoder.decode([jpeg(0, width=16), jpeg(1, width=16)], case.device, out=out)
@@ -468,7 +468,7 @@ def test_a_few_patches_are_decoded_by_the_caller(threads):
     assert spy.threads() == {threading.get_ident()}
 
 
-def test_after_an_error_nobody_writes_into_the_callers_memory_any_more(threads):
+def test_after_an_error_no_thread_writes_into_the_callers_memory(threads):
     threads(4)
     spy, large = Spy(), jpeg(0, width=1024)
     with pytest.raises(UndecodableError):
@@ -515,7 +515,7 @@ def decode_in_child(name: str) -> list[int] | str:
 
 
 @pytest.mark.parametrize("name", sorted(name for name in READY if name.endswith("-cpu")))
-def test_decoding_goes_on_in_a_forked_process_or_says_that_it_cannot(name, threads):
+def test_decoding_works_in_a_forked_process_or_reports_that_it_cannot(name, threads):
     # A forked process has its parent's thread pool but not the threads.
     threads(4)
     READY[name].decoder.decode([WHOLE] * 32)

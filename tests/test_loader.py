@@ -105,12 +105,12 @@ def test_a_slide_looks_the_same_in_any_batch(items):
     assert together.seeds[1] == alone.seeds[0]
 
 
-def test_epochs_and_seeds_give_other_views(items):
+def test_other_epochs_and_seeds_give_other_pixels(items):
     views = [bag_of(items[:1], augment=Augment(), seed=s, epoch=e) for s in (0, 1) for e in (0, 1)]
     assert len({view.pixels(0, 8, CPU).numpy().tobytes() for view in views}) == 4
 
 
-def test_evaluation_sees_patches_as_stored_at_the_asked_size(items):
+def test_evaluation_reads_patches_as_stored_at_the_requested_size(items):
     stored = bag_of(items[:1], bag_size=None)
     small = bag_of(items[:1], bag_size=None, size=16)
     assert stored.pixels(0, 9, CPU).dtype == torch.uint8
@@ -173,7 +173,7 @@ def test_a_sharded_bag_is_on_every_rank_with_all_its_coords_and_its_own_rows(ite
     assert sum(float(bag.weight.sum()) for bag in bags) == pytest.approx(5)
 
 
-def test_a_rank_with_nothing_of_a_sharded_bag_has_it_and_a_chunk_that_counts_nothing(items):
+def test_a_rank_without_patches_of_a_sharded_bag_has_the_bag_and_a_chunk_that_does_not_count(items):
     loader = loader_of(items[1:2], bags=1, chunk=20, bag_size=None, shard_over=20)
     bags = [next(iter(loader.epoch(0, rank=rank, world_size=3)))[0] for rank in range(3)]
     idle = [bag for bag in bags if not any(chunk.counts for chunk in bag.chunks)]
@@ -199,7 +199,7 @@ def test_a_single_chunk_per_rank_or_an_error_that_says_why(items):
 
 
 @pytest.mark.parametrize("keep", ["jpeg", "uint8", "float"])
-def test_what_is_kept_spares_the_second_pass_its_work_and_changes_no_pixel(
+def test_a_stage_kept_in_memory_is_not_computed_twice_and_changes_no_pixel(
     items, keep, monkeypatch
 ):
     read, decoded = [], []
@@ -221,7 +221,7 @@ def test_what_is_kept_spares_the_second_pass_its_work_and_changes_no_pixel(
 @pytest.mark.parametrize(
     ("keep", "slides", "kind"), [(None, 1, memoryview), ("jpeg", 1, bytes), (None, 2, bytes)]
 )
-def test_jpegs_of_one_slide_are_decoded_where_they_lie_unless_they_are_kept(
+def test_jpegs_of_one_slide_are_decoded_without_a_copy_unless_they_are_kept(
     items, keep, slides, kind, monkeypatch
 ):
     types = []
@@ -238,7 +238,7 @@ def test_jpegs_of_one_slide_are_decoded_where_they_lie_unless_they_are_kept(
     assert set(types) == {kind}
 
 
-def test_nothing_is_kept_of_rows_that_are_asked_for_once(items):
+def test_nothing_is_kept_of_rows_that_are_read_once(items):
     bag = full_bag(items[1], spec_of(keep="float"), chunk=8)
     for chunk in bag.chunks:
         bag.pixels(chunk.start, chunk.stop, CPU)
@@ -246,7 +246,7 @@ def test_nothing_is_kept_of_rows_that_are_asked_for_once(items):
     assert [chunk.stop - chunk.start for chunk in bag.chunks] == [7, 8, 7, 8]
 
 
-def test_training_sees_the_augmented_view(items):
+def test_training_reads_augmented_patches(items):
     (bag, _), *_ = loader_of(items, augment=Augment(crop=0.3, size=16)).epoch(
         0, rank=0, world_size=1
     )
@@ -262,14 +262,14 @@ def test_training_sees_the_augmented_view(items):
     )
 
 
-def test_a_rank_without_a_slide_gets_one_that_counts_nothing(items):
+def test_a_rank_without_a_slide_gets_one_of_weight_zero(items):
     *_, (bag, slides) = loader_of(items).epoch(0, rank=1, world_size=2)
     assert slides == 1
     assert len(bag) == 1
     assert bag.weight.tolist() == [0]
 
 
-def test_an_epoch_goes_on_in_the_middle_as_if_never_stopped(items):
+def test_an_epoch_resumed_in_the_middle_gives_the_same_bags(items):
     loader = loader_of(items)
     uninterrupted = list(loader.epoch(4, rank=0, world_size=1))
     rest = list(loader.epoch(4, rank=0, world_size=1, first=1))
@@ -286,7 +286,7 @@ def labelled(store) -> LabelledSlide:
 
 
 @pytest.mark.parametrize("broken", [b"", b"no jpeg", jpeg(1)[:-30], jpeg(1, width=48)])
-def test_a_patch_that_cannot_be_decoded_is_named_by_its_place_in_the_slide(tmp_path, broken):
+def test_a_patch_that_cannot_be_decoded_is_named_by_its_number_in_the_slide(tmp_path, broken):
     values = patches("s", 12)
     values[9] = broken
     with StoreWriter(tmp_path / "x.lmdb", RECIPE) as writer:
@@ -325,13 +325,13 @@ def test_head_draws_differ_between_epochs(items):
     assert set(bag_of(items, epoch=1).seeds).isdisjoint(bag_of(items, epoch=2).seeds)
 
 
-def test_chunks_for_a_compiled_encoder_are_full_but_a_bags_last(items):
+def test_chunks_of_fixed_size_are_equal_except_the_last_of_a_bag(items):
     loader = TrainingLoader(items[1:2], spec_of(), 1, 8, fixed_size_chunks=True)
     bag, _ = next(loader.epoch(0, rank=0, world_size=1))
     assert [c.stop - c.start for c in bag.chunks] == [8, 8, 8, 6]
 
 
-def test_cached_pixels_are_decoded_once_and_only_as_many_as_fit(items, monkeypatch):
+def test_cached_pixels_are_decoded_once_and_the_cache_keeps_its_limit(items, monkeypatch):
     decoded = []
     decoder = type(DECODER).decode
     monkeypatch.setattr(
@@ -350,7 +350,7 @@ def test_cached_pixels_are_decoded_once_and_only_as_many_as_fit(items, monkeypat
     assert cache.cached_bytes == 15 * patch_bytes
 
 
-def test_a_few_slides_are_the_same_each_time_and_of_every_label():
+def test_a_subset_of_slides_is_reproducible_and_balanced_by_label():
     cohort = [
         LabelledSlide(Slide(f"s{n}", f"s{n}", "val", {}), None, torch.tensor(n % 5 == 0).int())
         for n in range(40)

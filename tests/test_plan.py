@@ -34,7 +34,7 @@ def test_groups_are_neighbours_that_fit_together_and_no_two_could_be_one(sizes, 
 
 
 @given(rows=st.integers(1, 2000), chunk=chunks)
-def test_cuts_cover_the_rows_in_as_few_chunks_as_can_be(rows, chunk):
+def test_cuts_cover_the_rows_in_as_few_chunks_as_possible(rows, chunk):
     for cuts in (balanced_cuts(rows, chunk), fixed_cuts(rows, chunk)):
         sizes = [stop - start for start, stop in cuts]
         assert cuts[0][0] == 0
@@ -58,7 +58,7 @@ def test_the_chunks_of_an_update_hold_every_patch_once_in_order(sizes, chunk, fi
 
 
 @given(sizes=sizes_of_bags, chunk=chunks, world=worlds, over=st.none() | st.integers(0, 200))
-def test_ranks_share_the_very_chunks_of_one_process(sizes, chunk, world, over):
+def test_ranks_get_exactly_the_chunks_of_one_process(sizes, chunk, world, over):
     groups = cut_update(sizes, chunk)
     shares = assign_to_ranks(groups, world, shard_over=over)
     assert len(shares) == world
@@ -73,7 +73,7 @@ def test_ranks_share_the_very_chunks_of_one_process(sizes, chunk, world, over):
 
 
 @given(sizes=sizes_of_bags, chunk=chunks, world=worlds, over=st.integers(0, 200))
-def test_only_bags_over_the_limit_are_spread(sizes, chunk, world, over):
+def test_only_bags_over_the_limit_are_sharded(sizes, chunk, world, over):
     shares = assign_to_ranks(cut_update(sizes, chunk), world, shard_over=over)
     for bag, size in enumerate(sizes):
         owners = sum(bag_range(share, bag) != (0, 0) for share in shares)
@@ -83,7 +83,7 @@ def test_only_bags_over_the_limit_are_spread(sizes, chunk, world, over):
 
 
 @given(sizes=sizes_of_bags, chunk=st.integers(1, 30), world=worlds)
-def test_spreading_all_large_bags_levels_the_ranks_to_two_chunks(sizes, chunk, world):
+def test_sharding_all_large_bags_balances_the_ranks_to_within_two_chunks(sizes, chunk, world):
     shares = assign_to_ranks(cut_update(sizes, chunk), world, shard_over=0)
     loads = [sum(c.num_patches for c in share) for share in shares]
     assert max(loads) - min(loads) <= 2 * chunk
@@ -99,7 +99,7 @@ def test_whole_bags_are_balanced_by_patch_count(sizes, world):
     assert max(loads) <= 4 / 3 * max(best, sum(paired[:2]))
 
 
-def test_437_and_563_of_1000_patches_as_worked_out_by_hand():
+def test_437_and_563_of_1000_patches_as_computed_by_hand():
     # 16 chunks of 62 or 63. Another bag of 126 lies on rank 0, so the level is 563: 437 + 126.
     shares = assign_to_ranks(cut_update([126, 1000], 63), 2, shard_over=126)
     assert [bag_range(share, 1) for share in shares] == [(0, 437), (437, 1000)]
@@ -113,7 +113,7 @@ def test_a_single_chunk_holds_all_patches_of_a_rank():
     assert single_chunk([]) == []
 
 
-def test_a_chunk_goes_to_the_rank_that_wants_most_of_it():
+def test_a_chunk_goes_to_the_rank_that_lacks_most_of_it():
     # Rank 0 has 5 already, so it wants 9 of the 23 and rank 1 wants 14: 7 and 16, not 15 and 8.
     shares = assign_to_ranks(cut_update([5, 23], 8), 2, shard_over=8)
     assert [bag_range(share, 1) for share in shares] == [(0, 7), (7, 23)]

@@ -59,7 +59,7 @@ def test_nothing_to_draw_is_an_error(count, size):
         sample_patches("a", count, size, seed=0, epoch=0)
 
 
-def test_what_recorded_runs_drew_is_drawn_again():
+def test_draws_of_recorded_runs_are_reproduced():
     assert mix_seed(1, 2, "a") == 4869288256290416682
     assert sample_patches("slide", 1000, 8, seed=1, epoch=2).tolist() == [
         482,
@@ -86,7 +86,7 @@ def test_mixing_does_not_run_parts_together():
 
 
 @given(seeds=seed_arrays, cut=st.integers(0, 60), draw=st.integers(0, 20))
-def test_a_draw_is_free_of_how_the_seeds_are_cut(seeds, cut, draw):
+def test_a_draw_does_not_depend_on_how_the_seeds_are_cut(seeds, cut, draw):
     at_once = uniform(seeds, draw)
     assert ((at_once >= 0) & (at_once < 1)).all()
     pieces = [uniform(seeds[:cut], draw), uniform(seeds[cut:], draw)]
@@ -283,7 +283,7 @@ def test_regions_hold_equally_many_patches_and_lie_side_by_side(coords, grid):
 
 
 @given(count=st.integers(2, 120), grid=st.integers(1, 6), seed=numbers, data=st.data())
-def test_regions_are_drawn_from_as_evenly_as_can_be(count, grid, seed, data):
+def test_regions_are_drawn_from_as_evenly_as_possible(count, grid, seed, data):
     size = data.draw(st.integers(1, count))
     coords = slide_of(count, seed)["coords"]
     drawn = SAMPLERS.build("regions", grid=grid).choose(
@@ -303,7 +303,7 @@ def test_regions_need_coords():
         SAMPLERS.build("regions").choose("a", 10, 4, seed=0, epoch=0)
 
 
-def test_samplers_say_what_they_use():
+def test_samplers_declare_what_they_use():
     uses = {name: SAMPLERS.build(name) for name in SAMPLERS.names()}
     assert [name for name, sampler in uses.items() if sampler.uses_coords] == ["regions"]
     assert [name for name, sampler in uses.items() if sampler.uses_scores] == ["attention"]
@@ -395,7 +395,7 @@ def test_copies_differ_by_seed_epoch_slide_scale_and_repeat():
     assert len({draw(), draw("b"), draw(seed=1), draw(epoch=1), draw(scale=1), draw(repeat=1)}) == 6
 
 
-def test_nothing_cannot_be_copied():
+def test_copies_of_an_empty_bag_are_refused():
     with pytest.raises(ValueError, match="slide 'a' has no patches"):
         pad_with_copies(np.arange(0), 4, slide="a", seed=0, epoch=0)
 
@@ -410,7 +410,7 @@ shares_of_scales = st.lists(
 
 
 @pytest.mark.parametrize("published", [(96, 32), (384, 128), (86, 42), (692, 76)])
-def test_the_published_quotas_are_had_by_giving_them(published):
+def test_the_published_quotas_are_reproduced_by_giving_them_as_shares(published):
     assert scale_quotas(sum(published), published, (10**5, 10**5)) == published
 
 
@@ -442,7 +442,7 @@ def test_quotas_sum_to_the_bag_by_the_largest_remainder(bag, shares):
 
 
 @given(bag=st.integers(1, 500), shares=shares_of_scales, data=st.data())
-def test_a_scale_gives_no_more_than_it_has_and_no_other_stands_in(bag, shares, data):
+def test_a_scale_gives_no_more_than_it_has_and_no_other_scale_fills_in(bag, shares, data):
     counts = [data.draw(st.integers(0, 300)) for _ in shares]
     full = scale_quotas(bag, shares, [bag] * len(shares))
     short = scale_quotas(bag, shares, counts)
@@ -451,12 +451,12 @@ def test_a_scale_gives_no_more_than_it_has_and_no_other_stands_in(bag, shares, d
 
 @pytest.mark.parametrize("bag", [8, None])
 @pytest.mark.parametrize("share", [0, -1.0, float("nan"), float("inf")])
-def test_a_share_that_is_none_is_refused(bag, share):
+def test_an_invalid_share_is_refused(bag, share):
     with pytest.raises(UserError, match="shares of scales must be finite and above 0"):
         scale_quotas(bag, (1, share), (9, 9))
 
 
-def test_scales_and_shares_go_together():
+def test_there_is_one_share_for_each_scale():
     with pytest.raises(ValueError, match="1 shares for 2 scales"):
         scale_quotas(8, (1,), (9, 9))
     with pytest.raises(ValueError, match="bag_size must be at least 1, got 0"):

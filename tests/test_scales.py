@@ -73,7 +73,7 @@ def test_a_bag_takes_its_share_from_each_magnification(items):
     np.testing.assert_array_equal(pixels, pixels_of(jpegs))
 
 
-def test_one_magnification_is_as_if_there_were_no_other(items):
+def test_one_magnification_does_not_depend_on_the_others(items):
     alone = [replace(item, other_scales=()) for item in items]
     one, two = bag(items, bag_size=7), bag(alone, bag_size=7)
     assert torch.equal(one.pixels(0, 21, CPU), two.pixels(0, 21, CPU))
@@ -88,12 +88,12 @@ def test_the_same_patch_number_looks_different_at_each_magnification(items):
     assert set(main.seeds()).isdisjoint(sub.seeds())
 
 
-def test_evaluation_sees_the_first_magnification_alone(items):
+def test_evaluation_reads_the_first_magnification_alone(items):
     spec = BagSpec(PixelRowReader(DECODER))
     assert full_bag(items[0], spec, 64).num_patches == 40
 
 
-def test_short_bags_are_short_or_filled_with_copies_if_asked(items):
+def test_short_bags_are_short_or_filled_with_copies_on_request(items):
     assert bag(items, bag_size=16, shares=(3, 1)).num_patches == 43
     filled = bag(items, bag_size=16, shares=(3, 1), fill_with_copies=True)
     assert filled.sizes == [16, 16, 16]
@@ -102,7 +102,7 @@ def test_short_bags_are_short_or_filled_with_copies_if_asked(items):
     assert (len(main), len(sub)) == (12, 4)
 
 
-def test_neighbours_share_a_crop_if_asked_and_nothing_else(items):
+def test_neighbours_share_a_crop_on_request_and_nothing_else(items):
     augment = Augment(24, flip="none", crop=0.2)
     one, two = (bag(items, bag_size=8, augment=augment, shared_crops=n) for n in (4, 0))
     shared = np.concatenate([part.crop_seeds for part in one.pixels._rows])
@@ -115,7 +115,7 @@ def test_neighbours_share_a_crop_if_asked_and_nothing_else(items):
     torch.testing.assert_close(halves, one.pixels(0, 24, CPU))
 
 
-def test_blue_and_red_are_swapped_if_asked(items):
+def test_blue_and_red_are_swapped_on_request(items):
     spec = BagSpec(PixelRowReader(DECODER, bgr=True))
     plain, swapped = (full_bag(items[0], v, 64) for v in (BagSpec(PixelRowReader(DECODER)), spec))
     assert torch.equal(swapped.pixels(0, 40, CPU), plain.pixels(0, 40, CPU).flip(1))
@@ -233,7 +233,7 @@ def test_stores_are_files_globs_or_an_index(tmp_path):
     assert [[store.slides for store in stores] for stores in scales] == [[["a"], ["b"]], [["b"]]]
 
 
-def test_no_training_slide_at_the_other_magnification_is_told_before_training(tmp_path):
+def test_no_training_slide_at_the_other_magnification_is_reported_before_training(tmp_path):
     main, sub = tmp_path / "main.lmdb", tmp_path / "sub.lmdb"
     write_store(main, MAIN)
     write_store(sub, {"other": 2})

@@ -72,7 +72,7 @@ def step(bag: Bag, num_once: int) -> list[torch.Tensor]:
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=4))
-def test_every_chunk_is_made_as_often_as_it_is_asked_for_and_is_the_sources_own(plans):
+def test_every_chunk_is_read_as_often_as_requested_with_the_pixels_of_the_source(plans):
     sources = [Source() for _ in plans]
     bags = [(bag(s, n), num_once) for s, (n, num_once) in zip(sources, plans, strict=True)]
     for one, num_once in prefetch(bags, CPU):
@@ -88,7 +88,7 @@ def test_every_chunk_is_made_as_often_as_it_is_asked_for_and_is_the_sources_own(
 
 
 @given(st.integers(1, 12), st.integers(0, 12))
-def test_no_more_than_the_stated_chunks_are_made_before_they_are_asked_for(chunks, num_once):
+def test_no_more_than_the_stated_chunks_are_read_ahead(chunks, num_once):
     first, second = Source(), Source()
     requested = 0
     for one, _ in prefetch([(bag(first, chunks), 0), (bag(second, 3), 0)], CPU):
@@ -100,7 +100,7 @@ def test_no_more_than_the_stated_chunks_are_made_before_they_are_asked_for(chunk
             assert len(first.requests) + len(second.requests) <= requested + AHEAD
 
 
-def test_the_second_pass_and_the_next_bag_begin_before_they_are_asked_for():
+def test_the_second_pass_and_the_next_bag_are_read_ahead():
     first, second = Source(), Source()
     (one, _), (_, _) = prefetch([(bag(first, 4), 0), (bag(second, 1), 0)], CPU)
     for chunk in one.chunks:
@@ -113,7 +113,7 @@ def test_the_second_pass_and_the_next_bag_begin_before_they_are_asked_for():
     second.wait_for((0, 2))  # though a chunk of the first bag is yet to be asked for
 
 
-def test_a_fault_in_the_background_is_raised_to_the_one_who_asks_for_that_chunk():
+def test_an_error_in_the_background_is_raised_by_the_request_for_that_chunk():
     (one, _), (two, _) = prefetch([(bag(Source(broken=2), 3), 0), (bag(Source(), 1), 0)], CPU)
     one.pixels(0, 2, CPU)
     with pytest.raises(DamagedDataError, match="patch 2 is broken"):
@@ -122,7 +122,7 @@ def test_a_fault_in_the_background_is_raised_to_the_one_who_asks_for_that_chunk(
     assert two.pixels(0, 2, CPU).shape == (2, 3, 1, 1)
 
 
-def test_rows_that_are_no_chunk_are_made_on_the_spot():
+def test_rows_that_are_not_a_chunk_are_read_when_requested():
     source = Source()
     pixels = PrefetchedPixels(source, bag(source, 3).chunks, CPU, WaitTime())
     assert pixels(1, 5, CPU)[:, 0, 0, 0].tolist() == [1, 2, 3, 4]
@@ -180,7 +180,7 @@ def children() -> set[str]:
     return {number for text in lists for number in text.split()}
 
 
-def test_a_forked_process_makes_pixels_too(items):  # noqa: F811
+def test_a_forked_process_prefetches_too(items):  # noqa: F811
     ((one, _),) = prefetch([(bag_of(items), 0)], CPU)
     one.pixels(one.chunks[0].start, one.chunks[0].stop, CPU)  # the threads are there now
     child = os.fork()
