@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -147,7 +147,10 @@ class PixelRowReader:
     keep: str | None = None
     """What is kept in memory of patches that will be reread, see :meth:`RowReader.for_training`."""
 
-    input_kind: ClassVar[InputKind] = "pixels"
+    @property
+    def input_kind(self) -> InputKind:
+        """Pixels."""
+        return "pixels"
 
     def describe(self) -> str:
         """Return the name of the decoder, and why it is not the fastest one."""
@@ -296,13 +299,20 @@ class FeatureRowReader:
         Most bytes to keep, of the slides that are read first. Others are read from disk each time.
     """
 
-    input_kind: ClassVar[InputKind] = "features"
-    decoder: ClassVar[None] = None
-
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.cached_bytes = max_bytes, 0
         self._cache: dict[tuple[str, str], Tensor] = {}
         self._lock = threading.Lock()
+
+    @property
+    def input_kind(self) -> InputKind:
+        """Features."""
+        return "features"
+
+    @property
+    def decoder(self) -> None:
+        """None: features are not decoded."""
+        return None
 
     def describe(self) -> str:
         """Return a few words for the summary of a run."""
