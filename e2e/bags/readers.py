@@ -25,16 +25,18 @@ from e2e.store.records import PatchReader, SlideReader
 
 T = TypeVar("T")
 R = TypeVar("R", bound=SlideReader)
+R_co = TypeVar("R_co", bound=SlideReader, covariant=True)
+R_contra = TypeVar("R_contra", bound=SlideReader, contravariant=True)
 
 InputKind = Literal["pixels", "features"]
 """What the rows of a bag are."""
 
 
 @dataclass(frozen=True)
-class SlideRows(Generic[R]):
+class SlideRows(Generic[R_co]):
     """Rows of a bag: patches of one slide at one scale."""
 
-    reader: R
+    reader: R_co
     slide: str
     """Slide id."""
     indices: NDArray[np.int64]
@@ -49,7 +51,7 @@ class SlideRows(Generic[R]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def part(self, start: int, stop: int) -> SlideRows[R]:
+    def part(self, start: int, stop: int) -> SlideRows[R_co]:
         """Return rows ``start`` to ``stop`` of these."""
         crop_seeds = None if self.crop_seeds is None else self.crop_seeds[start:stop]
         return replace(self, indices=self.indices[start:stop], crop_seeds=crop_seeds)
@@ -97,7 +99,7 @@ def share_crops(rows: Sequence[SlideRows[R]], num_rectangles: int, seed: int) ->
     ]
 
 
-class RowReader(Protocol[R]):
+class RowReader(Protocol[R_contra]):
     """Reads the rows of bags from readers of slides: of patches or of features."""
 
     @property
@@ -114,7 +116,7 @@ class RowReader(Protocol[R]):
         """Return a few words for the summary of a run."""
         ...
 
-    def for_training(self, augment: Augment, keep: str | None) -> RowReader[R]:
+    def for_training(self, augment: Augment, keep: str | None) -> RowReader[R_contra]:
         """Return the reader of training bags.
 
         Parameters
@@ -127,7 +129,7 @@ class RowReader(Protocol[R]):
         """
         ...
 
-    def source(self, rows: Sequence[SlideRows[R]]) -> PixelSource:
+    def source(self, rows: Sequence[SlideRows[R_contra]]) -> PixelSource:
         """Return the pixel source of a bag of these rows."""
         ...
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.bags.cache import PixelCache
-from e2e.bags.readers import R, RowReader, SlideRows
+from e2e.bags.readers import R, R_co, RowReader, SlideRows
 from e2e.bags.sampler import RandomSampler, Sampler, pad_with_copies, scale_quotas
 from e2e.seeds import mix_seed
 from e2e.slides import Slide
@@ -20,16 +20,16 @@ from e2e.store.records import SlideRecord
 
 
 @dataclass(frozen=True)
-class LabelledSlide(Generic[R]):
+class LabelledSlide(Generic[R_co]):
     """A slide with the reader of its patches or features and its target."""
 
     slide: Slide
     """As the label table describes it."""
-    reader: R
+    reader: R_co
     """Reads its patches or features."""
     target: Tensor
     """The label as the task encodes it."""
-    other_scales: tuple[R, ...] = ()
+    other_scales: tuple[R_co, ...] = ()
     """Readers of its patches at other magnifications, for training; evaluation uses ``reader`` alone."""
 
     @property
