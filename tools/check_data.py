@@ -187,7 +187,7 @@ def describe_table(data: Data, task: Task, slides: Sequence[Slide]) -> list[str]
 
 def slides_of(item: LabelledSlide) -> int:
     """Slides in a bag."""
-    return len(item.store.parts) if isinstance(item.store, CaseStore) else 1
+    return len(item.reader.parts) if isinstance(item.reader, CaseStore) else 1
 
 
 def describe_splits(items: Sequence[LabelledSlide], task: Task, *, patches: bool) -> list[str]:
@@ -196,7 +196,7 @@ def describe_splits(items: Sequence[LabelledSlide], task: Task, *, patches: bool
     for split in SPLITS:
         own = [item for item in items if item.slide.split == split]
         cases = len({item.slide.case for item in own})
-        count = sum(item.store.num_patches(item.slide.id) for item in own) if patches else 0
+        count = sum(item.reader.num_patches(item.slide.id) for item in own) if patches else 0
         lines.append(
             f"{split:5}  {sum(map(slides_of, own)):,} slides, {cases:,} cases"
             + (f", {count:,} patches" if patches else "")
@@ -255,7 +255,7 @@ def describe_mpp(items: Sequence[LabelledSlide]) -> str:
 
 def describe_needs(settings: Settings, items: Sequence[LabelledSlide]) -> list[str]:
     """Disk and memory, from the counts and the sizes of the files."""
-    data, counts = settings.data, [item.store.num_patches(item.slide.id) for item in items]
+    data, counts = settings.data, [item.reader.num_patches(item.slide.id) for item in items]
     if on_features(settings):
         width = describe_features(items)["width"]
         return [

@@ -14,7 +14,7 @@ from e2e.log import Screen
 
 def describe_features(items: Sequence[LabelledSlide]) -> dict[str, Any]:
     """``width`` and ``encoder`` (empty where the files do not say) of the slides' features."""
-    makers = (describe_encoder(item.store.recipe) for item in items)
+    makers = (describe_encoder(item.reader.recipe) for item in items)
     width = cast(FeatureFiles, items[0].store).width
     return {"width": width, "encoder": next(filter(None, makers), "")}
 
@@ -24,7 +24,7 @@ def check_values(items: Sequence[LabelledSlide], screen: Screen) -> None:
     faults: list[str] = []
     for done, item in enumerate(items):
         try:
-            cast(FeatureFiles, item.store).features(item.slide.id)
+            cast(FeatureFiles, item.reader).features(item.slide.id)
         except DamagedDataError as error:
             faults.append(str(error).splitlines()[0])
         screen.step(done + 1, len(items), "slides' features looked over")

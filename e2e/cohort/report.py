@@ -27,8 +27,8 @@ def write_cohort(items: Sequence[LabelledSlide], problems: Sequence[Problem], pa
             "case": item.slide.case,
             "split": item.slide.split,
             **item.slide.target,
-            "patches": item.store.num_patches(item.slide.id),
-            "store": str(item.store.path),
+            "patches": item.reader.num_patches(item.slide.id),
+            "store": str(item.reader.path),
             "left_out": "",
         }
         for item in items

@@ -205,7 +205,7 @@ class MILModel(nn.Module):
             nonlocal passes, first
             passes += 1
             again = twice and passes == 1
-            pixels = bag.pixels(chunk.start, chunk.stop, device, again=again)
+            pixels = bag.pixels(chunk.start, chunk.stop, device, will_be_reread=again)
             with (
                 self._draws(chunk.seed, device),
                 self._autocast(device),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from e2e.bags.readers import PixelRowReader, RowReader
+from e2e.bags.readers import RowReader
 from e2e.bags.spec import LabelledSlide
 from e2e.cohort.cases import CaseStore
 from e2e.errors import DamagedDataError
@@ -44,7 +44,7 @@ def heatmap_writer(
     It is the ``on_slide`` of :func:`e2e.reports.predictions.predict`. From features there are no pixels:
     the scores stand on grey.
     """
-    decoder = reader.decoder if isinstance(reader, PixelRowReader) else None
+    decoder = reader.decoder
     folder.mkdir(parents=True, exist_ok=True)
     ids = {item.slide.id for item in items}
 
@@ -137,8 +137,8 @@ def draw_heatmap(
     blend = np.where(covered, (1 - OVERLAY) * tissue + OVERLAY * colours, tissue).astype(np.uint8)
     write_atomically(path.with_name(f"{path.name}.png"), _panels(tissue, blend, caption))
     slides, coords = item.slide.id, record.require_coords()
-    if isinstance(item.store, CaseStore):
-        slides, coords = item.store.origins()
+    if isinstance(item.reader, CaseStore):
+        slides, coords = item.reader.origins()
     table = pd.DataFrame(
         {
             "slide": slides,
@@ -196,7 +196,7 @@ def _mosaic(item: LabelledSlide, record: SlideRecord, decoder: Decoder) -> NDArr
     """The slide assembled from its patches."""
     corners, side, shape = _layout(record)
     picture = np.full((*shape, 3), BACKGROUND, np.uint8)
-    store = cast(PatchReader, item.store)
+    store = cast(PatchReader, item.reader)
     for start in range(0, record.num_patches, 256):
         rows = range(start, min(start + 256, record.num_patches))
         jpegs = store.read(item.slide.id, rows)

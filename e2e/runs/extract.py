@@ -419,7 +419,7 @@ def _readable_slides(stores: Sequence[PatchReader]) -> tuple[list[LabelledSlide]
         for slide in store.slides:
             if slide in items:
                 raise UserError(
-                    f"slide '{slide}' is in {items[slide].store.path} and in {store.path}"
+                    f"slide '{slide}' is in {items[slide].reader.path} and in {store.path}"
                 )
             item = LabelledSlide(Slide(slide, case=slide, split="", target={}), store, no_target)
             try:
@@ -446,7 +446,7 @@ def _build_encoder(name: str, options: Mapping[str, Any]) -> Encoder:
 
 
 def _feature_folder(item: LabelledSlide, out: Path, encoder: str) -> FeatureFolder:
-    record, overlap = item.record, int(item.store.recipe.get("overlap", 0))
+    record, overlap = item.record, int(item.reader.recipe.get("overlap", 0))
     return FeatureFolder(out, magnification(record.mpp), record.patch_px, overlap, encoder)
 
 

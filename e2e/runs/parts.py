@@ -17,9 +17,9 @@ import e2e.encoders
 import e2e.heads
 import e2e.losses
 import e2e.tasks  # noqa: F401  (each import registers its plug-ins)
-from e2e.bags.cache import FeatureRowReader, PixelCache
+from e2e.bags.cache import PixelCache
 from e2e.bags.loader import TrainingLoader, subset_slides
-from e2e.bags.readers import PixelRowReader
+from e2e.bags.readers import FeatureRowReader, PixelRowReader
 from e2e.bags.sampler import SAMPLERS
 from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.cohort.features import describe_features
@@ -31,7 +31,8 @@ from e2e.engine.model import MILModel
 from e2e.errors import UserError
 from e2e.heads.base import HEADS, Head
 from e2e.images.augment import AUGMENTS
-from e2e.images.decode import build_decoder, decoder_threads
+from e2e.images.decode import build_decoder
+from e2e.images.threads import decoder_threads
 from e2e.log import Screen
 from e2e.losses.base import REGULARISERS, Regulariser
 from e2e.memory import free_memory, parse_bytes
@@ -232,30 +233,25 @@ def build_loader(
 ) -> TrainingLoader:
     """The bags of the training slides; ``view`` is that of evaluation."""
     engine, bag = settings.engine, settings.bag
-    sight = view.reader
-    if isinstance(sight, PixelRowReader):
-        sight = replace(
-            sight,
-            augment=AUGMENTS.build(settings.augment.name, bag.size, **settings.augment.options),
-            keep=None if engine.keep == "none" else engine.keep,
-        )
+    augment = AUGMENTS.build(settings.augment.name, bag.size, **settings.augment.options)
+    keep = None if engine.keep == "none" else engine.keep
     return TrainingLoader(
         items=items,
-        view=BagSpec(
-            sight,
+        spec=BagSpec(
+            view.reader.for_training(augment, keep),
             seed=settings.run.seed,
             bag_size=bag.patches,
             sampler=SAMPLERS.build(settings.sampler.name, **settings.sampler.options),
             shares=tuple(bag.shares),
-            copies=bag.copies,
+            fill_with_copies=bag.copies,
             shared_crops=bag.shared_crops,
         ),
         bags=settings.optim.bags,
         chunk=engine.chunk,
         shard_over={"slide": None, "bag": 0, "auto": engine.shard_over}[engine.shard],
-        full=engine.compile,
-        one_piece=model.batch_norm.one_piece,
-        whole=model.encoder.given,
+        fixed_size_chunks=engine.compile,
+        single_chunk_per_rank=model.batch_norm.one_piece,
+        single_chunk_per_bag=model.encoder.given,
         groups=[task.group(item.target) for item in items] if settings.optim.balance else None,
     )
 
@@ -265,9 +261,9 @@ def build_validation(
 ) -> tuple[list[LabelledSlide], BagSpec]:
     """What the epochs are compared on: slides of validation, and what is seen of them each time."""
     select, seed = settings.select, settings.run.seed
-    cache = (
-        PixelCache(parse_bytes(select.cache)) if isinstance(view.reader, PixelRowReader) else None
-    )
+    cache = None
+    if view.reader.input_kind == "pixels":
+        cache = PixelCache(parse_bytes(select.cache))
     seen = replace(view, seed=seed, bag_size=select.patches, cache=cache)
     return subset_slides(items, select.slides, group=task.group, seed=seed), seen
 
@@ -430,7 +426,7 @@ def make_parts(
     width = features["width"] if features else None
     model = build_model(settings, task, device, trained=trained, width=width)
     for item in items if model.head.needs_coords else []:
-        view.check_places(item)
+        view.check_coords(item)
     return Parts(task, items, view, model, problems, features)
 
 
@@ -442,5 +438,5 @@ def check_training(settings: Settings, parts: Parts, device: torch.device, world
     loader.check(world_size, settings.optim.epochs)
     if any(regulariser.needs_coords for regulariser in model.regularisers):
         for item in train:
-            parts.view.check_places(item)
+            parts.view.check_coords(item)
     check_losses(model, parts.task, train[0].target, device)

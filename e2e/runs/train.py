@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from e2e.bags.readers import PixelRowReader
 from e2e.bags.spec import LabelledSlide
 from e2e.cohort.features import check_values
 from e2e.engine.model import MILModel
@@ -107,7 +106,7 @@ def _check_evaluation_features(parts: Parts, strategy: Strategy, screen: Screen)
 def _facts(settings: Settings, items: list[LabelledSlide]) -> dict[str, str]:
     """What must be the same on all ranks, as short texts."""
     cohort = [
-        (item.slide, item.store.num_patches(item.slide.id), item.target.tolist()) for item in items
+        (item.slide, item.reader.num_patches(item.slide.id), item.target.tolist()) for item in items
     ]
     digest = hashlib.sha256(repr(cohort).encode()).hexdigest()[:12]
     return {"torch": torch.__version__, "cohort": digest, **flatten_settings(settings)}
@@ -175,7 +174,7 @@ def _build_trainer(
             rescore=settings.bag.rescore,
         ),
         validate=validate,
-        score_patches=score_training_patches if loader.view.sampler.uses_scores else None,
+        score_patches=score_training_patches if loader.spec.sampler.uses_scores else None,
         folder=folder,
         log=log,
         screen=screen,
@@ -216,7 +215,7 @@ def _print_summary(screen: Screen, settings: Settings, parts: Parts, strategy: S
         )
     for split in ("train", "val", "test"):
         slides = parts.of_split(split)
-        patches = sum(item.store.num_patches(item.slide.id) for item in slides)
+        patches = sum(item.reader.num_patches(item.slide.id) for item in slides)
         screen.say(
             f"{split:5}  {len(slides)} {settings.data.unit}s, {patches:,} patches: "
             f"{parts.task.describe([item.target for item in slides])}"
@@ -226,13 +225,12 @@ def _print_summary(screen: Screen, settings: Settings, parts: Parts, strategy: S
     devices = f"{strategy.world_size} x {strategy.device} ({type(strategy).__name__})"
     bags = f"{settings.optim.bags} bags an update of {settings.bag.patches or 'all'} patches"
     precision = model.autocast or torch.float32
-    if isinstance(reader, PixelRowReader):
+    if reader.input_kind == "pixels":
         trainable = _millions(model.encoder, trainable=True)
         screen.say(
             f"{settings.encoder.name} ({encoder_size} M parameters, {trainable} M trainable) + "
             f"{settings.head.name} ({head_size} M) on {devices}; {bags}, chunks of {model.chunk}; "
-            f"BatchNorm {model.batch_norm.name}, {precision}; JPEG {reader.decoder.name} "
-            f"{reader.decoder.note}".rstrip()
+            f"BatchNorm {model.batch_norm.name}, {precision}; {reader.describe()}"
         )
     else:
         screen.say(

@@ -372,8 +372,8 @@ class Trainer:
         return self.folder / f"patch_scores_{epoch}.safetensors"
 
     def _use(self, scores: Tensors) -> None:
-        view = replace(self.loader.view, scores={k: v.numpy() for k, v in scores.items()})
-        self.loader = replace(self.loader, view=view)
+        spec = replace(self.loader.spec, scores={k: v.numpy() for k, v in scores.items()})
+        self.loader = replace(self.loader, spec=spec)
 
     def _check_finite(self) -> None:
         """UserError, on all ranks, when the last step made weights that are not finite."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from e2e.bags.bag import Bag
-from e2e.bags.chunk_plan import cut_update, share_update, single_chunk
+from e2e.bags.chunk_plan import assign_to_ranks, cut_update, single_chunk
 from e2e.bags.loader import make_bag
 from e2e.bags.readers import PixelRowReader
 from e2e.bags.spec import BagSpec, LabelledSlide
@@ -114,7 +114,7 @@ def bag_of(
         for s in update
     ]
     groups = cut_update([SIZES[slide] for slide in update], CHUNK)
-    shares = share_update(groups, world_size, shard_over=shard_over)
+    shares = assign_to_ranks(groups, world_size, shard_over=shard_over)
     if one_piece:
         shares = [single_chunk(share) for share in shares]
     return make_bag(items, BagSpec(PixelRowReader(drawn)), shares, rank=rank)

@@ -16,7 +16,7 @@ import torch
 
 from e2e.encoders.base import ENCODERS
 from e2e.errors import UserError
-from e2e.images.decode import decoder_threads
+from e2e.images.threads import decoder_threads
 from e2e.parallel import float32_precision
 from e2e.runs.evaluate import evaluate
 from e2e.runs.extract import extract

@@ -16,7 +16,7 @@ from scipy.stats import rankdata
 
 import e2e.heads
 import e2e.tasks  # noqa: F401  (each registers its plug-ins)
-from e2e.bags.cache import FeatureRowReader
+from e2e.bags.readers import FeatureRowReader
 from e2e.bags.spec import LabelledSlide
 from e2e.errors import DamagedDataError
 from e2e.heads.base import HEADS, HeadOutput

@@ -320,7 +320,7 @@ def test_a_patch_that_is_no_jpeg_names_slide_and_patch(cohort, tmp_path, monkeyp
         cohort, tmp_path / "run", f"data.stores=[{tmp_path}/bad.lmdb]", "bag.patches=null"
     )
     code, said = call(train.main, monkeypatch, capsys, *wrong)
-    assert (code, "slide 's04' patch 2 is no readable JPEG" in said) == (2, True)
+    assert (code, "slide 's04' patch 2 is not a readable JPEG" in said) == (2, True)
 
 
 @pytest.mark.slow

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from e2e.bags.cache import FeatureRowReader
 from e2e.bags.epoch_plan import WINDOW, group_by_size, plan_epoch
 from e2e.bags.loader import TrainingLoader, full_bag
+from e2e.bags.readers import FeatureRowReader
 from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.encoders.base import ENCODERS
 from e2e.engine.model import MILModel, pad
@@ -64,7 +64,7 @@ def model_of(head: str = "abmil", **options: object) -> MILModel:
 @pytest.mark.parametrize("head", ["abmil", "max", "transmil", "clam_mb"])
 def test_a_batch_of_features_is_its_bags_one_by_one(cohort, head):
     items, view, model = items_of(cohort), BagSpec(FeatureRowReader(1 << 20)), model_of(head).eval()
-    loader = TrainingLoader(items, view, bags=len(items), chunk=1, whole=True)
+    loader = TrainingLoader(items, view, bags=len(items), chunk=1, single_chunk_per_bag=True)
     ((bag, count),) = loader.epoch(0, rank=0, world_size=1)
     (together,) = model(bag, CPU)
     assert count == len(items)
@@ -85,7 +85,7 @@ def test_padding_is_0_its_mask_says_so_and_half_precision_becomes_single():
 def test_the_features_are_those_of_the_files_in_the_order_that_was_drawn(cohort):
     view = BagSpec(FeatureRowReader(0), seed=3, bag_size=4)
     item = items_of(cohort)[10]
-    loader = TrainingLoader([item], view, bags=1, chunk=1, whole=True)
+    loader = TrainingLoader([item], view, bags=1, chunk=1, single_chunk_per_bag=True)
     ((bag, _),) = loader.epoch(0, rank=0, world_size=1)
     (rows,), _ = view.rows(item, 0)
     stored = features_of(10, COUNTS["s10"])
@@ -162,7 +162,7 @@ def test_features_are_read_once_as_far_as_the_memory_goes(cohort):
             for item in items:
                 bag = full_bag(item, BagSpec(cache), sys.maxsize)
                 bag.pixels(0, bag.num_patches, CPU)
-        assert cache.held <= budget
+        assert cache.cached_bytes <= budget
         missed = 16 - len(store.read)
         assert missed == kept if kept is not None else 0 < missed < 16
 

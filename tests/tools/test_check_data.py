@@ -141,7 +141,7 @@ MODELS = {
     ),
     "a head that cannot be": (["head.heads=7"], "cannot split embed_dim=512 into heads=7"),
     "statistics of more patches than a chunk": (
-        ["engine.batch_norm=sync", "engine.chunk=20"], "takes statistics over a whole update",
+        ["engine.batch_norm=sync", "engine.chunk=20"], "needs all patches of a rank in one chunk",
     ),
     "weights to judge that are not kept": (
         ["select.weights=ema", "optim.ema=0"], "select.weights=ema needs optim.ema",

@@ -236,13 +236,13 @@ def scored_run(folder: Path, epochs: int, **schedule) -> tuple[Trainer, list[dic
 
     @dataclass(frozen=True)
     class Loader:
-        view: BagSpec
+        spec: BagSpec
 
         def updates(self) -> int:
             return 2
 
         def epoch(self, epoch: int, **where):
-            drawn.append(dict(self.view.scores))
+            drawn.append(dict(self.spec.scores))
             yield from TwoUpdates(set(), one_update=False).epoch(epoch, **where)
 
     run.loader = Loader(BagSpec(PixelRowReader(None)))  # type: ignore[arg-type,assignment]
@@ -270,7 +270,7 @@ def test_patches_are_scored_on_schedule_and_a_stopped_run_goes_on_by_the_stored_
         other._load_scores()
     other.progress.epoch = 3
     other._load_scores()
-    assert list(other.loader.view.scores) == ["s"]
+    assert list(other.loader.spec.scores) == ["s"]
 
 
 def test_scores_that_are_not_finite_stop_the_run_with_the_slides_name(tmp_path):
