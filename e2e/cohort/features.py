@@ -15,7 +15,7 @@ from e2e.log import Screen
 def describe_features(items: Sequence[LabelledSlide]) -> dict[str, Any]:
     """``width`` and ``encoder`` (empty where the files do not say) of the slides' features."""
     makers = (describe_encoder(item.reader.recipe) for item in items)
-    width = cast(FeatureFiles, items[0].store).width
+    width = cast(FeatureFiles, items[0].reader).width
     return {"width": width, "encoder": next(filter(None, makers), "")}
 
 
