@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from e2e.cohort.load import store_files
+from e2e.cohort.readers import store_files
 from e2e.errors import exit_code
 from e2e.runs import extract
 from e2e.store.open import open_store

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from e2e.cohort.match import match_slides
 from e2e.cohort.report import write_problems
-from e2e.cohort.splits import check_splits, cut
-from e2e.cohort.table import Problem, read_table, slide_ids
+from e2e.cohort.splits import check_splits, cut_split
+from e2e.cohort.table import Problem, read_table, split_slide_ids
 from e2e.errors import UserError
 from e2e.slides import Slide
 from tests.conftest import write_store
@@ -119,7 +119,7 @@ def test_a_missing_column_names_those_that_are_there(table):
     ids=["empty", "no rows", "long first row", "long row", "comma at the end", "quote"],
 )
 def test_a_table_that_cannot_be_read_is_one_message(table, text, encoding):
-    with pytest.raises(UserError, match=r"labels.csv (is no readable table: .+|has no rows)"):
+    with pytest.raises(UserError, match=r"labels.csv (is not a readable table: .+|has no rows)"):
         read(table(text, encoding=encoding))
 
 
@@ -149,8 +149,8 @@ def test_bad_rows_are_listed_with_their_lines(table):
         ("s1", "labels.csv line 5", "contradicts an earlier row"),
         ("", "labels.csv line 6", "empty slide or case id"),
         ("s3", "labels.csv line 7", "empty slide or case id"),
-        ("s5", "labels.csv line 9", "split 'holdout' is none of train, val, test"),
-        ("s6", "labels.csv line 10", "split '' is none of train, val, test"),
+        ("s5", "labels.csv line 9", "split 'holdout' is not one of train, val, test"),
+        ("s6", "labels.csv line 10", "split '' is not one of train, val, test"),
     ]
     assert str(problems[3]) == "(no slide id): empty slide or case id (labels.csv line 6)"
 
@@ -166,9 +166,9 @@ def test_slides_and_stores_are_compared_in_both_directions(tmp_path):
         "both": "one.lmdb",
     }
     assert sorted(map(str, problems)) == [
-        "both: is in one.lmdb too (two.lmdb)",
-        "extra: the label table has no row for it (one.lmdb)",
-        "missing: no store has it (label table)",
+        "both: also in one.lmdb (two.lmdb)",
+        "extra: not in the label table (one.lmdb)",
+        "missing: not in any store (label table)",
     ]
 
 
@@ -252,7 +252,7 @@ def test_ten_thousand_cases_are_read_and_every_bad_row_of_them_is_listed(table):
     assert (problems[999].where, problems[999].slide) == ("labels.csv line 11001", "s9990")
     assert problems[-1].problem == "empty slide or case id"
     check_splits(slides)
-    done = cut(slides, "test", 0.25, by="label", seed=0)
+    done = cut_split(slides, "test", 0.25, by="label", seed=0)
     assert Counter((s.split, s.target["label"]) for s in done if s.split == "test") == {
         ("test", "x"): 1000,
         ("test", "y"): 1000,
@@ -299,7 +299,7 @@ def test_empty_parts_and_slides_named_twice_are_listed_and_the_others_stay(table
     assert [(p.slide, p.where[-1], p.problem) for p in problems] == [
         ("", "2", empty),
         ("", "2", empty),
-        ("d", "3", "named twice in its row"),
+        ("d", "3", "listed twice in its row"),
         ("a", "4", "contradicts an earlier row"),
         ("b", "5", "duplicate row"),
         ("g", "6", empty),
@@ -319,7 +319,7 @@ def test_without_a_separator_a_cell_is_one_id_and_who_lacks_it_is_told_of_the_se
     where, problems = match_slides(slides, [store])
     assert list(where) == ["c;d"]  # an id may have any sign
     assert str(problems[0]) == (
-        "a.svs;b: no store has it; are these several slides? data.slide_separator=';' (label table)"
+        "a.svs;b: not in any store; for several slides in a cell set data.slide_separator=';' (label table)"
     )
     slides, _ = read(
         table(HEADER + "c1,a.svs;b.svs,train,x\n"), slide_suffix=".svs", slide_separator=";"
@@ -332,7 +332,7 @@ IDS = st.text(st.characters(exclude_characters=";.", exclude_categories=("C", "Z
 
 @given(st.lists(IDS, min_size=1), st.sampled_from(["", ".svs"]), st.sampled_from([";", " ; "]))
 def test_ids_that_are_joined_come_apart_as_they_were(ids, suffix, joint):
-    assert slide_ids(joint.join(name + suffix for name in ids), suffix, ";") == ids
+    assert split_slide_ids(joint.join(name + suffix for name in ids), suffix, ";") == ids
 
 
 # --- centres ---

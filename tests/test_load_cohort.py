@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from e2e.bags.spec import LabelledSlide
-from e2e.cohort.load import check_classes, load_cohort
-from e2e.cohort.split_files import clam_files, fold_table, read_cells
+from e2e.cohort.labels import check_classes
+from e2e.cohort.load import load_cohort
+from e2e.cohort.split_files import clam_files, fold_table, read_text_table
 from e2e.errors import UserError
 from e2e.runs.crossval import make_plan
-from e2e.runs.parts import REGISTRIES, build_task
+from e2e.runs.parts import REGISTRIES, build_task, cohort_spec
 from e2e.settings.layers import load_settings
 from e2e.settings.schema import Columns, Cut, Data, Plugin, Settings
 from e2e.slides import Slide
@@ -48,7 +49,7 @@ def cohort(tmp_path) -> Path:
     """Eight slides, their labels, and two folds of them in our form and in CLAM's."""
     write_store(tmp_path / "s.lmdb", {name: 2 + k for k, name in enumerate(NAMES)})
     labels = write_labels(tmp_path)
-    (tmp_path / "splits.csv").write_bytes(fold_table(read_cells(labels), "slide", FOLDS))
+    (tmp_path / "splits.csv").write_bytes(fold_table(read_text_table(labels), "slide", FOLDS))
     for fold, splits in FOLDS.items():
         for name, content in clam_files(fold, splits, dict.fromkeys(NAMES, "x")).items():
             (tmp_path / name).write_bytes(content)
@@ -62,10 +63,8 @@ def classes(*words: str) -> Task:
 def load(folder: Path, task: Task | None = None, **data: object):
     values = {"labels": str(folder / "labels.csv"), "stores": [str(folder / "s.lmdb")], **data}
     return load_cohort(
-        Data(**values),  # type: ignore[arg-type]
+        cohort_spec(Data(**values), name="mine"),  # type: ignore[arg-type]
         task or classes(),
-        name="mine",
-        seed=0,
         problems_file=folder / "problems.csv",
     )
 
@@ -136,11 +135,18 @@ def test_slides_without_a_split_and_splits_without_a_slide_are_problems_as_other
     expected = [
         f"s6: neither the slide nor its case has a split ({where})",
         f"s7: neither the slide nor its case has a split ({where})",
-        f"s66: the label table has no row for it ({where})",
+        f"s66: not in the label table ({where})",
     ]
     lines = str(error.value).splitlines()
     assert lines[0].startswith(f"{cohort}/labels.csv, {cohort}/other.csv and the stores of cohort")
-    assert [line.strip() for line in lines[1:4]] == expected
+    assert lines[0].endswith("do not match: 3 row(s) or slide(s) cannot be used, 6 can")
+    assert lines[1:] == [
+        f"  2 slides (s6, s7): neither the slide nor its case has a split ({where})",
+        f"  s66: not in the label table ({where})",
+        f"  full list: {cohort}/problems.csv",
+        "  correct the table or pack the slides",
+        "  or set data.unmatched=drop to continue without them",
+    ]
     items, problems = load(cohort, **asked, unmatched="drop")
     assert sorted(splits_of(items)) == NAMES[:6]
     assert list(map(str, problems)) == expected
@@ -161,7 +167,7 @@ def test_a_split_that_is_there_is_not_cut_once_more(cohort, capsys):
     items, _ = load(cohort, **asked)
     assert splits_of(items) == used("0")
     assert capsys.readouterr().out.splitlines()[:2] == [
-        f"NOTE data.cut.{split} cuts nothing, since there are slides of '{split}' already"
+        f"warning: data.cut.{split} has no effect: there are slides in '{split}' already"
         for split in ("test", "val")
     ]
 
@@ -171,7 +177,7 @@ def test_a_fold_or_a_file_that_is_not_there_is_told(cohort):
         load(cohort, split_file=str(cohort / "splits.csv"), fold="5")
     with pytest.raises(UserError, match=r"has 2 folds\n  it has: 0, 1\n  set data.fold"):
         load(cohort, split_file=str(cohort))
-    with pytest.raises(UserError, match=r"no split file at .*none.csv\n  set data.split_file="):
+    with pytest.raises(UserError, match=r"no split file at .*none.csv\n  set data.split_file "):
         load(cohort, split_file=str(cohort / "none.csv"))
     with pytest.raises(UserError, match=r"data.fold must be null where data.split_file names no"):
         load(cohort, fold="0")
@@ -184,7 +190,7 @@ def test_a_case_that_a_split_file_tears_stops_the_run(cohort):
     labels = cohort / "labels.csv"
     labels.write_text(labels.read_text().replace("s4,c4", "s4,c0"))
     with pytest.raises(
-        UserError, match=r"1 case\(s\) lie in(?s:.*)'c0': train, val(?s:.*)split_file"
+        UserError, match=r"1 case\(s\) are in(?s:.*)'c0': train, val(?s:.*)split_file"
     ):
         load(cohort, split_file=str(cohort / "splits_0_bool.csv"))
 
@@ -246,12 +252,14 @@ def test_a_class_that_a_split_lacks_is_one_line_on_the_screen_of_the_rank_that_l
     asked = {"labels": str(cohort / "labels.csv"), "stores": [str(cohort / "s.lmdb")]}
     load(cohort, classes("a", "b", "c"), split_file=str(cohort / "splits_0_bool.csv"))
     assert capsys.readouterr().out.splitlines() == [
-        "NOTE train has no label=c: it cannot be learned",
-        "NOTE val has no label=c: metrics that need every class are not defined there, nor choose an epoch",
-        "NOTE test has no label=a and no label=b: metrics that need every class are not defined there",
+        "warning: train has no label=c: it cannot be learned",
+        "warning: val has no label=c: metrics that need every class are undefined on this split and "
+        "cannot select the epoch",
+        "warning: test has no label=a and no label=b: metrics that need every class are undefined on "
+        "this split",
     ]
     data = Data(**asked, split_file=str(cohort / "splits_0_bool.csv"))
-    load_cohort(data, classes("a", "b", "c"), name="", seed=0, problems_file=None)
+    load_cohort(cohort_spec(data), classes("a", "b", "c"))
     assert capsys.readouterr().out == ""
 
 
@@ -276,7 +284,7 @@ def test_a_split_without_an_event_a_grade_or_a_label_is_told_of_every_task(name,
         for slide, split, words in (("a", "train", one), ("b", "test", other))
     ]
     said = [line for line in check_classes(items, task) if line.startswith("test")]
-    undefined = "metrics that need every class are not defined there"
+    undefined = "metrics that need every class are undefined on this split"
     assert said == [f"test has no {word}: {undefined}" for word in lacking]
 
 
@@ -315,7 +323,9 @@ def test_every_slide_of_a_row_is_taken_in_whatever_a_split_file_names(cohort, id
 
 def test_without_the_setting_such_rows_are_problems_that_name_it(cohort):
     join_rows(cohort)
-    with pytest.raises(UserError, match=r"s0.svs;s1: no store has it; .* data.slide_separator=';'"):
+    with pytest.raises(
+        UserError, match=r"4 slides \(s0.svs;s1, .*: not in any store; .* data.slide_separator=';'"
+    ):
         load(cohort, slide_suffix=".svs", columns=Columns(split=None), cut=Cut(val=0.5))
 
 
@@ -336,7 +346,7 @@ def test_folds_that_a_cross_validation_cuts_are_of_whole_rows(cohort):
     for fold in "01":
         chosen = {"split_file": str(out / "splits.csv"), "fold": fold}
         data = replace(settings.data, **chosen, cut=Cut(val=0.5))
-        items, problems = load_cohort(data, classes(), name="", seed=0, problems_file=None)
+        items, problems = load_cohort(cohort_spec(data), classes())
         assert problems == []
         found = splits_of(items)
         assert set(found) == set(NAMES)
@@ -352,7 +362,7 @@ def test_a_cross_validation_tells_bad_cells_before_any_training(cohort):
         make_plan(settings, (), out=cohort / "cv", cut=None, only=(), seeds=[0])
     settings, labels = crossval_settings(cohort), cohort / "labels.csv"
     labels.write_text(labels.read_text().replace("s2.svs;s3.svs", "s2.svs;s2.svs"))
-    with pytest.raises(UserError, match=r"s2.svs: named twice in its row \(labels.csv line 3\)"):
+    with pytest.raises(UserError, match=r"s2.svs: listed twice in its row \(labels.csv line 3\)"):
         make_plan(settings, (), out=cohort / "cv", cut=2, only=(), seeds=[0])
 
 
@@ -377,7 +387,9 @@ def test_blanks_are_what_the_task_makes_of_them_and_what_has_no_label_is_listed(
     ]
     assert set(names[:8]) <= set(known) <= set(names[:-1])
     unlabelled = [slide for slide in names if slide not in known]
-    with pytest.raises(UserError, match=f"{names[-1]}: no value for {', '.join(task.columns)} "):
+    blank = [dict(zip(names, rows, strict=True))[slide] == rows[-1] for slide in unlabelled]
+    line = f"{names[-1]}: " if sum(blank) == 1 else f"{sum(blank)} slides .*{names[-1]}.: "
+    with pytest.raises(UserError, match=f"{line}no value for {', '.join(task.columns)} "):
         load(tmp_path, task)
     items, problems = load(tmp_path, task, unmatched="drop")
     assert [item.slide.id for item in items] == known

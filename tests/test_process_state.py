@@ -254,7 +254,9 @@ def test_training_end_to_end_leaves_the_process_unchanged(patch_cohort, tmp_path
 def test_deepspeed_leaves_the_process_unchanged(patch_cohort, tmp_path):  # noqa: F811
     # Once: a second run under DeepSpeed in one process fails in DeepSpeed itself.
     before, generators = read_state_and_generators()
-    train_once(test_launch.arguments(patch_cohort, tmp_path), tmp_path / "run", strategy="deepspeed")
+    train_once(
+        test_launch.arguments(patch_cohort, tmp_path), tmp_path / "run", strategy="deepspeed"
+    )
     after, generators_after = read_state_and_generators()
     assert find_changes(before, after) == []
     assert generators_after == generators

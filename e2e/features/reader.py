@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,7 +30,24 @@ from e2e.features.formats import (
     _glance,
     _numbers,
 )
-from e2e.store.records import PlacelessRecord, SlideRecord
+from e2e.store.records import PlacelessRecord, SlideReader, SlideRecord
+
+
+class FeatureReader(SlideReader, Protocol):
+    """A reader of frozen features: :class:`FeatureFiles`, or the features of a whole case."""
+
+    @property
+    def width(self) -> int:
+        """Width D of the features."""
+        ...
+
+    def features(self, slide: str) -> Tensor:
+        """Return the features of a slide, (N, D), float16 or float32 on the CPU."""
+        ...
+
+    def first_rows(self, slide: str, rows: int) -> NDArray[Any]:
+        """Return at most the first ``rows`` features of a slide, (n, D)."""
+        ...
 
 
 def open_features(path: str | os.PathLike[str]) -> FeatureFiles:

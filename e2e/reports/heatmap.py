@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from e2e.bags.spec import LabelledSlide
-from e2e.cohort.cases import CaseStore
+from e2e.cohort.cases import CaseReader
 from e2e.errors import DamagedDataError
 from e2e.files import write_atomically
 from e2e.heads.base import HeadOutput
@@ -82,7 +82,7 @@ def draw_heatmap(
     blend = np.where(covered, 0.45 * tissue + 0.55 * heat, tissue).astype(np.uint8)
     write_atomically(path.with_name(path.name + ".png"), _panels(tissue, blend, caption))
     slides, places = item.slide.id, record.places
-    if isinstance(item.store, CaseStore):
+    if isinstance(item.store, CaseReader):
         slides, places = item.store.origins()
     table = pd.DataFrame(
         {

@@ -18,17 +18,17 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from e2e.cohort.folds import case_strata, held_out, make_folds
-from e2e.cohort.load import read_folds
-from e2e.cohort.split_files import fold_table, read_cells
+from e2e.cohort.folds import case_strata, make_folds, stratified_test_sets
+from e2e.cohort.load import read_cohort_folds
+from e2e.cohort.split_files import fold_table, read_text_table
 from e2e.cohort.splits import group_numbers
-from e2e.cohort.table import read_table
+from e2e.cohort.table import read_table, summarise_problems
 from e2e.errors import UserError, format_list
 from e2e.files import create_folder, write_atomically, write_json
 from e2e.metrics.bootstrap import case_weights, confidence_interval
 from e2e.metrics.values import Array
 from e2e.runs.many import is_done, run_command, start_or_resume, write_plan
-from e2e.runs.parts import build_task
+from e2e.runs.parts import build_task, cohort_spec
 from e2e.runs.saved import SavedPredictions, read_predictions
 from e2e.settings.schema import Settings
 
@@ -132,7 +132,7 @@ def make_plan(
             )
         create_folder(out)
         write_atomically(path, table)
-    folds = read_folds(data, path)
+    folds = read_cohort_folds(cohort_spec(data), path)
     if missing := [name for name in only if name not in folds]:
         raise UserError(f"{path} has no fold {', '.join(missing)}\n  it has: {', '.join(folds)}")
     digest = hashlib.blake2b(json.dumps(folds, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -160,15 +160,18 @@ def cut_folds(settings: Settings, folds: int) -> bytes:
     )
     if problems and data.unmatched == "error":
         raise UserError(
-            f"{data.labels} has {len(problems)} row(s) that cannot be used\n{format_list(problems)}\n"
-            "  mend them, or take them out, or set data.unmatched=drop to go on without them"
+            f"{data.labels} has {len(problems)} row(s) that cannot be used\n"
+            f"{format_list(summarise_problems(problems))}\n"
+            "  correct or remove them, or set data.unmatched=drop to continue without them"
         )
     strata = case_strata(group_numbers(slides, targets[0]), targets[0])
     seed = settings.run.seed
-    tests = held_out(strata, folds, seed=seed)
+    tests = stratified_test_sets(strata, folds, seed=seed)
     made = make_folds(strata, tests, val=data.cut.val or 0.15, seed=seed)
     case = data.columns.case or data.columns.slide
-    return fold_table(read_cells(Path(data.labels)), case, {str(k): f for k, f in enumerate(made)})
+    return fold_table(
+        read_text_table(Path(data.labels)), case, {str(k): f for k, f in enumerate(made)}
+    )
 
 
 def run_all(plan: Plan, slots: Sequence[str], say: Callable[[str], None]) -> None:
