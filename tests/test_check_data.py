@@ -235,7 +235,10 @@ def test_the_slides_of_rows_that_name_several_are_counted(cohort, said):
     pack(cohort)
     code, _, error = said("data.slide_suffix=.svs", "data.slide_separator=';'")
     assert code == 2
-    assert f"4 slides ({SLIDES[0]}B, {SLIDES[4]}B, {SLIDES[8]}B, ...): not in any store (label table)" in error
+    assert (
+        f"4 slides ({SLIDES[0]}B, {SLIDES[4]}B, {SLIDES[8]}B, ...): not in any store (label table)"
+        in error
+    )
     code, _, error = said("data.slide_suffix=.svs")
     assert code == 2
     assert "data.slide_separator=';'" in error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from e2e.bags.spec import LabelledSlide
-from e2e.cohort.labels import check_classes
+from e2e.cohort.labels import check_classes, suggest_classes
 from e2e.cohort.load import load_cohort
+from e2e.cohort.match import explain_unmatched_ids
 from e2e.cohort.split_files import clam_files, fold_table, read_text_table
 from e2e.errors import UserError
 from e2e.runs.crossval import make_plan
@@ -433,3 +435,163 @@ def test_slides_have_the_centres_of_the_table(cohort):
     asked = {"columns": Columns(split=None, centre="hospital"), "cut": Cut(val=0.5)}
     items, _ = load(cohort, **asked)
     assert [item.slide.centre for item in items] == ["n", "n", "s", "s", "n", "n", "s", ""]
+
+
+# --- what a message says of many rows ---
+
+
+def error_of(cohort: Path, task: Task | None = None, **data: object) -> list[str]:
+    with pytest.raises(UserError) as error:
+        load(cohort, task, **({"columns": Columns(split=None), "cut": Cut(val=0.3)} | data))
+    return str(error.value).splitlines()
+
+
+def test_identical_problems_are_one_line_with_a_count_and_three_examples(cohort):
+    extra = [f"x{k}" for k in range(20)]
+    write_labels(cohort, slides=[*NAMES, *extra], label="ab" * 14)
+    labels = cohort / "labels.csv"
+    labels.write_text(labels.read_text() + "x0,cx0,a\nx1,cx1,b\n")
+    assert error_of(cohort) == [
+        f"{labels} and the stores of cohort 'mine' do not match: 22 row(s) or slide(s) cannot be "
+        "used, 8 can",
+        "  2 slides (x0, x1): duplicate row (labels.csv lines 30, 31)",
+        "  20 slides (x0, x1, x2, ...): not in any store (label table)",
+        f"  full list: {cohort}/problems.csv",
+        "  correct the table or pack the slides",
+        "  or set data.unmatched=drop to continue without them",
+    ]
+    assert len(pd.read_csv(cohort / "problems.csv")) == 22
+
+
+SYSTEMATIC = {
+    "a suffix in the table": (
+        lambda name: f"{name}.svs",
+        ["every id in the label table matches after removing '.svs'", "set data.slide_suffix=.svs"],
+    ),
+    "upper case in the table": (
+        str.upper,
+        [
+            "every id in the label table matches if upper and lower case are ignored: 'S0' is 's0' in "
+            "the stores",
+            "write the ids in the label table as they are in the stores",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("difference", SYSTEMATIC)
+def test_a_difference_that_explains_all_ids_is_named_and_dropping_everything_is_not_advised(
+    cohort, difference
+):
+    change, explanation = SYSTEMATIC[difference]
+    write_labels(cohort, slides=[change(name) for name in NAMES])
+    lines = error_of(cohort)
+    assert lines[0].endswith("16 row(s) or slide(s) cannot be used, 0 can")
+    assert [line.strip() for line in lines[-len(explanation) :]] == explanation
+    assert not any("data.unmatched" in line for line in lines)
+    assert error_of(cohort, unmatched="drop") == lines  # nothing would be left
+
+
+def test_the_advised_suffix_works(cohort):
+    write_labels(cohort, slides=[f"{name}.svs" for name in NAMES])
+    given = {"columns": Columns(split=None), "cut": Cut(val=0.3)}
+    items, problems = load(cohort, **given, slide_suffix=".svs")
+    assert ([item.slide.id for item in items], problems) == (NAMES, [])
+
+
+def test_ids_that_differ_in_their_unicode_form_alone_are_explained(cohort):
+    names = [f"{'é'}{k}" for k in range(8)]  # one character
+    write_store(cohort / "u.lmdb", {name: 2 + k for k, name in enumerate(names)})
+    write_labels(cohort, slides=[unicodedata.normalize("NFD", name) for name in names])
+    lines = error_of(cohort, stores=[str(cohort / "u.lmdb")])
+    assert lines[-2].startswith(
+        "  every id in the label table matches after Unicode normalisation:"
+    )
+    assert lines[-1] == (
+        "  convert the ids in the label table to the Unicode form NFC that the stores use"
+    )
+
+
+def test_a_suffix_that_only_the_stores_have_is_explained():
+    assert explain_unmatched_ids(["a", "b"], ["a.ome", "b.ome", "c.ome"]) == [
+        "every id in the label table matches after removing '.ome' from the ids in the stores",
+        "write the same ids in both: with '.ome' in the label table, or without it in the stores",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ids", "data_ids"),
+    [
+        (["a.svs", "b.svs"], ["a"]),  # one of them has no partner
+        (["a.svs", "b.tif"], ["a", "b"]),  # no common suffix
+        (["aB", "Ab"], ["ab"]),  # would become one
+        (["a"], []),
+        ([], ["a"]),
+    ],
+)
+def test_ids_without_one_difference_that_explains_all_are_not_explained(ids, data_ids):
+    assert explain_unmatched_ids(ids, data_ids) == []
+
+
+def test_ids_of_a_split_file_that_have_a_suffix_are_explained(cohort):
+    rows = [f"{name}.svs,{split}\n" for name, split in FOLDS["0"].items()]
+    (cohort / "files.csv").write_text("slide,fold\n" + "".join(rows))
+    lines = error_of(cohort, split_file=str(cohort / "files.csv"), cut=Cut())
+    assert lines[-2:] == [
+        "  every id in the split file matches after removing '.svs'",
+        "  set data.slide_suffix=.svs",
+    ]
+
+
+def test_labels_that_are_no_classes_are_counted_beside_the_classes_with_the_setting(cohort):
+    (cohort / "labels.csv").write_text(
+        "slide,case,label\n"
+        + "".join(f"{n},{n},{'tumor' if k > 4 else 'normal'}\n" for k, n in enumerate(NAMES))
+    )
+    lines = error_of(cohort, classes("benign", "malignant"))
+    assert lines[1] == (
+        "  8 slides (s0, s1, s2, ...): column 'label' holds normal (5 rows), tumor (3); "
+        "task.classes is [benign, malignant] (label table)"
+    )
+    assert lines[-1] == "  set task.classes=[normal,tumor]"
+    items, _ = load(
+        cohort,
+        classes("normal", "tumor"),
+        columns=Columns(split=None),
+        cut=Cut(val=0.3),
+    )
+    assert len(items) == 8
+
+
+def test_one_unknown_label_may_be_corrected_added_or_dropped(cohort):
+    write_labels(cohort, label="abababac")
+    lines = error_of(cohort)
+    assert lines[1] == (
+        "  s7: column 'label' holds a (4 rows), b (3), c (1); task.classes is [a, b] (label table)"
+    )
+    assert lines[-2:] == [
+        "  correct the labels, or set task.classes=[a,b,c]",
+        "  or set data.unmatched=drop to continue without them",
+    ]
+    assert "label 'c'" in (cohort / "problems.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("names", "words", "advice"),
+    [
+        ("ba", "AB", "every label matches if upper and lower case are ignored: set task.classes=[B,A]"),
+        ("10", ("0.0", "1.0"), "every label matches after removing '.0': a program wrote whole "
+         "numbers as decimals; save the column 'label' as text"),
+        ("ab", ("no tumor", "it's"), "set task.classes=\"['it''s','no tumor']\""),
+        ("ab", ("x", "x"), "set task.column to the column of the classes"),
+        ("ab", ("10", "9"), "set task.classes=[9,10]"),
+    ],
+)  # fmt: skip
+def test_what_to_change_where_no_label_is_a_class(names, words, advice):
+    slides = [Slide(f"s{k}", "c", "", {"label": word}) for k, word in enumerate(words)]
+    assert suggest_classes(slides, classes(*names)) == [advice]
+
+
+def test_a_task_without_classes_has_no_words_to_suggest():
+    slides = [Slide("s", "c", "", {"label": "x"})]
+    assert suggest_classes(slides, TASKS.build("regression")) == []

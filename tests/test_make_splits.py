@@ -54,7 +54,7 @@ def test_counts_are_printed_and_both_forms_written(tmp_path, capsys):
         "   1  train        6        4      10      8",
         "   1    val        1        1       2      2",
         "   1   test        6        8      14     10",
-        f"2 fold(s): {out / 'splits.csv'}; CLAM's form: {out / 'clam'}",
+        f"2 fold(s): {out / 'splits.csv'}; CLAM's format: {out / 'clam'}",
     ]
     ours = pd.read_csv(out / "splits.csv", dtype=str)
     assert list(ours) == ["pid", "image", "grade", "hospital", "note", "fold_0", "fold_1"]
@@ -73,7 +73,7 @@ def test_the_same_command_writes_the_same_and_another_seed_never_overwrites(tmp_
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     (out / "clam" / "splits_0.csv").unlink()  # as if the first run had been killed
     make(labels, "--folds", 2, "--out", out)
-    with pytest.raises(UserError, match=r"holds other splits already\n(?s:.*)another --out"):
+    with pytest.raises(UserError, match=r"contains other splits already\n(?s:.*)another --out"):
         make(labels, "--folds", 2, "--seed", 1, "--out", out)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
@@ -127,7 +127,7 @@ def test_published_splits_are_taken_checked_and_written_in_both_forms(tmp_path):
         i for i, split in before.items() if split == "train"
     }
     assert Counter(after.values())["train"] < Counter(before.values())["train"]
-    with pytest.raises(UserError, match="--splits takes folds as they are: leave out --val"):
+    with pytest.raises(UserError, match="--splits uses folds as published, so --val has no effect"):
         make(labels, "--splits", tmp_path / "a" / "clam", "--val", 0.3, "--out", tmp_path / "d")
 
 
@@ -141,8 +141,9 @@ def test_published_splits_that_tear_a_case_or_name_strangers_stop_with_the_names
     splits.write_text(",train,val,test\n0,000-0,1-0,2-0\n")
     with pytest.raises(UserError) as error:
         make(labels, "--splits", splits, "--out", tmp_path / "out")
-    assert "1-0, 2-0): not in the label table (splits_0.csv, fold 0)" in str(error.value)
-    assert "003-0: neither the slide nor its case has a split" in str(error.value)
+    assert "2 slides (1-0, 2-0): not in the label table (splits_0.csv, fold 0)" in str(error.value)
+    line = "4 slides (001-0, 002-0, 002-1, ...): neither the slide nor its case has a split"
+    assert line in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -241,10 +242,10 @@ def test_cases_of_no_centre_are_named_where_folds_go_by_centre(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--site", "tcga"], "no TCGA barcodes"),
+        (["--site", "tcga"], "20 case.* are not TCGA barcodes"),
         (["--label", "nota"], "lacks column"),
         (["--folds", "21"], "20 cases cannot be divided into 21 folds"),
-        (["--folds", "1"], "in 1 folds"),
+        (["--folds", "1"], "20 cases cannot be divided into 1 folds"),
         (["--site", "hospital", "--folds", "6"], "5 sites cannot be divided into 6 folds"),
         (["--site", "image"], "have slides of two centres"),
         (["--val", "1"], "--val must be a share"),
