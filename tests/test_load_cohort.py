@@ -450,7 +450,7 @@ def test_identical_problems_are_one_line_with_a_count_and_three_examples(cohort)
     extra = [f"x{k}" for k in range(20)]
     write_labels(cohort, slides=[*NAMES, *extra], label="ab" * 14)
     labels = cohort / "labels.csv"
-    labels.write_text(labels.read_text() + "x0,cx0,a\nx1,cx1,b\n")
+    labels.write_text(labels.read_text() + "x0,x0,a\nx1,x1,b\n")
     assert error_of(cohort) == [
         f"{labels} and the stores of cohort 'mine' do not match: 22 row(s) or slide(s) cannot be "
         "used, 8 can",
@@ -524,6 +524,8 @@ def test_a_suffix_that_only_the_stores_have_is_explained():
     [
         (["a.svs", "b.svs"], ["a"]),  # one of them has no partner
         (["a.svs", "b.tif"], ["a", "b"]),  # no common suffix
+        (["s66"], ["s6"]),  # another number, not a suffix
+        (["s6"], ["s66"]),
         (["aB", "Ab"], ["ab"]),  # would become one
         (["a"], []),
         ([], ["a"]),

@@ -195,8 +195,8 @@ def explain_unmatched_ids(
 def _find_suffix(ids: Collection[str], data_ids: Collection[str]) -> str | None:
     """Return the suffix of all ``ids`` without which all of them are in ``data_ids``."""
     data_ids, example = set(data_ids), min(ids)
-    suffixes = {example.removeprefix(name) for name in data_ids if example.startswith(name)}
-    for suffix in sorted(suffixes - {""}):
+    ends = {example.removeprefix(name) for name in data_ids if example.startswith(name)}
+    for suffix in sorted(filter(_is_suffix, ends)):
         if all(name.endswith(suffix) and name.removesuffix(suffix) in data_ids for name in ids):
             return suffix
     return None
@@ -205,11 +205,16 @@ def _find_suffix(ids: Collection[str], data_ids: Collection[str]) -> str | None:
 def _find_extra_suffix(ids: Collection[str], data_ids: Collection[str]) -> str | None:
     """Return the suffix with which all ``ids`` are in ``data_ids``."""
     data_ids, example = set(data_ids), min(ids)
-    suffixes = {name.removeprefix(example) for name in data_ids if name.startswith(example)}
-    for suffix in sorted(suffixes - {""}):
+    ends = {name.removeprefix(example) for name in data_ids if name.startswith(example)}
+    for suffix in sorted(filter(_is_suffix, ends)):
         if all(f"{name}{suffix}" in data_ids for name in ids):
             return suffix
     return None
+
+
+def _is_suffix(end: str) -> bool:
+    """Whether the end of an id looks like a suffix, such as .svs or _HE, and not like a part of it."""
+    return len(end) > 1 and not end[0].isalnum()
 
 
 def _find_equal_pair(
