@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from e2e.cohort.splits import draw_cases, shuffle_strata
+from e2e.cohort.splits import SPLITS, draw_cases, find_missing_classes, shuffle_strata
 from e2e.cohort.table import join_words
 from e2e.errors import UserError, format_list
 from e2e.seeds import mix_seed
@@ -22,6 +22,8 @@ Fold = dict[str, str]
 
 TCGA = "tcga"
 """In place of the name of a column of centres: take the centres from TCGA barcodes."""
+BLANK = "(blank)"
+"""Name of the class of slides without a label, in tables."""
 STARTS = 8
 """Starts of the search for site-preserved folds; more changed nothing on 39 sites."""
 BARCODE = re.compile(r"TCGA-([0-9A-Z]{2})-")
@@ -287,6 +289,103 @@ def few_shot(
     shuffled = shuffle_strata(train, seed, "few-shot")
     used = {case for label, cases in shuffled if label in classes for case in cases[:shots]}
     return {c: "" if c in train and c not in used else split for c, split in fold.items()}
+
+
+def count_slides(
+    folds: Mapping[str, Fold], slides: Sequence[Slide], label: str, sites: Mapping[str, str] | None
+) -> list[list[str]]:
+    """Count what is in each split of each fold.
+
+    Parameters
+    ----------
+    folds
+        Number -> fold.
+    slides
+        The slides of the label table.
+    label
+        Column of the classes.
+    sites
+        Case -> its centre; None if centres are not counted.
+
+    Returns
+    -------
+    list of list of str
+        The header, and a row for each split that is not empty: slides of each class, all slides,
+        cases, and centres.
+    """
+    classes = sorted({slide.target[label] for slide in slides})
+    header = ["fold", "split", *(f"{label}={c or BLANK}" for c in classes), "slides", "cases"]
+    rows = [header + ([] if sites is None else ["sites"])]
+    for number, fold in folds.items():
+        for split in (*SPLITS, ""):
+            members = [slide for slide in slides if fold[slide.case] == split]
+            if not members:
+                continue
+            cases = {slide.case for slide in members}
+            class_counts = Counter(slide.target[label] for slide in members)
+            counts = [*(class_counts[c] for c in classes), len(members), len(cases)]
+            counts += [] if sites is None else [len({sites[case] for case in cases})]
+            rows.append([number, split or "(unused)", *(f"{count:,}" for count in counts)])
+    return rows
+
+
+def find_equal_repeats(folds: Mapping[str, Fold], repeats: int) -> list[str]:
+    """Find repeats with equal test sets: with few sites there may be no other balanced choice.
+
+    Parameters
+    ----------
+    folds
+        Number -> fold.
+    repeats
+        Number of repeats that the folds were cut in.
+
+    Returns
+    -------
+    list of str
+        One line for each repeat that equals an earlier one.
+    """
+    numbers = list(folds)
+    size = len(numbers) // repeats
+    first_with: dict[frozenset[frozenset[str]], int] = {}
+    lines = []
+    for repeat in range(repeats):
+        tests = frozenset(
+            frozenset(case for case, split in folds[number].items() if split == "test")
+            for number in numbers[repeat * size : (repeat + 1) * size]
+        )
+        first = first_with.setdefault(tests, repeat)
+        if first != repeat:
+            lines.append(f"repeat {repeat} has the same test sets as repeat {first}")
+    return lines
+
+
+def find_lacking_splits(
+    folds: Mapping[str, Fold], slides: Sequence[Slide], label: str
+) -> list[str]:
+    """Find splits that lack a class which another split of the fold has; a blank is no class.
+
+    Parameters
+    ----------
+    folds
+        Number -> fold.
+    slides
+        The slides of the label table.
+    label
+        Column of the classes.
+
+    Returns
+    -------
+    list of str
+        One line for each split.
+    """
+    classes = {slide.case: set[str]() for slide in slides}
+    for slide in slides:
+        classes[slide.case].update(filter(None, [slide.target[label]]))
+    return [
+        f"fold {number}: {split} has no {' and no '.join(f'{label}={c}' for c in missing)}"
+        for number, fold in folds.items()
+        for split, missing in find_missing_classes(fold, classes).items()
+    ]
 
 
 def _assemble_fold(strata: Mapping[str, str], test: set[str], val: set[str]) -> Fold:

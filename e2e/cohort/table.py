@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -101,23 +101,19 @@ def read_table(
     problems: list[Problem] = []
     for number, row in zip(table.index, table.to_dict("records"), strict=True):
         line = int(number) + 1
-        cells = {role: row[column] for role, column in used_columns.items()}
-        target = {name: row[name] for name in targets}
-        ids = split_slide_ids(cells["slide"], slide_suffix, slide_separator)
-        case = cells.get("case", cells["slide"].removesuffix(slide_suffix))
-        for position, slide_id in enumerate(ids):
-            slide = Slide(slide_id, case, cells.get("split", ""), target, cells.get("centre", ""))
-            fault = _find_row_fault(slide, valid_splits, ids[:position])
+        row_slides = _parse_row(row, used_columns, targets, slide_suffix, slide_separator)
+        for position, slide in enumerate(row_slides):
+            fault = _find_row_fault(slide, valid_splits, row_slides[:position])
             if fault is not None:
-                problems.append(Problem(slide_id, path.name, fault, line))
+                problems.append(Problem(slide.id, path.name, fault, line))
                 continue
             slide = replace(slide, split=valid_splits[slide.split])
-            first = slides.setdefault(slide_id, slide)
+            first = slides.setdefault(slide.id, slide)
             if first is not slide:
                 kind = "duplicate row" if first == slide else "contradicts an earlier row"
-                problems.append(Problem(slide_id, path.name, kind, line))
+                problems.append(Problem(slide.id, path.name, kind, line))
             if first != slide:
-                contradicting.add(slide_id)
+                contradicting.add(slide.id)
     return [slide for slide in slides.values() if slide.id not in contradicting], problems
 
 
@@ -182,14 +178,31 @@ def split_slide_ids(cell: str, suffix: str, separator: str | None) -> list[str]:
     return [part.strip().removesuffix(suffix) for part in parts]
 
 
+def _parse_row(
+    row: Mapping[Hashable, str],
+    columns: Mapping[str, str],
+    targets: Sequence[str],
+    suffix: str,
+    separator: str | None,
+) -> list[Slide]:
+    """Return the slides that a row names, with the split as the table writes it."""
+    cells = {role: row[column] for role, column in columns.items()}
+    case = cells.get("case", cells["slide"].removesuffix(suffix))
+    target = {name: row[name] for name in targets}
+    return [
+        Slide(slide_id, case, cells.get("split", ""), target, cells.get("centre", ""))
+        for slide_id in split_slide_ids(cells["slide"], suffix, separator)
+    ]
+
+
 def _find_row_fault(
-    slide: Slide, split_names: Mapping[str, str], earlier_ids: list[str]
+    slide: Slide, split_names: Mapping[str, str], earlier_in_row: Sequence[Slide]
 ) -> str | None:
     if not slide.id or not slide.case:
         return "empty slide or case id"
     if slide.split not in split_names:
         return f"split '{slide.split}' is not one of {', '.join(split_names)}"
-    if slide.id in earlier_ids:
+    if any(slide.id == other.id for other in earlier_in_row):
         return "listed twice in its row"
     return None
 

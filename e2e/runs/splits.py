@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -32,7 +31,10 @@ from e2e.cohort.folds import (
     TCGA,
     Fold,
     case_strata,
+    count_slides,
     few_shot,
+    find_equal_repeats,
+    find_lacking_splits,
     make_folds,
     nested_folds,
     site_preserved_test_sets,
@@ -46,7 +48,7 @@ from e2e.cohort.split_files import (
     read_splits,
     read_text_table,
 )
-from e2e.cohort.splits import SPLITS, assign_splits, find_missing_classes, group_numbers
+from e2e.cohort.splits import assign_splits, group_numbers
 from e2e.cohort.table import read_table, summarise_problems
 from e2e.errors import UserError, format_list
 from e2e.files import write_atomically
@@ -54,7 +56,6 @@ from e2e.log import Screen
 from e2e.seeds import mix_seed
 from e2e.slides import Slide
 
-BLANK = "(blank)"
 CUT_DEFAULTS = {"folds": 5, "repeats": 1, "val": 0.15, "inner": None}
 """Options that say how to cut, with their defaults; none of them goes with published splits."""
 
@@ -306,103 +307,6 @@ def _published_fold(
             f"  train on the published splits themselves: data.split_file={path}"
         )
     return {case: "".join(names) for case, names in splits_of.items()}
-
-
-def count_slides(
-    folds: Mapping[str, Fold], slides: Sequence[Slide], label: str, sites: Mapping[str, str] | None
-) -> list[list[str]]:
-    """Count what is in each split of each fold.
-
-    Parameters
-    ----------
-    folds
-        Number -> fold.
-    slides
-        The slides of the label table.
-    label
-        Column of the classes.
-    sites
-        Case -> its centre; None if centres are not counted.
-
-    Returns
-    -------
-    list of list of str
-        The header, and a row for each split that is not empty: slides of each class, all slides,
-        cases, and centres.
-    """
-    classes = sorted({slide.target[label] for slide in slides})
-    header = ["fold", "split", *(f"{label}={c or BLANK}" for c in classes), "slides", "cases"]
-    rows = [header + ([] if sites is None else ["sites"])]
-    for number, fold in folds.items():
-        for split in (*SPLITS, ""):
-            members = [slide for slide in slides if fold[slide.case] == split]
-            if not members:
-                continue
-            cases = {slide.case for slide in members}
-            class_counts = Counter(slide.target[label] for slide in members)
-            counts = [*(class_counts[c] for c in classes), len(members), len(cases)]
-            counts += [] if sites is None else [len({sites[case] for case in cases})]
-            rows.append([number, split or "(unused)", *(f"{count:,}" for count in counts)])
-    return rows
-
-
-def find_equal_repeats(folds: Mapping[str, Fold], repeats: int) -> list[str]:
-    """Find repeats with equal test sets: with few sites there may be no other balanced choice.
-
-    Parameters
-    ----------
-    folds
-        Number -> fold.
-    repeats
-        Number of repeats that the folds were cut in.
-
-    Returns
-    -------
-    list of str
-        One line for each repeat that equals an earlier one.
-    """
-    numbers = list(folds)
-    size = len(numbers) // repeats
-    first_with: dict[frozenset[frozenset[str]], int] = {}
-    lines = []
-    for repeat in range(repeats):
-        tests = frozenset(
-            frozenset(case for case, split in folds[number].items() if split == "test")
-            for number in numbers[repeat * size : (repeat + 1) * size]
-        )
-        first = first_with.setdefault(tests, repeat)
-        if first != repeat:
-            lines.append(f"repeat {repeat} has the same test sets as repeat {first}")
-    return lines
-
-
-def find_lacking_splits(
-    folds: Mapping[str, Fold], slides: Sequence[Slide], label: str
-) -> list[str]:
-    """Find splits that lack a class which another split of the fold has; a blank is no class.
-
-    Parameters
-    ----------
-    folds
-        Number -> fold.
-    slides
-        The slides of the label table.
-    label
-        Column of the classes.
-
-    Returns
-    -------
-    list of str
-        One line for each split.
-    """
-    classes = {slide.case: set[str]() for slide in slides}
-    for slide in slides:
-        classes[slide.case].update(filter(None, [slide.target[label]]))
-    return [
-        f"fold {number}: {split} has no {' and no '.join(f'{label}={c}' for c in missing)}"
-        for number, fold in folds.items()
-        for split, missing in find_missing_classes(fold, classes).items()
-    ]
 
 
 def output_files(

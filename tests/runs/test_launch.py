@@ -248,7 +248,10 @@ def test_a_crash_ends_with_another_code_and_its_traceback(cohort, tmp_path):
         (["head.heads=3"], ["heads", "16"]),
         (["data.labels=nowhere.csv"], ["label table not found: nowhere.csv"]),
         (["data.columns.case=patient"], ["lacks column(s) patient", "it has: case, slide"]),
-        (["task.classes=[bright,pale]"], ["column 'label' holds bright (", "dark (", "task.classes is [bright, pale]"]),
+        (
+            ["task.classes=[bright,pale]"],
+            ["column 'label' holds bright (", "dark (", "task.classes is [bright, pale]"],
+        ),
         (["encoder.weights=nowhere.pt"], ["no weights at nowhere.pt"]),
         (["engine.batch_norm=sync"], ["in one piece", "engine.chunk is 6"]),
         (["select.weights=ema", "optim.ema=0"], ["optim.ema over 0"]),

@@ -296,7 +296,7 @@ def test_a_label_outside_the_classes_is_listed(cohort, monkeypatch, capsys):
     table = pd.read_csv(cohort / "labels.csv")
     table.loc[3, "label"] = "perhaps"
     table.to_csv(cohort / "labels.csv", index=False)
-    assert "label 'perhaps'" in refusal(cohort, monkeypatch, capsys)
+    assert "perhaps (1); task.classes is [" in refusal(cohort, monkeypatch, capsys)
 
 
 def test_features_without_coords_are_refused_where_coords_are_needed(cohort, monkeypatch, capsys):
