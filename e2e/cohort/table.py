@@ -96,25 +96,14 @@ def read_table(
     targets = list(targets)
     table = _read_columns(path, [*used_columns.values(), *targets])
     valid_splits = split_names if "split" in used_columns else {"": ""}
-    slides: dict[str, Slide] = {}
-    contradicting: set[str] = set()
-    problems: list[Problem] = []
-    for number, row in zip(table.index, table.to_dict("records"), strict=True):
-        line = int(number) + 1
-        row_slides = _parse_row(row, used_columns, targets, slide_suffix, slide_separator)
-        for position, slide in enumerate(row_slides):
-            fault = _find_row_fault(slide, valid_splits, row_slides[:position])
-            if fault is not None:
-                problems.append(Problem(slide.id, path.name, fault, line))
-                continue
-            slide = replace(slide, split=valid_splits[slide.split])
-            first = slides.setdefault(slide.id, slide)
-            if first is not slide:
-                kind = "duplicate row" if first == slide else "contradicts an earlier row"
-                problems.append(Problem(slide.id, path.name, kind, line))
-            if first != slide:
-                contradicting.add(slide.id)
-    return [slide for slide in slides.values() if slide.id not in contradicting], problems
+    rows = [
+        (
+            int(number) + 1,
+            _parse_row(row, used_columns, targets, slide_suffix, slide_separator),
+        )
+        for number, row in zip(table.index, table.to_dict("records"), strict=True)
+    ]
+    return _check_rows(rows, valid_splits, path.name)
 
 
 def summarise_problems(problems: Sequence[Problem]) -> list[str]:
@@ -193,6 +182,29 @@ def _parse_row(
         Slide(slide_id, case, cells.get("split", ""), target, cells.get("centre", ""))
         for slide_id in split_slide_ids(cells["slide"], suffix, separator)
     ]
+
+
+def _check_rows(
+    rows: Sequence[tuple[int, Sequence[Slide]]], valid_splits: Mapping[str, str], source: str
+) -> tuple[list[Slide], list[Problem]]:
+    """Return the slides that can be used, and the problems of the rows: (line, slides of the row)."""
+    slides: dict[str, Slide] = {}
+    contradicting: set[str] = set()
+    problems: list[Problem] = []
+    for line, row_slides in rows:
+        for position, slide in enumerate(row_slides):
+            fault = _find_row_fault(slide, valid_splits, row_slides[:position])
+            if fault is not None:
+                problems.append(Problem(slide.id, source, fault, line))
+                continue
+            slide = replace(slide, split=valid_splits[slide.split])
+            first = slides.setdefault(slide.id, slide)
+            if first is not slide:
+                kind = "duplicate row" if first == slide else "contradicts an earlier row"
+                problems.append(Problem(slide.id, source, kind, line))
+            if first != slide:
+                contradicting.add(slide.id)
+    return [slide for slide in slides.values() if slide.id not in contradicting], problems
 
 
 def _find_row_fault(

@@ -300,7 +300,7 @@ def test_a_folder_with_files_is_refused_and_left_alone(tmp_path):
         [sys.executable, TOOL, "--out", tmp_path], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: --out {tmp_path} holds files")
+    assert done.stderr.startswith(f"error: --out {tmp_path} contains files")
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

@@ -65,7 +65,7 @@ def test_mpp_comes_from_the_resolution_tags_and_an_override_wins(tmp_path):
     ("mpp", "unit", "words"),
     [
         (None, None, "does not say"),
-        ((352.8, 352.8), "CENTIMETER", "no slide scanner"),
+        ((352.8, 352.8), "CENTIMETER", "implausible for a slide scanner"),
         ((0.25, 0.5), "CENTIMETER", "square"),
         ((0.5, 0.5), "NONE", "does not say"),
     ],
@@ -140,7 +140,7 @@ def test_missing_truncated_and_plain_images_are_explained(tmp_path):
     Image.fromarray(noise(50, 50)).save(tmp_path / "plain.jpg")
     (tmp_path / "empty.svs").write_bytes(b"")
     for name in ("plain.png", "plain.jpg", "empty.svs"):
-        with pytest.raises(DamagedDataError, match=r"(?s)no format that OpenSlide knows.*\.ndpi"):
+        with pytest.raises(DamagedDataError, match=r"(?s)has a format that OpenSlide does not know.*\.ndpi"):
             _ = WholeSlide(tmp_path / name).width
 
 
