@@ -140,7 +140,9 @@ def test_missing_truncated_and_plain_images_are_explained(tmp_path):
     Image.fromarray(noise(50, 50)).save(tmp_path / "plain.jpg")
     (tmp_path / "empty.svs").write_bytes(b"")
     for name in ("plain.png", "plain.jpg", "empty.svs"):
-        with pytest.raises(DamagedDataError, match=r"(?s)has a format that OpenSlide does not know.*\.ndpi"):
+        with pytest.raises(
+            DamagedDataError, match=r"(?s)has a format that OpenSlide does not know.*\.ndpi"
+        ):
             _ = WholeSlide(tmp_path / name).width
 
 
