@@ -88,12 +88,12 @@ def load_cohort(
     require_files(spec, task.columns, features=features)
     if features:
         data = FeatureData([open_feature_readers(spec.features)])
-        return _load(spec, task, data, seed, protocol, problems_file)
+        return _load_data(spec, task, data, seed, protocol, problems_file)
     stores = open_patch_readers((spec.stores, *spec.scales), spec.coords)
-    return _load(spec, task, PatchData(stores, size), seed, protocol, problems_file)
+    return _load_data(spec, task, PatchData(stores, size), seed, protocol, problems_file)
 
 
-def _load(
+def _load_data(
     spec: CohortSpec,
     task: Task,
     data: CohortData[R],

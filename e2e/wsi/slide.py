@@ -149,7 +149,7 @@ class WholeSlide:
     def _open(self) -> openslide.OpenSlide:
         # A handle opened before a fork shares its file offset with the parent, so both read garbage.
         if self._handle is None or self._pid != os.getpid():
-            self._handle, self._pid = _open_slide(self.path), os.getpid()
+            self._handle, self._pid = _open_handle(self.path), os.getpid()
         return self._handle
 
     def _pick_level(self, downsample: float) -> tuple[int, float]:
@@ -257,7 +257,7 @@ def _one_per_series(paths: list[Path]) -> list[Path]:
     return slides
 
 
-def _open_slide(path: Path) -> openslide.OpenSlide:
+def _open_handle(path: Path) -> openslide.OpenSlide:
     if not path.is_file():
         raise DamagedDataError(f"slide '{path.stem}': no file {path}")
     try:

@@ -78,7 +78,7 @@ def test_slides_of_one_case_with_two_labels_are_refused_by_name(stores):
         joined(stores, a2="y")
 
 
-def test_slides_judged_by_themselves_are_told_where_a_case_has_several():
+def test_slides_evaluated_one_by_one_give_a_warning_if_a_case_has_several():
     slides = [slide(name) for name in ("b1", "a2", "a1")]
     [said] = check_one_label_per_case(slides)
     assert said.startswith("3 slides of 2 cases: each slide is evaluated by itself")

@@ -27,7 +27,7 @@ def test_a_cohort_says_where_its_data_come_from_and_how_they_are_packed(name):
 
 
 @pytest.mark.parametrize("name", COHORTS)
-def test_missing_data_are_told_with_table_columns_and_store(name, tmp_path, monkeypatch):
+def test_missing_data_are_an_error_with_table_columns_and_store(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = load(name)
     data, task = settings.data, build_task(settings.task)
@@ -45,7 +45,7 @@ def test_missing_data_are_told_with_table_columns_and_store(name, tmp_path, monk
 
 
 @pytest.mark.parametrize("name", COHORTS)
-def test_a_table_in_the_cohorts_own_columns_is_taken_in(name, tmp_path):
+def test_a_table_with_the_columns_of_the_cohort_is_loaded(name, tmp_path):
     overrides, slides = small_cohort(load(name), tmp_path)
     write_store(tmp_path / "s.lmdb", {slide: 1 + k for k, slide in enumerate(slides)})
     settings = load(name, *overrides, f"data.stores=[{tmp_path}/s.lmdb]")

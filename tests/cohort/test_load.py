@@ -1,4 +1,4 @@
-"""A cohort as a run loads it: splits from their own file, and what of them stops or is told."""
+"""A cohort as a run loads it: splits from a split file, errors and warnings."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_validation_can_be_cut_where_the_file_has_none(cohort):
     assert sorted(splits_of(items).values()) == ["test", *["train"] * 5, "val", "val"]
 
 
-def test_a_split_that_is_there_is_not_cut_once_more(cohort, capsys):
+def test_a_split_that_exists_is_not_cut_again(cohort, capsys):
     # As cohorts have it whose table has no splits, under the folds of a cross-validation.
     asked = {"split_file": str(cohort / "splits.csv"), "fold": "0", "cut": Cut(val=0.5, test=0.5)}
     items, _ = load(cohort, **asked)
@@ -174,7 +174,7 @@ def test_a_split_that_is_there_is_not_cut_once_more(cohort, capsys):
     ]
 
 
-def test_a_fold_or_a_file_that_is_not_there_is_told(cohort):
+def test_a_missing_fold_or_split_file_is_an_error(cohort):
     with pytest.raises(UserError, match=r"has no fold '5'\n  it has: 0, 1\n  set data.fold"):
         load(cohort, split_file=str(cohort / "splits.csv"), fold="5")
     with pytest.raises(UserError, match=r"has 2 folds\n  it has: 0, 1\n  set data.fold"):
@@ -188,7 +188,7 @@ def test_a_fold_or_a_file_that_is_not_there_is_told(cohort):
 # --- what leaks ---
 
 
-def test_a_case_that_a_split_file_tears_stops_the_run(cohort):
+def test_a_split_file_with_a_case_in_two_splits_is_refused(cohort):
     labels = cohort / "labels.csv"
     labels.write_text(labels.read_text().replace("s4,c4", "s4,c0"))
     with pytest.raises(
@@ -197,7 +197,7 @@ def test_a_case_that_a_split_file_tears_stops_the_run(cohort):
         load(cohort, split_file=str(cohort / "splits_0_bool.csv"))
 
 
-def test_a_torn_case_stops_the_run_also_where_validation_is_cut_and_would_take_it_whole(cohort):
+def test_a_case_in_two_splits_is_refused_even_if_a_validation_cut_would_hide_it(cohort):
     rows = [f"{name},{'test' if k in (1, 6) else 'train'}\n" for k, name in enumerate(NAMES)]
     (cohort / "two.csv").write_text("slide,fold\n" + "".join(rows))
     labels = cohort / "labels.csv"
@@ -247,9 +247,7 @@ def test_training_with_one_class_alone_stops(cohort):
         classes().fit([item.target for item in trained], [item.slide.case for item in trained])
 
 
-def test_a_class_that_a_split_lacks_is_one_line_on_the_screen_of_the_rank_that_leads(
-    cohort, capsys
-):
+def test_a_class_missing_from_a_split_is_one_warning_on_the_leading_rank(cohort, capsys):
     write_labels(cohort, label="abababca")
     asked = {"labels": str(cohort / "labels.csv"), "stores": [str(cohort / "s.lmdb")]}
     load(cohort, classes("a", "b", "c"), split_file=str(cohort / "splits_0_bool.csv"))
@@ -278,7 +276,9 @@ LACKING = {
 
 
 @pytest.mark.parametrize("name", LACKING)
-def test_a_split_without_an_event_a_grade_or_a_label_is_told_of_every_task(name, make_store):
+def test_a_split_without_an_event_a_grade_or_a_label_gives_a_warning_for_every_task(
+    name, make_store
+):
     options, one, other, lacking = LACKING[name]
     task, store = TASKS.build(name, **options), make_store({"a": 1, "b": 1})
     items = [

@@ -72,7 +72,7 @@ def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.endswith("json")])
-def test_another_encoding_is_told_with_its_line_and_the_remedy(tmp_path, name):
+def test_another_encoding_is_an_error_with_its_line_and_the_remedy(tmp_path, name):
     text = PUBLISHED[name].replace("010", "Königs-10")
     path = written(tmp_path, name, text, "latin-1")
     line = next(n for n, row in enumerate(text.splitlines(), 1) if "ö" in row)
@@ -186,7 +186,7 @@ def test_pandas_reads_what_we_write_as_clam_does(tmp_path):
         ("a.json", '{"train_names": [7]}', "train_names is not a list of strings"),
     ],
 )
-def test_what_cannot_be_read_is_told(tmp_path, name, text, message):
+def test_unreadable_split_files_are_errors(tmp_path, name, text, message):
     with pytest.raises(UserError, match=message):
         read_splits(written(tmp_path, name, text))
 
@@ -236,7 +236,7 @@ def test_a_slide_that_two_cells_name_is_in_one_split_of_a_fold(tmp_path):
         read_splits(path, slide_separator=";")
 
 
-def test_no_file_and_an_empty_folder_are_told(tmp_path):
+def test_a_missing_file_and_an_empty_folder_are_errors(tmp_path):
     with pytest.raises(UserError, match="no file at"):
         read_splits(tmp_path / "none.csv")
     with pytest.raises(UserError, match=r"has no splits_0.csv, fold_0.csv or split_0.json"):

@@ -1,4 +1,4 @@
-"""Splits: always by case, stratified, and never dishonest without a word."""
+"""Splits: always by case, stratified, and checked for leaks."""
 
 from __future__ import annotations
 
@@ -114,13 +114,13 @@ def test_a_case_in_two_splits_is_named():
     )
 
 
-def test_a_long_list_of_torn_cases_is_counted():
+def test_a_long_list_of_cases_in_two_splits_is_counted():
     slides = [slide(f"{n}{s}", f"c{n}", s) for n in range(30) for s in ("train", "val")]
     with pytest.raises(UserError, match=r"30 case\(s\)(?s:.*)and 20 more"):
         check_splits(slides)
 
 
-def test_an_empty_split_is_told_with_what_helps():
+def test_an_empty_split_is_an_error_with_its_remedy():
     with pytest.raises(UserError, match=r"no slide has the split 'val'\n.*data.cut.val=0.1"):
         check_splits([slide("a"), slide("b", split="test")])
     with pytest.raises(UserError, match="no slide has the split 'train'") as error:
@@ -128,7 +128,7 @@ def test_an_empty_split_is_told_with_what_helps():
     assert "data.cut" not in str(error.value)  # nothing can be cut from no training cases
 
 
-def test_a_class_that_a_split_lacks_is_told():
+def test_a_class_missing_from_a_split_is_found():
     classes = {"1": ["a"], "2": ["b"], "3": ["a", "c"], "4": ["b"], "5": ["z"]}
     splits = {"1": "train", "2": "train", "3": "val", "4": "test", "5": ""}
     assert find_missing_classes(splits, classes) == {
@@ -278,7 +278,7 @@ def test_the_same_features_without_places_are_found_too(tmp_path, ending):
 
 
 @pytest.mark.parametrize("placed", [True, False])
-def test_features_at_other_places_or_with_other_first_rows_are_not_read_whole(
+def test_features_with_other_coords_or_first_rows_are_not_read_completely(
     tmp_path, monkeypatch, placed
 ):
     for n, name in enumerate("ab"):

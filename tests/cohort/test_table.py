@@ -123,7 +123,7 @@ def test_a_table_that_cannot_be_read_is_one_message(table, text, encoding):
         read(table(text, encoding=encoding))
 
 
-def test_no_table_is_told_with_the_setting(tmp_path):
+def test_a_missing_table_is_an_error_that_names_the_setting(tmp_path):
     with pytest.raises(UserError, match=r"no label table at .*\n.*data.labels="):
         read(tmp_path / "nothing.csv")
 
@@ -180,7 +180,7 @@ def test_ids_are_matched_exactly(tmp_path):
     assert len(problems) == 6
 
 
-def test_problems_are_written_whole(tmp_path):
+def test_all_problems_are_written(tmp_path):
     problems = [Problem(f"s,{n}", "labels.csv line 2", 'has "quotes"') for n in range(30)]
     write_problems(problems, tmp_path / "new" / "problems.csv")
     with (tmp_path / "new" / "problems.csv").open(newline="") as file:
@@ -192,7 +192,7 @@ def test_problems_are_written_whole(tmp_path):
 # --- encodings, separators, many rows ---
 
 
-def test_a_table_in_latin_1_is_told_with_the_line_and_how_to_mend_it(table):
+def test_a_table_in_latin_1_is_an_error_with_the_line_and_the_remedy(table):
     path = table(HEADER + "c1,s1,train,x\nc2,Müller,train,x\n", encoding="latin-1")
     with pytest.raises(UserError) as error:
         read(path)
@@ -203,12 +203,12 @@ def test_a_table_in_latin_1_is_told_with_the_line_and_how_to_mend_it(table):
     ]
 
 
-def test_a_table_in_utf_16_is_told_as_such(table):
+def test_a_table_in_utf_16_is_an_error_that_says_so(table):
     with pytest.raises(UserError, match=r"in UTF-16, not in UTF-8\n  iconv -f utf16 -t utf8 "):
         read(table(HEADER + "a,b,train,x\n", encoding="utf-16"))
 
 
-def test_semicolons_are_told_as_such(table):
+def test_semicolons_as_separators_are_an_error_that_says_so(table):
     with pytest.raises(UserError, match=r"lacks column\(s\)(?s:.*)separated by ';': save it with"):
         read(table((HEADER + "a,b,train,x\n").replace(",", ";")))
 
@@ -220,7 +220,7 @@ def test_cells_of_blanks_are_empty_and_labels_that_differ_by_blanks_are_one(tabl
     assert [p.problem for p in problems] == ["duplicate row", "empty slide or case id"]
 
 
-def test_a_column_that_is_there_twice_is_refused_where_it_is_wanted(table):
+def test_two_columns_of_one_name_are_refused_if_the_name_is_used(table):
     path = table("case,slide,split,label,label,note,note\nc,s,train,a,b,x,y\n")
     with pytest.raises(UserError, match=r"the column\(s\) label more than once"):
         read(path)
@@ -233,12 +233,12 @@ def test_blanks_around_the_names_of_columns_and_rows_without_any_word_do_not_cou
     assert read(path) == ([Slide("s", "c", "train", {"label": "a"})], [])
 
 
-def test_a_bad_row_is_told_by_its_line_also_behind_empty_ones(table):
+def test_a_bad_row_after_empty_lines_has_the_right_line_number(table):
     _, problems = read(table(HEADER + "c,s,train,a\n\n\nd,,train,a\n"))
     assert [problem.where for problem in problems] == ["labels.csv line 5"]
 
 
-def test_a_table_of_empty_lines_is_told(table):
+def test_a_table_of_empty_lines_is_an_error(table):
     with pytest.raises(UserError, match="is empty"):
         read(table(",,\n,,\n"))
 
@@ -309,9 +309,7 @@ def test_empty_parts_and_slides_named_twice_are_listed_and_the_others_stay(table
     ]
 
 
-def test_without_a_separator_a_cell_is_one_id_and_who_lacks_it_is_told_of_the_setting(
-    table, tmp_path
-):
+def test_without_a_separator_a_cell_is_one_id_and_the_message_names_the_setting(table, tmp_path):
     store = write_store(tmp_path / "x.lmdb", {"a": 1, "b": 1, "c;d": 1})
     slides, _ = read(
         table(HEADER + "c1,a.svs;b.svs,train,x\nc2,c;d,train,x\n"), slide_suffix=".svs"
@@ -361,7 +359,7 @@ def test_a_column_may_be_of_the_splits_and_of_the_centres_at_once(table):
 # --- real tables ---
 
 
-def test_the_panda_table_is_read_whole(shared_data):
+def test_all_of_the_panda_table_is_read(shared_data):
     slides, problems = read(shared_data / "labels/panda.csv", columns=COLUMNS | {"split": "fold"})
     assert problems == []
     counts = {split: sum(s.split == split for s in slides) for split in SPLITS}
@@ -370,7 +368,7 @@ def test_the_panda_table_is_read_whole(shared_data):
     assert all(s.case == s.id for s in slides)
 
 
-def test_the_brca_subtyping_table_is_read_whole(shared_data):
+def test_all_of_the_brca_subtyping_table_is_read(shared_data):
     path = shared_data / "labels/subtyping_tcga_brca.csv"
     slides, problems = read(path, columns=COLUMNS | {"split": "fold"})
     assert problems == []

@@ -1,4 +1,4 @@
-"""The doctor: it tells what a cohort holds, and refuses what a run would refuse."""
+"""The check of a cohort: it describes the cohort, and refuses what a run would refuse."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_a_model_that_a_run_refuses_before_its_first_step_is_refused(cohort, sai
     assert message in error
 
 
-def test_the_protocol_of_the_run_is_that_of_the_doctor(cohort, said):
+def test_the_check_follows_the_protocol_of_the_run(cohort, said):
     write_table(cohort, split=["train"] * 8 + ["test"] * 8, label=["a"] * 8 + ["a", "b"] * 4)
     code, _, error = said()
     assert code == 2
@@ -210,7 +210,7 @@ def test_centres_come_from_barcodes_or_from_a_column(cohort, said):
     assert "  south: cases train 0, val 0, test 4; 'a' 2, 'b' 2" in out
 
 
-def test_the_cohorts_own_column_of_centres_is_counted_unasked(cohort, said):
+def test_centres_of_the_column_in_the_settings_are_counted_by_default(cohort, said):
     write_table(cohort, hospital=["north"] * 12 + ["south"] * 3 + [""])
     code, out, _ = said("data.columns.centre=hospital")
     assert code == 0
@@ -259,7 +259,7 @@ def test_slides_without_a_label_stop_it_or_are_left_out_and_listed(cohort, said,
     assert list(pd.read_csv("problems.csv")["slide"]) == [SLIDES[15]]
 
 
-def test_a_patient_under_two_case_ids_is_seen_by_his_barcode(cohort, said):
+def test_a_patient_with_two_case_ids_is_recognised_by_the_barcode(cohort, said):
     slides = [*SLIDES[:15], SLIDES[0].replace("DX1", "DX2")]
     write_table(cohort, slide=slides, case=[f"patient_{k}" for k in range(16)])
     code, out, _ = said()
@@ -295,7 +295,7 @@ def test_the_rate_of_events_hangs_on_the_code_which_is_asked_and_never_guessed(c
     assert "2 with an event (25%; '0' in dead)" in out
 
 
-def test_training_without_events_and_strange_codes_stop_it(cohort, said):
+def test_training_without_events_and_unknown_event_codes_are_refused(cohort, said):
     survival(cohort, ["0"] * 8 + ["1", "0"] * 4)
     code, _, error = said(*SURVIVAL, "task.event=1")
     assert code == 2
@@ -306,7 +306,9 @@ def test_training_without_events_and_strange_codes_stop_it(cohort, said):
     assert "means neither an event ('1') nor" in error
 
 
-def test_a_time_is_of_a_case_so_slides_that_differ_stop_it_and_several_are_told(cohort, said):
+def test_slides_of_a_case_with_different_times_are_refused_and_several_slides_give_a_warning(
+    cohort, said
+):
     asked = [*SURVIVAL, "task.event=1", "task.bins=2"]
     cases = [f"c{k // 2}" for k in range(16)]
     dead, months = ["1", "1", "0", "0"] * 4, [str(1 + k // 2) for k in range(16)]

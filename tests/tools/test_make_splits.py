@@ -97,7 +97,7 @@ def test_repeats_are_other_folds_and_inner_ones_go_round(tmp_path):
     assert list(Counter(tests).values()) == [3, 3, 3, 3]
 
 
-def test_repeats_that_sites_force_to_be_alike_are_told(tmp_path, capsys):
+def test_repeats_with_equal_test_sets_give_a_warning(tmp_path, capsys):
     sites = ["--site", "hospital", "--folds", 5, "--repeats", 2]
     make(table(tmp_path, 60), *sites, "--out", tmp_path / "out")
     assert "warning: repeat 1 has the same test sets as repeat 0" in capsys.readouterr().out
@@ -131,7 +131,7 @@ def test_published_splits_are_taken_checked_and_written_in_both_forms(tmp_path):
         make(labels, "--splits", tmp_path / "a" / "clam", "--val", 0.3, "--out", tmp_path / "d")
 
 
-def test_published_splits_that_tear_a_case_or_name_strangers_stop_with_the_names(tmp_path):
+def test_published_splits_with_a_case_in_two_splits_or_unknown_ids_are_refused_by_name(tmp_path):
     labels, splits = table(tmp_path, 4), tmp_path / "splits_0.csv"
     splits.write_text(",train,val,test\n0,000-0,001-0,002-1\n1,002-0,,003-0\n")
     with pytest.raises(
@@ -147,7 +147,7 @@ def test_published_splits_that_tear_a_case_or_name_strangers_stop_with_the_names
     assert not (tmp_path / "out").exists()
 
 
-def test_published_splits_that_use_a_case_in_part_are_not_made_to_use_it_whole(tmp_path):
+def test_published_splits_that_use_a_case_in_part_are_refused(tmp_path):
     labels, splits = table(tmp_path, 4), tmp_path / "splits_0_bool.csv"
     rows = ["000-0,True,False", "001-0,False,True", "002-0,True,False", "002-1,False,False"]
     splits.write_text("\n".join([",train,test", *rows, "003-0,False,True", ""]))
@@ -179,7 +179,7 @@ def test_a_split_without_a_class_stops_unless_it_is_allowed(tmp_path, capsys):
     assert capsys.readouterr().out.count("warning: fold ") == 4
 
 
-def test_the_slides_of_rows_that_name_several_are_counted_and_lie_in_both_forms(tmp_path, capsys):
+def test_slides_of_rows_that_name_several_are_counted_and_are_in_both_formats(tmp_path, capsys):
     rows = [f"p{k:02d},{k:02d}a.svs;{k:02d}b.svs,{k % 2},\n" for k in range(12)]
     labels = tmp_path / "labels.csv"
     labels.write_text("pid,image,grade,note\n" + "".join(rows))
@@ -256,7 +256,7 @@ def test_cases_of_no_centre_are_named_where_folds_go_by_centre(tmp_path):
         (["--few-shot", "9"], "fewer than 9 training cases"),
     ],
 )
-def test_what_cannot_be_done_is_told(tmp_path, more, message):
+def test_impossible_options_are_errors(tmp_path, more, message):
     with pytest.raises(UserError, match=message):
         make(table(tmp_path), *more, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -117,7 +117,7 @@ def test_an_ellipse_has_its_axes_and_an_even_border():
     assert 65 < nearest.mean() < 75
 
 
-def test_ellipses_change_neither_ink_nor_what_lies_apart(macro):
+def test_ellipses_change_neither_ink_nor_anything_else(macro):
     normal, anomaly = macro
     assert normal.truth == []
     assert anomaly.truth

@@ -83,7 +83,7 @@ def test_patch_at_full_size_is_the_slides_own_pixels(tmp_path):
     np.testing.assert_array_equal(slide.read_patch(70, 30, 96, 96), canvas[30:126, 70:166])
 
 
-def test_what_lies_outside_the_slide_is_white(tmp_path):
+def test_pixels_outside_the_slide_are_white(tmp_path):
     slide = WholeSlide(write_slide(tmp_path / "s.tif", flat(100, 100, 7)))
     patch = slide.read_patch(60, 80, 64, 64)
     assert (patch[:20, :40] == 7).all()
