@@ -131,9 +131,11 @@ def _summarise_group(group: Sequence[Problem]) -> str:
         return f"{first.slide or '(no slide id)'}: {first.summary} ({first.where})"
     where = first.source
     if first.line is not None:
-        where += f" lines {_list_examples([str(p.line) for p in group])}"
-    slides = _list_examples([p.slide or "(no slide id)" for p in group])
-    return f"{len(group)} slides ({slides}): {first.summary} ({where})"
+        lines = dict.fromkeys(str(p.line) for p in group)
+        where += f" line{'s' if len(lines) > 1 else ''} {_list_examples([*lines])}"
+    slides = [p.slide for p in group if p.slide]
+    examples = f" ({_list_examples(slides)})" if slides else ""
+    return f"{len(group)} slides{examples}: {first.summary} ({where})"
 
 
 def _list_examples(words: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from e2e.cohort.match import match_slides
 from e2e.cohort.report import write_problems
 from e2e.cohort.splits import check_splits, cut_split
-from e2e.cohort.table import Problem, read_table, split_slide_ids
+from e2e.cohort.table import Problem, read_table, split_slide_ids, summarise_problems
 from e2e.errors import UserError
 from e2e.slides import Slide
 from tests.helpers.stores import write_store
@@ -425,3 +425,20 @@ def test_a_slide_without_patches_is_a_problem_of_its_store(tmp_path):
     where, problems = match_slides(slides, [store])
     assert list(where) == ["a"]
     assert list(map(str, problems)) == ["empty: has no patches (one.lmdb)"]
+
+
+def test_problems_are_one_line_a_kind_with_three_examples_and_their_lines():
+    row = "empty slide or case id"
+    problems = [
+        Problem("", "t.csv", row, 2),
+        Problem("", "t.csv", row, 2),
+        Problem("g", "t.csv", row, 6),
+    ]
+    problems += [Problem(f"s{k}", "x.lmdb", "has no patches") for k in range(5)]
+    problems += [Problem("a", "t.csv", "duplicate row", 4)]
+    assert summarise_problems(problems) == [
+        "3 slides (g): empty slide or case id (t.csv lines 2, 6)",
+        "5 slides (s0, s1, s2, ...): has no patches (x.lmdb)",
+        "a: duplicate row (t.csv line 4)",
+    ]
+    assert summarise_problems(problems[:2]) == ["2 slides: empty slide or case id (t.csv line 2)"]
