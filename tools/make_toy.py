@@ -1,22 +1,22 @@
-"""Draw a cohort of synthetic slides whose label one planted anomaly decides.
+"""Make a cohort of synthetic slides whose label depends on one planted anomaly.
 
 python tools/make_toy.py --out toy
 python tools/make_toy.py --out toy-macro --kind macro --slides 32,8,24 --workers 8
 
-micro  black discs lie all over the tissue. Each carries a white glyph: a letter o, or, on about half
-       of an anomaly slide's discs, in clusters, a plus. Both have the same ink and the same length of edge,
-       and at 5x they are the very same pixels: only 20x (0.5 um/px) tells them apart (at 10x
-       some of it is left).
-macro  a few white rings with a thick black border: circles, or, on an anomaly slide, some ellipses
-       of the same area and the same ink. They are up to 1,039 px wide at 20x (0.5 um/px), where a
-       patch sees only an arc: 1.25x decides.
+micro  Black discs are scattered over the tissue. Each has a white glyph: a letter o or, on about half
+       of the discs of an anomaly slide, in clusters, a plus. Both glyphs have the same ink and the same
+       length of edge, and at 5x they have identical pixels: they differ only at 20x (0.5 um/px) and, less
+       clearly, at 10x.
+macro  A few white rings with a thick black border: circles and, on an anomaly slide, some ellipses of
+       the same area and the same ink. They are up to 1,039 px wide at 20x (0.5 um/px), where a patch
+       shows only an arc; at 1.25x a patch shows the whole ring.
 
 Writes OUT/slides/<slide>.tif (JPEG pyramids for OpenSlide), OUT/labels.csv (case,slide,split,label),
 OUT/truth.csv (box of each anomalous object, level-0 pixels) and OUT/painter.json (the settings drawn
 per slide; the two cases of a pair, one of each label, share them). Test slides are painted with
-settings no training slide has; the anomaly is the same. A slide depends on the seed and its own name
-alone. The two anomalies are after the micro- and macro-anomaly datasets of CS-MIL (Deng et al., MMMI
-2022), painted anew on synthetic tissue.
+settings that no training slide has; the anomaly is the same. A slide depends only on the seed and its
+name. The two anomalies follow the micro- and macro-anomaly data sets of CS-MIL (Deng et al., MMMI
+2022), painted on synthetic tissue.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ SMALLEST_LEVEL = 256
 AXIS_RATIO = 0.68
 BLACK, WHITE = 14.0, 243.0
 
-# name -> (range in train and val, range in test). Lengths in level-0 pixels, stain strengths in
+# Name -> (range in train and val, range in test). Lengths in level-0 pixels, stain strengths in
 # optical density, hues in radians about the usual stain vector, densities per 1000 pixels.
 COMMON: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "ground": ((240, 246), (232, 238)),
@@ -96,7 +96,7 @@ class Box(NamedTuple):
 
 
 class SlideSpec(NamedTuple):
-    """One row of labels.csv."""
+    """One slide of the cohort: a row of labels.csv."""
 
     case: str
     slide: str
@@ -105,21 +105,33 @@ class SlideSpec(NamedTuple):
 
 
 class Painted(NamedTuple):
-    """A slide before it is written."""
+    """A painted slide that is not written yet."""
 
     image: npt.NDArray[np.uint8]
     """(size, size, 3) RGB at 0.5 um/px."""
     truth: list[Box]
-    """The anomalous objects; empty on a normal slide."""
+    """Boxes of the anomalous objects; empty on a normal slide."""
     settings: Settings
+    """The painter's settings."""
 
 
 def plan(slides: tuple[int, int, int], seed: int) -> list[SlideSpec]:
-    """The cohort's rows, ``slides`` = counts of train, val and test.
+    """Return the slides of the cohort.
 
-    Every fifth slide is a second slide of the case before it. Cases take the two labels in
-    pairs, the order within a pair at random, so that a slide's label does not depend on how many
-    slides there are.
+    Every fifth slide is a second slide of the case before it. Cases get the two labels in pairs, in
+    random order within a pair, so that a slide's label does not depend on the number of slides.
+
+    Parameters
+    ----------
+    slides
+        Number of slides in train, val and test.
+    seed
+        Random seed.
+
+    Returns
+    -------
+    list of SlideSpec
+        One for each slide.
     """
     rows = []
     for split, count in zip(SPLITS, slides, strict=True):
@@ -133,24 +145,40 @@ def plan(slides: tuple[int, int, int], seed: int) -> list[SlideSpec]:
 
 
 def twins(spec: SlideSpec) -> str:
-    """What a slide shares with its twin of the other label: the painter's settings.
+    """Return the name of a slide's pair: the two slides, one of each label, share the painter's settings.
 
-    So colour cannot tell the labels apart in a small cohort by chance either.
+    So the labels cannot be told apart by colour, not even by chance in a small cohort.
     """
     number = spec.case.removeprefix(spec.split)
     return f"{spec.split} twins {int(number) // 2}" if number.isdigit() else spec.slide
 
 
 def generator(seed: int, name: str) -> np.random.Generator:
-    """A random generator that depends on ``seed`` and ``name`` alone."""
+    """Return a random generator that depends only on ``seed`` and ``name``."""
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
 def paint(spec: SlideSpec, kind: str, size: int, seed: int) -> Painted:
-    """Paint one slide, ``size`` pixels wide and high: a pure function of its arguments.
+    """Paint one slide; a pure function of its arguments.
 
-    The label decides nothing but the shapes of the anomalous objects: painted with the other
-    label, the same slide has the same tissue, and every disc and ring in its place.
+    The label affects only the shapes of the anomalous objects: painted with the other label, the same
+    slide has the same tissue, and every disc and ring in the same position.
+
+    Parameters
+    ----------
+    spec
+        The slide.
+    kind
+        ``micro`` or ``macro``.
+    size
+        Width and height in pixels.
+    seed
+        Random seed.
+
+    Returns
+    -------
+    Painted
+        The image, the anomalous objects and the settings.
     """
     rng = generator(seed, spec.slide)
     settings = draw_settings(generator(seed, twins(spec)), kind, test=spec.split == "test")
@@ -164,14 +192,14 @@ def paint(spec: SlideSpec, kind: str, size: int, seed: int) -> Painted:
         tissue = tissue_mask(rng, size, *place_pieces(rng, size))
         canvas = paint_tissue(rng, tissue, settings)
         truth = paint_discs(rng, canvas, tissue, settings, anomalous)
-    # Rounded one by one: ink of the two labels then adds up to the same whole numbers.
+    # Rounded separately, so that the ink of both labels adds up to the same whole numbers.
     canvas = np.rint(canvas) + np.rint(rng.normal(0, 2.0, (size, size, 1)))
     image = np.clip(canvas, 0, 255).astype(np.uint8)
     return Painted(image, truth, settings)
 
 
 def draw_settings(rng: np.random.Generator, kind: str, *, test: bool) -> Settings:
-    """One slide's painter settings, each uniform in its range for the split."""
+    """Draw the painter's settings of a slide, each uniform in its range for the split."""
     ranges = COMMON | KINDS[kind]
     return {name: float(rng.uniform(*pair[test])) for name, pair in ranges.items()}
 
@@ -180,17 +208,17 @@ def draw_settings(rng: np.random.Generator, kind: str, *, test: bool) -> Setting
 
 
 def smooth_noise(rng: np.random.Generator, size: int, cell: float) -> Array:
-    """(size, size) smooth noise, about standard normal, whose features are ``cell`` pixels wide."""
+    """Return (size, size) smooth noise, about standard normal, with features ``cell`` pixels wide."""
     span = size / cell
     coarse = rng.normal(size=(math.ceil(span) + 4,) * 2).astype(np.float32)
     box = (1.5, 1.5, 1.5 + span, 1.5 + span)
-    # Interpolation between independent values lowers their variance; 1.4 gives it back.
+    # Interpolation between independent values lowers their variance; 1.4 restores it.
     image = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC, box=box)
     return 1.4 * np.asarray(image)
 
 
 def place_pieces(rng: np.random.Generator, size: int) -> tuple[npt.NDArray, npt.NDArray]:
-    """Centres (n, 2) and radii (n,) of the discs that a slide's few tissue pieces grow from."""
+    """Return centres (n, 2) and radii (n,) of the discs that the pieces of tissue are made from."""
     count = int(rng.integers(4, 7))
     angle = rng.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(count) / count
     reach = rng.uniform(0.18, 0.31, count) * size
@@ -201,7 +229,7 @@ def place_pieces(rng: np.random.Generator, size: int) -> tuple[npt.NDArray, npt.
 def tissue_mask(
     rng: np.random.Generator, size: int, centres: npt.NDArray, radii: npt.NDArray
 ) -> npt.NDArray[np.bool_]:
-    """(size, size) True on tissue: discs (x, y), radius, melted together, with a ragged edge."""
+    """Return the (size, size) mask of tissue: discs merged into each other, with a ragged edge."""
     step = 4
     rows, columns = np.mgrid[0:size:step, 0:size:step].astype(np.float32)
     inside = np.full(rows.shape, -np.inf, np.float32)
@@ -219,13 +247,13 @@ def tissue_mask(
 def paint_tissue(
     rng: np.random.Generator, tissue: npt.NDArray[np.bool_], settings: Settings
 ) -> Array:
-    """(size, size, 3) float RGB: stained tissue on the slide's ground, by the Beer-Lambert law."""
+    """Return (size, size, 3) float RGB: stained tissue on bare glass, by the Beer-Lambert law."""
     size = len(tissue)
     soft = ndimage.gaussian_filter(tissue.astype(np.float32), 1.2)
     eosin = settings["eosin_strength"] * soft * stroma(rng, size, settings)
     hematoxylin = settings["hematoxylin_strength"] * soft * nuclei(rng, tissue, settings)
     hematoxylin += 0.05 * soft
-    # Optical densities near those ImageJ's colour deconvolution has for H&E, turned about grey.
+    # Optical densities close to those of ImageJ's colour deconvolution for H&E, turned about grey.
     stains = np.stack(
         [
             turn_hue(np.array([0.65, 0.70, 0.29]), settings["hematoxylin_hue"]),
@@ -238,7 +266,7 @@ def paint_tissue(
 
 
 def turn_hue(vector: npt.NDArray, angle: float) -> npt.NDArray:
-    """``vector`` (3,) rotated by ``angle`` about the grey axis, and kept from turning negative."""
+    """Return ``vector`` (3,) rotated by ``angle`` about the grey axis, at least 0.02 everywhere."""
     axis = np.full(3, 1 / math.sqrt(3))
     turned = (
         vector * math.cos(angle)
@@ -249,13 +277,13 @@ def turn_hue(vector: npt.NDArray, angle: float) -> npt.NDArray:
 
 
 def stroma(rng: np.random.Generator, size: int, settings: Settings) -> Array:
-    """(size, size) eosin, about 1: wavy fibres with pale clefts, in broad bright and dark regions."""
+    """Return (size, size) eosin, about 1: wavy fibres with pale clefts, in bright and dark regions."""
     rows, columns = np.ogrid[0:size, 0:size]
     heading = rng.uniform(0, np.pi)
     along = (columns * math.cos(heading) + rows * math.sin(heading)).astype(np.float32)
     period = settings["fibre_period"]
     phase = 2 * np.pi * along / period
-    # The warp bends the fibres by as much as they advance, so that no direction rules the slide.
+    # The fibres bend as much as they advance, so that no direction dominates the slide.
     phase += 9 * smooth_noise(rng, size, 9 * period) + 1.5 * smooth_noise(rng, size, 2 * period)
     fibres = np.sin(phase) * (0.7 + 0.3 * smooth_noise(rng, size, 3 * period))
     clefts = np.clip(fibres - 0.75, 0, 0.5)
@@ -266,12 +294,12 @@ def stroma(rng: np.random.Generator, size: int, settings: Settings) -> Array:
 
 
 def nuclei(rng: np.random.Generator, tissue: npt.NDArray[np.bool_], settings: Settings) -> Array:
-    """(size, size) hematoxylin in 0..1: oval nuclei, crowded in some regions and rare in others."""
+    """Return (size, size) hematoxylin in 0..1: oval nuclei, dense in some regions and rare in others."""
     size = len(tissue)
     stamps = [nucleus(rng, settings["nuclei_radius"]) for _ in range(32)]
     half = len(stamps[0]) // 2
     out = np.zeros((size + 2 * half, size + 2 * half), np.float32)
-    # Half of the candidates fall where the cells are rare and are dropped.
+    # Half of the candidates are dropped, because they are where cells are rare.
     count = rng.poisson(2 * settings["nuclei_density"] * size * size / 1000)
     x, y = rng.integers(0, size, (2, count))
     crowd = smooth_noise(rng, size, 90)[y, x]
@@ -284,7 +312,7 @@ def nuclei(rng: np.random.Generator, tissue: npt.NDArray[np.bool_], settings: Se
 
 
 def nucleus(rng: np.random.Generator, radius: float) -> Array:
-    """One nucleus on a square of odd side: an oval with a darker rim and uneven chromatin."""
+    """Return one nucleus on a square of odd side: an oval with a dark rim and uneven chromatin."""
     half = math.ceil(1.9 * radius) + 1
     rows, columns = np.mgrid[-half : half + 1, -half : half + 1].astype(np.float32)
     angle = rng.uniform(0, np.pi)
@@ -307,54 +335,56 @@ def paint_discs(
     settings: Settings,
     anomalous: bool,
 ) -> list[Box]:
-    """Paint the discs into ``canvas``; the boxes of those that carry a plus."""
+    """Paint the discs into ``canvas``; return the boxes of those with a plus."""
     corners = place_discs(rng, tissue, settings["disc_density"])
     centres = corners + rng.uniform(-1, 1, corners.shape)
     radii = rng.uniform(13.0, 15.5, len(centres))
-    chosen = in_clusters(rng, centres, settings["anomalous_share"]) & anomalous
+    is_plus = in_clusters(rng, centres, settings["anomalous_share"]) & anomalous
     half = 18
     rows, columns = np.mgrid[-half:half, -half:half].astype(np.float32) + 0.5
-    for (x, y), offset, radius, plus in zip(corners, centres - corners, radii, chosen, strict=True):
+    for (x, y), offset, radius, plus in zip(
+        corners, centres - corners, radii, is_plus, strict=True
+    ):
         black = np.clip(radius - np.hypot(columns - offset[0], rows - offset[1]) + 0.5, 0, 1)
         window = canvas[y - half : y + half, x - half : x + half]
         window[:] = window * (1 - black[..., None]) + BLACK * black[..., None]
         canvas[y - 8 : y + 8, x - 8 : x + 8] += (WHITE - BLACK) * glyph(plus=bool(plus))[..., None]
-    boxes = zip(centres[chosen], radii[chosen], strict=True)
+    boxes = zip(centres[is_plus], radii[is_plus], strict=True)
     return [bounding_box(x, y, radius, radius) for (x, y), radius in boxes]
 
 
 def place_discs(
     rng: np.random.Generator, tissue: npt.NDArray[np.bool_], density: float
 ) -> npt.NDArray[np.int64]:
-    """(n, 2) x, y at random on the tissue, ``density`` per 1000 pixels, never touching.
+    """Return (n, 2) random x, y on the tissue, ``density`` per 1000 pixels, never touching.
 
-    All are multiples of 4, where a block of 4 x 4 pixels becomes one pixel at 5x.
+    All are multiples of 4, since a block of 4 x 4 pixels becomes one pixel at 5x.
     """
     margin, apart, grid = 18, 35.0, 4
     room = np.asarray(ndimage.distance_transform_edt(tissue))[::grid, ::grid] > margin
     rows, columns = grid * np.array(np.nonzero(room))
-    wanted = max(1, round(density * np.count_nonzero(tissue) / 1000))
+    num_discs = max(1, round(density * np.count_nonzero(tissue) / 1000))
     centres = np.empty((0, 2), np.int64)
-    for pick in rng.permutation(len(rows))[: 12 * wanted]:
+    for pick in rng.permutation(len(rows))[: 12 * num_discs]:
         candidate = np.array([columns[pick], rows[pick]])
-        if len(centres) < wanted and np.all(np.hypot(*(centres - candidate).T) > apart):
+        if len(centres) < num_discs and np.all(np.hypot(*(centres - candidate).T) > apart):
             centres = np.vstack([centres, candidate])
     return centres
 
 
 def in_clusters(rng: np.random.Generator, centres: npt.NDArray, share: float) -> npt.NDArray:
-    """(n,) True for about ``share`` of the centres, at least one, in two or three clusters."""
+    """Return (n,) True for about ``share`` of the centres, at least one, in two or three clusters."""
     seeds = centres[rng.integers(0, len(centres), int(rng.integers(2, 4)))]
     to_seed = np.hypot(*(centres[:, None] - seeds[None]).transpose(2, 0, 1)).min(axis=1)
     return np.argsort(np.argsort(to_seed)) < max(1, round(share * len(centres)))
 
 
 def glyph(*, plus: bool) -> Array:
-    """(16, 16) white ink, 0 or 1: four strokes of 8 x 4 pixels that make a plus or a letter o.
+    """Return (16, 16) white ink, 0 or 1: four strokes of 8 x 4 pixels that form a plus or a letter o.
 
-    Turning each stroke of the plus about its own centre makes the o. Stroke centres lie on
-    corners of the 4 x 4 blocks that 5x averages, so no block's ink changes by the turn; nor
-    does the length of the outline (64 pixels), which a random filter would notice.
+    Turning each stroke of the plus about its centre makes the o. Stroke centres are corners of the
+    4 x 4 blocks that are averaged at 5x, so the ink of no block changes; nor does the length of the
+    outline (64 pixels), which a random filter would detect.
     """
     ink = np.zeros((16, 16), np.float32)
     for row, column in ((4, 8), (12, 8), (8, 4), (8, 12)):
@@ -368,12 +398,12 @@ def glyph(*, plus: bool) -> Array:
 
 
 def place_rings(rng: np.random.Generator, size: int, settings: Settings) -> npt.NDArray:
-    """(n, 4) rings as x, y, outer radius, border, apart from each other, one at least."""
+    """Return (n, 4) rings that do not touch, at least one: x, y, outer radius, border."""
     rings = np.empty((0, 4))
     for _ in range(400):
         radius, border = rng.normal(390, 25), rng.uniform(68, 84)
         radius = float(np.clip(radius, 330, 450))
-        # As wide as the ellipse of the same area, whichever shape it will have.
+        # As wide as the ellipse of the same area, whichever shape it has.
         reach = radius / math.sqrt(AXIS_RATIO) + 60
         x, y = rng.uniform(reach, size - reach, 2)
         gaps = np.hypot(rings[:, 0] - x, rings[:, 1] - y) - 1.25 * rings[:, 2]
@@ -385,13 +415,13 @@ def place_rings(rng: np.random.Generator, size: int, settings: Settings) -> npt.
 def paint_rings(
     rng: np.random.Generator, canvas: Array, rings: npt.NDArray, settings: Settings, anomalous: bool
 ) -> list[Box]:
-    """Paint the rings into ``canvas``; the boxes of the ellipses."""
+    """Paint the rings into ``canvas``; return the boxes of the ellipses."""
     share = settings["anomalous_share"]
-    chosen = rng.permutation(len(rings)) < max(1, round(share * len(rings)))
+    is_ellipse = rng.permutation(len(rings)) < max(1, round(share * len(rings)))
     angles = rng.uniform(0, np.pi, len(rings))
     truth = []
     for (x, y, radius, border), angle, ellipse in zip(
-        rings, angles, chosen & anomalous, strict=True
+        rings, angles, is_ellipse & anomalous, strict=True
     ):
         outer, inner = ring_outlines(radius, border, angle, AXIS_RATIO if ellipse else 1.0)
         half = math.ceil(np.abs(outer).max()) + 2
@@ -410,11 +440,11 @@ def paint_rings(
 def ring_outlines(
     radius: float, border: float, angle: float, ratio: float
 ) -> tuple[npt.NDArray, npt.NDArray]:
-    """Outer and inner outline, (720, 2) points about the centre.
+    """Return the outer and inner outline, (720, 2) points about the centre.
 
-    An ellipse of axis ``ratio`` with the area of the circle of ``radius`` pixels, and a border of
-    even thickness with the area of that circle's border. The curve at depth t inside an
-    outline of area A and perimeter P encloses A - P t + pi t^2.
+    An ellipse of axis ``ratio`` with the area of a circle of ``radius`` pixels, and a border of constant
+    thickness with the area of that circle's border. The curve at depth t inside an outline of area A
+    and perimeter P encloses A - P t + pi t^2.
     """
     major, minor = radius / math.sqrt(ratio), radius * math.sqrt(ratio)
     perimeter = 4 * major * float(special.ellipe(1 - ratio**2))
@@ -429,7 +459,7 @@ def ring_outlines(
 
 
 def fill_polygon(points: npt.NDArray, side: int) -> Array:
-    """(side, side, 1) coverage in 0..1 of a polygon of (x, y) points."""
+    """Return the (side, side, 1) coverage in 0..1 of a polygon of (x, y) points."""
     finer = 3
     mask = Image.new("L", (finer * side, finer * side))
     ImageDraw.Draw(mask).polygon([(x, y) for x, y in finer * points], fill=255)
@@ -437,7 +467,7 @@ def fill_polygon(points: npt.NDArray, side: int) -> Array:
 
 
 def bounding_box(x: float, y: float, half_width: float, half_height: float) -> Box:
-    """The whole-pixel box about the centre (x, y)."""
+    """Return the whole-pixel box about the centre (x, y)."""
     left, top = math.floor(x - half_width), math.floor(y - half_height)
     right, bottom = math.ceil(x + half_width) + 1, math.ceil(y + half_height) + 1
     return Box(left, top, right - left, bottom - top)
@@ -448,14 +478,14 @@ def bounding_box(x: float, y: float, half_width: float, half_height: float) -> B
 
 def write_pyramid(path: Path, image: npt.NDArray[np.uint8]) -> None:
     """Write ``image`` (H, W, 3) as a tiled JPEG pyramid; OpenSlide reads it as generic-tiff."""
-    # Each level is averaged from the first: rounding twice could give the label away at 5x.
+    # Each level is averaged from the first: rounding twice could reveal the label at 5x.
     levels = [image]
     while min(levels[-1].shape[:2]) >= 2 * SMALLEST_LEVEL:
         levels.append(np.asarray(Image.fromarray(image).reduce(2 ** len(levels))))
     with tifffile.TiffWriter(path) as out:
         for number, level in enumerate(levels):
             per_cm = 10_000 / (MPP * 2**number)
-            # "ycbcr" would open as well, and show wrong colours.
+            # With "ycbcr" the file would open too, but show wrong colours.
             out.write(
                 level,
                 tile=(256, 256),
@@ -482,7 +512,7 @@ def make_slide(job: tuple[SlideSpec, str, int, int, Path]) -> tuple[SlideSpec, l
 def make_slides(
     jobs: list[tuple[SlideSpec, str, int, int, Path]], workers: int
 ) -> Iterator[tuple[SlideSpec, list[Box], Settings]]:
-    """The slides in the order of ``jobs``, painted by ``workers`` processes."""
+    """Yield the slides in the order of ``jobs``, painted by ``workers`` processes."""
     if workers == 1:
         yield from map(make_slide, jobs)
         return
@@ -494,9 +524,32 @@ def make_slides(
 def make_cohort(
     out: Path, *, kind: str, slides: tuple[int, int, int], seed: int, size: int, workers: int
 ) -> int:
-    """Draw the cohort into ``out``, whole or not at all; the number of anomalous objects.
+    """Write the cohort to ``out``, complete or not at all.
 
-    Raises UserError when ``out`` is there and not empty, or cannot be made.
+    Parameters
+    ----------
+    out
+        A new or an empty folder.
+    kind
+        ``micro`` or ``macro``.
+    slides
+        Number of slides in train, val and test.
+    seed
+        Random seed.
+    size
+        Width and height of a slide in pixels.
+    workers
+        Processes that paint.
+
+    Returns
+    -------
+    int
+        Number of anomalous objects.
+
+    Raises
+    ------
+    UserError
+        ``out`` exists and is not empty, or cannot be made.
     """
     check_out(out)
     rows = plan(slides, seed)
@@ -508,18 +561,18 @@ def make_cohort(
     try:
         (work / "slides").mkdir()
         jobs = [(spec, kind, size, seed, work / "slides") for spec in rows]
-        made = list(with_progress(make_slides(jobs, workers), len(jobs)))
-        truth = [(spec.slide, *box) for spec, boxes, _ in made for box in boxes]
+        slides_made = list(with_progress(make_slides(jobs, workers), len(jobs)))
+        truth = [(spec.slide, *box) for spec, boxes, _ in slides_made for box in boxes]
         write_table(work / "labels.csv", SlideSpec._fields, rows)
         write_table(work / "truth.csv", ("slide", *Box._fields), truth)
-        settings = {spec.slide: drawn for spec, _, drawn in made}
+        settings = {spec.slide: drawn for spec, _, drawn in slides_made}
         painter = {"kind": kind, "seed": seed, "size": size, "mpp": MPP, "slides": settings}
         (work / "painter.json").write_text(json.dumps(painter, indent=1) + "\n")
         sync(work / "painter.json")
         sync(work / "slides")
         sync(work)
         work.chmod(0o755)
-        # Takes the place of an empty folder; fails if somebody filled it meanwhile.
+        # Replaces an empty folder; fails if it has been filled meanwhile.
         work.rename(out)
         sync(out.parent)
     finally:
@@ -528,7 +581,7 @@ def make_cohort(
 
 
 def with_progress(items: Iterator, total: int) -> Iterator:
-    """``items``, counted on a bar when the screen is a terminal."""
+    """Yield ``items`` and show a progress bar if the screen is a terminal."""
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -545,7 +598,7 @@ def write_table(path: Path, header: tuple[str, ...], rows: list) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold ``path``, a file or a folder, before going on."""
+    """Wait until ``path``, a file or a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -557,53 +610,62 @@ def sync(path: Path) -> None:
 
 
 def check_out(out: Path) -> None:
-    """UserError unless ``out`` is free: not there, or an empty folder."""
+    """Raise UserError unless ``out`` does not exist or is an empty folder."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        found = "holds files" if out.is_dir() else "is a file"
-        raise UserError(f"--out {out} {found}; name a new or an empty folder, or remove it first")
+        state = "contains files" if out.is_dir() else "is a file"
+        raise UserError(f"--out {out} {state}\n  use a new or an empty folder, or remove it first")
 
 
 def parse_slides(text: str) -> tuple[int, int, int]:
-    """'64,16,48' -> (64, 16, 48): train, val, test."""
+    """Return the number of slides in train, val and test: '64,16,48' -> (64, 16, 48)."""
     parts = text.split(",")
     if len(parts) != 3 or not all(p.strip().isascii() and p.strip().isdigit() for p in parts):
-        raise UserError(f"--slides {text}: want three counts, train,val,test, for example 64,16,48")
+        raise UserError(f"--slides {text}: use three counts, train,val,test, for example 64,16,48")
     train, val, test = map(int, parts)
     if min(train, val, test) < 1:
-        raise UserError(f"--slides {text}: each split needs one slide at least")
+        raise UserError(f"--slides {text}: each split needs at least one slide")
     return train, val, test
 
 
 def check_numbers(kind: str, size: int, seed: int, workers: int) -> None:
-    """UserError for a size the painter cannot fill, a negative seed, or no workers."""
+    """Raise UserError for a size that cannot be painted, a negative seed, or no workers."""
     smallest = SMALLEST_SIZE[kind]
     if size < smallest or size % SIZE_STEP:
         raise UserError(
             f"--size {size}: {kind} slides need a multiple of {SIZE_STEP} pixels, "
-            f"{smallest} at least"
+            f"at least {smallest}"
         )
     if seed < 0:
-        raise UserError(f"--seed {seed}: give 0 or more")
+        raise UserError(f"--seed {seed}: use 0 or more")
     if workers < 1:
-        raise UserError(f"--workers {workers}: give 1 or more")
+        raise UserError(f"--workers {workers}: use 1 or more")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; its help is this file's docstring."""
+    """Parse the command line; its help is the docstring of this file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="a new or an empty folder")
-    parser.add_argument("--kind", choices=sorted(KINDS, reverse=True), default="micro")
-    parser.add_argument("--slides", default="64,16,48", help="train,val,test (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, help="side in pixels (micro 1024, macro 3072)")
-    parser.add_argument("--workers", type=int, default=2, help="processes (%(default)s)")
+    parser.add_argument(
+        "--kind",
+        choices=sorted(KINDS, reverse=True),
+        default="micro",
+        help="of anomaly (%(default)s)",
+    )
+    parser.add_argument(
+        "--slides", default="64,16,48", help="number in train,val,test (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
+    parser.add_argument(
+        "--size", type=int, help="side of a slide in pixels (micro 1024, macro 3072)"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="number of processes (%(default)s)")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw the cohort the command line asks for."""
+    """Make the cohort that the command line describes; return the exit code."""
     args = parse(argv)
     slides = parse_slides(args.slides)
     size = DEFAULT_SIZE[args.kind] if args.size is None else args.size

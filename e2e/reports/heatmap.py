@@ -18,7 +18,7 @@ from torch import Tensor
 
 from e2e.bags.readers import RowReader
 from e2e.bags.spec import LabelledSlide
-from e2e.cohort.cases import CaseStore
+from e2e.cohort.cases import CaseReader
 from e2e.errors import DamagedDataError
 from e2e.files import write_atomically
 from e2e.heads.base import HeadOutput
@@ -137,7 +137,7 @@ def draw_heatmap(
     blend = np.where(covered, (1 - OVERLAY) * tissue + OVERLAY * colours, tissue).astype(np.uint8)
     write_atomically(path.with_name(f"{path.name}.png"), _panels(tissue, blend, caption))
     slides, coords = item.slide.id, record.require_coords()
-    if isinstance(item.reader, CaseStore):
+    if isinstance(item.reader, CaseReader):
         slides, coords = item.reader.origins()
     table = pd.DataFrame(
         {

@@ -24,7 +24,8 @@ from e2e.bags.sampler import SAMPLERS
 from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.cohort.features import describe_features
 from e2e.cohort.load import load_cohort
-from e2e.cohort.splits import AS_PUBLISHED, HONEST, Protocol
+from e2e.cohort.spec import CohortSpec
+from e2e.cohort.splits import AS_PUBLISHED, HONEST, SplitProtocol
 from e2e.cohort.table import Problem
 from e2e.encoders.base import ENCODERS
 from e2e.engine.model import MILModel
@@ -336,7 +337,7 @@ def prepare(
     *,
     run: Path | None,
     problems_file: Path | None,
-    protocol: Protocol | None = None,
+    protocol: SplitProtocol | None = None,
 ) -> Parts:
     """Load the cohort, fit the task and build the model.
 
@@ -366,13 +367,53 @@ def prepare(
     )
 
 
+def cohort_spec(data: Data, *, name: str = "") -> CohortSpec:
+    """Return what is needed to load the cohort that the settings describe.
+
+    Parameters
+    ----------
+    data
+        The settings of the cohort.
+    name
+        Name of the cohort, for messages.
+
+    Returns
+    -------
+    CohortSpec
+        For :func:`e2e.cohort.load.load_cohort`.
+    """
+    return CohortSpec(
+        name=name,
+        labels=data.labels,
+        slide_column=data.columns.slide,
+        case_column=data.columns.case,
+        split_column=data.columns.split,
+        centre_column=data.columns.centre,
+        split_names=data.splits,
+        slide_suffix=data.slide_suffix,
+        slide_separator=data.slide_separator,
+        split_file=data.split_file,
+        fold=data.fold,
+        val_share=data.cut.val,
+        test_share=data.cut.test,
+        stores=tuple(data.stores),
+        scales=tuple(map(tuple, data.scales)),
+        features=tuple(data.features),
+        coords=data.coords,
+        unit="case" if data.unit == "case" else "slide",
+        unmatched="drop" if data.unmatched == "drop" else "error",
+        source=data.source,
+        pack_options=data.pack,
+    )
+
+
 def load_slides(
     settings: Settings,
     task: Task,
     *,
     features: bool,
     problems_file: Path | None,
-    protocol: Protocol,
+    protocol: SplitProtocol,
 ) -> tuple[list[LabelledSlide], list[Problem]]:
     """The cohort as :func:`e2e.cohort.load.load_cohort` has it.
 
@@ -384,9 +425,8 @@ def load_slides(
             "the task's loss compares the bags of an update: optim.bags must be 2 or more, found 1"
         )
     return load_cohort(
-        settings.data,
+        cohort_spec(settings.data, name=settings.names.get("datasets", "")),
         task,
-        name=settings.names.get("datasets", ""),
         seed=settings.run.seed,
         size=settings.bag.size,
         problems_file=problems_file,
@@ -397,7 +437,7 @@ def load_slides(
 
 def fit_task(settings: Settings, task: Task, items: Sequence[LabelledSlide]) -> None:
     """Fit the task to the slides that the run's protocol has; UserError where nothing can be learned."""
-    splits = PROTOCOLS[settings.run.protocol].fitted_to
+    splits = PROTOCOLS[settings.run.protocol].fit_splits
     learned = [item for item in items if item.slide.split in splits]
     task.fit([item.target for item in learned], [item.slide.case for item in learned])
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from e2e.bags.spec import LabelledSlide
 from e2e.cohort.features import check_values, describe_features
-from e2e.cohort.load import open_feature_readers
+from e2e.cohort.readers import open_feature_readers
 from e2e.files import create_folder
 from e2e.log import Screen
 from e2e.parallel import Strategy, pick_device
@@ -115,8 +114,7 @@ def _read_features(
     settings: Settings, path: Path, folder: Path, task: Task, screen: Screen
 ) -> tuple[list[LabelledSlide], dict[str, Any]]:
     """The slides of a file or folder of features, checked against those the run was trained on."""
-    data = replace(settings.data, features=[str(path)])
-    items = _unlabelled(open_feature_readers(data), task)
+    items = _unlabelled(open_feature_readers([str(path)]), task)
     features = describe_features(items)
     check_same_features(features, folder)
     check_values(items, screen)

@@ -149,7 +149,7 @@ def _build_trainer(
 ) -> Trainer:
     task, train_slides = parts.task, parts.of_split("train")
     loader = build_loader(settings, train_slides, parts.view, model=parts.model, task=task)
-    val_slides = parts.of_split(PROTOCOLS[settings.run.protocol].chosen_on)
+    val_slides = parts.of_split(PROTOCOLS[settings.run.protocol].selection_split)
     val_slides, val_view = build_validation(settings, val_slides, parts.view, task)
 
     def validate(model: MILModel) -> dict[str, float | None]:

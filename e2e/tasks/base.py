@@ -25,6 +25,9 @@ class Task:
 
     columns: tuple[str, ...]
     """Columns of the label table that it reads; the first also stratifies a split."""
+    classes: tuple[str, ...] = ()
+    """Words that the first of ``columns`` may hold, in the order of the classes; empty if the column
+    holds something else."""
     num_outputs: int
     """C, of the head."""
     output_names: tuple[str, ...]

@@ -58,6 +58,7 @@ class Classification(Task):
         if not 0 <= label_smoothing < 1:
             raise UserError(f"task.label_smoothing must be in [0, 1), found {label_smoothing}")
         self.columns = (column,)
+        self.classes = tuple(classes)
         self.output_names = tuple(classes)
         self.prediction_columns = tuple(f"prob_{name}" for name in classes)
         self.num_outputs = len(classes)

@@ -14,12 +14,13 @@ from e2e.bags.loader import TrainingLoader, full_bag, label_slides
 from e2e.bags.readers import PixelRowReader
 from e2e.bags.sampler import SAMPLERS, sample_patches
 from e2e.bags.spec import BagSpec, LabelledSlide
-from e2e.cohort.load import load_cohort, open_patch_readers
-from e2e.cohort.match import check_sides, match_scales
+from e2e.cohort.load import load_cohort
+from e2e.cohort.match import check_patch_sizes, match_scales
+from e2e.cohort.readers import open_patch_readers
 from e2e.errors import DamagedDataError, UserError
 from e2e.images.augment import Augment
 from e2e.images.decode import build_decoder
-from e2e.runs.parts import build_task
+from e2e.runs.parts import build_task, cohort_spec
 from e2e.settings.schema import Columns, Data, Plugin
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore, StoreWriter
@@ -168,7 +169,7 @@ def test_a_slide_without_patches_at_one_magnification_is_named_with_it(tmp_path)
     matched, problems = match_scales(slides_of("abc"), [[sub]])
     assert set(matched) == {"a"}
     assert [(p.slide, p.problem) for p in problems] == [
-        ("b", "no store has it (data.scales[0])"),
+        ("b", "not in any store (data.scales[0])"),
         ("c", "has no patches (data.scales[0])"),
     ]
 
@@ -183,11 +184,11 @@ def write_side(path: Path, side: int) -> PatchStore:
 def test_stores_of_different_patch_sizes_are_refused_within_a_scale_and_without_a_size(tmp_path):
     small, large = (write_side(tmp_path / f"{side}.lmdb", side) for side in (32, 48))
     with pytest.raises(UserError, match=r"different sizes\n  .*32.lmdb: 32 px\n  .*48.lmdb: 48 px"):
-        check_sides({"s": [small], "t": [large]}, 32)
-    with pytest.raises(UserError, match=r"set bag\.size=PX where scales differ"):
-        check_sides({"s": [small, large]}, None)
-    check_sides({"s": [small, large], "t": [small, large]}, 32)
-    check_sides({"s": [small, small], "t": [small, small]}, None)
+        check_patch_sizes({"s": [small], "t": [large]}, 32)
+    with pytest.raises(UserError, match=r"set bag\.size=PX if magnifications differ"):
+        check_patch_sizes({"s": [small, large]}, None)
+    check_patch_sizes({"s": [small, large], "t": [small, large]}, 32)
+    check_patch_sizes({"s": [small, small], "t": [small, small]}, None)
 
 
 @pytest.mark.parametrize("size", [24, 32, 48])
@@ -230,7 +231,7 @@ def test_stores_are_files_globs_or_an_index(tmp_path):
     assert expand_store_paths(str(tmp_path / "a.lmdb")) == [tmp_path / "a.lmdb"]
     both = [tmp_path / "a.lmdb", tmp_path / "b.lmdb"]
     assert expand_store_paths(f"{tmp_path}/*.lmdb") == both
-    scales = open_patch_readers(Data(stores=[f"{tmp_path}/*.lmdb"], scales=[[str(both[1])]]))
+    scales = open_patch_readers([[f"{tmp_path}/*.lmdb"], [str(both[1])]])
     assert [[store.slides for store in stores] for stores in scales] == [[["a"], ["b"]], [["b"]]]
 
 
@@ -246,6 +247,6 @@ def test_no_training_slide_at_the_other_magnification_is_reported_before_trainin
     )  # fmt: skip
     task = build_task(Plugin("classification", {"classes": ["0", "1"], "column": "label"}))
     with pytest.raises(UserError, match="no slide has the split 'train'"):
-        load_cohort(data, task, name="mine", seed=0, problems_file=tmp_path / "problems.csv")
-    problems = (tmp_path / "problems.csv").read_text()
-    assert [f"{slide}," in problems for slide in "abc"] == [True, True, False]
+        load_cohort(cohort_spec(data), task, problems_file=tmp_path / "problems.csv")
+    told = (tmp_path / "problems.csv").read_text()
+    assert [f"{slide}," in told for slide in "abc"] == [True, True, False]

@@ -226,7 +226,7 @@ def test_features_that_are_missing_are_told_with_how_to_make_them(cohort, monkey
     assert "needs data.labels=FILE.csv and data.features=[FOLDER]" in said
     assert "launch/extract.py --stores none.lmdb" in said
     said = refusal(cohort, monkeypatch, capsys, f"data.features=[{cohort}/nowhere]")
-    assert f"features: {cohort}/nowhere is missing" in said
+    assert f"features not found: {cohort}/nowhere" in said
 
 
 def test_features_of_two_widths_are_refused_with_both_slides(cohort, monkeypatch, capsys):
@@ -288,7 +288,7 @@ def test_a_slide_whose_row_cannot_be_used_is_listed_once(cohort, monkeypatch, ca
     lines[5] = lines[5].replace("plain", "")
     table.write_text("\n".join(lines) + "\n")
     said = refusal(cohort, monkeypatch, capsys)
-    assert "do not agree in 2 place(s)" in said
+    assert "do not match: 2 row(s) or slide(s) cannot be used, 14 can" in said
     assert said.count("s03") == said.count("s04") == 1
 
 
@@ -296,7 +296,7 @@ def test_a_label_outside_the_classes_is_listed(cohort, monkeypatch, capsys):
     table = pd.read_csv(cohort / "labels.csv")
     table.loc[3, "label"] = "perhaps"
     table.to_csv(cohort / "labels.csv", index=False)
-    assert "label 'perhaps'" in refusal(cohort, monkeypatch, capsys)
+    assert "perhaps (1); task.classes is [" in refusal(cohort, monkeypatch, capsys)
 
 
 def test_features_without_coords_are_refused_where_coords_are_needed(cohort, monkeypatch, capsys):
