@@ -254,7 +254,7 @@ def build_loader(
         chunk=engine.chunk,
         shard_over={"slide": None, "bag": 0, "auto": engine.shard_over}[engine.shard],
         full=engine.compile,
-        one_piece=model.batch_norm.one_piece,
+        one_piece=model.batch_norm.single_chunk,
         whole=model.encoder.given,
         groups=[task.group(item.target) for item in items] if settings.optim.balance else None,
     )
