@@ -67,7 +67,7 @@ def trainer(
 
     settings = {
         "lr": 1e-3, "weight_decay": 0.0, "epochs": len(scores), "warmup_epochs": 0, "clip": 1.0,
-        "ema": 0.9, "validate_every": 1, "patience": None, "min_epochs": 0, "selected": "ema",
+        "ema": 0.9, "validate_every": 1, "patience": None, "min_epochs": 0, "selected_weights": "ema",
         "save_every": 0,
     }  # fmt: skip
     model = make_model(4, batch_norm="chunk")
@@ -104,8 +104,8 @@ def test_the_best_validation_is_kept_and_the_tie_break_decides_among_equals(tmp_
 
 def test_the_weights_that_are_judged_decide(tmp_path):
     scores = [{"model": (0.9, 1.0), "ema": (0.1, 1.0)}, {"model": (0.2, 1.0), "ema": (0.8, 1.0)}]
-    assert trainer(tmp_path, scores, selected="ema").fit().best_epoch == 1
-    assert trainer(tmp_path, scores, selected="model").fit().best_epoch == 0
+    assert trainer(tmp_path, scores, selected_weights="ema").fit().best_epoch == 1
+    assert trainer(tmp_path, scores, selected_weights="model").fit().best_epoch == 0
 
 
 def test_training_stops_when_validation_no_longer_improves(tmp_path):
@@ -165,7 +165,7 @@ def test_too_many_bad_steps_stop_the_run_and_spare_the_checkpoint(tmp_path):
     poisoned = {(1, 0), (1, 1)}
     run = trainer(tmp_path, both((0.5, 1.0), (0.5, 1.0)), poisoned=poisoned, max_bad_steps=2)
     with pytest.raises(
-        UserError, match=r"2 bad steps .*\n.*step 4 skipped.*\n  s1\n.*lower optim.lr"
+        UserError, match=r"2 skipped steps .*\n.*step 4 skipped.*\n  s1\n.*Lower optim.lr"
     ):
         run.fit()
     tensors, state = load_checkpoint(tmp_path / "last.safetensors")
@@ -263,16 +263,16 @@ def test_the_loss_is_the_sum_over_bags_over_their_number_on_all_ranks(tmp_path):
     losses = bag_losses(run.strategy, make_bag((5, 3)), run.task)
     assert losses.shape == (2,)
     step = run._update(make_bag((5, 3)), 4, total=2)
-    assert step.figures()[0] == pytest.approx(float(losses.detach().sum()) / 4)
-    assert step.figures()[1] == 8  # patches
+    assert step.metrics()[0] == pytest.approx(float(losses.detach().sum()) / 4)
+    assert step.metrics()[1] == 8  # patches
 
 
 class Nosy(Head):
-    """A head with a loss of its own, which remembers what it is told after a step."""
+    """A head with a loss of its own, which notes whether each step was good."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.classify, self.told = nn.Linear(6, 2).double(), []
+        self.classify, self.good_steps = nn.Linear(6, 2).double(), []
 
     def forward(self, features, mask, coords=None) -> HeadOutput:
         return HeadOutput(self.classify(features.mean(1)))
@@ -281,7 +281,7 @@ class Nosy(Head):
         return output.logits.new_ones(()) * 100
 
     def after_step(self, good) -> None:
-        self.told.append(bool(good))
+        self.good_steps.append(bool(good))
 
 
 def test_a_heads_own_loss_is_weighed_as_its_bag_and_it_hears_of_bad_steps(tmp_path):
@@ -291,7 +291,7 @@ def test_a_heads_own_loss_is_weighed_as_its_bag_and_it_hears_of_bad_steps(tmp_pa
     assert losses[0] > 100
     assert losses[1] == 0
     run.fit()
-    assert run.model.head.told == [True, False]
+    assert run.model.head.good_steps == [True, False]
 
 
 def scored_run(folder: Path, epochs: int, **schedule) -> tuple[Trainer, list[dict]]:
@@ -331,10 +331,10 @@ def test_patches_are_scored_on_schedule_and_a_stopped_run_goes_on_by_the_stored_
     assert again.progress.finished
     other, _ = scored_run(tmp_path, 5)
     other.progress.epoch = 4
-    with pytest.raises(UserError, match=r"cannot go on without .*patch_scores_4"):
-        other._load_scores()
+    with pytest.raises(UserError, match=r"cannot resume without .*patch_scores_4"):
+        other._load_patch_scores()
     other.progress.epoch = 3
-    other._load_scores()
+    other._load_patch_scores()
     assert list(other.loader.view.scores) == ["s"]
 
 
@@ -348,7 +348,7 @@ def test_scores_that_are_not_finite_stop_the_run_with_the_slides_name(tmp_path):
 def test_patches_are_scored_by_the_weights_that_are_judged(tmp_path):
     found = {}
     for selected in ("model", "ema"):
-        run, _ = scored_run(tmp_path / selected, 3, selected=selected)
+        run, _ = scored_run(tmp_path / selected, 3, selected_weights=selected)
         run.fit()
         found[selected] = float(load_file(tmp_path / selected / "patch_scores_2.safetensors")["s"])
     assert found["model"] != found["ema"]

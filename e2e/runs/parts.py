@@ -300,7 +300,7 @@ def build_schedule(
         validate_every=select.every,
         patience=select.patience,
         min_epochs=select.min_epochs,
-        selected=selected_weights(optim, select),
+        selected_weights=selected_weights(optim, select),
         save_every=save_every,
         max_bad_steps=max_bad_steps,
         rescore=rescore,
