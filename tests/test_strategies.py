@@ -109,7 +109,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_on_any(found, kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_rank_may_judge_other_bags_with_other_weights_and_train_on(found, kind):
+def test_each_rank_may_evaluate_other_bags_with_other_weights_and_train_on(found, kind):
     story = found[kind, "uneven"]
     assert same(story["before"], story["after"])
     model = new_model().eval()
@@ -163,7 +163,7 @@ def test_a_teacher_follows_its_student_under_every_strategy(found, kind):
     assert all((a - b).abs().max() > 1e-3 for a, b in itertools.pairwise(one))
 
 
-def test_ranks_that_disagree_are_told_what_and_which(found):
+def test_ranks_that_disagree_get_a_message_with_what_and_which(found):
     told = found["disagree"]
     assert len(set(told)) == 1
     assert "settings: abc on rank 0; abd on rank 1" in told[0]

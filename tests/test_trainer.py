@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_the_best_validation_is_kept_and_the_tie_break_decides_among_equals(tmp_
     assert moved.abs().sum() > 0
 
 
-def test_the_weights_that_are_judged_decide(tmp_path):
+def test_the_selected_weights_decide_which_epoch_is_best(tmp_path):
     scores = [{"model": (0.9, 1.0), "ema": (0.1, 1.0)}, {"model": (0.2, 1.0), "ema": (0.8, 1.0)}]
     assert trainer(tmp_path, scores, selected_weights="ema").fit().best_epoch == 1
     assert trainer(tmp_path, scores, selected_weights="model").fit().best_epoch == 0
@@ -115,7 +116,7 @@ def test_training_stops_when_validation_no_longer_improves(tmp_path):
     assert trainer(tmp_path, falling, patience=None).fit().epoch == 9
 
 
-def test_the_next_epochs_first_bag_is_begun_before_the_epoch_is_judged(tmp_path):
+def test_the_next_epochs_first_bag_is_started_before_validation(tmp_path):
     run = trainer(tmp_path, both((0.5, 1.0), (0.6, 1.0)))
     made, epoch, validate = [], run.loader.epoch, run.validate
 
@@ -225,6 +226,48 @@ def test_resuming_restores_optimiser_average_and_counters(tmp_path):
         assert torch.equal(value, again.model.state_dict()[name]), name
 
 
+class Taught(Head):
+    """Learns to agree with its own moving average, the teacher."""
+
+    teachers = MappingProxyType({"teacher": "student"})
+    teacher_decay = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.student = nn.Linear(6, 2).double()
+        self.teacher = nn.Linear(6, 2).double()
+
+    def forward(self, features, mask, coords=None) -> HeadOutput:
+        with torch.no_grad():
+            target = self.teacher(features.mean(1))
+        return HeadOutput(self.student(features.mean(1)), aux={"target": target})
+
+    def aux_loss(self, output, target, loss) -> torch.Tensor:
+        return (output.logits - output.aux["target"]).square().mean()
+
+
+def test_a_teacher_is_trained_along_saved_with_the_run_and_resumed(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    scores = both(*[(0.5, 1.0)] * 4)
+    run = trainer(folders[0], scores, head=Taught())
+    start = run.model.head.teacher.weight.clone()
+    run.fit()
+    broken = trainer(folders[1], scores, head=Taught(), poisoned={(2, 0)}, max_bad_steps=1)
+    with pytest.raises(UserError):
+        broken.fit()
+    weights = select_prefix("model", load_checkpoint(folders[1] / "last.safetensors")[0])
+    assert (weights["head.teacher.weight"] - start).norm() > 1e-4
+    resumed = trainer(folders[1], scores, head=Taught())
+    resumed.resume()
+    assert torch.equal(resumed.model.head.teacher.weight, weights["head.teacher.weight"])
+    resumed.fit()
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
 def test_every_group_follows_the_schedule_at_its_own_share(tmp_path):
     runs = both((0.5, 0.5))
     training = trainer(tmp_path, runs, lr=1e-2, encoder_lr=1e-3, warmup_epochs=1)
@@ -247,7 +290,7 @@ def test_every_group_follows_the_schedule_at_its_own_share(tmp_path):
     assert rates == {True: pytest.approx(5e-4), False: pytest.approx(5e-3)}
 
 
-def test_weights_that_a_last_step_blew_up_end_the_run_before_they_are_judged(tmp_path):
+def test_weights_that_a_last_step_blew_up_end_the_run_before_validation(tmp_path):
     run = trainer(tmp_path, both((0.5, 1.0)))
     run._train_epoch(run._bags())
     with torch.no_grad():
@@ -345,7 +388,7 @@ def test_scores_that_are_not_finite_stop_the_run_with_the_slides_name(tmp_path):
         run.fit()
 
 
-def test_patches_are_scored_by_the_weights_that_are_judged(tmp_path):
+def test_patches_are_scored_by_the_selected_weights(tmp_path):
     found = {}
     for selected in ("model", "ema"):
         run, _ = scored_run(tmp_path / selected, 3, selected_weights=selected)

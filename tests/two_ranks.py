@@ -231,7 +231,7 @@ def skip_a_bad_step(kind: str, make_optimizer: Callable[[nn.Module], Optimizer])
 
 
 def evaluate_unevenly(kind: str) -> dict[str, Any]:
-    """Each rank judges other bags, and another number of them, with other weights; then trains on."""
+    """Each rank evaluates other bags, and another number of them, with other weights; then trains on."""
     strategy = build(kind)
     model = new_model()
     strategy.setup(model, sgd, clip=None)
@@ -355,7 +355,7 @@ def shard_a_bag(strategy: Strategy, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def disagree(strategy: Strategy) -> list[str]:
-    """What each rank is told when rank 1 has other settings."""
+    """The message on each rank when rank 1 has other settings."""
     facts = {"settings": "abc", "cohort": "12 slides"}
     strategy.check_agreement(facts)
     if strategy.rank == 1:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from e2e.bags.bag import Bag, Chunk
+from e2e.bags.bag import Bag, Chunk, PixelSource
 from e2e.bags.chunk_plan import balanced_cuts
 from e2e.encoders.base import Encoder
 from e2e.engine.batchnorm import POLICIES, ChunkContext
@@ -334,7 +334,7 @@ class MILModel(nn.Module):
         return seeded(seed, device) if self.training else nullcontext()
 
 
-class TensorPixels:
+class TensorPixels(PixelSource):
     """The pixel source of a bag whose patches are a tensor in memory.
 
     Parameters
