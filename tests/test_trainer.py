@@ -236,7 +236,7 @@ class Taught(Head):
         super().__init__()
         torch.manual_seed(5)
         self.student = nn.Linear(6, 2).double()
-        self.teacher = nn.Linear(6, 2).double()
+        self.teacher = nn.Linear(6, 2).double().requires_grad_(False)
 
     def forward(self, features, mask, coords=None) -> HeadOutput:
         with torch.no_grad():
