@@ -6,7 +6,8 @@ C outputs of the task, A attention maps, H attention heads, E width inside the h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,15 @@ class Head(nn.Module):
 
     zero_gradient: tuple[str, ...] = ()
     """Parameters whose gradient is zero by the mathematics (name as in ``named_parameters``)."""
+
+    teachers: Mapping[str, str] = MappingProxyType({})
+    """Teacher submodule -> the submodule (its student) whose exponential moving average it is, by attribute.
+
+    A teacher has the student's parameters and buffers. The model freezes it, and after each optimiser step
+    that was made moves it by :meth:`e2e.parallel.base.Strategy.average_into`, before :meth:`after_step`."""
+
+    teacher_decay: float = 0.999
+    """Weight of a teacher's old value in its moving average, 0 to 1."""
 
     def forward(self, features: Tensor, mask: Tensor, coords: Tensor | None = None) -> HeadOutput:
         """Pool each bag's features and map them to the task's outputs."""

@@ -251,7 +251,7 @@ def build_loader(
         chunk=engine.chunk,
         shard_over={"slide": None, "bag": 0, "auto": engine.shard_over}[engine.shard],
         fixed_size_chunks=engine.compile,
-        single_chunk_per_rank=model.batch_norm.one_piece,
+        single_chunk_per_rank=model.batch_norm.single_chunk,
         single_chunk_per_bag=model.encoder.given,
         groups=[task.group(item.target) for item in items] if settings.optim.balance else None,
     )
@@ -297,7 +297,7 @@ def build_schedule(
         validate_every=select.every,
         patience=select.patience,
         min_epochs=select.min_epochs,
-        selected=selected_weights(optim, select),
+        selected_weights=selected_weights(optim, select),
         save_every=save_every,
         max_bad_steps=max_bad_steps,
         rescore=rescore,

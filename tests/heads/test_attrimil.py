@@ -427,7 +427,7 @@ class OtherRank(Strategy):
 
     said: tuple[Sequence[int], Tensor, list[Tensor]]
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any) -> list[Any]:
         return [value, self.said]
 
 
