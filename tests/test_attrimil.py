@@ -167,7 +167,7 @@ def told(top: float, oldest: tuple[float, float], there: tuple[bool, bool]) -> H
     aux = {
         "top": torch.full((1, 2), top, dtype=torch.float64),
         "oldest": torch.tensor([oldest, oldest], dtype=torch.float64).T,
-        "there": torch.tensor([there, there]).T,
+        "has_oldest": torch.tensor([there, there]).T,
     }
     return HeadOutput(torch.zeros(1, 2), aux=aux)
 
@@ -252,7 +252,7 @@ def step(head: Head, features: Tensor, mask: Tensor, labels: Tensor, good: Tenso
     """The ranking loss of an update on one rank, after which the banks move on."""
     output = head(features, mask)
     loss = head.aux_loss(output, labels, EACH)
-    head.remember([output], labels, list)
+    head.record_bags([output], labels, list)
     head.after_step(good)
     return loss.item()
 
@@ -329,7 +329,7 @@ def test_a_head_without_the_ranking_loss_has_no_banks_and_takes_any_target():
     assert not list(head.buffers())
     output = head(*bags())
     assert head.aux_loss(output, torch.rand(3, 2), EACH) is None
-    head.remember([output], torch.rand(3, 2), list)
+    head.record_bags([output], torch.rand(3, 2), list)
     head.after_step(GOOD)
 
 
@@ -343,11 +343,11 @@ def test_targets_that_are_no_class_numbers_are_refused(target):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank_weight": -1.0}, "rank_weight >= 0"),
-        ({"rank_weight": math.nan}, "rank_weight >= 0"),
-        ({"bank_size": 0}, "bank_size >= 1"),
-        ({"background": 3}, "background is a class number, 0 to 2, found 3"),
-        ({"background": -1}, "background is a class number"),
+        ({"rank_weight": -1.0}, "rank_weight=-1 must be 0 or more"),
+        ({"rank_weight": math.nan}, "rank_weight=nan must be 0 or more"),
+        ({"bank_size": 0}, "bank_size=0 1 or more"),
+        ({"background": 3}, "background=3 is not a class number, 0 to 2\n.*head.background=null"),
+        ({"background": -1}, "background=-1 is not a class number"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
@@ -427,11 +427,11 @@ class OtherRank(Strategy):
 
     said: tuple[Sequence[int], Tensor, list[Tensor]]
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any) -> list[Any]:
         return [value, self.said]
 
 
-def test_a_bag_of_two_ranks_is_remembered_once_and_one_of_weight_0_not_at_all():
+def test_a_bag_of_two_ranks_is_recorded_once_and_one_of_weight_0_not_at_all():
     model, bag = make_model(head="attrimil"), make_bag((5, 3, 4), weight=[1.0, 0.5, 0.0])
     strategy = OtherRank(torch.device("cpu"))
     strategy.setup(model, None, clip=None)
@@ -439,9 +439,9 @@ def test_a_bag_of_two_ranks_is_remembered_once_and_one_of_weight_0_not_at_all():
     target, rows = torch.tensor([1, 0]), torch.stack([row * 0, row])
     strategy.said = ((bag.seeds[1], 3), torch.tensor([0.5, 1.0]), [target, rows])
     bag_losses(strategy, bag, TASKS.build("classification", classes=["a", "b"]))
-    labels, found = model.head._seen
+    labels, stored = model.head._recorded
     assert labels.tolist() == [0, 0, 1]  # seeds 3, 11 and 12
-    torch.testing.assert_close(found[0], row)
+    torch.testing.assert_close(stored[0], row)
     model.head.after_step(GOOD)
     assert model.head.filled.tolist() == [[1, 2], [2, 1]]
 
@@ -487,3 +487,9 @@ def test_two_ranks_have_the_weights_and_the_banks_of_one(found, kind, shard_over
     bar = 1e-9 if dtype_of(kind) is torch.float64 else 1e-4
     for name, value in one.items():
         torch.testing.assert_close(two[name].double(), value.double(), rtol=bar, atol=bar)
+
+
+def test_each_class_has_an_attention_map_and_heatmaps_show_the_scores():
+    output = build()(*bags())
+    assert output.class_maps
+    assert output.show_scores

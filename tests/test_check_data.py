@@ -103,9 +103,9 @@ def test_features_are_read_in_every_split_and_all_that_cannot_be_used_are_named(
 
 REFUSED = {
     "a case in two splits": ({"case": ["one"] * 16}, [], "1 case(s) lie in more than one split"),
-    "an unknown label": ({"label": ["a", "c"] * 8}, [], "is none of task.classes"),
+    "an unknown label": ({"label": ["a", "c"] * 8}, [], "is not one of task.classes"),
     "one class in training": (
-        {"label": ["a"] * 8 + ["a", "b"] * 4}, [], "one class alone teaches nothing",
+        {"label": ["a"] * 8 + ["a", "b"] * 4}, [], "needs slides of two or more classes",
     ),
     "a slide twice": ({"slide": [*SLIDES[:15], SLIDES[0]]}, [], "contradicts an earlier row"),
     "a word for no split": ({"split": [*SPLITS[:15], "dev"]}, [], "split 'dev' is none of"),
@@ -139,7 +139,7 @@ MODELS = {
     "a head's loss of single bags beside Cox": (
         [*COX, "task.loss=cox", "--model", "e2e_r18_dtfd"], "compares all bags of an update",
     ),
-    "a head that cannot be": (["head.heads=7"], "cannot split embed_dim=512 into heads=7"),
+    "a head that cannot be": (["head.heads=7"], "head.heads=7 does not divide head.embed_dim=512"),
     "statistics of more patches than a chunk": (
         ["engine.batch_norm=sync", "engine.chunk=20"], "takes statistics over a whole update",
     ),
@@ -297,7 +297,7 @@ def test_training_without_events_and_strange_codes_stop_it(cohort, said):
     survival(cohort, ["dead", "alive"] * 8)
     code, _, error = said(*SURVIVAL, "task.event=1")
     assert code == 2
-    assert "means neither an event ('1') nor" in error
+    assert "is neither task.event ('1') nor" in error
 
 
 def test_a_time_is_of_a_case_so_slides_that_differ_stop_it_and_several_are_told(cohort, said):

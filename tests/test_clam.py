@@ -284,10 +284,16 @@ def test_targets_that_are_no_class_numbers_are_refused_with_a_way_out(name, targ
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"instance_loss": "svn"}, "unknown instance_loss 'svn'; did you mean 'svm'"),
-        ({"k_sample": 0}, "k_sample >= 1 and instance_weight >= 0, found 0 and 0.4"),
-        ({"instance_weight": -1.0}, "found 4 and -1.0"),
-        ({"instance_weight": math.nan}, "found 4 and nan"),
+        ({"instance_loss": "svn"}, "unknown head.instance_loss=svn; did you mean 'svm'"),
+        ({"k_sample": 0}, "k_sample=0 must be 1 or more, and head.instance_weight=0.4"),
+        (
+            {"instance_weight": -1.0},
+            "k_sample=4 must be 1 or more, and head.instance_weight=-1 0 or more",
+        ),
+        (
+            {"instance_weight": math.nan},
+            "k_sample=4 must be 1 or more, and head.instance_weight=nan 0 or more",
+        ),
         ({"act": "rellu"}, "unknown activation 'rellu'; did you mean 'relu'"),
     ],
 )
@@ -318,3 +324,9 @@ def test_the_export_takes_any_number_of_patches(name):
         got, expected = program(*given), head(*given)
         torch.testing.assert_close(got.logits, expected.logits)
         torch.testing.assert_close(got.aux, expected.aux)
+
+
+def test_only_the_multi_branch_variant_has_an_attention_map_for_each_class(name):
+    output = build(name)(*bags())
+    assert output.class_maps == (name == "clam_mb")
+    assert not output.show_scores

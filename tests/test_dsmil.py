@@ -169,13 +169,15 @@ def test_without_a_loss_of_its_own_the_tasks_loss_trains_both_streams():
 
 @pytest.mark.parametrize("options", [{"aux_weight": -1.0}, {"aux_weight": 0.0, "average": False}])
 def test_an_instance_stream_that_nothing_trains_is_refused(options):
-    with pytest.raises(UserError, match=r"trained by nothing .*\n  set aux_weight"):
+    with pytest.raises(
+        UserError, match=r"nothing trains the instance stream .*\n  set head.aux_weight"
+    ):
         HEADS.build("dsmil", D, C, **options)
 
 
 @pytest.mark.parametrize("nonlinear", [False, True])
 def test_a_query_without_width_is_refused(nonlinear):
-    with pytest.raises(UserError, match="query_dim must be at least 1, found 0"):
+    with pytest.raises(UserError, match="query_dim=0 must be 1 or more"):
         HEADS.build("dsmil", D, C, query_dim=0, nonlinear=nonlinear)
 
 
@@ -267,6 +269,12 @@ def test_the_authors_other_variant_fits_with_the_options_that_are_documented():
 def test_weights_of_another_head_are_named():
     state = HEADS.build("abmil", D, C).state_dict()
     with pytest.raises(
-        UserError, match=r"(?s)no weights of the published DSMIL.*score\.score\.weight"
+        UserError, match=r"(?s)not weights of the published DSMIL.*score\.score\.weight"
     ):
         from_published(state)
+
+
+def test_each_class_has_an_attention_map():
+    output = build()(*bags())
+    assert output.class_maps
+    assert not output.show_scores

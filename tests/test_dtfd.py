@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import e2e.heads  # noqa: F401
 from e2e.errors import UserError
 from e2e.heads.base import HEADS, Head
-from e2e.heads.dtfd import DISTILLATIONS, choose_patches, split_patches
+from e2e.heads.dtfd import DISTILLATIONS, select_patches, split_patches
 
 EACH = functools.partial(nn.functional.cross_entropy, reduction="none")
 """The loss of a classification task."""
@@ -211,7 +211,7 @@ def test_both_ends_are_chosen_though_all_probabilities_round_to_a_half():
     activation[0, :, 1] = torch.tensor([0.0, 3e-9, -2e-9, 1e-9, 2e-9])
     assert activation.softmax(-1).unique().numel() == 1
     member = torch.ones(1, 1, 5, dtype=torch.bool)
-    chosen = choose_patches(activation, member, 1, least=True)
+    chosen = select_patches(activation, member, 1, least=True)
     assert chosen[0].tolist() == [False, True, True, False, False]
 
 
@@ -280,7 +280,7 @@ def test_the_first_tiers_loss_is_the_tasks_own_whatever_its_targets_are():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"distill": "maxmin"}, "no distill 'maxmin'; did you mean 'maxmins'"),
+        ({"distill": "maxmin"}, "unknown head.distill=maxmin; did you mean 'maxmins'"),
         ({"pseudo_bags": 0}, "pseudo_bags=0"),
         ({"instances": 0}, "instances=0"),
         ({"act": "rellu"}, "did you mean 'relu'"),

@@ -33,9 +33,7 @@ def images(count: int = 4, side: int = 64) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
 
 
-NETWORKS = [
-    name for name in ENCODERS.names() if not getattr(ENCODERS.factory(name), "given", False)
-]
+NETWORKS = [name for name in ENCODERS.names() if ENCODERS.plugin_class(name).input_kind == "pixels"]
 
 
 @pytest.fixture(scope="module", params=NETWORKS)

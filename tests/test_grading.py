@@ -72,7 +72,7 @@ def test_the_grade_counts_the_thresholds_that_are_likelier_passed_than_not(loss)
     assert found["kappa_quadratic"] == kappa(table, 2)
     assert found["kappa"] == kappa(table, 0)
     assert found["accuracy"] == pytest.approx(2 / 3)
-    assert task(loss).shown([0.4, 0.3, 0.2, 0.1]) == (0, "1 (0.30)")
+    assert task(loss).heatmap_output([0.4, 0.3, 0.2, 0.1]) == (0, "1 (0.30)")
     assert task("ce").metrics(chances, grades, np.ones((1, 3)))["accuracy"] == pytest.approx(1 / 3)
 
 
@@ -99,7 +99,9 @@ def test_descent_on_the_loss_finds_the_grades(loss):
 
 
 def test_smoothing_goes_with_cross_entropy_alone_and_losses_are_known():
-    with pytest.raises(UserError, match=r"label_smoothing goes with task\.loss=ce, not with corn"):
+    with pytest.raises(
+        UserError, match=r"label_smoothing=0\.1 does not apply to task\.loss=corn\n.*loss=ce"
+    ):
         task("corn", label_smoothing=0.1)
     with pytest.raises(UserError, match="did you mean 'coral'"):
         task("corall")

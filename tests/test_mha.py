@@ -122,7 +122,9 @@ def test_mhas_key_bias_changes_no_attention():
 
 @pytest.mark.parametrize("heads", [0, 5])
 def test_heads_that_do_not_divide_the_width_are_refused_with_those_that_do(heads):
-    with pytest.raises(UserError, match=rf"embed_dim=12 into heads={heads}\n.*\[1, 2, 3, 4, 6, 12"):
+    with pytest.raises(
+        UserError, match=rf"heads={heads} does not divide head.embed_dim=12\n.*\[1, 2, 3, 4, 6, 12"
+    ):
         HEADS.build("mha", D, C, embed_dim=12, heads=heads)
 
 

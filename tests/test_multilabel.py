@@ -77,8 +77,8 @@ def test_words_become_labels_and_an_empty_cell_is_not_known():
     made = task(positive="pos", negative="neg")
     found = made.encode({"er": "Pos", "pr": "", "her2": "neg"})
     np.testing.assert_array_equal(found.numpy(), [1, NAN, 0])
-    assert made.known(found)
-    assert made.words(made.numbers(found)) == ["1", "", "0"]
+    assert made.is_labelled(found)
+    assert made.format_labels(made.target_values(found)) == ["1", "", "0"]
     assert made.group(found) == 1
     with pytest.raises(UserError, match=r"'equivocal' in column 'pr' is neither task\.positive"):
         made.encode({"er": "pos", "pr": "equivocal", "her2": "neg"})
@@ -88,7 +88,7 @@ def test_a_label_that_is_the_same_on_all_training_slides_is_refused():
     rows = torch.tensor([[1.0, 0.0, NAN], [0.0, 0.0, NAN]])
     with pytest.raises(UserError, match="label 'pr' is absent on all training slides"):
         task().fit([*rows], ["a", "b"])
-    with pytest.raises(UserError, match="label 'her2' is not known on all"):
+    with pytest.raises(UserError, match="label 'her2' is missing on all"):
         TASKS.build("multilabel", labels=["er", "her2"]).fit([*rows[:, [0, 2]]], ["a", "b"])
 
 
@@ -100,11 +100,14 @@ def test_labels_are_counted_by_name():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"labels": []}, "task.labels needs one or more"),
-        ({"labels": ["a", "a"]}, "task.labels needs one or more different columns"),
-        ({"shift": 1.0}, "task.shift must be in"),
-        ({"class_weights": "balance"}, "'balance'; did you mean 'balanced'?"),
-        ({"positive": "pos"}, "task.negative must say which code means"),
+        ({"labels": []}, "task.labels=[] must name one or more"),
+        ({"labels": ["a", "a"]}, "task.labels=['a', 'a'] must name one or more different columns"),
+        ({"shift": 1.0}, "task.shift=1 must be in [0, 1)"),
+        ({"class_weights": "balance"}, "task.class_weights=balance; did you mean 'balanced'?"),
+        (
+            {"positive": "pos"},
+            "task.negative is missing, and cannot be inferred from the code 'pos'",
+        ),
         ({"monitor": "auc_erx"}, "did you mean 'auc_er'"),
     ],
 )
@@ -115,5 +118,5 @@ def test_wrong_options_are_named(options, said):
 
 
 def test_a_label_is_not_called_as_the_mean_of_all_is():
-    with pytest.raises(UserError, match="'macro' is the name of the labels' mean"):
+    with pytest.raises(UserError, match="'macro' is the name of the mean over labels"):
         TASKS.build("multilabel", labels=["macro", "b"])

@@ -176,7 +176,10 @@ def test_scikit_survivals_cox_model_is_where_our_loss_is_least(ties):
 
 
 def test_the_coding_of_events_is_asked_for():
-    with pytest.raises(UserError, match=r"task\.event is missing: which code of column 'status'"):
+    with pytest.raises(
+        UserError,
+        match=r"task\.event is missing: which code of column 'status' is an observed event",
+    ):
         TASKS.build("survival", event_column="status")
 
 
@@ -198,12 +201,12 @@ def test_a_code_means_what_the_settings_say(options, code, event):
 @pytest.mark.parametrize(
     ("code", "time", "said"),
     [
-        ("2", "5", "'2' in column 'event' means neither an event ('1') nor censored ('0')"),
-        ("dead", "5", "set task.event and task.censored to the table's codes"),
-        ("1", "0", "'0' in column 'time' is no time: it must be a number over 0"),
-        ("1", "-3", "'-3' in column 'time' is no time"),
-        ("0", "nan", "'nan' in column 'time' is no time"),
-        ("0", "12 months", "'12 months' in column 'time' is no time"),
+        ("2", "5", "'2' in column 'event' is neither task.event ('1') nor task.censored ('0')"),
+        ("dead", "5", "set both to the codes of the table"),
+        ("1", "0", "'0' in column 'time' is not a time: it must be a number above 0"),
+        ("1", "-3", "'-3' in column 'time' is not a time"),
+        ("0", "nan", "'nan' in column 'time' is not a time"),
+        ("0", "12 months", "'12 months' in column 'time' is not a time"),
     ],
 )
 def test_other_codes_and_times_are_refused_in_one_message(code, time, said):
@@ -215,7 +218,7 @@ def test_other_codes_and_times_are_refused_in_one_message(code, time, said):
 @pytest.mark.parametrize("words", [("", "5"), ("1", ""), ("", "")])
 def test_half_a_label_is_none(words):
     found = task().encode(dict(zip(("event", "time"), words, strict=True)))
-    assert not task().known(found)
+    assert not task().is_labelled(found)
 
 
 # --- what training tells ---
@@ -233,14 +236,14 @@ def test_bins_are_cut_at_quantiles_of_the_events_of_training_cases_each_once():
 
 
 def test_training_without_events_or_with_too_few_for_the_bins_is_refused():
-    with pytest.raises(UserError, match="none of the 2 training cases with a label has an event"):
+    with pytest.raises(UserError, match="none of the 2 labelled training cases has an event"):
         task().fit(targets((1, 0), (2, 0)), ["a", "b"])
     with pytest.raises(
-        UserError, match="the 3 events of the training cases do not make 4 intervals"
+        UserError, match="the 3 events of the training cases cannot be cut into 4 intervals"
     ):
         task(bins=4).fit(targets((1, 1), (2, 1), (3, 1), (4, 0)), [*"abcd"])
     for times in ([2] * 9, [1] * 5 + [2, 3, 4, 5], [1, 1, 1, 9, 9, 9, 9, 9, 9]):
-        with pytest.raises(UserError, match=r"the 9 events .* do not make 3 intervals"):
+        with pytest.raises(UserError, match=r"the 9 events .* cannot be cut into 3 intervals"):
             task(bins=3).fit(targets(*[(t, 1) for t in times]), [*"abcdefghi"])
     task(loss="cox").fit(targets((1, 1), (2, 0)), [*"ab"])
 
@@ -270,7 +273,7 @@ def test_survival_nll_of_the_metrics_is_the_loss_at_alpha_0():
     loss = task(bins=3)
     loss.load_state(made.state())
     expected = loss.loss(logits, torch.stack(pairs)).mean().item()
-    numbers = np.array([made.numbers(t) for t in pairs])
+    numbers = np.array([made.target_values(t) for t in pairs])
     found = made.metrics(made.predict(logits).double().numpy(), numbers, np.ones((1, 4)))
     assert found["survival_nll"][0] == pytest.approx(expected, rel=1e-5)
 
@@ -319,7 +322,7 @@ def test_the_chances_of_cox_are_those_before_the_edges_too():
     made.fit_to_predictions(
         "ema", np.zeros((4, 1)), np.array([t.tolist() for t in selected]), [*"abcd"]
     )
-    found = made.of("ema").predict(torch.zeros(1, 1))[0, 1:].tolist()
+    found = made.for_weights("ema").predict(torch.zeros(1, 1))[0, 1:].tolist()
     assert found == pytest.approx([math.exp(-1 / 4), math.exp(-1 / 4 - 1 / 3)])
 
 
@@ -356,7 +359,7 @@ def settled(whas, **options) -> Survival:
 def test_cox_has_the_chances_of_scikit_survivals_cox_model_by_the_weights_that_were_settled(whas):
     risk, selected, model, numbers = whas
     made = settled(whas)
-    told = made.of("ema")
+    told = made.for_weights("ema")
     assert told.prediction_columns == ("risk", "survival_1", "survival_2", "survival_3")
     found = told.predict(torch.from_numpy(risk)).numpy()
     curves = model.predict_survival_function(numbers)
@@ -366,13 +369,13 @@ def test_cox_has_the_chances_of_scikit_survivals_cox_model_by_the_weights_that_w
     values = told.metrics(found, selected, np.ones((1, len(selected))))
     assert 0.1 < values["integrated_brier"] < 0.2  # of chances of 1/2 everywhere: 0.25
     assert "calibration" in {picture.name for picture in told.figures(found, selected)}
-    assert told.shown(found[0].tolist())[0] == 0
+    assert told.heatmap_output(found[0].tolist())[0] == 0
 
 
 def test_of_other_weights_and_in_training_cox_has_risks_alone(whas):
     risk, selected, *_ = whas
     made, once = settled(whas), np.ones((1, len(selected)))
-    for told, more in ((made, set()), (made.of("model"), {"integrated_brier"})):
+    for told, more in ((made, set()), (made.for_weights("model"), {"integrated_brier"})):
         assert told.prediction_columns == ("risk",)
         found = told.predict(torch.from_numpy(risk)).numpy()
         assert found.shape == risk.shape
@@ -411,10 +414,13 @@ def test_the_baseline_hazard_is_saved_with_the_run_and_runs_from_before_it_have_
     state = json.loads(json.dumps(made.state()))
     fresh.load_state(state)
     logits = torch.randn(5, 1)
-    assert fresh.of("ema").predict(logits).tolist() == made.of("ema").predict(logits).tolist()
+    assert (
+        fresh.for_weights("ema").predict(logits).tolist()
+        == made.for_weights("ema").predict(logits).tolist()
+    )
     del state["baselines"]
     fresh.load_state(state)
-    assert fresh.of("ema").predict(logits).tolist() == logits.tolist()
+    assert fresh.for_weights("ema").predict(logits).tolist() == logits.tolist()
 
 
 def test_a_pass_over_the_training_slides_is_for_cox_with_a_baseline_alone():
@@ -430,12 +436,15 @@ def test_the_events_are_told_with_their_code():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"bins": 1}, "task.bins must be 2 or more"),
-        ({"alpha": 1.5}, "task.alpha in [0, 1]"),
+        ({"bins": 1}, "task.bins=1 must be 2 or more"),
+        ({"alpha": 1.5}, "task.alpha=1.5 must be in [0, 1]"),
         ({"loss": "coxx"}, "did you mean 'cox'"),
-        ({"ties": "exact"}, "unknown task.ties 'exact'"),
-        ({"baseline": "efron"}, "unknown task.baseline 'efron'"),
-        ({"loss": "cox", "monitor": "integrated_brier"}, "unknown metric in task.monitor"),
+        ({"ties": "exact"}, "unknown value task.ties=exact"),
+        ({"baseline": "efron"}, "unknown value task.baseline=efron"),
+        (
+            {"loss": "cox", "monitor": "integrated_brier"},
+            "unknown metric task.monitor=integrated_brier",
+        ),
     ],
 )
 def test_wrong_options_are_named(options, said):

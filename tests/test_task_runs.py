@@ -161,14 +161,22 @@ def test_evaluation_and_resuming_go_by_what_the_run_saved_of_its_training(
 @pytest.mark.parametrize(
     ("name", "more", "said"),
     [
-        ("survival", ["task.event=''"], "task.event is missing: which code of column 'status'"),
-        ("survival", ["task.event=2"], "task.censored must say which code means censored: '2'"),
-        ("survival", ["task.event=2", "task.censored=0"], "means neither an event ('2')"),
-        ("survival", ["task.event_column=vital"], "'dead' in column 'vital' means neither"),
-        ("survival", ["task.time_column=er"], "'0' in column 'er' is no time"),
+        (
+            "survival",
+            ["task.event=''"],
+            "task.event is missing: which code of column 'status' is an observed event",
+        ),
+        (
+            "survival",
+            ["task.event=2"],
+            "task.censored is missing, and cannot be inferred from the code '2'",
+        ),
+        ("survival", ["task.event=2", "task.censored=0"], "is neither task.event ('2')"),
+        ("survival", ["task.event_column=vital"], "'dead' in column 'vital' is neither"),
+        ("survival", ["task.time_column=er"], "'0' in column 'er' is not a time"),
         ("survival cox", ["optim.bags=1"], "optim.bags must be 2 or more, found 1"),
         ("survival cox", ["head.name=dtfd"], "compares all bags of an update"),
-        ("regression", ["task.column=grade"], "'I' in column 'grade' is no number"),
+        ("regression", ["task.column=grade"], "'I' in column 'grade' is not a number"),
         ("multilabel", ["task.labels=[er,split]"], "neither task.positive ('1') nor"),
         ("grading", ["task.classes=[I,II,III,IV]", "task.class_weights=balanced"], "of class IV"),
     ],

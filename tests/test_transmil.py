@@ -199,7 +199,7 @@ def test_the_approximated_attention_is_no_distribution_hence_no_map():
 
 def test_the_order_of_patches_counts():
     head = build()
-    assert not head.order_free
+    assert not head.permutation_invariant
     features, mask = bags()
     whole, every = features[4, mask[4]].unsqueeze(0), torch.ones(1, 10, dtype=torch.bool)
     assert not torch.allclose(head(whole, every).logits, head(whole.flip(1), every).logits)
@@ -262,7 +262,7 @@ def test_it_exports_for_a_fixed_number_of_patches():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heads": 3}, r"embed_dim=8 into heads=3\n  choose heads among \[1, 2, 4, 8\]"),
+        ({"heads": 3}, r"heads=3 does not divide head.embed_dim=8\n.*one of \[1, 2, 4, 8\]"),
         ({"heads": 0}, "heads=0"),
         ({"landmarks": 0}, "landmarks=0"),
         ({"pinv_iterations": 0}, "pinv_iterations=0"),

@@ -96,7 +96,7 @@ def load_cohort(
     check_copies(kept, first)
     if data.unit == "case":
         kept, stores = group_by_case(kept, stores)
-    elif task.of_cases:
+    elif task.is_case_level:
         for line in check_single(kept):
             screen.say(f"NOTE {line}")
     items = label_slides(kept, stores, task.encode)
@@ -149,7 +149,7 @@ def read_folds(data: Data, path: Path) -> Folds:
 
 def check_classes(items: Sequence[LabelledSlide], task: Task) -> list[str]:
     """A line for each split that lacks a class which another has, a label, or events."""
-    classes = {item.slide.id: task.kinds(item.target) for item in items}
+    classes = {item.slide.id: task.categories(item.target) for item in items}
     splits = {item.slide.id: item.slide.split for item in items}
     undefined = "metrics that need every class are not defined there"
     meaning = {"train": "it cannot be learned", "val": f"{undefined}, nor choose an epoch"}

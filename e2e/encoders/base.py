@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ class Encoder(nn.Module):
     """
 
     dim: int
-    given = False
-    """Whether a bag's rows are features already, (n, dim), and nothing is left to encode."""
+    input_kind: Literal["pixels", "features"] = "pixels"
+    """What ``forward`` takes: patches (n,3,H,W), or features (n, dim) that it returns as they are."""
 
     pretrained: bool
     """Whether the weights were trained: decides the default BatchNorm policy."""
@@ -68,8 +68,10 @@ class Encoder(nn.Module):
     def checkpoint_blocks(self) -> None:
         """Keep only the inputs of the network's blocks for the backward, where it knows how to.
 
-        Raises:
-            UserError: it does not.
+        Raises
+        ------
+        UserError
+            It does not.
         """
         raise UserError(
             f"engine.checkpoint_blocks=true: {type(self).__name__} has no checkpointing of its own"
@@ -80,8 +82,10 @@ class Encoder(nn.Module):
 
         They get no gradient and, as nothing before them needs one either, keep no activations.
 
-        Raises:
-            UserError: there would be nothing left to train.
+        Raises
+        ------
+        UserError
+            There would be nothing left to train.
         """
         layers = self.layers(coarse=True)
         if not 0 <= stages < len(layers):

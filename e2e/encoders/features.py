@@ -12,14 +12,18 @@ from e2e.errors import UserError
 class Features(Encoder):
     """What stands for the encoder when ``data.features`` are read: it has no weights.
 
-    Args:
-        dim: width of the features; 0: that of the cohort's, which the run fills in.
+    Parameters
+    ----------
+    dim : int
+        Width of the features; 0: that of the cohort's, which the run fills in.
 
-    Raises:
-        UserError: no width.
+    Raises
+    ------
+    UserError
+        No width.
     """
 
-    given = True
+    input_kind = "features"
     pretrained = False
 
     def __init__(self, *, dim: int = 0) -> None:

@@ -93,10 +93,14 @@ class QueryPool(nn.Module):
     Source: Yu et al. 2022, "CoCa: Contrastive Captioners are Image-Text Foundation Models", section 3.2,
     arXiv:2205.01917; as CONCH has it, with a LayerNorm behind it (Lu et al. 2024, Nature Medicine 30).
 
-    Args:
-        context: width of the tokens.
-        dim: E, of the query and the feature.
-        heads: H, which divides E.
+    Parameters
+    ----------
+    context : int
+        Width of the tokens.
+    dim : int
+        E, of the query and the feature.
+    heads : int
+        H, which divides E.
     """
 
     def __init__(self, context: int, dim: int, heads: int) -> None:
@@ -124,14 +128,21 @@ class QueryPool(nn.Module):
 class FoundationEncoder(TimmEncoder):
     """An encoder of :data:`FOUNDATION`: (n,3,H,W) -> (n, width), the class token unless it says else.
 
-    Args:
-        name: in :data:`FOUNDATION` or :data:`ALIASES`.
-        pretrained: fetch the weights from the hub, or take them from its cache.
-        weights: load this file instead (.bin, .pt, .pth or .safetensors), as it is published.
-        drop_path, img_size, freeze, lora_rank, lora_alpha, lora_targets: see :class:`TimmEncoder`.
+    Parameters
+    ----------
+    name : str
+        In :data:`FOUNDATION` or :data:`ALIASES`.
+    pretrained : bool
+        Fetch the weights from the hub, or take them from its cache.
+    weights : str | None
+        Load this file instead (.bin, .pt, .pth or .safetensors), as it is published.
+    drop_path, img_size, freeze, lora_rank, lora_alpha, lora_targets : float | None
+        See :class:`TimmEncoder`.
 
-    Raises:
-        UserError: the weights cannot be had, or do not fit; the encoder cannot be built here.
+    Raises
+    ------
+    UserError
+        The weights cannot be had, or do not fit; the encoder cannot be built here.
     """
 
     def __init__(
@@ -462,7 +473,7 @@ ABSENT = {
 """Name -> why there is no such encoder here."""
 
 # A family and no names of the registry's own: tests over these would build billions of weights.
-ENCODERS.add_family(
+ENCODERS.register_library(
     lambda: [*FOUNDATION, *ALIASES, *ABSENT],
     lambda name: functools.partial(FoundationEncoder, name),
 )

@@ -57,14 +57,21 @@ def add_lora(
 ) -> None:
     """Freeze ``net`` and put adapters on its linear layers, but for those frozen already.
 
-    Args:
-        net: changed in place.
-        rank: of the adapters.
-        alpha: the adapters' weight is alpha / rank; None: 1, whatever the rank.
-        targets: names of linear layers, or ends of them such as ``mlp.fc1``; None: the attention's.
+    Parameters
+    ----------
+    net : nn.Module
+        Changed in place.
+    rank : int
+        Of the adapters.
+    alpha : float | None
+        The adapters' weight is alpha / rank; None: 1, whatever the rank.
+    targets : Sequence[str] | None
+        Names of linear layers, or ends of them such as ``mlp.fc1``; None: the attention's.
 
-    Raises:
-        UserError: ``net`` has no such layer, or uses one in a way that passes the adapter by.
+    Raises
+    ------
+    UserError
+        ``net`` has no such layer, or uses one in a way that passes the adapter by.
     """
     if rank < 1:
         raise UserError(f"encoder.lora_rank must be at least 1, or 0 for none, found {rank}")

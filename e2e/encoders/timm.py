@@ -28,25 +28,38 @@ from e2e.errors import OneRankError, UserError, format_list
 class TimmEncoder(Encoder):
     """A timm network without its classifier, its last feature map averaged over space.
 
-    Args:
-        model: timm's name.
-        pretrained: load the weights timm names for it (from the hub or its cache).
-        weights: load this file instead (.pt, .pth or .safetensors; a state dict with timm's keys).
-        stage: end after this feature stage (timm's ``out_indices`` entry, counted from 0), so that
-            later stages are never built; None keeps the whole network and its own pooling.
-        drop_path: stochastic depth rate, where the network has it; None leaves timm's default.
-        img_size: side in pixels of the patches, for a network that is built for one (a ViT: its
-            position embeddings are resampled); None leaves timm's.
-        freeze: the first so many stages keep their weights and stay in eval mode. Stages are
-            timm's coarse ones: of a convolutional network or a Swin the stem is the first, each
-            resolution another; of a ViT the patch embedding is the first, each block another.
-        lora_rank: over 0: the weights stay as they are, and low-rank adapters of this rank learn.
-        lora_alpha: the adapters' part is weighed with lora_alpha / lora_rank; None: with 1.
-        lora_targets: the linear layers that are adapted, by name or its end (``qkv``, ``mlp.fc1``);
-            None: those of the attention.
+    Parameters
+    ----------
+    model : str
+        Timm's name.
+    pretrained : bool
+        Load the weights timm names for it (from the hub or its cache).
+    weights : str | None
+        Load this file instead (.pt, .pth or .safetensors; a state dict with timm's keys).
+    stage : int | None
+        End after this feature stage (timm's ``out_indices`` entry, counted from 0), so that
+        later stages are never built; None keeps the whole network and its own pooling.
+    drop_path : float | None
+        Stochastic depth rate, where the network has it; None leaves timm's default.
+    img_size : int | None
+        Side in pixels of the patches, for a network that is built for one (a ViT: its
+        position embeddings are resampled); None leaves timm's.
+    freeze : int
+        The first so many stages keep their weights and stay in eval mode. Stages are
+        timm's coarse ones: of a convolutional network or a Swin the stem is the first, each
+        resolution another; of a ViT the patch embedding is the first, each block another.
+    lora_rank : int
+        Over 0: the weights stay as they are, and low-rank adapters of this rank learn.
+    lora_alpha : float | None
+        The adapters' part is weighed with lora_alpha / lora_rank; None: with 1.
+    lora_targets : list[str] | None
+        The linear layers that are adapted, by name or its end (``qkv``, ``mlp.fc1``);
+        None: those of the attention.
 
-    Raises:
-        UserError: the weights cannot be had, or do not fit; the network lacks what an option needs.
+    Raises
+    ------
+    UserError
+        The weights cannot be had, or do not fit; the network lacks what an option needs.
     """
 
     def __init__(
@@ -291,4 +304,6 @@ for _name, _model in (
     ("r50v2", "resnet50.tv2_in1k"),
 ):
     ENCODERS.register(_name)(functools.partial(TimmEncoder, _model, stage=3))
-ENCODERS.add_family(lambda: timm.list_models(), lambda model: functools.partial(TimmEncoder, model))
+ENCODERS.register_library(
+    lambda: timm.list_models(), lambda model: functools.partial(TimmEncoder, model)
+)

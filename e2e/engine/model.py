@@ -6,7 +6,7 @@ with gradients. So the memory is that of one chunk, however many patches a bag h
 are those of the whole bag. Chunks whose graphs the memory budget holds are encoded once. The mechanism
 stands inside one forward of one module, so that DDP, FSDP and DeepSpeed reduce once a step.
 
-Where the bags hold features (:attr:`e2e.encoders.base.Encoder.given`), only the head is left, which sees
+Where the bags hold features (:attr:`e2e.encoders.base.Encoder.input_kind`), only the head is left, which sees
 all bags of a batch at once, padded.
 """
 
@@ -121,7 +121,7 @@ class MILModel(nn.Module):
         are sharded over them, whose head runs on every rank alike. Of features, the draws are seeded
         by the first bag of the batch.
         """
-        if self.encoder.given:
+        if self.encoder.input_kind == "features":
             return [self._pool_padded(bag, device)]
         features = self._encode_all(bag, device, ranks)
         measured = self.training and torch.is_grad_enabled()

@@ -23,16 +23,24 @@ class AttentionEntropy(Regulariser):
 
     Maps are heads (mha, abmilx) or classes (clam_mb, dsmil). Padding counts as nothing.
 
-    Args:
-        weight: of the loss; 0 leaves it out. The paper: 0.001 (CAMELYON16) to 0.2; 0.1 is a start.
-        schedule: ``constant`` or ``cosine`` (to 0 at the end of the training).
-        warmup: share of the training over which the weight rises from 0.
-        normalise: divide by log N, so that the weight means the same for bags of any size; -1 is
-            uniform then.
-        top_k: only the so many largest of each map, rescaled to sum to 1; null: all.
+    Parameters
+    ----------
+    weight : float
+        Of the loss; 0 leaves it out. The paper: 0.001 (CAMELYON16) to 0.2; 0.1 is a start.
+    schedule : str
+        ``constant`` or ``cosine`` (to 0 at the end of the training).
+    warmup : float
+        Share of the training over which the weight rises from 0.
+    normalise : bool
+        Divide by log N, so that the weight means the same for bags of any size; -1 is
+        uniform then.
+    top_k : int | None
+        Only the so many largest of each map, rescaled to sum to 1; null: all.
 
-    Raises:
-        UserError: an option out of range.
+    Raises
+    ------
+    UserError
+        An option out of range.
     """
 
     def __init__(

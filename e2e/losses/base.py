@@ -17,13 +17,19 @@ from e2e.registry import Registry
 class Weight:
     """The weight of a loss over the course of a training.
 
-    Args:
-        peak: the weight itself.
-        schedule: ``constant``, or ``cosine``: half a cosine from ``peak`` to 0 at the end.
-        warmup: share of the training over which it first rises from 0, as a factor on the above.
+    Parameters
+    ----------
+    peak : float
+        The weight itself.
+    schedule : str
+        ``constant``, or ``cosine``: half a cosine from ``peak`` to 0 at the end.
+    warmup : float
+        Share of the training over which it first rises from 0, as a factor on the above.
 
-    Raises:
-        UserError: a value out of range.
+    Raises
+    ------
+    UserError
+        A value out of range.
     """
 
     peak: float
@@ -67,10 +73,14 @@ class Regulariser(nn.Module):
     def forward(self, output: HeadOutput, target: Tensor, coords: Tensor | None) -> Tensor:
         """(B,) for the B bags of ``output``.
 
-        Args:
-            output: of the head.
-            target: (B,) or (B, ...) what the task made of the labels.
-            coords: (B,N,2) level-0 pixels; None where nobody knows them.
+        Parameters
+        ----------
+        output : HeadOutput
+            Of the head.
+        target : Tensor
+            (B,) or (B, ...) what the task made of the labels.
+        coords : Tensor | None
+            (B,N,2) level-0 pixels; None where nobody knows them.
         """
         raise NotImplementedError
 
@@ -87,8 +97,10 @@ REGULARISERS: Registry[Regulariser] = Registry("regulariser")
 def log_attention(output: HeadOutput) -> tuple[Tensor, Tensor]:
     """(B,A,N) log attention, 0 on padding, and the mask (B,A,N) of what is real.
 
-    Raises:
-        ValueError: the head has no attention.
+    Raises
+    ------
+    ValueError
+        The head has no attention.
     """
     if output.attention_logits is None:
         raise ValueError("the head has no attention")

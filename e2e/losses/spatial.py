@@ -42,15 +42,23 @@ class SpatialConstraint(Regulariser):
     (there never class 0); neighbours are found by grid cell, not by exact offsets of 256 pixels. All
     scores alike is its trivial minimum; ``detach`` at least holds the strong ones where they are.
 
-    Args:
-        weight: of the loss; 0 leaves it out. Published: 1.
-        schedule: ``constant`` or ``cosine`` (to 0 at the end of the training).
-        warmup: share of the training over which the weight rises from 0.
-        background: number of the class left out, such as normal tissue; null: none.
-        detach: no gradient through the strongest score, only through the patch's own.
+    Parameters
+    ----------
+    weight : float
+        Of the loss; 0 leaves it out. Published: 1.
+    schedule : str
+        ``constant`` or ``cosine`` (to 0 at the end of the training).
+    warmup : float
+        Share of the training over which the weight rises from 0.
+    background : int | None
+        Number of the class left out, such as normal tissue; null: none.
+    detach : bool
+        No gradient through the strongest score, only through the patch's own.
 
-    Raises:
-        UserError: an option out of range.
+    Raises
+    ------
+    UserError
+        An option out of range.
     """
 
     needs_coords = True
@@ -110,10 +118,14 @@ def strongest_near(score_BNC: Tensor, coords_BN2: Tensor, real_BN: Tensor) -> Te
 
     Of two that are equal but for the sign, the positive one. What padding gets means nothing.
 
-    Args:
-        score_BNC: finite.
-        coords_BN2: level-0 pixels.
-        real_BN: True where there is a patch.
+    Parameters
+    ----------
+    score_BNC : Tensor
+        Finite.
+    coords_BN2 : Tensor
+        Level-0 pixels.
+    real_BN : Tensor
+        True where there is a patch.
     """
     cell_BN = grid_cells(coords_BN2, real_BN)
     sorted_BN, order_BN = cell_BN.sort(dim=1)

@@ -80,7 +80,7 @@ def predict(
         output = model(bag, strategy.device)[0]
         values = task.predict(output.logits)[0].cpu().double().tolist()
         slide = item.slide
-        said = (slide.case, slide.id, slide.split, values, task.numbers(item.target))
+        said = (slide.case, slide.id, slide.split, values, task.target_values(item.target))
         ours.append(Prediction(*said, attention_entropy(output), slide.centre))
         if draw is not None:
             draw(item, output, values)
@@ -171,7 +171,7 @@ def write_predictions(predictions: Sequence[Prediction], task: Task, path: Path)
     for p in predictions:
         row: dict[str, Any] = {"case": p.case, "slide": p.slide, "split": p.split}
         row |= {"centre": p.centre} if placed else {}
-        row |= zip(task.label_columns, task.words(p.target), strict=True)
+        row |= zip(task.label_columns, task.format_labels(p.target), strict=True)
         row |= zip(task.prediction_columns, p.values, strict=True)
         row["attention_entropy"] = p.entropy
         rows.append(row)
@@ -230,7 +230,7 @@ def evaluate_run(
         if not weights:
             continue
         check_weights(strategy.shapes, weights, best)
-        told = task.of(name)
+        told = task.for_weights(name)
         for split in ("val", "test"):
             chosen = [item for item in items if item.slide.split == split]
             if not chosen:
@@ -258,10 +258,10 @@ def evaluate_run(
             if by_centre:
                 own["centres"] = by_centre
     if strategy.is_leader:
-        write_predictions(kept, task.of(selected), out / "predictions.csv")
+        write_predictions(kept, task.for_weights(selected), out / "predictions.csv")
         tested = [p for p in kept if p.split == "test"]
         if tested:
-            write_figures(task.of(selected).figures(*arrays_of(tested)), out / "figures")
+            write_figures(task.for_weights(selected).figures(*arrays_of(tested)), out / "figures")
         write_json(out / "metrics.json", report)  # the last: a run that has it is done
     title = f"epoch {report['epoch']}, chosen on {chosen_on} by {selected}"
     screen.table(title, *metric_table(report))
@@ -301,8 +301,8 @@ def patch_attention(
 def _scores_of(
     task: Task, output: HeadOutput, predicted: Sequence[float]
 ) -> NDArray[np.float64] | None:
-    alone = functools.partial(task.of_patches, predicted=predicted)
-    return patch_scores(output, task.shown(predicted)[0], alone)
+    alone = functools.partial(task.patch_predictions, predicted=predicted)
+    return patch_scores(output, task.heatmap_output(predicted)[0], alone)
 
 
 def heatmap_drawer(
@@ -319,10 +319,12 @@ def heatmap_drawer(
     def draw(item: LabelledSlide, output: HeadOutput, values: list[float]) -> None:
         if item.slide.id not in wanted or (scores := _scores_of(task, output, values)) is None:
             return
-        words = zip(task.label_columns, task.words(task.numbers(item.target)), strict=True)
+        words = zip(
+            task.label_columns, task.format_labels(task.target_values(item.target)), strict=True
+        )
         label = ", ".join(f"{column} {word}" for column, word in words if word)
         name = item.slide.id.replace("/", "_")  # an id of a table is no way out of the folder
-        caption = f"{item.slide.id}   predicted {task.shown(values)[1]}   {label}".rstrip()
+        caption = f"{item.slide.id}   predicted {task.heatmap_output(values)[1]}   {label}".rstrip()
         draw_heatmap(item, scores, decoder=decoder, caption=caption, path=folder / name)
 
     return draw

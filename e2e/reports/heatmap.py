@@ -38,7 +38,7 @@ def patch_scores(
     its instance scores of ``shown`` as they are, attention or not.
 
     Args:
-        alone: (N, C) instance logits -> (N,); see :meth:`e2e.tasks.base.Task.of_patches`.
+        alone: (N, C) instance logits -> (N,); see :meth:`e2e.tasks.base.Task.patch_predictions`.
     """
     attention, logits = output.attention(), output.instance_logits
     if output.show_scores and logits is not None:

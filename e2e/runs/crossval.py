@@ -255,8 +255,8 @@ def summarise(found: Mapping[Trial, SavedPredictions], *, draws: int) -> list[Ro
     """A row for each metric.
 
     ``together`` is the mean over seeds of the metric of all folds' test slides in one, where the
-    models' outputs are on one scale (:attr:`e2e.tasks.base.Task.pools`); else of the folds' mean. Its
-    interval is over cases, whose resamples are the same for all seeds.
+    models' outputs are on one scale (:attr:`e2e.tasks.base.Task.can_pool_folds`); else of the folds'
+    mean. Its interval is over cases, whose resamples are the same for all seeds.
     """
     once = [_measure([run], np.ones((1, len(run.slides)))) for run in found.values()]
     seeds: dict[int, list[SavedPredictions]] = {}
@@ -276,7 +276,7 @@ def summarise(found: Mapping[Trial, SavedPredictions], *, draws: int) -> list[Ro
 
 def _of_seed(runs: Sequence[SavedPredictions], draws: int) -> Mapping[str, Array]:
     weights = case_weights([case for run in runs for case in run.cases], draws, seed=0)
-    if runs[0].task.pools:
+    if runs[0].task.can_pool_folds:
         return _measure(runs, weights)
     ends = np.cumsum([len(run.slides) for run in runs])[:-1]
     parts = zip(runs, np.split(weights, ends, axis=1), strict=True)

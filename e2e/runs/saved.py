@@ -61,7 +61,7 @@ def read_predictions(folder: Path, split: str) -> SavedPredictions:
         raise UserError(f"{path} has slides twice:\n{format_list(twice)}")
     try:
         predicted = ours[outputs].to_numpy(np.float64)
-        targets = np.array([task.read(row) for row in ours[labels].to_numpy()], np.float64)
+        targets = np.array([task.parse_labels(row) for row in ours[labels].to_numpy()], np.float64)
     except ValueError as error:
         raise UserError(f"{path} has a prediction or label that is no number: {error}") from error
     facts = [tuple(row) for row in ours[["case", *labels]].to_numpy()]

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from e2e.errors import UserError
-from e2e.registry import Registry, suggest
+from e2e.registry import Registry, did_you_mean
 from e2e.settings.schema import PLAIN, Plugin, Settings, _check
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -131,7 +131,9 @@ def _build(
     for number, (source, layer) in enumerate(layers):
         for section, values in layer.items():
             if section not in known:
-                raise UserError(f"{source}: unknown section '{section}'{suggest(section, known)}")
+                raise UserError(
+                    f"{source}: unknown section '{section}'{did_you_mean(section, known)}"
+                )
             if not isinstance(values, dict):
                 raise UserError(f"{source}: section '{section}' must hold keys, found {values!r}")
             if section in plugins:
@@ -174,7 +176,9 @@ def _reject_unknown_keys(values: dict[str, Any], schema: Any, path: str, source:
         if key not in fields:
             if f"{path}.{key}" in MOVED:
                 raise UserError(f"{source}: {path}.{key} is {MOVED[f'{path}.{key}']} now")
-            raise UserError(f"{source}: unknown setting '{path}.{key}'{suggest(str(key), fields)}")
+            raise UserError(
+                f"{source}: unknown setting '{path}.{key}'{did_you_mean(str(key), fields)}"
+            )
         if fields[key].type in (bool, "bool") and str(value).isdigit():
             raise UserError(
                 f"{source}: setting {path}.{key} must be true or false, found {value!r}"
@@ -220,7 +224,7 @@ def _layer_of(kind: str, name: str) -> Layer:
     if not path.is_file():
         known = [p.stem for p in folder.glob("*.yaml")]
         raise UserError(
-            f"no {kind} '{name}'{suggest(name, known)}\n  or give the path of a YAML file"
+            f"no {kind} '{name}'{did_you_mean(name, known)}\n  or give the path of a YAML file"
         )
     return _read_yaml(path)
 
@@ -246,7 +250,7 @@ def split_model_name(name: str, heads: Sequence[str] = ()) -> tuple[str, str]:
     if len(parts) != 3 or parts[0] != "e2e" or not all(parts):
         known = [*(p.stem for p in (CONFIGS / "models").glob("*.yaml")), *heads]
         raise UserError(
-            f"no model '{name}'{suggest(name, known)}\n  or e2e_<encoder>_<head>, such as e2e_r18_abmil;"
+            f"no model '{name}'{did_you_mean(name, known)}\n  or e2e_<encoder>_<head>, such as e2e_r18_abmil;"
             " a head alone is trained on frozen features"
         )
     return parts[1], parts[2]

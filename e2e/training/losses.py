@@ -21,7 +21,7 @@ from e2e.tasks.base import Task
 def bag_losses(strategy: Strategy, bag: Bag, task: Task, progress: float = 0.0) -> Tensor:
     """(B,) weighted loss of each of this rank's bags: task, head and regularisers together.
 
-    Of a task that compares the bags of an update (``whole_update``) each bag has an equal part.
+    Of a task that compares the bags of an update (``loss_couples_bags``) each bag has an equal part.
 
     The gradient of the sum over bags and ranks, over the number of bags on all ranks, is the
     update's: a mean of ranks' means would be wrong on ragged batches. ``progress`` is the share of
@@ -31,15 +31,15 @@ def bag_losses(strategy: Strategy, bag: Bag, task: Task, progress: float = 0.0) 
     target, weight = bag.target.to(strategy.device), bag.weight.to(strategy.device)
     logits = torch.cat([output.logits for output in outputs])
     ends = list(accumulate(len(output.logits) for output in outputs))
-    single = _no_single_bags if task.whole_update else task.loss
+    single = _no_single_bags if task.loss_couples_bags else task.loss
     extra = [
         _extra(strategy.model, output, target[start:stop], single, bag.coords[start:stop], progress)
         for output, start, stop in zip(outputs, [0, *ends], ends, strict=False)
     ]
     with torch.no_grad():
         head: Head = strategy.model.head  # pyright: ignore[reportAssignmentType]
-        head.remember(outputs, target, partial(_rows_of_update, strategy, bag))
-    if task.whole_update:
+        head.record_bags(outputs, target, partial(_rows_of_update, strategy, bag))
+    if task.loss_couples_bags:
         return _part_of_update(strategy, bag, logits, task) + torch.cat(extra) * weight
     return (task.loss(logits, target) + torch.cat(extra)) * weight
 
@@ -49,7 +49,7 @@ def check_losses(model: MILModel, task: Task, target: Tensor, device: torch.devi
 
     On two patches of zeros and before any step, so that nobody waits for the first to be told.
     """
-    single = _no_single_bags if task.whole_update else task.loss
+    single = _no_single_bags if task.loss_couples_bags else task.loss
     places = torch.tensor([[0, 0], [256, 0]], device=device)
     features = torch.zeros(1, 2, model.encoder.dim, device=device)
     with torch.no_grad(), torch.random.fork_rng([]):
@@ -77,7 +77,7 @@ def _part_of_update(strategy: Strategy, bag: Bag, logits: Tensor, task: Task) ->
 
 
 def _rows_of_update(strategy: Strategy, bag: Bag, rows: Sequence[Tensor]) -> list[Tensor]:
-    """See :data:`e2e.heads.base.OfUpdate`: each bag once, in the order of the seeds."""
+    """See :data:`e2e.heads.base.GatherBags`: each bag once, in the order of the seeds."""
     told = strategy.gather_objects((bag.seeds, bag.weight, [part.cpu() for part in rows]))
     found = {
         seed: [part[number] for part in parts]
