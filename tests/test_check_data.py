@@ -147,7 +147,7 @@ MODELS = {
         ["select.weights=ema", "optim.ema=0"], "select.weights=ema needs optim.ema",
     ),
     "a regulariser that the head cannot have": (
-        ["spatial.weight=1", "--model", "e2e_r18_mean"], "spatial.weight is over 0",
+        ["spatial.weight=1", "--model", "e2e_r18_mean"], "spatial.weight=1, but the head",
     ),
 }  # fmt: skip
 

@@ -44,6 +44,14 @@ def encoder(request: pytest.FixtureRequest) -> Encoder:
 # --- the contract, for every registered encoder ---
 
 
+@pytest.mark.parametrize("name", [*ENCODERS.names(), "uni", "resnet18"])
+def test_every_option_has_a_text_in_the_docstring(name):
+    described = ENCODERS.describe(name)
+    assert described.summary
+    for option in described.options:
+        assert option.text, f"{name}: the option {option.name} is not in the Parameters section"
+
+
 @torch.no_grad()
 def test_patches_become_rows_of_the_promised_width(encoder):
     features = encoder(images())
@@ -229,7 +237,7 @@ def test_without_a_word_an_encoder_is_one_layer_of_which_all_is_decayed():
             self.net = nn.Linear(2, 2)
 
     assert Plain().layers() == Plain().layers(coarse=True) == [["net.weight", "net.bias"]]
-    assert Plain().undecayed() == set()
+    assert Plain().no_weight_decay() == set()
 
 
 # --- frozen stages ---
@@ -326,7 +334,7 @@ def test_what_cannot_be_frozen_is_a_users_mistake():
     for stages in (4, -1):
         with pytest.raises(UserError) as error:
             build("r18", freeze=stages)
-        assert f"encoder.freeze must be 0 to 3, found {stages}" in str(error.value)
+        assert f"encoder.freeze={stages} must be 0 to 3" in str(error.value)
         assert "optim.train_encoder=false" in str(error.value)
 
 

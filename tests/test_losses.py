@@ -52,6 +52,16 @@ def aem(**options: object) -> Regulariser:
     return REGULARISERS.build("aem", weight=1.0, **options)
 
 
+@pytest.mark.parametrize("name", REGULARISERS.names())
+def test_every_option_has_a_default_and_a_text_in_the_docstring(name):
+    described = REGULARISERS.describe(name)
+    assert described.summary
+    assert {"weight", "schedule", "warmup"} <= {option.name for option in described.options}
+    for option in described.options:
+        assert option.text, f"{name}: the option {option.name} is not in the Parameters section"
+        assert not option.is_required
+
+
 def value(regulariser: Regulariser, given: HeadOutput) -> Tensor:
     return regulariser(given, torch.zeros(len(given.logits)), None)
 
@@ -104,11 +114,11 @@ def test_a_constant_weight_stays_a_cosine_falls_to_0_and_a_warm_up_begins_at_0()
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight": -1.0}, "weight of a loss: must be at least 0"),
-        ({"weight": math.nan}, "weight of a loss"),
+        ({"weight": -1.0}, "the weight of a loss must be a finite number of at least 0"),
+        ({"weight": math.nan}, "the weight of a loss must be a finite number"),
         ({"weight": 1.0, "schedule": "cosinus"}, "must be constant or cosine, found 'cosinus'"),
-        ({"weight": 1.0, "warmup": 1.0}, r"warmup of a loss: must be in \[0, 1\)"),
-        ({"weight": 1.0, "top_k": 0}, "aem.top_k must be at least 1"),
+        ({"weight": 1.0, "warmup": 1.0}, r"the warmup of a loss must be in \[0, 1\)"),
+        ({"weight": 1.0, "top_k": 0}, "aem.top_k=0 must be 1 or more"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
@@ -117,10 +127,10 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def test_a_head_without_attention_is_refused_before_training():
-    with pytest.raises(UserError, match="the head has no attention"):
+    with pytest.raises(UserError, match="the head has no attention that is learned"):
         aem().check(HeadOutput(torch.zeros(1, 2)))
     fixed = torch.zeros(1, 1, 2)  # as the head "mean" has it
-    with pytest.raises(UserError, match="the head has no attention that learns"):
+    with pytest.raises(UserError, match="the head has no attention that is learned"):
         aem().check(HeadOutput(torch.zeros(1, 2), attention_logits=fixed))
     aem().check(HeadOutput(torch.zeros(1, 2), attention_logits=fixed.requires_grad_()))
 

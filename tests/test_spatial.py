@@ -250,7 +250,7 @@ def test_every_head_that_scores_and_attends_can_have_it_and_others_are_refused(n
     told = head(torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool))
     places = torch.from_numpy(grid(5, 3)).repeat(2, 1, 1)
     if told.instance_logits is None or told.attention_logits is None:
-        with pytest.raises(UserError, match="does not both score its patches and attend"):
+        with pytest.raises(UserError, match="does not have both patch scores and attention"):
             spatial().check(told)
         return
     if told.instance_logits.requires_grad:
@@ -262,10 +262,12 @@ def test_every_head_that_scores_and_attends_can_have_it_and_others_are_refused(n
 def test_a_background_that_is_no_output_is_refused(background):
     given, _ = output()
     given.instance_logits.requires_grad_()
-    with pytest.raises(UserError, match=r"spatial\.background must be one of the 3 outputs"):
+    with pytest.raises(
+        UserError, match=rf"spatial\.background={background} must be one of the 3 outputs"
+    ):
         spatial(background=background).check(given)
 
 
 def test_without_coords_it_says_so():
-    with pytest.raises(UserError, match=r"(?s)nobody knows the coords.*spatial\.weight=0"):
+    with pytest.raises(UserError, match=r"(?s)slide has no patch coordinates.*spatial\.weight=0"):
         value(spatial(), output()[0], None)

@@ -36,6 +36,14 @@ def fitted(name: str, example: TaskExample) -> tuple[Task, list[torch.Tensor]]:
     return task, targets
 
 
+@pytest.mark.parametrize("name", TASKS.names())
+def test_every_option_has_a_text_in_the_docstring(name):
+    described = TASKS.describe(name)
+    assert described.summary
+    for option in described.options:
+        assert option.text, f"{name}: the option {option.name} is not in the Parameters section"
+
+
 def logits_of(task: Task, count: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, task.num_outputs, generator=generator)

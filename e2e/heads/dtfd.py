@@ -90,7 +90,7 @@ class DTFD(Head):
     encoder learn from both. In the published code each tier has its own optimiser, and that of tier 2 holds
     the weights of tier 2 only, so its loss does not reach tier 1.
 
-    In training the split is drawn anew each time from torch's generator. In evaluation patch i goes to
+    In training the split is redrawn each time from torch's generator. In evaluation patch i goes to
     pseudo-bag i mod G, so that the result for a slide is deterministic. So in evaluation the order of
     patches matters, in training the draw. As for dropout, the draw depends on the shape of the batch.
 
@@ -200,13 +200,13 @@ class DTFD(Head):
         instance_BNC = self._class_activation(x_BNE, log_weight_BN.exp())
 
         if self.distill == "afs":
-            slide_BE, log_share_BG = self._pool(pseudo_BGE, exists_BG)
+            slide_BE, log_share_BG = self._pool_distilled(pseudo_BGE, exists_BG)
             attention_BN = log_share_BG.gather(1, group_BN) + log_weight_BN
         else:
             selected_BN = select_patches(
                 instance_BNC.detach(), member_BGN, self.instances, least=self.distill == "maxmins"
             )
-            slide_BE, log_share_BN = self._pool(x_BNE, selected_BN)
+            slide_BE, log_share_BN = self._pool_distilled(x_BNE, selected_BN)
             attention_BN = log_share_BN.masked_fill(mask & ~selected_BN, NOT_SELECTED)
         return HeadOutput(
             self.classify2(slide_BE),
@@ -240,7 +240,7 @@ class DTFD(Head):
             score_BNC = F.linear(x_BNE.to(weight_BN.dtype), self.classify1.weight)
         return weight_BN.unsqueeze(-1) * score_BNC
 
-    def _pool(self, x_BKE: Tensor, present_BK: Tensor) -> tuple[Tensor, Tensor]:
+    def _pool_distilled(self, x_BKE: Tensor, present_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Return the pooled vector (B, E) of tier 2, and its log attention (B, K), -inf where absent."""
         score_B1K = self.score2(x_BKE).transpose(1, 2)
         slide_B1E, logits_B1K = attention_pool(score_B1K, present_BK, x_BKE.unsqueeze(1))

@@ -51,7 +51,7 @@ class Grading(Classification):
     column : str
         Column of the label table that holds the grade.
     loss : str
-        ``ce``, ``coral`` or ``corn``.
+        ``ce`` (cross-entropy of classes), or thresholds: ``coral`` or ``corn``.
     label_smoothing : float
         Label smoothing of ``ce``, in [0, 1).
     class_weights : str

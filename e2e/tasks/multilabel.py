@@ -51,7 +51,7 @@ class Multilabel(Task):
     negative : str
         Code of a label that is absent; empty: the other one of 0 and 1. An empty cell is a missing label.
     loss : str
-        ``bce`` or ``asymmetric``.
+        ``bce`` (binary cross-entropy) or ``asymmetric``.
     gamma_positive : float
         Exponent a of ``asymmetric``.
     gamma_negative : float

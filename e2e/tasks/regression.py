@@ -31,7 +31,7 @@ class Regression(Task):
     column : str
         Column of the label table that holds the number.
     loss : str
-        ``mse``, ``mae`` or ``huber``.
+        Loss on the standardised number: ``mse``, ``mae`` or ``huber``.
     monitor : str
         Metric that selects the epoch.
 

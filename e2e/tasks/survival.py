@@ -60,7 +60,7 @@ class Survival(Task):
     event_column : str
         Column of the label table with these codes.
     loss : str
-        ``nll`` or ``cox``.
+        ``nll`` (discrete-time likelihood) or ``cox`` (partial likelihood).
     bins : int
         Number of intervals, at least 2. With ``cox`` they only set the times of the metrics.
     alpha : float

@@ -89,7 +89,7 @@ def learning_rate_scales(
 
 def _undecayed(model: nn.Module) -> set[str]:
     part = getattr(model, "encoder", None)
-    return {f"encoder.{n}" for n in part.undecayed()} if isinstance(part, Encoder) else set()
+    return {f"encoder.{n}" for n in part.no_weight_decay()} if isinstance(part, Encoder) else set()
 
 
 def _has_fused_kernel(model: nn.Module) -> bool:
