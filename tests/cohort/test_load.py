@@ -23,7 +23,6 @@ from e2e.slides import Slide
 from e2e.store.lmdb import StoreWriter
 from e2e.tasks.base import TASKS, Task
 from tests.helpers.stores import RECIPE, patches, record, write_store
-from tests.helpers.tasks import EXAMPLES
 
 NAMES = [f"s{k}" for k in range(8)]
 FOLDS = {
@@ -363,11 +362,11 @@ def test_a_cross_validation_tells_bad_cells_before_any_training(cohort):
 
 @pytest.mark.parametrize("name", TASKS.names())
 def test_blanks_are_what_the_task_makes_of_them_and_what_has_no_label_is_listed(tmp_path, name):
-    options, words = EXAMPLES[name]
+    options, examples = TASKS.plugin_class(name).examples()[0]
     task = TASKS.build(name, **options)
-    rows = [dict(words[k % len(words)]) for k in range(8 + len(task.columns))]
+    rows = [dict(examples[k % len(examples)]) for k in range(8 + len(task.columns))]
     for row, column in zip(rows[8:], task.columns, strict=True):
-        row[column] = ""  # one word less
+        row[column] = ""  # one cell less
     rows.append(dict.fromkeys(task.columns, ""))
     splits = [["train", "val"][k % 4 == 0] for k in range(len(rows))]
     names = [f"s{k:02d}" for k in range(len(rows))]

@@ -16,7 +16,6 @@ from e2e.parallel import Strategy
 from e2e.tasks.base import TASKS, Task, TaskExample, choose_monitor, matches_code, opposite_code
 from e2e.training.losses import bag_losses
 from tests.helpers.models import make_bag, make_model
-from tests.helpers.tasks import EXAMPLES
 
 VARIANTS = [
     (name, example) for name in TASKS.names() for example in TASKS.plugin_class(name).examples()

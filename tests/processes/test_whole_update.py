@@ -135,7 +135,7 @@ class OtherRank(Strategy):
     told: Any
     logits: Tensor
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any) -> list[Any]:
         return [value, self.told]
 
     def gather_rows(self, rows: Tensor, counts: list[int]) -> Tensor:
