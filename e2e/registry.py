@@ -150,7 +150,7 @@ class Registry(Generic[T]):
 
         Of a function that builds the plug-in it is the annotated return type.
         """
-        constructor = _unwrap(self.factory(name))
+        constructor: Any = _unwrap(self.factory(name))
         if inspect.isclass(constructor):
             return constructor
         return get_type_hints(constructor)["return"]

@@ -38,7 +38,7 @@ def read_predictions(folder: Path, split: str) -> SavedPredictions:
     """From a run folder; UserError where it has no such predictions."""
     settings = saved_settings(folder, [], REGISTRIES)
     selected = selected_weights(settings.optim, settings.select)
-    task = load_task(settings.task.name, settings.task.options, folder).of(selected)
+    task = load_task(settings.task.name, settings.task.options, folder).for_weights(selected)
     path = folder / "predictions.csv"
     if not path.is_file():
         raise UserError(f"no {path}: the run is not evaluated\n  let it end, then compare")

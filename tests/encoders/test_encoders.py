@@ -159,7 +159,7 @@ def test_patches_of_another_size_than_the_network_was_made_for():
         encoder(images(1, 48))
     with pytest.raises(UserError, match="224 x 224 pixels, found 64 x 64"):
         build("vit_tiny_patch16_224", stage=1)(images(1, 64))
-    with pytest.raises(UserError, match=r"img_size=64: .*\n.*leave encoder.img_size out"):
+    with pytest.raises(UserError, match=r"img_size=64: .*\n.*remove encoder.img_size"):
         build("r18", img_size=64)
 
 
