@@ -85,6 +85,11 @@ class Encoder(nn.Module):
         """Return the names of parameters without weight decay, in addition to vectors and scalars."""
         return set()
 
+    @property
+    def required_size(self) -> int | None:
+        """Side in pixels of the patches, where the network accepts only one; None: any."""
+        return None
+
     def checkpoint_blocks(self) -> None:
         """Enable activation checkpointing of the network's blocks.
 

@@ -157,18 +157,29 @@ class TimmEncoder(Encoder):
 
         return network, original
 
+    @property
+    def required_size(self) -> int | None:
+        """Return the only side of patches in pixels that the network accepts; None: it accepts any."""
+        sides = self._required_sides()
+        return sides[0] if sides else None
+
+    def _required_sides(self) -> tuple[int, int] | None:
+        """Return the height and width that a network with strict sizes was built for, otherwise None."""
+        network = getattr(self.net, "model", self.net)  # timm wraps a truncated ViT
+        embed = getattr(network, "patch_embed", None)
+        if not getattr(embed, "strict_img_size", False):
+            return None
+        sides = getattr(embed, "img_size", None)
+        return tuple(sides) if sides else None
+
     def _check_image_size(self, images: Tensor) -> None:
         """Raise OneRankError unless the network accepts images of this size."""
-        inner = getattr(self.net, "model", self.net)  # a truncated ViT is wrapped
-        embed = getattr(inner, "patch_embed", None)
-        if not getattr(embed, "strict_img_size", False):
-            return
-        size, side = tuple(images.shape[-2:]), getattr(embed, "img_size", None)
-        if side is not None and size != tuple(side):
+        size, sides = tuple(images.shape[-2:]), self._required_sides()
+        if sides is not None and size != sides:
             raise OneRankError(
-                f"the encoder '{self.model}' is built for patches of {side[0]} x {side[1]} pixels, "
+                f"the encoder '{self.model}' is built for patches of {sides[0]} x {sides[1]} pixels, "
                 f"found {size[0]} x {size[1]}\n"
-                f"  set encoder.img_size={size[0]}, or bag.size={side[0]}"
+                f"  set encoder.img_size={size[0]}, or bag.size={sides[0]}"
             )
 
 
