@@ -249,8 +249,8 @@ def summarise(predictions: Mapping[Trial, SavedPredictions], *, draws: int) -> l
     """Return one row for each metric.
 
     ``all_folds`` is the mean over seeds of the metric on the pooled test slides of all folds, where the
-    models' outputs are on one scale (:attr:`e2e.tasks.base.Task.can_pool_folds`); otherwise of the mean over folds.
-    Its interval is over cases, with the same resamples for all seeds.
+    models' outputs are on one scale (:attr:`e2e.tasks.base.Task.can_pool_folds`); otherwise of the mean
+    over folds. Its interval is over cases, with the same resamples for all seeds.
     """
     by_run = [_evaluate([run], np.ones((1, len(run.slides)))) for run in predictions.values()]
     runs_of_seed: dict[int, list[SavedPredictions]] = {}
