@@ -195,12 +195,12 @@ def test_recomputed_chunks_give_the_gradient_of_one_piece():
         model(bag, torch.device("cpu"))[0].logits.square().sum().backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
-    whole, pieces, half = gradients(7), gradients(2), gradients(2, autocast=torch.bfloat16)
-    assert whole.keys() == pieces.keys() == half.keys()
-    assert sum("lora" in name for name in whole) == 48
-    for name in whole:
-        torch.testing.assert_close(pieces[name], whole[name], rtol=1e-9, atol=1e-12, msg=name)
-    flat = [torch.cat([g.flatten() for g in found.values()]) for found in (whole, half)]
+    full, pieces, half = gradients(7), gradients(2), gradients(2, autocast=torch.bfloat16)
+    assert full.keys() == pieces.keys() == half.keys()
+    assert sum("lora" in name for name in full) == 48
+    for name in full:
+        torch.testing.assert_close(pieces[name], full[name], rtol=1e-9, atol=1e-12, msg=name)
+    flat = [torch.cat([g.flatten() for g in result.values()]) for result in (full, half)]
     assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.99
 
 
@@ -231,10 +231,10 @@ def test_adapters_and_groups_are_the_same_sharded(tmp_path, monkeypatch):
         groups = [
             (g["lr_scale"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups
         ]
-        whole = {
+        full = {
             n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()
         }
-        return groups, {n: p.detach() for n, p in whole.items()}
+        return groups, {n: p.detach() for n, p in full.items()}
 
     groups, weights = step(model())
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # init_process_group replaces it

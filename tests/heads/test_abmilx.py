@@ -129,9 +129,9 @@ def test_output_and_gradients_are_the_dense_formulas_on_each_bag_alone(name):
     for b, n in enumerate(SIZES):
         torch.testing.assert_close(output.attention()[b, :, :n], dense[b][1])
 
-    ours = torch.autograd.grad((output.logits * direction).sum(), learned)
-    theirs = torch.autograd.grad((logits * direction).sum(), learned)
-    for got, expected in zip(ours, theirs, strict=True):
+    actual = torch.autograd.grad((output.logits * direction).sum(), learned)
+    expected_value = torch.autograd.grad((logits * direction).sum(), learned)
+    for got, expected in zip(actual, expected_value, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-10)
 
 
@@ -328,7 +328,7 @@ def test_the_published_models_have_the_published_numbers_of_parameters(options, 
 
 
 def test_dattentionx_is_abmilx_with_other_names_for_its_options():
-    ours = {
+    actual = {
         "embed_dim": 12, "heads": 4, "dropout": 0.1, "act": "relu", "norm": True, "bias": True,
         "attn_bias": True, "attn_dim": 2, "attention_plus": False, "gated": True, "joint": False,
         "ffn": True, "alpha": 0.5,
@@ -338,7 +338,7 @@ def test_dattentionx_is_abmilx_with_other_names_for_its_options():
         "mil_bias": True, "attn_bias": True, "D": 1.5, "attn_plus": False, "attn_type": "mlp_gated",
         "ffn": True, "alpha": 0.5, "sdpa_type": "flash", "pad_v": True,
     }  # fmt: skip
-    model, head = DAttentionX(D, C, **published).eval(), ABMILX(D, C, **ours).eval()
+    model, head = DAttentionX(D, C, **published).eval(), ABMILX(D, C, **actual).eval()
     model.head.load_state_dict(head.state_dict())
     x = torch.randn(2, 9, D)
     torch.testing.assert_close(model(x), head(x).logits, rtol=0, atol=0)

@@ -35,7 +35,7 @@ def output(fill: float = -math.inf) -> HeadOutput:
 
 def by_hand(*, normalise: bool = False, top_k: int | None = None) -> list[float]:
     """Of each bag, patch by patch."""
-    logits, found = output().attention_logits.numpy(), []
+    logits, result = output().attention_logits.numpy(), []
     for bag, size in enumerate(SIZES):
         maps = []
         for row in logits[bag, :, :size]:
@@ -44,8 +44,8 @@ def by_hand(*, normalise: bool = False, top_k: int | None = None) -> list[float]
             p = p / p.sum()
             entropy = -sum(x * math.log(x) for x in p)
             maps.append(-entropy / math.log(len(p)) if normalise and len(p) > 1 else -entropy)
-        found.append(sum(maps) / MAPS)
-    return found
+        result.append(sum(maps) / MAPS)
+    return result
 
 
 def aem(**options: object) -> Regulariser:
@@ -69,9 +69,9 @@ def value(regulariser: Regulariser, given: HeadOutput) -> Tensor:
 @pytest.mark.parametrize("top_k", [None, 1, 3, 100])
 @pytest.mark.parametrize("normalise", [False, True])
 def test_aem_is_the_negative_entropy_of_real_patches_meaned_over_maps(normalise, top_k):
-    found = value(aem(normalise=normalise, top_k=top_k), output())
+    result = value(aem(normalise=normalise, top_k=top_k), output())
     expected = by_hand(normalise=normalise, top_k=top_k)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-12, atol=1e-14)
 
 
 @given(st.integers(2, 50))
@@ -146,8 +146,8 @@ def test_a_bags_loss_holds_the_regulariser_by_its_weight_at_this_moment(progress
     model.regularisers = nn.ModuleList([aem(schedule="cosine", normalise=True)])
     added = torch.cat([value(model.regularisers[0], one) for one in outputs])
     weight = (1 + math.cos(math.pi * progress)) / 2
-    found = bag_losses(strategy, bag, task, progress)
-    torch.testing.assert_close(found, plain + weight * added)
+    result = bag_losses(strategy, bag, task, progress)
+    torch.testing.assert_close(result, plain + weight * added)
     assert (added < -0.5).all()
 
 

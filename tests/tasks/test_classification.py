@@ -38,8 +38,8 @@ def test_every_task_names_its_columns_outputs_and_metrics(any_task):
 
 @given(st.lists(st.text(min_size=1), min_size=2, max_size=6, unique=True))
 def test_words_become_the_number_of_their_output(classes):
-    made = task(classes=classes, column="diagnosis")
-    targets = [made.encode({"diagnosis": word}) for word in classes]
+    built = task(classes=classes, column="diagnosis")
+    targets = [built.encode({"diagnosis": word}) for word in classes]
     assert torch.stack(targets).tolist() == list(range(len(classes)))
     assert targets[0].dtype == torch.int64
 
@@ -111,11 +111,11 @@ def test_metrics_are_those_of_the_metrics_module():
     rng = np.random.default_rng(0)
     probabilities, labels = rng.dirichlet(np.ones(3), 20), rng.integers(0, 3, 20)
     weights = rng.random((4, 20))
-    ours = task().metrics(probabilities, labels.astype(np.float64), weights)
+    actual = task().metrics(probabilities, labels.astype(np.float64), weights)
     expected = classification_metrics(probabilities, labels, weights)
-    assert ours.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, values in expected.items():
-        np.testing.assert_allclose(ours[name], values, rtol=1e-12)
+        np.testing.assert_allclose(actual[name], values, rtol=1e-12)
 
 
 def test_the_targets_of_a_split_are_described_in_a_line(any_task):
