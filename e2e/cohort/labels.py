@@ -136,7 +136,7 @@ def check_classes(items: Sequence[LabelledSlide], task: Task) -> list[str]:
     list of str
         One line for each split that lacks something.
     """
-    classes = {item.slide.id: task.kinds(item.target) for item in items}
+    classes = {item.slide.id: task.categories(item.target) for item in items}
     splits = {item.slide.id: item.slide.split for item in items}
     undefined = "metrics that need every class are undefined on this split"
     consequence = {

@@ -143,7 +143,7 @@ def _load_data(
     warnings = []
     if spec.unit == "case":
         slides, readers = group_by_case(slides, readers, data.join_case)
-    elif task.of_cases:
+    elif task.is_case_level:
         warnings += check_one_label_per_case(slides)
     items = label_slides(slides, readers, task.encode)
     for line in [*warnings, *check_classes(items, task)]:

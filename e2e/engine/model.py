@@ -6,7 +6,7 @@ with gradients. Memory is therefore that of one chunk, however many patches a ba
 are those of the full bag. Chunks whose graphs fit the memory budget are encoded once. All of this happens
 inside one forward of one module, so that DDP, FSDP and DeepSpeed reduce once per step.
 
-Where the bags hold features (:attr:`e2e.encoders.base.Encoder.given`), only the head is left, which sees
+Where the bags hold features (:attr:`e2e.encoders.base.Encoder.input_kind`), only the head is left, which sees
 all bags of a batch at once, padded.
 """
 
@@ -197,13 +197,18 @@ class MILModel(nn.Module):
     def _forward_patches(self, patches: Tensor) -> HeadOutput:
         """Pool one bag that is a tensor."""
         seed = int(torch.randint(2**62, ())) if self.training else 0
-        bag = single_bag(patches, chunk=self.chunk, seed=seed, holds_features=self.encoder.given)
+        bag = single_bag(
+            patches,
+            chunk=self.chunk,
+            seed=seed,
+            holds_features=self.encoder.input_kind == "features",
+        )
         return self._forward_bag(bag, self._device(), None)[0]
 
     def _forward_bag(
         self, bag: Bag, device: torch.device, ranks: Strategy | None
     ) -> list[HeadOutput]:
-        if self.encoder.given:
+        if self.encoder.input_kind == "features":
             return [self._pool_padded(bag, device)]
         features = self._encode_all(bag, device, ranks)
         is_training = self.training and torch.is_grad_enabled()

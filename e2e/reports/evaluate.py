@@ -161,7 +161,7 @@ def evaluate_run(
         if not weights:
             continue
         check_weights(strategy.shapes, weights, best)
-        task_for_weights, is_selected = task.of(name), name == selected
+        task_for_weights, is_selected = task.for_weights(name), name == selected
         for split in ("val", "test"):
             slides = [item for item in items if item.slide.split == split]
             if not slides:
@@ -189,7 +189,7 @@ def evaluate_run(
             if is_selected:
                 selected_predictions += predictions
     if strategy.is_leader:
-        _write_results(selected_predictions, task.of(selected), report, out)
+        _write_results(selected_predictions, task.for_weights(selected), report, out)
     title = f"epoch {report['epoch']}, selected on {chosen_on} by {selected}"
     screen.table(title, *metric_table(report))
     return report

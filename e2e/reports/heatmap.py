@@ -54,10 +54,12 @@ def heatmap_writer(
         scores = scores_of_prediction(output, task, values)
         if scores is None:
             return
-        words = zip(task.label_columns, task.words(task.numbers(item.target)), strict=True)
+        words = zip(
+            task.label_columns, task.format_labels(task.target_values(item.target)), strict=True
+        )
         label = ", ".join(f"{column} {word}" for column, word in words if word)
         name = item.slide.id.replace("/", "_")  # an id must not lead out of the folder
-        caption = f"{item.slide.id}   predicted {task.shown(values)[1]}   {label}".rstrip()
+        caption = f"{item.slide.id}   predicted {task.heatmap_output(values)[1]}   {label}".rstrip()
         draw_heatmap(item, scores, decoder=decoder, caption=caption, path=folder / name)
 
     return write
@@ -67,8 +69,8 @@ def scores_of_prediction(
     output: HeadOutput, task: Task, predicted: Sequence[float]
 ) -> NDArray[np.float64] | None:
     """Return :func:`patch_scores` for the output that a slide's prediction shows."""
-    shown, _ = task.shown(predicted)
-    return patch_scores(output, shown, partial(task.of_patches, predicted=predicted))
+    shown, _ = task.heatmap_output(predicted)
+    return patch_scores(output, shown, partial(task.patch_predictions, predicted=predicted))
 
 
 def patch_scores(
@@ -83,7 +85,7 @@ def patch_scores(
     Parameters
     ----------
     score_instances
-        (N, C) instance logits -> (N,); see :meth:`e2e.tasks.base.Task.of_patches`.
+        (N, C) instance logits -> (N,); see :meth:`e2e.tasks.base.Task.patch_predictions`.
     """
     attention, logits = output.attention(), output.instance_logits
     if output.show_scores and logits is not None:

@@ -85,7 +85,7 @@ def predict(
                 slide=slide.id,
                 split=slide.split,
                 values=values,
-                target=task.numbers(item.target),
+                target=task.target_values(item.target),
                 entropy=attention_entropy(output),
                 centre=slide.centre,
             )
@@ -168,7 +168,7 @@ def write_predictions(predictions: Sequence[Prediction], task: Task, path: Path)
         }
         if has_centres:
             row["centre"] = prediction.centre
-        row |= zip(task.label_columns, task.words(prediction.target), strict=True)
+        row |= zip(task.label_columns, task.format_labels(prediction.target), strict=True)
         row |= zip(task.prediction_columns, prediction.values, strict=True)
         row["attention_entropy"] = prediction.entropy
         rows.append(row)

@@ -250,8 +250,8 @@ def summarise(predictions: Mapping[Trial, SavedPredictions], *, draws: int) -> l
     """Return one row for each metric.
 
     ``all_folds`` is the mean over seeds of the metric on the pooled test slides of all folds, where the
-    models' outputs are on one scale (:attr:`e2e.tasks.base.Task.pools`); otherwise of the mean over folds.
-    Its interval is over cases, with the same resamples for all seeds.
+    models' outputs are on one scale (:attr:`e2e.tasks.base.Task.can_pool_folds`); otherwise of the mean
+    over folds. Its interval is over cases, with the same resamples for all seeds.
     """
     by_run = [_evaluate([run], np.ones((1, len(run.slides)))) for run in predictions.values()]
     runs_of_seed: dict[int, list[SavedPredictions]] = {}
@@ -269,7 +269,7 @@ def summarise(predictions: Mapping[Trial, SavedPredictions], *, draws: int) -> l
 
 def _evaluate_all_folds(runs: Sequence[SavedPredictions], draws: int) -> Mapping[str, Array]:
     weights = case_weights([case for run in runs for case in run.cases], draws, seed=0)
-    if runs[0].task.pools:
+    if runs[0].task.can_pool_folds:
         return _evaluate(runs, weights)
     ends = np.cumsum([len(run.slides) for run in runs])[:-1]
     weights_of_run = zip(runs, np.split(weights, ends, axis=1), strict=True)

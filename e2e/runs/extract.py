@@ -40,7 +40,7 @@ from e2e.parallel import (
     float32_precision,
     pick_device,
 )
-from e2e.registry import suggest
+from e2e.registry import did_you_mean
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore
 from e2e.store.pack import pack
@@ -290,7 +290,7 @@ def encoder_options(encoder: str, texts: Iterable[str]) -> dict[str, Any]:
         if not equals or section != "encoder" or not name:
             raise UserError(f"'{text}' is not an option; write encoder.key=value")
         if name not in accepted:
-            raise UserError(f"unknown option 'encoder.{name}'{suggest(name, accepted)}")
+            raise UserError(f"unknown option 'encoder.{name}'{did_you_mean(name, accepted)}")
         try:
             options[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
@@ -438,7 +438,7 @@ def _build_encoder(name: str, options: Mapping[str, Any]) -> Encoder:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         encoder = ENCODERS.build(name, **options)
-    if encoder.given:
+    if encoder.input_kind == "features":
         raise UserError(
             f"the encoder '{name}' reads features and computes none\n  name a network, such as r50 or uni"
         )

@@ -66,7 +66,7 @@ def build_task(plugin: Plugin) -> Task:
 
 def on_features(settings: Settings) -> bool:
     """Whether the run reads frozen features (the two-stage mode), and not patches."""
-    return bool(getattr(ENCODERS.factory(settings.encoder.name), "given", False))
+    return ENCODERS.plugin_class(settings.encoder.name).input_kind == "features"
 
 
 def build_model(
@@ -111,7 +111,7 @@ def build_model(
     model = MILModel(
         encoder,
         head,
-        chunk=sys.maxsize if encoder.given else engine.chunk,
+        chunk=sys.maxsize if encoder.input_kind == "features" else engine.chunk,
         batch_norm=policy,
         # Not where weights may lie in pieces; a compiled encoder fuses by itself; blocks that are
         # checkpointed are encoded again when the folded weights are gone.
@@ -125,7 +125,7 @@ def build_model(
         verify=engine.verify,
         regularisers=regularisers,
     )
-    if engine.compile and not encoder.given:
+    if engine.compile and encoder.input_kind == "pixels":
         _check_graphs(engine, device)
         model.compile(cuda_graphs=engine.cuda_graphs)
     return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -252,7 +252,7 @@ def build_loader(
         shard_over={"slide": None, "bag": 0, "auto": engine.shard_over}[engine.shard],
         fixed_size_chunks=engine.compile,
         single_chunk_per_rank=model.batch_norm.single_chunk,
-        single_chunk_per_bag=model.encoder.given,
+        single_chunk_per_bag=model.encoder.input_kind == "features",
         groups=[task.group(item.target) for item in items] if settings.optim.balance else None,
     )
 
@@ -420,7 +420,7 @@ def load_slides(
     Raises:
         UserError: see there; or an update has too few bags for the task.
     """
-    if task.whole_update and settings.optim.bags < 2:
+    if task.loss_couples_bags and settings.optim.bags < 2:
         raise UserError(
             "the task's loss compares the bags of an update: optim.bags must be 2 or more, found 1"
         )

@@ -77,7 +77,7 @@ def _predict(
     screen = Screen(is_leader=True)
     create_folder(out)
     selected = selected_weights(settings.optim, settings.select)
-    task = load_task(settings.task.name, settings.task.options, folder).of(selected)
+    task = load_task(settings.task.name, settings.task.options, folder).for_weights(selected)
     features, packed = None, None
     if on_features(settings):
         items, features = _read_features(settings, slides, folder, task, screen)

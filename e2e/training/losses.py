@@ -23,8 +23,8 @@ def bag_losses(strategy: Strategy, bag: Bag, task: Task, progress: float = 0.0) 
 
     The gradient of the sum over bags and ranks, divided by the number of bags on all ranks, is that of
     the update; a mean of the ranks' means would be wrong on ragged batches. For a task that compares the
-    bags of an update (``whole_update``) each bag has an equal part. The head is also shown the outputs
-    (:meth:`e2e.heads.base.Head.remember`).
+    bags of an update (``loss_couples_bags``) each bag has an equal part. The head is also shown the outputs
+    (:meth:`e2e.heads.base.Head.record_bags`).
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def bag_losses(strategy: Strategy, bag: Bag, task: Task, progress: float = 0.0) 
     target, weight = bag.target.to(strategy.device), bag.weight.to(strategy.device)
     logits = torch.cat([output.logits for output in outputs])
     ends = list(accumulate(len(output.logits) for output in outputs))
-    loss_of_bag = _no_loss_of_single_bags if task.whole_update else task.loss
+    loss_of_bag = _no_loss_of_single_bags if task.loss_couples_bags else task.loss
     extra = [
         _extra_losses(
             strategy.model,
@@ -60,8 +60,8 @@ def bag_losses(strategy: Strategy, bag: Bag, task: Task, progress: float = 0.0) 
     ]
     with torch.no_grad():
         head: Head = strategy.model.head  # pyright: ignore[reportAssignmentType]
-        head.remember(outputs, target, partial(_gather_update, strategy, bag))
-    if task.whole_update:
+        head.record_bags(outputs, target, partial(_gather_update, strategy, bag))
+    if task.loss_couples_bags:
         return _parts_of_update_loss(strategy, bag, logits, task) + torch.cat(extra) * weight
     return (task.loss(logits, target) + torch.cat(extra)) * weight
 
@@ -87,7 +87,7 @@ def check_losses(model: MILModel, task: Task, target: Tensor, device: torch.devi
     UserError
         A loss does not accept the target.
     """
-    loss_of_bag = _no_loss_of_single_bags if task.whole_update else task.loss
+    loss_of_bag = _no_loss_of_single_bags if task.loss_couples_bags else task.loss
     coords = torch.tensor([[0, 0], [256, 0]], device=device)
     features = torch.zeros(1, 2, model.encoder.dim, device=device)
     with torch.no_grad(), torch.random.fork_rng([]):
@@ -117,7 +117,7 @@ def _parts_of_update_loss(strategy: Strategy, bag: Bag, logits: Tensor, task: Ta
 
 
 def _gather_update(strategy: Strategy, bag: Bag, rows: Sequence[Tensor]) -> list[Tensor]:
-    """See :data:`e2e.heads.base.OfUpdate`: each bag once, in the order of the seeds."""
+    """See :data:`e2e.heads.base.GatherBags`: each bag once, in the order of the seeds."""
     rows_of_ranks = strategy.gather_objects((bag.seeds, bag.weight, [part.cpu() for part in rows]))
     rows_of_bag = {
         seed: [part[number] for part in parts]

@@ -58,7 +58,7 @@ def build_optimizer(
         model, encoder=1.0 if encoder_lr is None else encoder_lr / lr, layer_decay=layer_decay
     )
     encoder = _encoder_of(model)
-    undecayed = set() if encoder is None else {f"encoder.{n}" for n in encoder.undecayed()}
+    undecayed = set() if encoder is None else {f"encoder.{n}" for n in encoder.no_weight_decay()}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:

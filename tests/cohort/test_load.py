@@ -26,7 +26,6 @@ from e2e.slides import Slide
 from e2e.store.lmdb import StoreWriter
 from e2e.tasks.base import TASKS, Task
 from tests.helpers.stores import RECIPE, patches, record, write_store
-from tests.helpers.tasks import EXAMPLES
 
 NAMES = [f"s{k}" for k in range(8)]
 FOLDS = {
@@ -243,7 +242,9 @@ def test_training_with_one_class_alone_stops(cohort):
     write_labels(cohort, label="aaaababa")
     items, _ = load(cohort, split_file=str(cohort / "splits_0_bool.csv"))
     trained = [item for item in items if item.slide.split == "train"]
-    with pytest.raises(UserError, match=r"all training slides have label=a: one class alone"):
+    with pytest.raises(
+        UserError, match=r"all training slides have label=a: training needs slides of two or more"
+    ):
         classes().fit([item.target for item in trained], [item.slide.case for item in trained])
 
 
@@ -373,11 +374,11 @@ def test_a_cross_validation_tells_bad_cells_before_any_training(cohort):
 
 @pytest.mark.parametrize("name", TASKS.names())
 def test_blanks_are_what_the_task_makes_of_them_and_what_has_no_label_is_listed(tmp_path, name):
-    options, words = EXAMPLES[name]
+    options, examples = TASKS.plugin_class(name).examples()[0]
     task = TASKS.build(name, **options)
-    rows = [dict(words[k % len(words)]) for k in range(8 + len(task.columns))]
+    rows = [dict(examples[k % len(examples)]) for k in range(8 + len(task.columns))]
     for row, column in zip(rows[8:], task.columns, strict=True):
-        row[column] = ""  # one word less
+        row[column] = ""  # one cell less
     rows.append(dict.fromkeys(task.columns, ""))
     splits = [["train", "val"][k % 4 == 0] for k in range(len(rows))]
     names = [f"s{k:02d}" for k in range(len(rows))]

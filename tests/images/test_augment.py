@@ -626,7 +626,8 @@ def test_presets_are_the_published_ones():
 
 def test_an_unknown_preset_is_refused_with_the_nearest_name():
     with pytest.raises(
-        UserError, match=r"unknown augmentation 'stong'; did you mean 'strong'\?\n  known: none, "
+        UserError,
+        match=r"unknown augmentation 'stong'; did you mean 'strong'\?\n  available: none, ",
     ):
         AUGMENTS.build("stong")
 

@@ -42,7 +42,7 @@ def steps(
     strategy, task = build(kind), cox()
     dtype = dtype_of(kind) if kind != "single" else torch.float64
     strategy.setup(new_model("chunk", dtype), sgd, clip=None)
-    task.whole_update = not alone
+    task.loss_couples_bags = not alone
     total = torch.zeros((), dtype=torch.float64)
     for update in UPDATES:
         model = strategy.model

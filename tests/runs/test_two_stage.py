@@ -547,7 +547,7 @@ def test_a_run_is_judged_on_a_table_that_would_teach_nothing(cohort, monkeypatch
     more = ("data.unmatched=drop", f"run.out={cohort}/other")
     code, said = call(train.main, monkeypatch, capsys, *arguments(cohort, *more))
     assert code == 2
-    assert "one class alone teaches nothing" in said
+    assert "needs slides of two or more classes" in said
     again = (cohort / "run", "--out", cohort / "again", "data.unmatched=drop")
     code, said = call(evaluate.main, monkeypatch, capsys, *again)
     assert code == 0, said

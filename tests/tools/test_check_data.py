@@ -108,7 +108,7 @@ REFUSED = {
         "column 'label' holds a (8 rows), c (8); task.classes is [a, b]",
     ),
     "one class in training": (
-        {"label": ["a"] * 8 + ["a", "b"] * 4}, [], "one class alone teaches nothing",
+        {"label": ["a"] * 8 + ["a", "b"] * 4}, [], "needs slides of two or more classes",
     ),
     "a slide twice": ({"slide": [*SLIDES[:15], SLIDES[0]]}, [], "contradicts an earlier row"),
     "a word for no split": ({"split": [*SPLITS[:15], "dev"]}, [], "split 'dev' is not one of"),
@@ -142,7 +142,7 @@ MODELS = {
     "a head's loss of single bags beside Cox": (
         [*COX, "task.loss=cox", "--model", "e2e_r18_dtfd"], "compares all bags of an update",
     ),
-    "a head that cannot be": (["head.heads=7"], "cannot split embed_dim=512 into heads=7"),
+    "a head that cannot be": (["head.heads=7"], "head.heads=7 does not divide head.embed_dim=512"),
     "statistics of more patches than a chunk": (
         ["engine.batch_norm=sync", "engine.chunk=20"], "needs all patches of a rank in one chunk",
     ),
@@ -150,7 +150,7 @@ MODELS = {
         ["select.weights=ema", "optim.ema=0"], "select.weights=ema needs optim.ema",
     ),
     "a regulariser that the head cannot have": (
-        ["spatial.weight=1", "--model", "e2e_r18_mean"], "spatial.weight is over 0",
+        ["spatial.weight=1", "--model", "e2e_r18_mean"], "spatial.weight=1, but the head",
     ),
 }  # fmt: skip
 
@@ -303,7 +303,7 @@ def test_training_without_events_and_unknown_event_codes_are_refused(cohort, sai
     survival(cohort, ["dead", "alive"] * 8)
     code, _, error = said(*SURVIVAL, "task.event=1")
     assert code == 2
-    assert "means neither an event ('1') nor" in error
+    assert "is neither task.event ('1') nor" in error
 
 
 def test_slides_of_a_case_with_different_times_are_refused_and_several_slides_give_a_warning(
