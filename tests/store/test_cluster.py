@@ -478,7 +478,7 @@ def test_a_scheduler_without_workers_says_how_many_slides_wait(tmp_path, client)
 def test_a_worker_with_another_version_of_the_project_or_none_is_named(tmp_path, client, scheduler):
     slides = cohort(tmp_path / "slides", 1)
     shutil.copytree(ROOT / "e2e", tmp_path / "other" / "e2e")
-    with (tmp_path / "other" / "e2e" / "data" / "sources.py").open("a") as file:
+    with (tmp_path / "other" / "e2e" / "store" / "sources.py").open("a") as file:
         file.write("# changed\n")
     without_project(tmp_path / "none")
     for folder, words in (
