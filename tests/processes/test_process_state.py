@@ -273,7 +273,7 @@ def test_a_failed_run_leaves_the_process_unchanged(patch_cohort, tmp_path):  # n
 
     def fail() -> None:
         with pytest.raises(UserError):
-            train(arguments, tmp_path / "run")
+            train_once(arguments, tmp_path / "run")
 
     assert_leaves_no_trace(fail)
 
