@@ -4,6 +4,7 @@ rounding noise of a zero gradient."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
