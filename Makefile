@@ -1,13 +1,14 @@
 # make demo        make the environment, then train and judge a model on drawn slides (OUT=DIR: elsewhere)
 # make test        make the environment if needed, then run all tests
 # make env         make the environment alone: .venv, from requirements.txt
+# make docs        build the documentation into site/ (docs/*.md); any warning is an error
 # make lint types  the checks besides the tests
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 OUT ?= demo
 RUN := .venv/bin/python
 
-.PHONY: env demo test lint types
+.PHONY: env demo test docs lint types
 
 env:
 	@$(PYTHON) tools/make_env.py
@@ -17,6 +18,11 @@ demo: env
 
 test: env
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
+
+docs: env
+	@$(RUN) tools/make_docs.py
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 lint: env
 	@$(RUN) -m ruff check
