@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from e2e.errors import DamagedDataError, UserError, exit_code, format_list
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 
 def failing(error: BaseException):
