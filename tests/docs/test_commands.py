@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -16,7 +17,7 @@ import yaml
 import e2e
 from e2e.runs.parts import REGISTRIES
 from e2e.settings.layers import load_settings
-from tests.docs.fences import PAGES, README, ROOT, SCRIPTS, commands, fences, python_command
+from tests.helpers.fences import PAGES, README, ROOT, SCRIPTS, commands, fences, python_command
 
 pytestmark = pytest.mark.slow
 QUICKSTART = ROOT / "docs/quickstart.md"
@@ -174,7 +175,7 @@ def test_settings_of_commands_on_all_pages_exist(page, words, tmp_path, monkeypa
     """What `--datasets`, `--model`, `-c` and `section.key=value` resolve to has no unknown setting."""
     if "--resume" in words:
         pytest.skip("it has no settings")
-    options = dict(zip(words, words[1:], strict=False))
+    options = dict(itertools.pairwise(words))
     overrides = [word for word in words if re.match(r"[a-z]\w*(\.\w+)+=", word)]
     monkeypatch.chdir(ROOT)
     datasets = options["--datasets"]
