@@ -262,8 +262,9 @@ def constructor(registry: Registry[Any], name: str) -> Callable[..., Any]:
 
 
 def heads_table() -> str:
-    """Return a row per head: what it is, what it needs and what it gives."""
-    rows = []
+    """Return a row per head: what it is, what it needs and what it gives; empty columns are left out."""
+    columns = ("head", "what it is", "attention", "patch scores", "loss of its own", "coordinates")
+    rows = [(*columns, "parameters")]
     for name in HEADS.names():
         head = HEADS.build(name, 1024, 2).eval()
         coords = torch.stack([torch.arange(16.0), torch.zeros(16)], dim=1)[None] * 256
@@ -281,8 +282,9 @@ def heads_table() -> str:
                 f"{millions:.2f} M",
             )
         )
-    columns = ("head", "what it is", "attention", "patch scores", "loss of its own", "coordinates")
-    return markdown_table((*columns, "parameters"), rows)
+    used = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    header, *body = zip(*used, strict=True)
+    return markdown_table(header, body)
 
 
 def _module_summary(cls: type) -> str:
