@@ -50,14 +50,14 @@ def main() -> None:
         settings,
         command,
         out=args.out,
-        cut=args.folds,
+        num_folds=args.folds,
         only=[word for word in args.only.split(",") if word],
         seeds=args.seeds or [settings.run.seed],
     )
-    plan.keep()
+    plan.write()
     slots = [word.replace("+", ",") for word in args.gpus.split(",") if word]
-    crossval.run_all(plan, slots or [""] * args.at_once, print)
-    print(crossval.report(plan, draws=settings.run.bootstrap))
+    crossval.train_trials(plan, slots or [""] * args.at_once, print)
+    print(crossval.write_results(plan, draws=settings.run.bootstrap))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def main() -> None:
         trials=args.trials,
         metric=args.metric or build_task(settings.task).monitor,
         seed=args.seed,
-        say=print,
+        report=print,
     )
     print(f"best: {best['metric']} {best['value']:.4f} on validation, {best['run']}")
 

@@ -12,7 +12,7 @@ from typing import Any
 from e2e.errors import UserError
 from e2e.registry import Registry
 from e2e.settings.layers import CONFIGS, load_settings, saved_settings
-from e2e.settings.schema import PLAIN, Settings
+from e2e.settings.schema import SECTIONS, Settings
 
 
 def train_parser(doc: str) -> argparse.ArgumentParser:
@@ -80,7 +80,7 @@ def settings_help() -> str:
             shown = "null" if value is None else value
             lines.append(f"  {path}.{item.name}={shown}  {item.metadata['help']}")
 
-    for section, cls in PLAIN.items():
+    for section, cls in SECTIONS.items():
         walk(section, cls)
     return "\n".join(lines)
 
