@@ -30,7 +30,7 @@ from e2e.errors import UserError, exit_code, format_list
 from e2e.heads.base import HEADS, Head
 from e2e.registry import Registry
 from e2e.runs.parts import REGISTRIES
-from e2e.settings.schema import PLAIN
+from e2e.settings.schema import SECTIONS, Requirement
 from e2e.tasks.base import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,7 +182,7 @@ def settings_page() -> str:
         "resolves to.\n"
         "[Training](training.md) explains the settings that are needed most often.",
     ]
-    for section, schema in PLAIN.items():
+    for section, schema in SECTIONS.items():
         parts += [_title(section), _dataclass_table(section, schema)]
     for section in REGISTRIES:
         parts += [_title(section), *plugin_options(section)]
@@ -196,7 +196,7 @@ def _title(section: str) -> str:
 
 def _dataclass_table(section: str, schema: type) -> str:
     return markdown_table(
-        ("setting", "type", "default", "meaning"), list(_dataclass_rows(section, schema))
+        ("setting", "value", "default", "meaning"), list(_dataclass_rows(section, schema))
     )
 
 
@@ -211,7 +211,21 @@ def _dataclass_rows(path: str, schema: type) -> Iterable[tuple[str, str, str, st
         if item.default_factory is not dataclasses.MISSING:
             default = item.default_factory()
         name = f"`{path}.{item.name}`"
-        yield name, type_name(hint), code(default), sentence(item.metadata["help"])
+        value = allowed_values(hint, item.metadata.get("must_be"))
+        yield name, value, code(default), sentence(item.metadata["help"])
+
+
+def allowed_values(hint: Any, requirement: Requirement | None) -> str:
+    """Return the type of a setting in words, and what its values must be."""
+    if requirement is None:
+        return type_name(hint)
+    is_text = hint is str or hint == str | None
+    if is_text:
+        return requirement.text
+    named = type_name(hint)
+    if requirement.text.endswith("or null"):
+        named = named.removesuffix(" or null")
+    return f"{named}; {requirement.text}"
 
 
 def plugin_options(section: str) -> list[str]:
@@ -295,8 +309,10 @@ def _module_summary(cls: type) -> str:
 
 
 def sentence(text: str) -> str:
-    """Return a text with a capital first letter, unless it begins with code or a symbol."""
-    return text[:1].upper() + text[1:]
+    """Return a text with a capital first letter, unless it begins with a value or a name from code."""
+    first, *others = text.split(" ", 2) or [""]
+    is_word = first.replace("-", "").rstrip(",").isalpha() and others[:1] != ["|"]
+    return text[:1].upper() + text[1:] if is_word else text
 
 
 def _yes(value: bool) -> str:
