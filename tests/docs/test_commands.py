@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +20,6 @@ from e2e.runs.parts import REGISTRIES
 from e2e.settings.layers import load_settings
 from tests.helpers.fences import PAGES, README, ROOT, SCRIPTS, commands, fences, python_command
 
-pytestmark = pytest.mark.slow
 QUICKSTART = ROOT / "docs/quickstart.md"
 WITH_SETTINGS = ("check", "train", "crossval")
 
@@ -52,10 +52,12 @@ def with_quick_settings(words: list[str]) -> list[str]:
     verb = words[1]
     if verb == "extract":
         return [*words, *(word for word in quick_settings() if word.startswith("encoder."))]
-    on_features = any(word.startswith("data.features=") for word in words)
-    skipped = ("encoder.", "bag.size") if on_features else ()
-    chosen = [word for word in quick_settings() if not word.startswith(skipped or ("-",))]
-    return [*words, *chosen] if verb in WITH_SETTINGS else words
+    if verb not in WITH_SETTINGS:
+        return words
+    settings = quick_settings()
+    if any(word.startswith("data.features=") for word in words):
+        settings = [word for word in settings if not word.startswith(("encoder.", "bag.size="))]
+    return [*words, *settings]
 
 
 def mine_yaml(page: Path) -> str:
@@ -68,7 +70,7 @@ def folder(tmp_path_factory) -> Path:
     """A folder with slides, a label table with the quickstart's columns, and mine.yaml."""
     folder = tmp_path_factory.mktemp("quickstart")
     make_toy = [str(ROOT / "tools/make_toy.py"), "--out", "drawn", "--slides", "16,2,2"]
-    subprocess.run([*python_of(), *make_toy], cwd=folder, check=True, capture_output=True)
+    subprocess.run([sys.executable, *make_toy], cwd=folder, check=True, capture_output=True)
     table = pd.read_csv(folder / "drawn/labels.csv", dtype=str)
     is_new = table["split"] == "test"
     (folder / "slides").mkdir()
@@ -86,10 +88,6 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def python_of() -> list[str]:
-    return python_command(["e2e", "train"])[:1]
-
-
 def run_commands(page: Path) -> list[list[str]]:
     return [words for fence in fences(page, "bash") if fence.is_run for words in commands(fence)]
 
@@ -102,6 +100,7 @@ def finished(folder) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_quickstart_leave_what_it_promises(finished):
     trained = finished / "runs/mine_e2e_r18_abmilx"
     table = QUICKSTART.read_text().partition("| file in `runs/")[2].partition("## 6.")[0]
@@ -116,6 +115,7 @@ def test_the_commands_of_the_quickstart_leave_what_it_promises(finished):
     assert len(list((finished / "data/mine_overview").iterdir())) == 18
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_are_those_of_the_quickstart(finished):
     """So they have run already, with the same mine.yaml."""
     readme, quickstart = run_commands(README), run_commands(QUICKSTART)
@@ -124,12 +124,13 @@ def test_the_commands_of_the_readme_are_those_of_the_quickstart(finished):
     assert mine_yaml(README) == mine_yaml(QUICKSTART)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(e2e, "load_run"), reason="the public API is not there")
 @pytest.mark.parametrize("page", [README, ROOT / "docs/python_api.md"], ids=lambda page: page.name)
 def test_the_python_of_the_page_runs_after_the_quickstart(page, finished):
     code = "\n".join(fence.text for fence in fences(page, "python") if fence.is_run)
     done = subprocess.run(
-        [*python_of(), "-c", code],
+        [sys.executable, "-c", code],
         cwd=finished,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         check=False,
@@ -149,6 +150,7 @@ ALL = [
 VERBS = sorted({words[1] for _, words in ALL})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_options_of_commands_on_all_pages_exist(verb, tmp_path):
     """A word with two dashes is an option that the verb's help lists."""
