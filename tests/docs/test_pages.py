@@ -104,9 +104,9 @@ def test_the_packages_of_the_architecture_page_are_those_that_the_tests_hold():
         for layer in constants["LAYERS"].elts
     ]
     page = (DOCS / "architecture.md").read_text()
-    listed = page.partition("the e2e command\n")[2].partition("```")[0].splitlines()
-    nouns = [set(re.findall(r"\b([a-z]+)/", line)) for line in listed]
-    nouns[-1] = set(listed[-1].split())
+    listed = page.partition("launch/  tools/")[2].partition("```")[0].splitlines()[1:]
+    names = [re.split(r" {3,}", line.strip())[0].split() for line in listed]
+    nouns = [{name.rstrip("/") for name in line} for line in names]
     assert nouns == layers[::-1]
 
 
