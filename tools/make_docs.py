@@ -26,6 +26,7 @@ import torch
 
 from e2e.encoders.base import ENCODERS
 from e2e.encoders.foundation import CLIP, FOUNDATION, HALF, IMAGENET, Card
+from e2e.encoders.timm import TimmEncoder
 from e2e.errors import UserError, exit_code, format_list
 from e2e.heads.base import HEADS, Head
 from e2e.registry import Registry
@@ -45,7 +46,11 @@ TYPE_NAMES = {
     type(None): "null",
     Any: "any",
 }
-NORMALISATIONS = {IMAGENET: "ImageNet", CLIP: "CLIP", HALF: "0.5 and 0.5"}
+NORMALISATIONS: dict[tuple[tuple[float, ...], ...], str] = {
+    IMAGENET: "ImageNet",
+    CLIP: "CLIP",
+    HALF: "0.5 and 0.5",
+}
 SECTION_TITLES = {
     "data": "The cohort: label table, stores, splits",
     "bag": "Patches of a slide in training",
@@ -278,7 +283,7 @@ def constructor(registry: Registry[Any], name: str) -> Callable[..., Any]:
 def heads_table() -> str:
     """Return a row per head: what it is, what it needs and what it gives; empty columns are left out."""
     columns = ("head", "what it is", "attention", "patch scores", "loss of its own", "coordinates")
-    rows = [(*columns, "parameters")]
+    rows: list[tuple[str, ...]] = [(*columns, "parameters")]
     for name in HEADS.names():
         head = HEADS.build(name, 1024, 2).eval()
         coords = torch.stack([torch.arange(16.0), torch.zeros(16)], dim=1)[None] * 256
@@ -301,7 +306,7 @@ def heads_table() -> str:
     return markdown_table(header, body)
 
 
-def _module_summary(cls: type) -> str:
+def _module_summary(cls: Callable[..., Any]) -> str:
     """Return the first line of the module that defines a class, without the name in front."""
     module = sys.modules[cls.__module__]
     line = (module.__doc__ or "").strip().splitlines()[0].rstrip(".")
@@ -326,7 +331,8 @@ def encoders_table() -> str:
         if name == "features":
             continue
         encoder = ENCODERS.build(name, pretrained=False)
-        text = f"timm's `{encoder.net.default_cfg['architecture']}`, cut after its third stage"
+        assert isinstance(encoder, TimmEncoder)
+        text = f"timm's `{encoder.model}`, cut after its third stage"
         row = (str(encoder.dim), "any", "that of the weights", text, "see timm's model card")
         rows.append((f"`{name}`", *row))
     for name, card in FOUNDATION.items():
@@ -351,9 +357,7 @@ def tasks_table() -> str:
         monitor = options["monitor"][1] or "`auc`; of three or more classes `balanced_accuracy`"
         monitor = monitor if "`" in monitor else f"`{monitor}`"
         listed = ", ".join(f"`{option}`" for option in options if option != "monitor")
-        rows.append(
-            (f"`{name}`", _module_summary(constructor(TASKS, name)), listed, monitor)  # pyright: ignore[reportArgumentType]
-        )
+        rows.append((f"`{name}`", _module_summary(constructor(TASKS, name)), listed, monitor))
     return markdown_table(("`task.name`", "what it is", "options", "selection metric"), rows)
 
 
@@ -368,8 +372,8 @@ PAGES = {"heads.md": ("heads", "encoders"), "tasks.md": ("tasks",)}
 def replace_table(page: str, name: str, table: str) -> str:
     """Return a page with the text between the comments of the generated table `name` replaced."""
     begin = BEGIN.format(name)
-    before, found, rest = page.partition(begin)
-    if not found or END not in rest:
+    before, marker, rest = page.partition(begin)
+    if not marker or END not in rest:
         raise UserError(f"the page has no '{begin}' ... '{END}'\n  add both comments")
     return f"{before}{begin}\n\n{table}\n\n{END}{rest.partition(END)[2]}"
 
