@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import weakref
 from collections import deque
 from pathlib import Path
@@ -13,21 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-
-
-def parse_bytes(text: str) -> int:
-    """``8GiB``, ``500 MB``, ``1000000`` -> bytes; ValueError when it is no size."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if found is None or found[2].lower() not in UNITS:
-        raise ValueError(f"{text!r} is no size such as 8GiB")
-    return int(float(found[1]) * UNITS[found[2].lower()])
-
-
-def show_bytes(count: float) -> str:
-    """``1.5 GiB``, ``200 MiB``."""
-    return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
 
 
 class Slabs:

@@ -32,7 +32,7 @@ OWNERS = {
 }
 """Library -> the only files that may import it."""
 
-GROUND = ("errors", "registry", "files", "seeds", "memory", "slides", "log")
+GROUND = ("errors", "registry", "files", "seeds", "memory", "sizes", "slides", "log")
 LAYERS = (
     GROUND,
     ("wsi", "parallel"),

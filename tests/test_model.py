@@ -18,7 +18,7 @@ from e2e.encoders.base import ENCODERS, Encoder
 from e2e.engine.model import MILModel, ReplayError, seeded
 from e2e.errors import UserError
 from e2e.heads.base import HEADS
-from e2e.memory import parse_bytes
+from e2e.sizes import parse_bytes
 
 CPU = torch.device("cpu")
 SIZES = (7, 1, 12)

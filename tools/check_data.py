@@ -39,7 +39,7 @@ from e2e.cohort.splits import SPLITS
 from e2e.cohort.table import join_words, read_table
 from e2e.errors import UserError, exit_code, format_list
 from e2e.log import Screen
-from e2e.memory import free_memory, show_bytes
+from e2e.memory import free_memory
 from e2e.parallel import pick_device
 from e2e.runs.parts import (
     PROTOCOLS,
@@ -54,6 +54,7 @@ from e2e.runs.parts import (
 )
 from e2e.settings.cli import common_settings
 from e2e.settings.schema import Data, Settings
+from e2e.sizes import show_bytes
 from e2e.slides import Slide
 from e2e.tasks.base import Task
 from e2e.wsi.tiling import Tiling

@@ -34,11 +34,12 @@ from e2e.images.augment import AUGMENTS
 from e2e.images.decode import build_decoder, decoder_threads
 from e2e.log import Screen
 from e2e.losses.base import REGULARISERS, Regulariser
-from e2e.memory import free_memory, parse_bytes
+from e2e.memory import free_memory
 from e2e.parallel import Strategy, autocast_dtype, build_strategy, float32_precision, pick_device
 from e2e.runs.folder import check_same_features, load_task
 from e2e.settings.layers import CONFIGS
 from e2e.settings.schema import BagSettings, Data, Engine, Optim, Plugin, Select, Settings
+from e2e.sizes import parse_bytes
 from e2e.store.open import open_store
 from e2e.tasks.base import TASKS, Task
 from e2e.training.losses import check_losses

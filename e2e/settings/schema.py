@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from e2e.errors import UserError
-from e2e.memory import parse_bytes
+from e2e.sizes import parse_bytes
 
 
 def setting(default: Any, help: str) -> Any:
