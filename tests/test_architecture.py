@@ -17,7 +17,7 @@ OWNERS = {
     "lmdb": {"e2e/store/lmdb.py", "tools/bench_loader.py"},
     "openslide": {"e2e/wsi/slide.py"},
     "timm": {"e2e/encoders/timm.py", "e2e/encoders/foundation.py"},
-    "torch.distributed": {*PARALLEL, "launch/torchrun.py"},
+    "torch.distributed": {*PARALLEL, "e2e/parallel/launcher.py"},
     "torch.nn.parallel": {"e2e/parallel/ddp.py"},
     "deepspeed": {"e2e/parallel/deepspeed.py"},
     "wandb": {"e2e/log.py"},
@@ -45,6 +45,7 @@ LAYERS = (
     ("training",),
     ("reports",),
     ("runs",),
+    ("api", "cli", "__main__"),
 )
 """Packages and modules of ``e2e`` from the ground up: each imports only from layers below its own."""
 

@@ -10,11 +10,12 @@ import pytest
 from e2e.cohort.load import load_cohort
 from e2e.errors import UserError
 from e2e.runs.parts import REGISTRIES, build_task
-from e2e.settings.layers import CONFIGS, load_settings
+from e2e.settings.configs import config_folder
+from e2e.settings.layers import load_settings
 from e2e.settings.schema import Settings
 from tests.conftest import write_store
 
-COHORTS = sorted(path.stem for path in (CONFIGS / "datasets").glob("*.yaml"))
+COHORTS = sorted(path.stem for path in (config_folder() / "datasets").glob("*.yaml"))
 SLIDES = 24
 
 

@@ -52,7 +52,7 @@ from e2e.runs.parts import (
     on_features,
     process_settings,
 )
-from e2e.settings.cli import common_settings
+from e2e.settings.arguments import common_settings
 from e2e.settings.schema import Data, Settings
 from e2e.sizes import show_bytes
 from e2e.slides import Slide

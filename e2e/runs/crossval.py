@@ -23,14 +23,44 @@ from e2e.cohort.load import read_folds
 from e2e.cohort.split_files import fold_table, read_cells
 from e2e.cohort.splits import group_numbers
 from e2e.cohort.table import read_table
-from e2e.errors import UserError, format_list
+from e2e.errors import UserError, describe_interrupt, format_list
 from e2e.files import create_folder, write_atomically, write_json
 from e2e.metrics.bootstrap import case_weights, confidence_interval
 from e2e.metrics.values import Array
 from e2e.runs.many import is_done, run_command, start_or_resume, write_plan
-from e2e.runs.parts import build_task
+from e2e.runs.parts import REGISTRIES, build_task
 from e2e.runs.saved import SavedPredictions, read_predictions
+from e2e.settings.arguments import common_settings
+from e2e.settings.cli import crossval_parser
 from e2e.settings.schema import Settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``e2e crossval`` and return its exit code."""
+    args = crossval_parser().parse(argv)
+    try:
+        seeds = [int(word) for word in args.seeds.split(",")] if args.seeds else []
+    except ValueError as error:
+        raise UserError(f"--seeds cannot be read: {error}") from error
+    if args.at_once < 1:
+        raise UserError(f"--at-once must be at least 1, found {args.at_once}")
+    settings, command = common_settings(args, REGISTRIES)
+    plan = make_plan(
+        settings,
+        command,
+        out=args.out,
+        cut=args.folds,
+        only=[word for word in args.only.split(",") if word],
+        seeds=seeds or [settings.run.seed],
+    )
+    plan.keep()
+    slots = [word.replace("+", ",") for word in args.gpus.split(",") if word]
+    with describe_interrupt(
+        lambda: f"interrupted; finished runs are in {args.out}; the same command continues"
+    ):
+        run_all(plan, slots or [""] * args.at_once, print)
+    print(report(plan, draws=settings.run.bootstrap))
+    return 0
 
 
 class Trial(NamedTuple):
@@ -194,7 +224,7 @@ def run_all(plan: Plan, slots: Sequence[str], say: Callable[[str], None]) -> Non
         try:
             log = plan.out / "runs" / f"{trial.name}.log"
             say(f"{time.strftime('%H:%M:%S')}  {trial.name}{f' on GPU {slot}' if slot else ''}")
-            code = run_command("launch/train.py", plan.arguments(trial), log, slot)
+            code = run_command("train", plan.arguments(trial), log, slot)
         finally:
             free.put(slot)
         if code:

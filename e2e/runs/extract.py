@@ -27,9 +27,10 @@ from e2e.bags.loader import full_bag
 from e2e.bags.prefetch import prefetch
 from e2e.bags.readers import PixelRowReader
 from e2e.bags.spec import BagSpec, LabelledSlide
+from e2e.cohort.load import store_files
 from e2e.encoders.base import ENCODERS, Encoder
 from e2e.engine.batchnorm import FrozenBatchNorm
-from e2e.errors import DamagedDataError, UserError, format_list
+from e2e.errors import PARTLY_DONE, DamagedDataError, UserError, describe_interrupt, format_list
 from e2e.files import write_atomically
 from e2e.images.decode import build_decoder
 from e2e.log import Screen
@@ -41,18 +42,50 @@ from e2e.parallel import (
     pick_device,
 )
 from e2e.registry import suggest
+from e2e.runs.processes import needs_ranks, run_ranks
+from e2e.settings.cli import extract_parser
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore
+from e2e.store.open import open_store
 from e2e.store.pack import pack
 from e2e.store.records import PatchReader, SlideRecord
 from e2e.store.sources import SlideFiles, read_mpp
 from e2e.wsi.slide import find_slides
 from e2e.wsi.tiling import Tiling
 
-PARTLY_DONE = 3
-"""Exit code: the work is done but for some slides, which are named."""
-
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``e2e extract`` and return its exit code."""
+    args = extract_parser().parse(argv)
+    options = encoder_options(args.encoder, args.options)
+    if needs_ranks(args.gpus, on_cpu=args.device == "cpu"):
+        return run_ranks("extract", argv, args.gpus)
+    shared = {
+        "size": args.size,
+        "batch": args.batch,
+        "precision": args.precision,
+        "dtype": args.dtype,
+        "device": args.device,
+    }
+    with describe_interrupt(
+        lambda: f"interrupted; finished slides are in {args.out}; the same command continues"
+    ):
+        if args.slides is None:
+            files = [file for entry in args.stores for file in store_files(entry)]
+            stores = [open_store(file, args.coords) for file in files]
+            return extract(stores, args.encoder, options, args.out, **shared)
+        return extract_slides(
+            args.slides,
+            args.encoder,
+            options,
+            args.out,
+            tiling=Tiling(mpp=args.mpp, patch_px=args.patch_size),
+            mpp_override=args.mpp_override,
+            workers=args.workers,
+            **shared,
+        )
 
 
 class Extractor:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from e2e.errors import UserError, format_list
 from e2e.files import write_json
-
-ROOT = Path(__file__).resolve().parents[2]
+from e2e.runs.processes import child_environment, command_line
 
 
 def start_or_resume(command: Sequence[str], folder: Path) -> list[str]:
-    """What launch/train.py is told for the run in ``folder``: ``command``, or to go on where it stopped."""
+    """The arguments of ``e2e train`` for the run in ``folder``: ``command``, or to go on where it stopped."""
     if (folder / "settings.yaml").is_file():
         return ["--resume", str(folder)]
     return [*command, f"run.out={folder}"]
@@ -29,24 +26,31 @@ def is_done(folder: Path) -> bool:
     return (folder / "metrics.json").is_file()
 
 
-def run_command(script: str, arguments: Sequence[str], log: Path, slot: str = "") -> int:
-    """Run one of the project's commands to its end, its output at the end of ``log``; its exit code.
+def run_command(command: str, arguments: Sequence[str], log: Path, slot: str = "") -> int:
+    """Run ``e2e <command>`` to its end and return its exit code.
 
-    Args:
-        script: such as ``launch/train.py``.
-        slot: GPU numbers that it may see, such as ``0,1`` (then with a process for each); empty:
-            whatever the machine has, one process.
+    Parameters
+    ----------
+    command : str
+        Such as ``train``.
+    arguments : sequence of str
+        Its arguments.
+    log : Path
+        File to which the output is appended.
+    slot : str
+        GPU numbers that it may use, such as ``0,1``, with a process for each; empty: whatever the machine
+        has, one process.
     """
-    start, seen = [sys.executable], dict(os.environ)
-    if slot:
-        seen["CUDA_VISIBLE_DEVICES"] = slot
-    if (ranks := len(slot.split(","))) > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*start, str(ROOT / script), *arguments]
+    changes = {"CUDA_VISIBLE_DEVICES": slot} if slot else {}
+    num_ranks = len(slot.split(","))
+    ranks = [f"--gpus={num_ranks}"] if num_ranks > 1 else []
+    words = command_line(command, [*arguments, *ranks])
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
-        print(f"$ {shlex.join(command)}", file=file, flush=True)
-        return subprocess.run(command, stdout=file, stderr=file, env=seen, check=False).returncode
+        print(f"$ {shlex.join(words)}", file=file, flush=True)
+        environment = child_environment(changes)
+        done = subprocess.run(words, stdout=file, stderr=file, env=environment, check=False)
+    return done.returncode
 
 
 def write_plan(file: Path, ours: Mapping[str, Any], what: str) -> None:

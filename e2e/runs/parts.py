@@ -37,7 +37,7 @@ from e2e.losses.base import REGULARISERS, Regulariser
 from e2e.memory import free_memory
 from e2e.parallel import Strategy, autocast_dtype, build_strategy, float32_precision, pick_device
 from e2e.runs.folder import check_same_features, load_task
-from e2e.settings.layers import CONFIGS
+from e2e.settings.configs import find_config
 from e2e.settings.schema import BagSettings, Data, Engine, Optim, Plugin, Select, Settings
 from e2e.sizes import parse_bytes
 from e2e.store.open import open_store
@@ -173,12 +173,11 @@ def process_settings(settings: Settings) -> Iterator[None]:
 def session(settings: Settings) -> Iterator[tuple[Strategy, Screen]]:
     """Strategy and screen of a run, closed at the end of the block; see also :func:`process_settings`."""
     engine = settings.engine
-    config = Path(engine.deepspeed)
     with process_settings(settings):
         strategy = build_strategy(
             pick_device(engine.device),
             engine.strategy,
-            deepspeed=config if config.is_file() else CONFIGS.parent / config,
+            deepspeed=find_config(engine.deepspeed),
             timeout=60 * engine.timeout,
         )
         screen = Screen(strategy.is_leader)

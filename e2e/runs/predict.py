@@ -10,6 +10,7 @@ from typing import Any
 from e2e.bags.spec import LabelledSlide
 from e2e.cohort.features import check_values, describe_features
 from e2e.cohort.load import open_feature_readers
+from e2e.errors import PARTLY_DONE, describe_interrupt
 from e2e.files import create_folder
 from e2e.log import Screen
 from e2e.parallel import Strategy, pick_device
@@ -17,12 +18,15 @@ from e2e.reports.evaluate import heatmap_drawer, write_predictions
 from e2e.reports.evaluate import predict as predict_slides
 from e2e.runs.folder import BEST, check_same_features, load_task
 from e2e.runs.parts import (
+    REGISTRIES,
     first_recipe,
     make_parts,
     on_features,
     process_settings,
     selected_weights,
 )
+from e2e.settings.cli import predict_parser
+from e2e.settings.layers import saved_settings
 from e2e.settings.schema import Settings
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore
@@ -34,8 +38,23 @@ from e2e.training.checkpoint import check_weights, load_checkpoint, select_prefi
 from e2e.wsi.slide import find_slides
 from e2e.wsi.tiling import Tiling
 
-PARTLY_DONE = 3
-"""Exit code: done, but some slides failed; they are listed."""
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``e2e predict`` and return its exit code."""
+    args = predict_parser().parse(argv)
+    settings = saved_settings(args.run, args.overrides, REGISTRIES)
+    out = args.out or args.run / "predict"
+    with describe_interrupt(
+        lambda: f"interrupted; patches that were cut stay in {out}; the same command continues"
+    ):
+        return predict(
+            settings,
+            args.run,
+            args.slides,
+            out,
+            mpp_override=args.mpp_override,
+            workers=args.workers,
+        )
 
 
 def predict(

@@ -16,10 +16,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from e2e.errors import UserError
 from e2e.registry import Registry, suggest
+from e2e.settings.configs import config_folder, config_names, find_config
 from e2e.settings.schema import PLAIN, Plugin, Settings, _check
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-
 
 Layer = tuple[str, dict[str, Any]]
 
@@ -57,7 +55,7 @@ def load_settings(
     """
     heads = registries["head"].names()
     layers = [DEFAULTS, _layer_of("datasets", datasets), _model_layer(model, heads)]
-    layers += [_read_yaml(Path(path)) for path in files]
+    layers += [_read_yaml(find_config(path)) for path in files]
     layers += [_override_layer(text) for text in overrides]
     return _build(layers, registries, {"datasets": datasets, "model": model})
 
@@ -215,10 +213,10 @@ def _option_schema(section: str, registry: Registry[Any], name: str) -> Any:
 
 
 def _layer_of(kind: str, name: str) -> Layer:
-    folder = CONFIGS / kind
-    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    is_file = name.endswith((".yaml", ".yml"))
+    path = find_config(name) if is_file else config_folder() / kind / f"{name}.yaml"
     if not path.is_file():
-        known = [p.stem for p in folder.glob("*.yaml")]
+        known = config_names(kind)
         raise UserError(
             f"no {kind} '{name}'{suggest(name, known)}\n  or give the path of a YAML file"
         )
@@ -227,7 +225,7 @@ def _layer_of(kind: str, name: str) -> Layer:
 
 def _model_layer(name: str, heads: Sequence[str]) -> Layer:
     """A YAML of configs/models, or the grammar ``e2e_<encoder>_<head>``, or a head for features."""
-    if name.endswith((".yaml", ".yml")) or (CONFIGS / "models" / f"{name}.yaml").is_file():
+    if name.endswith((".yaml", ".yml")) or name in config_names("models"):
         return _layer_of("models", name)
     source = f"--model {name}"
     if name in heads:  # all of a slide's features are at hand
@@ -244,7 +242,7 @@ def split_model_name(name: str, heads: Sequence[str] = ()) -> tuple[str, str]:
     """``e2e_r18_clam_sb`` -> (``r18``, ``clam_sb``): cut at the first two underscores."""
     parts = name.split("_", 2)
     if len(parts) != 3 or parts[0] != "e2e" or not all(parts):
-        known = [*(p.stem for p in (CONFIGS / "models").glob("*.yaml")), *heads]
+        known = [*config_names("models"), *heads]
         raise UserError(
             f"no model '{name}'{suggest(name, known)}\n  or e2e_<encoder>_<head>, such as e2e_r18_abmil;"
             " a head alone is trained on frozen features"
