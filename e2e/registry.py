@@ -56,6 +56,10 @@ class Registry(Generic[T]):
         """All registered names, sorted."""
         return sorted(self._factories)
 
+    def family_names(self) -> list[str]:
+        """Return the names that other libraries add; see :meth:`add_family`."""
+        return [name for names, _ in self._families for name in names()]
+
     def factory(self, name: str) -> Callable[..., T]:
         """The constructor behind ``name``; UserError with the nearest name when unknown."""
         if name in self._factories:
@@ -63,7 +67,7 @@ class Registry(Generic[T]):
         for names, factory in self._families:
             if name.split(".")[0] in names():
                 return factory(name)
-        others = [other for names, _ in self._families for other in names()]
+        others = self.family_names()
         near = difflib.get_close_matches(name, [*self.names(), *others], n=1, cutoff=0.5)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         more = f" and {len(others)} names of other libraries" if others else ""

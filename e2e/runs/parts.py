@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import e2e.encoders
@@ -84,7 +85,6 @@ def build_model(
     """
     engine = settings.engine
     options = dict(settings.encoder.options)
-    pretrained = bool(options.get("pretrained") or options.get("weights"))
     if width is not None:
         if options["dim"] not in (0, width):
             raise UserError(
@@ -99,11 +99,8 @@ def build_model(
         encoder = ENCODERS.build(settings.encoder.name, **options)
         head = build_head(settings.head, encoder.dim, task.num_outputs)
     regularisers = build_regularisers(settings, head, encoder.dim)
-    policy = engine.batch_norm
-    has_norms = any(isinstance(module, _BatchNorm) for module in encoder.modules())
-    if policy == "auto":
-        policy = "frozen" if pretrained or not has_norms else "chunk"
-    if has_norms:
+    policy = batch_norm_policy(engine.batch_norm, encoder, settings.encoder.options)
+    if _has_batch_norm(encoder):
         _check_policy(engine, policy)
     if engine.checkpoint_blocks:
         encoder.checkpoint_blocks()
@@ -128,6 +125,28 @@ def build_model(
         _check_graphs(engine, device)
         model.compile(cuda_graphs=engine.cuda_graphs)
     return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def batch_norm_policy(policy: str, encoder: nn.Module, options: Mapping[str, Any]) -> str:
+    """Return the BatchNorm policy that ``auto`` stands for; any other is returned as it is.
+
+    Parameters
+    ----------
+    policy : str
+        ``auto``, or a policy of :mod:`e2e.engine.batchnorm`.
+    encoder : nn.Module
+        The encoder.
+    options : mapping
+        The options it was built with, which say whether its weights are pretrained.
+    """
+    if policy != "auto":
+        return policy
+    is_pretrained = bool(options.get("pretrained") or options.get("weights"))
+    return "frozen" if is_pretrained or not _has_batch_norm(encoder) else "chunk"
+
+
+def _has_batch_norm(encoder: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in encoder.modules())
 
 
 def build_head(plugin: Plugin, in_dim: int, num_outputs: int) -> Head:

@@ -60,6 +60,42 @@ def load_settings(
     return _build(layers, registries, {"datasets": datasets, "model": model})
 
 
+def load_model_plugins(
+    model: str,
+    options: Mapping[str, Mapping[str, Any]],
+    registries: Mapping[str, Registry[Any]],
+) -> dict[str, Plugin]:
+    """Return the encoder and the head of a model, without the rest of the settings.
+
+    Parameters
+    ----------
+    model : str
+        As for :func:`load_settings`.
+    options : mapping
+        Section (``encoder``, ``head``) -> options that replace those of the model.
+    registries : mapping
+        As for :func:`load_settings`.
+
+    Raises
+    ------
+    UserError
+        There is no such model, encoder or head, or an option is wrong.
+    """
+    source, tree = _model_layer(model, registries["head"].names())
+    plugins = {}
+    for section in ("encoder", "head"):
+        values = dict(tree.get(section) or {})
+        name = values.pop("name", None)
+        if name is None:
+            raise UserError(f"{source}: setting {section}.name is missing")
+        schema = _option_schema(section, registries[section], name)
+        node = OmegaConf.structured(schema)
+        node = _merge(node, values, schema, section, source)
+        node = _merge(node, dict(options.get(section, {})), schema, section, f"model '{model}'")
+        plugins[section] = Plugin(name, dataclasses.asdict(_to_object(node)))
+    return plugins
+
+
 def saved_settings(
     run: Path, overrides: Sequence[str], registries: Mapping[str, Registry[Any]]
 ) -> Settings:
@@ -139,18 +175,23 @@ def _build(
                     continue
             values = {k: v for k, v in values.items() if k != "name" or section not in plugins}
             tree[section] = _merge(tree[section], values, schema[section], section, source)
-    try:
-        made: dict[str, Any] = {key: OmegaConf.to_object(tree[key]) for key in schema}
-    except MissingMandatoryValue as error:
-        raise UserError(f"setting {error.full_key} is missing, and has no default") from error
-    except OmegaConfBaseException as error:
-        raise UserError(f"setting {error.full_key}: {str(error.msg).splitlines()[0]}") from error
+    made: dict[str, Any] = {key: _to_object(tree[key]) for key in schema}
     for section in registries:
         made[section] = Plugin(plugins[section], dataclasses.asdict(made[section]))
     made["losses"] = {name: dataclasses.asdict(made.pop(name)) for name in losses.names()}
     settings = Settings(**made, names=names)
     _check_together(settings)
     return settings
+
+
+def _to_object(node: Any) -> Any:
+    """Return the dataclass of a section; UserError where a setting without a default is missing."""
+    try:
+        return OmegaConf.to_object(node)
+    except MissingMandatoryValue as error:
+        raise UserError(f"setting {error.full_key} is missing, and has no default") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"setting {error.full_key}: {str(error.msg).splitlines()[0]}") from error
 
 
 def _merge(node: Any, values: dict[str, Any], schema: Any, path: str, source: str) -> Any:
