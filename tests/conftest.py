@@ -1,31 +1,24 @@
-"""Fixtures of more than one test file: JPEGs, small real stores, the shared real data."""
+"""Fixtures of more than one test file, and checks on every test and file."""
 
 from __future__ import annotations
 
-import io
-import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import hypothesis
-import numpy as np
 import pytest
-from numpy.typing import NDArray
-from PIL import Image
 
-from e2e.store.lmdb import PatchStore, StoreWriter
-from e2e.store.records import SlideRecord
-from tests.process_state import find_changes, fixed_seeds, read_state, shuffle_files
+from e2e.store.lmdb import PatchStore
+from tests.helpers.paths import SHARED_DATA
+from tests.helpers.process_state import find_changes, fixed_seeds, read_state, shuffle_files
+from tests.helpers.stores import write_store
 
 # No deadline: how long an example takes says nothing on a machine that others use too.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
-ROOT = Path(__file__).resolve().parents[1]
 
 pytest_plugins = ["pytester"]
-RECIPE = {"mpp": 0.5, "patch_px": 32}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -73,7 +66,7 @@ def _test_leaves_the_process_unchanged(
 
     Random numbers are the exception: a test may seed and draw from the global generators. Each test and
     each file starts from the same seed, and their state is restored, so no test depends on another. That
-    training and evaluation leave the generators alone is a test of its own (tests/test_process_state.py).
+    training and evaluation leave the generators alone is a test of its own (test_process_state.py).
     """
     before = read_state()
     with fixed_seeds():
@@ -81,50 +74,6 @@ def _test_leaves_the_process_unchanged(
     if changes := find_changes(before, read_state()):
         _file_leaves_the_process_unchanged += changes
         pytest.fail("this test leaves the process changed:\n" + "\n".join(changes), pytrace=False)
-
-
-def picture(seed: int = 0, width: int = 32, height: int | None = None) -> Image.Image:
-    """A smooth random RGB image: unlike noise, it survives JPEG almost as it is."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height or width), Image.Resampling.BICUBIC)
-
-
-def jpeg(image: Image.Image | int = 0, *, width: int = 32, **options: object) -> bytes:
-    """JPEG bytes of an image, or of ``picture(seed)``."""
-    image = picture(image, width) if isinstance(image, int) else image
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", **({"quality": 90} | options))
-    return buffer.getvalue()
-
-
-def record(slide: str, count: int, **changes: object) -> SlideRecord:
-    """A record with ``count`` different coords on a grid."""
-    x, y = np.arange(count) % 7 * 64, np.arange(count) // 7 * 64
-    values: dict[str, object] = {
-        "coords": np.stack([x, y], axis=1).astype(np.int32),
-        "level0_px": 64.0,
-        "mpp": 0.5,
-        "patch_px": 32,
-        "width": 1000,
-        "height": 900,
-        "source": f"{slide}.svs",
-        "source_bytes": 12345,
-    }
-    return SlideRecord(slide=slide, **(values | changes))  # type: ignore[arg-type]
-
-
-def patches(slide: str, count: int) -> list[bytes]:
-    """JPEGs that differ from patch to patch and from slide to slide."""
-    first = zlib.crc32(slide.encode()) * 1000
-    return [jpeg(first + index) for index in range(count)]
-
-
-def write_store(path: Path, counts: Mapping[str, int]) -> PatchStore:
-    """A real store of ``{slide: patches}``."""
-    with StoreWriter(path, RECIPE) as writer:
-        for slide, count in counts.items():
-            writer.add(record(slide, count), patches(slide, count))
-    return PatchStore(path)
 
 
 @pytest.fixture
@@ -140,12 +89,6 @@ def make_store(tmp_path: Path) -> Callable[..., PatchStore]:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real slides, label tables and weights, which are no part of the repository."""
-    folder = Path(os.environ.get("E2E_SHARED", ROOT.parent / "shared")) / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no real data at {folder}; set E2E_SHARED to the folder that holds data/")
-    return folder
-
-
-def pixels_of(jpegs: list[bytes]) -> NDArray[np.uint8]:
-    """(n,H,W,3) as Pillow decodes them."""
-    return np.stack([np.asarray(Image.open(io.BytesIO(value)).convert("RGB")) for value in jpegs])
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real data at {SHARED_DATA}; set E2E_SHARED to the folder that holds data/")
+    return SHARED_DATA

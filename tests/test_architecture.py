@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from e2e.runs.parts import REGISTRIES
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted([*ROOT.glob("e2e/**/*.py"), *ROOT.glob("launch/*.py"), *ROOT.glob("tools/*.py")])
 
 PARALLEL = {f"e2e/parallel/{name}.py" for name in ("ddp", "fsdp", "deepspeed")}
@@ -126,6 +126,15 @@ def test_no_imports_go_in_circles():
 
     for name in sorted(edges):
         visit(name, ())
+
+
+def test_no_test_file_imports_another():
+    """What test files share lies in tests/helpers (and fixtures of many in tests/conftest.py)."""
+    for path in sorted(ROOT.glob("tests/**/*.py")):
+        modules = {module for module in imports(path) if within(module, "tests")}
+        shared = ("tests.helpers", "tests.golden.recipes")
+        others = [m for m in modules if not any(within(m, package) for package in shared)]
+        assert not others, f"{path.relative_to(ROOT)} imports {others}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -17,7 +17,7 @@ from e2e.errors import (
     format_list,
     optional_import,
 )
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 
 def failing(error: BaseException):

@@ -327,7 +327,7 @@ def _gather_without_factor(
 
 def strategies(folder: Path) -> Iterator[Row]:
     """Five SGD steps of every strategy at two ranks; the tests measure, this reports."""
-    name = "tests/test_strategies.py"
+    name = "tests/processes/test_strategies.py"
     tests = ("test_two_ranks_take_the_steps_of_one_process", "test_a_broken_reduction_is_seen")
     cases = _pytest(ROOT, folder, [f"{name}::{test}" for test in tests])
     found: dict[str, tuple[float, float, bool]] = {}
@@ -354,28 +354,28 @@ CONTROLS = (
         "e2e/heads/layers.py",
         'logits_BAN = exact.masked_fill(~mask.unsqueeze(1), float("-inf"))',
         "logits_BAN = exact",
-        "tests/test_heads.py::test_how_much_padding_there_is_changes_nothing",
+        "tests/contracts/test_heads.py::test_how_much_padding_there_is_changes_nothing",
     ),
     (
         "dropout replay off",
         "e2e/engine/model.py",
         "return seeded(seed, device) if self.training else nullcontext()",
         "return nullcontext()",
-        "tests/test_model.py::test_recomputed_gradients_are_those_of_kept_graphs",
+        "tests/engine/test_model.py::test_recomputed_gradients_are_those_of_kept_graphs",
     ),
     (
         "reduction off",
         "e2e/parallel/ddp.py",
         "(loss * self.world_size).backward()",
         "loss.backward()",
-        "tests/test_strategies.py::test_two_ranks_take_the_steps_of_one_process",
+        "tests/processes/test_strategies.py::test_two_ranks_take_the_steps_of_one_process",
     ),
     (
         "BatchNorm merge off",
         "e2e/engine/batchnorm.py",
         "        total(flat)\n",
         "",
-        "tests/test_strategies.py::test_two_ranks_take_the_steps_of_one_process",
+        "tests/processes/test_strategies.py::test_two_ranks_take_the_steps_of_one_process",
     ),
 )
 """What is broken, in which file, this text, into this text, and the test that must turn red."""

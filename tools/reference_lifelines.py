@@ -1,4 +1,4 @@
-"""What lifelines finds on scikit-survival's data sets, as tests/test_lifelines.py compares it with ours.
+"""What lifelines finds on scikit-survival's data sets, for tests/metrics/test_lifelines.py.
 
 lifelines asks for another pandas than this project does, so it has an environment of its own:
 
@@ -51,7 +51,7 @@ SETS = {
 }
 UNITS = (1.0, 30.4375)
 """Days: a day, a month."""
-OUT = Path(__file__).resolve().parents[1] / "tests" / "lifelines.json"
+OUT = Path(__file__).resolve().parents[1] / "tests" / "metrics" / "lifelines.json"
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Tests of single heads; what all heads promise is in tests/contracts."""

@@ -1,0 +1,1 @@
+"""What tests share: small stores, cohorts and models, commands run in this process. No tests here."""

@@ -1,0 +1,43 @@
+"""Bags of five small slides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from e2e.bags.chunk_plan import cut_update, share_update
+from e2e.bags.loader import label_slides, make_bag
+from e2e.bags.readers import PixelRowReader
+from e2e.bags.spec import BagSpec
+from e2e.images.decode import build_decoder
+from e2e.slides import Slide
+
+CPU = torch.device("cpu")
+
+
+COUNTS = {"a": 9, "b": 30, "c": 4, "d": 5, "e": 17}
+
+
+DECODER = build_decoder()
+
+
+@pytest.fixture
+def items(make_store):
+    store = make_store(COUNTS)
+    slides = [Slide(name, name, "train", {"label": str(n)}) for n, name in enumerate(COUNTS)]
+    return label_slides(
+        slides[::-1],
+        {slide: [store] for slide in COUNTS},
+        lambda words: torch.tensor(int(words["label"])),
+    )
+
+
+def view_of(**options) -> BagSpec:
+    look = {key: options.pop(key) for key in ("size", "augment", "keep") if key in options}
+    return BagSpec(PixelRowReader(DECODER, **look), **options)
+
+
+def bag_of(items, epoch=2, **changes):
+    view = view_of(**({"seed": 3, "bag_size": 8} | changes))
+    shares = share_update(cut_update([view.count(item) for item in items], 5), 1)
+    return make_bag(items, view, shares, epoch=epoch)

@@ -1,0 +1,14 @@
+"""Run the commands of launch/ and tools/ in this process."""
+
+from __future__ import annotations
+
+import sys
+
+from e2e.errors import exit_code
+
+
+def call(main, monkeypatch, capsys, *argv: object) -> tuple[int, str]:
+    """Run a command in this process; its exit code and what it said on stderr."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, argv)])
+    code = exit_code(main)
+    return code, capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""Tests of e2e.parallel that need no second process."""

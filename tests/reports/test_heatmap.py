@@ -1,0 +1,280 @@
+"""Heatmaps: the scores of the head, at the coordinates of the store."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib import colormaps
+from PIL import Image
+from scipy.stats import rankdata
+
+import e2e.heads
+import e2e.tasks  # noqa: F401  (each registers its plug-ins)
+from e2e.bags.cache import FeatureRowReader
+from e2e.bags.spec import LabelledSlide
+from e2e.errors import DamagedDataError
+from e2e.heads.base import HEADS, HeadOutput
+from e2e.images.decode import build_decoder
+from e2e.reports.evaluate import heatmap_drawer
+from e2e.reports.heatmap import draw_heatmap, patch_scores, percentile_ranks
+from e2e.slides import Slide
+from e2e.store.lmdb import PatchStore, StoreWriter
+from e2e.tasks.base import TASKS
+from tests.helpers.stores import RECIPE, jpeg, record
+
+SIDE = 768  # px of the longer side of a panel
+BAR = 24  # px of the caption over it
+
+
+@given(st.lists(st.sampled_from([-1.5, 0.0, 1e-9, 0.25, 3.0]) | st.floats(-10, 10), min_size=2))
+def test_ranks_are_scipys_from_0_to_1(scores):
+    values = np.array(scores)
+    expected = (rankdata(values) - 1) / (len(values) - 1)
+    np.testing.assert_allclose(percentile_ranks(values), expected, atol=1e-12)
+
+
+def test_equal_scores_are_in_the_middle():
+    assert percentile_ranks(np.array([0.3])).tolist() == [0.5]
+    assert percentile_ranks(np.full(4, 0.3)).tolist() == [0.5] * 4
+    assert percentile_ranks(np.array([5.0, 1.0, 5.0])).tolist() == [0.75, 0.0, 0.75]
+
+
+def unasked(logits: torch.Tensor) -> torch.Tensor:
+    raise AssertionError(f"the task was asked of {tuple(logits.shape)}")
+
+
+def test_attention_is_averaged_over_its_maps():
+    logits = torch.tensor([[[0.0, 0.0, float("-inf")], [3.0, 3.0, 3.0]]])
+    scores = patch_scores(HeadOutput(torch.zeros(1, 2), attention_logits=logits), 1, unasked)
+    expected = [(1 / 2 + 1 / 3) / 2, (1 / 2 + 1 / 3) / 2, (0 + 1 / 3) / 2]
+    assert scores is not None
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)
+
+
+def test_of_maps_that_each_belong_to_a_class_that_of_the_class_is_shown():
+    logits = torch.tensor([[[0.0, 0.0, float("-inf")], [3.0, 3.0, 3.0]]])
+    output = HeadOutput(torch.zeros(1, 2), attention_logits=logits, class_maps=True)
+    for shown, expected in ((0, [1 / 2, 1 / 2, 0]), (1, [1 / 3] * 3)):
+        scores = patch_scores(output, shown, unasked)
+        assert scores is not None
+        np.testing.assert_allclose(scores, expected, rtol=1e-6)
+
+
+def test_a_head_without_attention_shows_the_probability_of_the_class():
+    logits = torch.tensor([[[1.0, 3.0], [6.0, 2.0]]]).log()
+    output = HeadOutput(torch.zeros(1, 2), instance_logits=logits)
+    for shown, expected in ((0, [1 / 4, 6 / 8]), (1, [3 / 4, 2 / 8])):
+        scores = patch_scores(output, shown, lambda logits, k=shown: logits.softmax(dim=-1)[:, k])
+        assert scores is not None
+        np.testing.assert_allclose(scores, expected, rtol=1e-6)
+    assert patch_scores(HeadOutput(torch.zeros(1, 2)), 0, unasked) is None
+
+
+def max_of_five(outputs: int) -> tuple[HeadOutput, list[HeadOutput]]:
+    """What the max head makes of five patches, and of each alone."""
+    torch.manual_seed(0)
+    head = HEADS.build("max", 8, outputs).eval()
+    features = torch.randn(1, 5, 8)
+    with torch.no_grad():
+        output = head(features, torch.ones(1, 5, dtype=torch.bool))
+        alone = [head(features[:, n : n + 1], torch.ones(1, 1, dtype=torch.bool)) for n in range(5)]
+    assert output.attention() is None
+    return output, alone
+
+
+def test_the_max_heads_scores_come_from_its_patches():
+    output, alone = max_of_five(3)
+    scores = patch_scores(output, 2, lambda logits: logits.softmax(dim=-1)[:, 2])
+    assert scores is not None
+    expected = [single.logits.softmax(dim=-1)[0, 2].item() for single in alone]
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+
+
+def test_of_one_output_a_patch_has_what_the_slide_would_have_with_it_alone():
+    output, alone = max_of_five(1)
+    scores = patch_scores(output, 0, lambda logits: logits[:, 0])
+    assert scores is not None
+    np.testing.assert_allclose(scores, [single.logits.item() for single in alone], rtol=1e-5)
+    assert len(set(scores)) == 5
+    assert scores.max() == pytest.approx(output.logits.item())
+
+
+def test_a_head_whose_scores_are_its_map_shows_them_with_their_sign():
+    logits, scores = torch.zeros(1, 2, 3), torch.tensor([[[1.0, -4.0], [-2.0, 5.0], [0.0, 0.5]]])
+    output = HeadOutput(torch.zeros(1, 2), logits, scores, class_maps=True, show_scores=True)
+    for shown in (0, 1):
+        found = patch_scores(output, shown, unasked)
+        assert found is not None
+        np.testing.assert_array_equal(found, scores[0, :, shown])
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_attrimils_map_is_what_each_patch_adds_to_the_logit_of_the_class(outputs):
+    torch.manual_seed(0)
+    head = HEADS.build("attrimil", 8, outputs).eval()
+    with torch.no_grad():
+        output = head(torch.randn(1, 5, 8), torch.ones(1, 5, dtype=torch.bool))
+    for shown in range(outputs):
+        scores = patch_scores(output, shown, unasked)
+        assert scores is not None
+        assert scores.min() < 0 < scores.max()
+        expected = float((output.logits[0, shown] - head.bias[shown]).detach())
+        assert scores.mean() == pytest.approx(expected, abs=1e-6)
+
+
+COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (120, 120, 120)]
+COORDS = [(1000, 500), (1064, 500), (1128, 500), (1000, 564), (1128, 564)]  # 3 x 2, one missing
+
+
+@pytest.fixture
+def item(tmp_path):
+    coords = np.array(COORDS, np.int32)
+    jpegs = [jpeg(Image.new("RGB", (32, 32), colour), quality=95) for colour in COLOURS]
+    with StoreWriter(tmp_path / "x.lmdb", RECIPE) as writer:
+        writer.add(record("s", 5, coords=coords), jpegs)
+    slide = Slide("s", "s", "test", {})
+    return LabelledSlide(slide, PatchStore(tmp_path / "x.lmdb"), torch.tensor(0))
+
+
+SCORES = np.array([0.1, 0.4, 0.2, 0.25, 0.05])
+
+
+def drawn(item, tmp_path) -> np.ndarray:
+    path = tmp_path / "maps" / "s.v1"  # an id with a dot
+    draw_heatmap(item, SCORES, decoder=build_decoder(), caption="s: LUAD 0.9", path=path)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["s.v1.csv", "s.v1.png"]
+    return np.asarray(Image.open(io.BytesIO((path.parent / "s.v1.png").read_bytes())))
+
+
+def test_the_table_holds_the_coordinates_of_the_store_and_the_raw_scores(item, tmp_path):
+    drawn(item, tmp_path)
+    table = pd.read_csv(tmp_path / "maps" / "s.v1.csv")
+    assert list(table.columns) == ["slide", "x", "y", "side", "score", "percentile"]
+    assert set(table.slide) == {item.slide.id}
+    assert list(zip(table.x, table.y, strict=True)) == COORDS
+    assert set(table.side) == {64.0}
+    np.testing.assert_array_equal(table.score, SCORES)
+    assert table.percentile.tolist() == [25, 100, 50, 75, 0]
+
+
+def cell(picture: np.ndarray, x: int, y: int, panel: int) -> np.ndarray:
+    """The middle of the grid cell (x, y) of 3 x 2, in the left (0) or right (1) panel."""
+    step = SIDE / 3
+    left = panel * (SIDE + 8)
+    return picture[BAR + int((y + 0.5) * step), left + int((x + 0.5) * step)].astype(int)
+
+
+def test_the_picture_has_the_tissue_on_the_left_and_the_scores_over_it_on_the_right(item, tmp_path):
+    picture = drawn(item, tmp_path)
+    assert picture.shape == (2 * SIDE // 3 + BAR, 2 * SIDE + 72, 3)
+    places = [(0, 0), (1, 0), (2, 0), (0, 1), (2, 1)]
+    for (x, y), colour, rank in zip(places, COLOURS, [0.25, 1.0, 0.5, 0.75, 0.0], strict=True):
+        assert cell(picture, x, y, 0) == pytest.approx(np.array(colour), abs=4)
+        heat = np.array(colormaps["turbo"](rank)[:3]) * 255
+        assert cell(picture, x, y, 1) == pytest.approx(0.45 * np.array(colour) + 0.55 * heat, abs=4)
+    for panel in (0, 1):
+        assert cell(picture, 1, 1, panel).tolist() == [245] * 3  # no patch, no colour
+
+
+def test_an_id_with_slashes_is_no_way_out_of_the_folder(tmp_path):
+    name = "../../out/s"
+    with StoreWriter(tmp_path / "x.lmdb", RECIPE) as writer:
+        writer.add(record(name, 2), [jpeg(0), jpeg(1)])
+    slide = LabelledSlide(
+        Slide(name, name, "test", {}), PatchStore(tmp_path / "x.lmdb"), torch.tensor(0)
+    )
+    task = TASKS.build("classification", classes=["a", "b"])
+    folder = tmp_path / "run" / "heatmaps"
+    draw = heatmap_drawer(task, FeatureRowReader(1 << 20), folder, [slide])
+    draw(slide, HeadOutput(torch.zeros(1, 2), attention_logits=torch.zeros(1, 1, 2)), [0.25, 0.75])
+    assert [path.name for path in folder.glob("*.png")] == [".._.._out_s.png"]
+    assert sorted(path.name for path in tmp_path.glob("*") if path.suffix == "") == ["run"]
+
+
+def test_where_patches_overlap_their_mean_is_shown(tmp_path):
+    coords = np.array([(0, 0), (32, 0), (64, 0)], np.int32)  # of 64 px, each half on the next
+    black = jpeg(Image.new("RGB", (32, 32), "black"), quality=95)
+    with StoreWriter(tmp_path / "x.lmdb", RECIPE) as writer:
+        writer.add(record("s", 3, coords=coords), [black] * 3)
+    slide = LabelledSlide(
+        Slide("s", "s", "test", {}), PatchStore(tmp_path / "x.lmdb"), torch.tensor(0)
+    )
+    scores = np.array([0.0, 1.0, 2.0])  # ranks 0, 0.5, 1
+    draw_heatmap(slide, scores, decoder=build_decoder(), caption="", path=tmp_path / "s")
+    with Image.open(tmp_path / "s.png") as image:
+        row = np.asarray(image).astype(int)[BAR + 10, SIDE + 8 :]
+    for part, mean in enumerate((0.0, 0.25, 0.75, 1.0)):
+        expected = 0.55 * np.array(colormaps["turbo"](mean)[:3]) * 255
+        assert row[int((part + 0.5) * SIDE / 4)] == pytest.approx(expected, abs=4)
+
+
+def test_patches_touch_without_gaps(item, tmp_path):
+    picture = drawn(item, tmp_path)
+    row = picture[BAR + SIDE // 6, :SIDE].astype(int)
+    ground = (np.abs(row - 245).max(axis=1) < 3).sum()
+    assert ground == 0
+
+
+def strip(tmp_path, columns: int, rows: int, caption: str) -> np.ndarray:
+    """The picture of a grid without a patch missing."""
+    coords = np.array([(64 * x, 64 * y) for y in range(rows) for x in range(columns)], np.int32)
+    black = jpeg(Image.new("RGB", (32, 32), "black"), quality=95)
+    with StoreWriter(tmp_path / "x.lmdb", RECIPE) as writer:
+        writer.add(record("s", len(coords), coords=coords), [black] * len(coords))
+    slide = LabelledSlide(
+        Slide("s", "s", "test", {}), PatchStore(tmp_path / "x.lmdb"), torch.tensor(0)
+    )
+    scores = np.arange(float(len(coords)))
+    path = tmp_path / "s"
+    draw_heatmap(slide, scores, decoder=build_decoder(), caption=caption, path=path)
+    with Image.open(tmp_path / "s.png") as image:
+        return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("columns", [7, 175, 180, 256])
+def test_patches_touch_however_many_there_are_in_a_row(tmp_path, columns):
+    picture = strip(tmp_path, columns, 2, "")
+    assert picture[BAR + 1, :SIDE].max() < 20
+
+
+def test_of_a_narrow_slide_the_caption_is_there_to_its_end(tmp_path):
+    caption = "TCGA-A1-A0SB-01Z-00-DX1.B34C267B   predicted malignant (0.98)   label malignant"
+    narrow, wide = (
+        strip(tmp_path / name, columns, 40, caption)[:BAR]
+        for name, columns in (("narrow", 1), ("wide", 40))
+    )
+    dark = [int((bar < 128).any(axis=2).sum()) for bar in (narrow, wide)]
+    assert dark[0] == dark[1] > 100
+
+
+def test_a_patch_that_cannot_be_decoded_is_named_with_what_to_do(tmp_path):
+    jpegs = [jpeg(k) for k in range(300)]
+    jpegs[270] = b"\xff\xd8 no more"
+    with StoreWriter(tmp_path / "x.lmdb", RECIPE) as writer:
+        writer.add(record("s", 300), jpegs)
+    damaged = LabelledSlide(
+        Slide("s", "s", "test", {}), PatchStore(tmp_path / "x.lmdb"), torch.tensor(0)
+    )
+    with pytest.raises(DamagedDataError, match=r"x.lmdb: slide 's' patch 270 is ") as error:
+        draw_heatmap(
+            damaged, np.arange(300.0), decoder=build_decoder(), caption="", path=tmp_path / "s"
+        )
+    assert "tools/inspect_lmdb.py --verify" in str(error.value)
+    assert not list(tmp_path.glob("s.*"))
+
+
+def test_one_patch_is_a_picture_too(tmp_path):
+    with StoreWriter(tmp_path / "x.lmdb", RECIPE) as writer:
+        writer.add(record("s", 1), [jpeg(0)])
+    slide = Slide("s", "s", "test", {})
+    single = LabelledSlide(slide, PatchStore(tmp_path / "x.lmdb"), torch.tensor(0))
+    path = tmp_path / "s"
+    draw_heatmap(single, np.array([1.0]), decoder=build_decoder(), caption="", path=path)
+    with Image.open(tmp_path / "s.png") as image:
+        assert image.size == (2 * SIDE + 72, SIDE + BAR)

@@ -1,0 +1,1 @@
+"""Tests of e2e.runs and of the commands in launch/."""

@@ -1,0 +1,1 @@
+"""Tests of single tasks; what all tasks promise is in tests/contracts."""
