@@ -161,7 +161,7 @@ def permute_labels(labels: Path, out: Path, seed: int) -> None:
 def test_auc(folder: Path) -> dict[str, Any]:
     """Test AUC and confidence_interval of a run, by the weights that its validation selected."""
     report = json.loads((folder / "metrics.json").read_text())
-    return report["test"][report["selected"]]["auc"]
+    return report["test"][report["selected_weights"]]["auc"]
 
 
 def mean_colour_auc(labels: Path, store_path: Path) -> dict[str, Any]:

@@ -148,7 +148,9 @@ class Study:
             asked += [f"select.every={-(-arm.epochs // self.validations)}"]
             self.step("train", start_or_resume(asked, folder), folder.name)
         report = json.loads((folder / "metrics.json").read_text())
-        return {k: report["val"][report["selected"]][k]["value"] for k in ("auc", "log_loss")}
+        return {
+            k: report["val"][report["selected_weights"]][k]["value"] for k in ("auc", "log_loss")
+        }
 
     def test(self, arm: Arm, lr: float, seed: int) -> Any:
         """What a run predicts for the test slides, in their order."""

@@ -65,6 +65,11 @@ class Encoder(nn.Module):
         """Names of parameters without weight decay, besides the vectors and scalars."""
         return set()
 
+    @property
+    def required_size(self) -> int | None:
+        """Side in pixels of the patches, where the network accepts only one; None: any."""
+        return None
+
     def checkpoint_blocks(self) -> None:
         """Keep only the inputs of the network's blocks for the backward, where it knows how to.
 

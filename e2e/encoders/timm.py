@@ -143,6 +143,14 @@ class TimmEncoder(Encoder):
 
         return whole, original
 
+    @property
+    def required_size(self) -> int | None:
+        """See :class:`Encoder`."""
+        network = getattr(self.net, "model", self.net)  # timm wraps a network that is cut short
+        embed = getattr(network, "patch_embed", None)
+        sides = getattr(embed, "img_size", None)
+        return sides[0] if sides and getattr(embed, "strict_img_size", False) else None
+
     def _check_size(self, images: Tensor) -> None:
         inner = getattr(self.net, "model", self.net)  # of a ViT that was cut
         embed = getattr(inner, "patch_embed", None)

@@ -222,7 +222,7 @@ def evaluate_run(
     """
     strategy.barrier()  # for the rank that writes it
     tensors, state = load_checkpoint(best)
-    report: dict[str, Any] = {"epoch": state["best_epoch"] + 1, "selected": selected}
+    report: dict[str, Any] = {"epoch": state["best_epoch"] + 1, "selected_weights": selected}
     report["chosen_on"] = chosen_on
     kept: list[Prediction] = []
     for name in ("model", "ema"):

@@ -37,7 +37,7 @@ def check_same(a: SavedPredictions, b: SavedPredictions) -> None:
         )
     differ = [
         f"{slide}: {'/'.join(x)} in {a.folder}, {'/'.join(y)} in {b.folder}"
-        for slide, x, y in zip(a.slides, a.facts, b.facts, strict=True)
+        for slide, x, y in zip(a.slides, a.cases_and_labels, b.cases_and_labels, strict=True)
         if x != y
     ]
     if differ:

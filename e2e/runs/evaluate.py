@@ -82,7 +82,7 @@ def evaluate(settings: Settings, folder: Path, out: Path, *, external: bool = Fa
                 )
         if external and (seen := _cases_seen_in_training(parts.items, folder)):
             screen.say(
-                f"NOTE {len(seen)} case(s) have names that also occur in the run's training or "
+                f"warning: {len(seen)} case(s) have names that also occur in the run's training or "
                 "validation cases; if they are the same patients, the results are no estimate for new "
                 f"ones\n{format_list(seen)}"
             )

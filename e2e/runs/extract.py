@@ -31,7 +31,7 @@ from e2e.cohort.load import store_files
 from e2e.encoders.base import ENCODERS, Encoder
 from e2e.engine.batchnorm import FrozenBatchNorm
 from e2e.errors import PARTLY_DONE, DamagedDataError, UserError, describe_interrupt, format_list
-from e2e.files import write_atomically
+from e2e.files import write_atomically, write_json
 from e2e.images.decode import build_decoder
 from e2e.log import Screen
 from e2e.parallel import (
@@ -89,14 +89,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Extractor:
-    """Patches -> features as the evaluation of a model end to end has them.
+    """Computes the features of a bag's patches, as the evaluation of an end-to-end model does.
 
-    Without gradients, BatchNorms by their running statistics, folded as there.
+    Without gradients; BatchNorms use their running statistics and are folded into convolutions.
 
-    Args:
-        encoder: taken over: moved to the device, in eval mode for good.
-        autocast: dtype of the matrix products; None for float32.
-        dtype: of the features.
+    Parameters
+    ----------
+    encoder
+        Is moved to the device and stays in eval mode.
+    autocast
+        dtype of matrix products; None for float32.
+    dtype
+        dtype of the features.
     """
 
     def __init__(
@@ -110,27 +114,29 @@ class Extractor:
         encoder.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.encoder = encoder.eval().requires_grad_(False)
         self.device, self.dtype, self._autocast = device, dtype, autocast
-        self._around = FrozenBatchNorm(encoder).evaluating()
+        self._chunk_context = FrozenBatchNorm(encoder).evaluating()
 
     @torch.no_grad()
     def __call__(self, bag: Bag) -> Tensor:
-        """(N, D) features of the bag's patches, on the CPU.
+        """Return the (N, D) features of the bag's patches, on the CPU.
 
-        Raises:
-            DamagedDataError: a patch cannot be read, or a feature is NaN or Inf.
+        Raises
+        ------
+        DamagedDataError
+            A patch cannot be read, or a feature is NaN or infinite.
         """
-        found = torch.cat([self._encode(bag, *chunk[:2]) for chunk in bag.chunks])
-        bad = ~found.isfinite().all(dim=1)
-        if bad.any():
+        features = torch.cat([self._encode(bag, *chunk[:2]) for chunk in bag.chunks])
+        is_bad = ~features.isfinite().all(dim=1)
+        if is_bad.any():
             raise DamagedDataError(
-                f"slide '{bag.slides[0]}' patch {int(bad.nonzero()[0])}: its feature has NaN or Inf\n"
-                "  set --dtype float32, or look at the encoder's weights"
+                f"slide '{bag.slides[0]}' patch {int(is_bad.nonzero()[0])}: its feature is NaN or infinite\n"
+                "  set --dtype float32, or check the encoder's weights"
             )
-        return found
+        return features
 
     def _encode(self, bag: Bag, start: int, stop: int) -> Tensor:
         pixels = bag.pixels(start, stop, self.device)
-        with self._precision(), self._around(stop - start, False):
+        with self._precision(), self._chunk_context(stop - start, False):
             features = self.encoder(pixels)
         return features.float().to("cpu", self.dtype)
 
@@ -142,7 +148,7 @@ class Extractor:
 
 @dataclass(frozen=True)
 class FeatureFolder:
-    """Where the features of slides of one grid go."""
+    """Folder for the features of slides that were cut by one grid, in TRIDENT's layout."""
 
     out: Path
     magnification: float | None
@@ -152,22 +158,22 @@ class FeatureFolder:
 
     @property
     def grid(self) -> Path:
-        """TRIDENT's folder of a grid, such as ``20x_256px_0px_overlap``."""
+        """Folder of the grid, such as ``20x_256px_0px_overlap``."""
         scale = "unknown" if self.magnification is None else f"{self.magnification:g}x"
         return self.out / f"{scale}_{self.patch_px}px_{self.overlap}px_overlap"
 
     @property
     def folder(self) -> Path:
-        """The folder of the features."""
+        """Folder of the features."""
         return self.grid / f"features_{self.encoder}"
 
     @property
     def recipe(self) -> Path:
-        """What they were made by."""
+        """File that says how the features were made."""
         return self.grid / f"_config_feats_{self.encoder}.json"
 
     def file(self, slide: str) -> Path:
-        """Of one slide."""
+        """File of one slide's features."""
         return self.folder / f"{slide}.h5"
 
 
@@ -183,74 +189,69 @@ def extract(
     dtype: str = "float16",
     device: str = "auto",
 ) -> int:
-    """Write the features of every slide of ``stores`` that are not there yet.
+    """Write the features of every slide of ``stores`` that has none yet.
 
-    Under ``torchrun`` the ranks share the slides. Killed at any moment and started again, it goes on.
+    Under ``torchrun`` the processes share the slides. A command that was stopped at any moment can be
+    repeated: it continues.
 
-    Args:
-        encoder: a name of :data:`ENCODERS`, with its ``options``.
-        out: ``<magnification>x_<px>px_<overlap>px_overlap/features_<encoder>/<slide>.h5`` go here.
-        size: side in pixels the encoder sees; None: as stored, or the one the encoder is built for.
-        batch: patches encoded at once.
-        precision: ``bf16``, ``fp32``, or ``auto``: bf16 where the GPU has it.
-        dtype: of the files, ``float16`` or ``float32``.
+    Parameters
+    ----------
+    encoder
+        A name of :data:`e2e.encoders.base.ENCODERS`, with its ``options``.
+    out
+        ``<magnification>x_<px>px_<overlap>px_overlap/features_<encoder>/<slide>.h5`` are written here.
+    size
+        Side in pixels to which patches are resized; None: as stored, or the size the encoder requires.
+    batch
+        Patches encoded together.
+    precision
+        ``bf16``, ``fp32``, or ``auto``: bf16 on a GPU that supports it.
+    dtype
+        dtype of the files, ``float16`` or ``float32``.
 
-    Returns:
-        0, or 3 when some slides could not be read: they are named, the others are done.
+    Returns
+    -------
+    int
+        0, or 3 when some slides could not be read; they are listed, the others are done.
 
-    Raises:
-        UserError: the encoder or its weights cannot be had; a folder holds features of another
-            encoder, weights or size; a slide is in two stores; ``size`` or ``batch`` is under 1.
+    Raises
+    ------
+    UserError
+        The encoder or its weights are missing; the folder holds features of another encoder, weights or
+        size; a slide is in two stores; ``size`` or ``batch`` is less than 1.
     """
     if batch < 1 or (size is not None and size < 1):
         raise UserError(f"--batch and --size must be at least 1, found {batch} and {size}")
     if not stores:
-        raise UserError("no patch store to read: no file fits --stores")
+        raise UserError("no patch store to read: no file matches --stores")
     with float32_precision(precision):
-        return _extract(stores, encoder, options, out, size, batch, precision, dtype, device)
-
-
-def _extract(
-    stores: Sequence[PatchReader],
-    encoder: str,
-    options: Mapping[str, Any],
-    out: Path,
-    size: int | None,
-    batch: int,
-    precision: str,
-    dtype: str,
-    device: str,
-) -> int:
-    strategy = build_strategy(pick_device(device))
-    screen = Screen(strategy.is_leader)
-    try:
-        with strategy.detect_lost_ranks():
-            items, problems = _readable(stores)
-            network = _build(encoder, options)
-            size = size or _built_for(network)
-            autocast = autocast_dtype(precision, strategy.device)
-            recipe = {
-                "encoder": encoder,
-                "options": {k: v for k, v in options.items() if k != "weights"},
-                "weights": weights_digest(network),
-                "size": size,
-                "precision": str(autocast or torch.float32).removeprefix("torch."),
-                "dtype": dtype,
-            }
-            places = {item.slide.id: _place(item, out, encoder) for item in items}
-            _settle(set(places.values()), recipe, strategy)
-            todo = _todo(items, places, strategy)
-            screen.say(
-                f"{len(todo)} slides to encode, {len(items) - len(todo)} are there already: {encoder} "
-                f"({network.dim} features) on {strategy.world_size} x {strategy.device}"
-            )
-            extractor = Extractor(network, strategy.device, autocast=autocast, dtype=DTYPES[dtype])
-            view = BagSpec(PixelRowReader(build_decoder("auto", strategy.device), size))
-            problems += _run(extractor, todo, places, view, batch, strategy, screen)
-            return _report(strategy.gather_objects(problems), places, screen)
-    finally:
-        screen.pause()
-        strategy.close()
+        strategy = build_strategy(pick_device(device))
+        screen = Screen(strategy.is_leader)
+        try:
+            with strategy.detect_lost_ranks():
+                items, problems = _readable_slides(stores)
+                network = _build_encoder(encoder, options)
+                size = size or network.required_size
+                autocast = autocast_dtype(precision, strategy.device)
+                recipe = _describe(encoder, options, network, size, autocast, dtype)
+                folders = {item.slide.id: _feature_folder(item, out, encoder) for item in items}
+                _write_recipes(set(folders.values()), recipe, strategy)
+                missing = _slides_without_features(items, folders, strategy)
+                screen.say(
+                    f"{len(missing)} slides to encode, {len(items) - len(missing)} already done: {encoder} "
+                    f"({network.dim} features) on {strategy.world_size} x {strategy.device}"
+                )
+                extractor = Extractor(
+                    network, strategy.device, autocast=autocast, dtype=DTYPES[dtype]
+                )
+                spec = BagSpec(PixelRowReader(build_decoder("auto", strategy.device), size))
+                problems += _encode_share(
+                    extractor, missing, folders, spec, batch, strategy, screen
+                )
+                return _report(strategy.gather_objects(problems), folders, screen)
+        finally:
+            screen.pause()
+            strategy.close()
 
 
 def extract_slides(
@@ -262,50 +263,80 @@ def extract_slides(
     tiling: Tiling,
     mpp_override: Path | None,
     workers: int,
-    **more: Any,
+    size: int | None = None,
+    batch: int = 256,
+    precision: str = "auto",
+    dtype: str = "float16",
+    device: str = "auto",
 ) -> int:
-    """Cut slides into the store ``out/slides.lmdb`` first, then as :func:`extract`."""
+    """Pack slides into the store ``out/slides.lmdb``, then extract their features.
+
+    Parameters
+    ----------
+    slides
+        A slide file, or a folder of them.
+    tiling
+        How the slides are cut.
+    mpp_override
+        CSV with the columns slide, mpp, for slides that do not state their resolution.
+    workers
+        Processes that cut slides.
+
+    See :func:`extract` for the other parameters and the exit code.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "--slides works in one process\n"
             "  pack the slides with tools/pack_lmdb.py, then give --stores to torchrun"
         )
-    _build(encoder, options)  # hours of cutting are no time to find that it has no weights
-    overrides = read_mpp(mpp_override) if mpp_override else {}
+    _build_encoder(encoder, options)  # before hours of packing: its weights may be missing
+    mpp_by_slide = read_mpp(mpp_override) if mpp_override else {}
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --out {out}: {error.strerror}") from error
-    source = SlideFiles(find_slides(slides), tiling, mpp=overrides)
+    source = SlideFiles(find_slides(slides), tiling, mpp=mpp_by_slide)
     packed = pack(source, out / "slides.lmdb", workers=workers)
     if packed.problems:
-        print(f"{len(packed.problems)} slides could not be cut, see {packed.quarantine}")
-    code = extract([PatchStore(out / "slides.lmdb")], encoder, options, out, **more)
+        print(f"{len(packed.problems)} slides could not be packed, see {packed.quarantine}")
+    code = extract(
+        [PatchStore(out / "slides.lmdb")],
+        encoder,
+        options,
+        out,
+        size=size,
+        batch=batch,
+        precision=precision,
+        dtype=dtype,
+        device=device,
+    )
     return code or (PARTLY_DONE if packed.problems else 0)
 
 
 def encoder_options(encoder: str, texts: Iterable[str]) -> dict[str, Any]:
-    """``encoder.key=value`` -> the options of the encoder, checked by name and type."""
-    known, found = ENCODERS.options(encoder), {}
+    """Parse ``encoder.key=value`` texts into options of the encoder, checked by name and type."""
+    accepted = ENCODERS.options(encoder)
+    options: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         section, _, name = key.partition(".")
         if not equals or section != "encoder" or not name:
-            raise UserError(f"'{text}' is no option; write encoder.key=value")
-        if name not in known:
-            raise UserError(f"unknown option 'encoder.{name}'{suggest(name, known)}")
+            raise UserError(f"'{text}' is not an option; write encoder.key=value")
+        if name not in accepted:
+            raise UserError(f"unknown option 'encoder.{name}'{suggest(name, accepted)}")
         try:
-            found[name] = yaml.safe_load(value)
+            options[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UserError(f"'{text}' cannot be read: {str(error).splitlines()[0]}") from error
-        if not _fits(found[name], known[name][0]):
-            kind = getattr(known[name][0], "__name__", known[name][0])
-            raise UserError(f"encoder.{name} must be {kind}, found {value!r}")
-    return found
+        kind, _ = accepted[name]
+        if not _has_type(options[name], kind):
+            type_name = kind.__name__ if isinstance(kind, type) else kind
+            raise UserError(f"encoder.{name} must be {type_name}, found {value!r}")
+    return options
 
 
 def weights_digest(encoder: Encoder) -> str:
-    """The same for the same weights, wherever they were loaded from."""
+    """Return a digest of the encoder's weights, whatever file they were loaded from."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
@@ -314,7 +345,10 @@ def weights_digest(encoder: Encoder) -> str:
 
 
 def magnification(mpp: float | None) -> float | None:
-    """Of patches with ``mpp`` um per pixel: 20 at 0.5; scanners that differ by 10 % count as one."""
+    """Return the magnification of patches with ``mpp`` micrometres per pixel: 20 at 0.5.
+
+    Scanners that differ by up to 10 % count as the same. None if ``mpp`` is unknown.
+    """
     if not mpp:
         return None
     exact = 10 / mpp
@@ -322,64 +356,86 @@ def magnification(mpp: float | None) -> float | None:
     return nominal if abs(exact / nominal - 1) <= 0.1 else round(exact, 2)
 
 
-def slide_file(features: Tensor, record: SlideRecord, place: FeatureFolder) -> bytes:
-    """An HDF5 file as TRIDENT 0.3 writes it; its attributes say "None" for what is not known."""
-    known, at = place.magnification, io.BytesIO()
+def slide_file(features: Tensor, record: SlideRecord, folder: FeatureFolder) -> bytes:
+    """Return an HDF5 file as TRIDENT 0.3 writes it, with the text "None" for what is unknown."""
     scale = record.level0_px / record.patch_px if record.patch_px else 0.0
-    said: dict[str, Any] = {
+    level0_magnification = folder.magnification and round(folder.magnification * scale, 2)
+    attributes: dict[str, Any] = {
         "patch_size": record.patch_px,
         "patch_size_level0": round(record.level0_px) or "None",
-        "level0_magnification": round(known * scale, 2) if known and scale else "None",
-        "target_magnification": known or "None",
-        "overlap": place.overlap,
+        "level0_magnification": level0_magnification or "None",
+        "target_magnification": folder.magnification or "None",
+        "overlap": folder.overlap,
         "name": record.slide,
-        "savetodir": str(place.grid),
+        "savetodir": str(folder.grid),
         "level0_width": record.width or "None",
         "level0_height": record.height or "None",
-        "mpp": record.mpp or "None",  # not TRIDENT's: of the patches, um per pixel
+        "mpp": record.mpp
+        or "None",  # of the patches, in um per pixel; TRIDENT has no such attribute
     }
-    with h5py.File(at, "w") as h5:
-        made = h5.create_dataset("features", data=features.numpy())
-        made.attrs.update(name=record.slide, savetodir=str(place.folder), encoder=place.encoder)
+    content = io.BytesIO()
+    with h5py.File(content, "w") as h5:
+        dataset = h5.create_dataset("features", data=features.numpy())
+        dataset.attrs.update(
+            name=record.slide, savetodir=str(folder.folder), encoder=folder.encoder
+        )
         if record.coords is not None:
             coords = h5.create_dataset("coords", data=record.coords.astype(np.int64))
-            coords.attrs.update(said)
-    return at.getvalue()
+            coords.attrs.update(attributes)
+    return content.getvalue()
 
 
-def _run(
+def _describe(
+    encoder: str,
+    options: Mapping[str, Any],
+    network: Encoder,
+    size: int | None,
+    autocast: torch.dtype | None,
+    dtype: str,
+) -> dict[str, Any]:
+    """How the features are made, as it is kept beside them."""
+    return {
+        "encoder": encoder,
+        "options": {name: value for name, value in options.items() if name != "weights"},
+        "weights": weights_digest(network),
+        "size": size,
+        "precision": str(autocast or torch.float32).removeprefix("torch."),
+        "dtype": dtype,
+    }
+
+
+def _encode_share(
     extractor: Extractor,
-    todo: Sequence[LabelledSlide],
-    places: Mapping[str, FeatureFolder],
-    view: BagSpec,
+    items: Sequence[LabelledSlide],
+    folders: Mapping[str, FeatureFolder],
+    spec: BagSpec,
     batch: int,
     strategy: Strategy,
     screen: Screen,
 ) -> list[str]:
-    """Encode and write this rank's share; what went wrong with which slides."""
-    share, problems = todo[strategy.rank :: strategy.world_size], []
-    bags = ((full_bag(item, view, batch), item) for item in share)
-    for done, (bag, item) in enumerate(prefetch(bags, strategy.device)):
-        slide = item.slide.id
+    """Encode and write this rank's share of the slides; return a message for each that failed."""
+    share, problems = items[strategy.rank :: strategy.world_size], []
+    bags = ((full_bag(item, spec, batch), item) for item in share)
+    for num_done, (bag, item) in enumerate(prefetch(bags, strategy.device), start=1):
         try:
             features = extractor(bag)
         except DamagedDataError as error:
             problems.append(str(error))
             continue
-        place = places[slide]
-        write_atomically(place.file(slide), slide_file(features, item.record, place))
-        screen.step(done + 1, len(share), "slides encoded")
+        folder = folders[item.slide.id]
+        write_atomically(folder.file(item.slide.id), slide_file(features, item.record, folder))
+        screen.step(num_done, len(share), "slides encoded")
     return problems
 
 
 def _report(
-    problems: Sequence[list[str]], places: Mapping[str, FeatureFolder], screen: Screen
+    problems: Sequence[list[str]], folders: Mapping[str, FeatureFolder], screen: Screen
 ) -> int:
-    # What all ranks found is said once.
-    lines = list(dict.fromkeys(line for part in problems for line in part))
+    """Print the folders and the problems of all ranks, each once; return the exit code."""
+    lines = list(dict.fromkeys(line for of_rank in problems for line in of_rank))
     screen.pause()
-    for folder in sorted({str(place.folder) for place in places.values()}):
-        screen.say(f"features: {folder}")
+    for path in sorted({str(folder.folder) for folder in folders.values()}):
+        screen.say(f"features: {path}")
     for line in lines:
         screen.say(line)
     if lines:
@@ -387,18 +443,18 @@ def _report(
     return PARTLY_DONE if lines else 0
 
 
-def _readable(stores: Sequence[PatchReader]) -> tuple[list[LabelledSlide], list[str]]:
-    """The slides, by id, and what is wrong with those that have no patches or no record."""
+def _readable_slides(stores: Sequence[PatchReader]) -> tuple[list[LabelledSlide], list[str]]:
+    """The slides sorted by id, and a message for each that has no patches or no readable record."""
     items: dict[str, LabelledSlide] = {}
     problems: list[str] = []
-    unknown = torch.tensor(float("nan"))
+    no_target = torch.tensor(float("nan"))
     for store in stores:
         for slide in store.slides:
             if slide in items:
                 raise UserError(
                     f"slide '{slide}' is in {items[slide].store.path} and in {store.path}"
                 )
-            item = LabelledSlide(Slide(slide, case=slide, split="", target={}), store, unknown)
+            item = LabelledSlide(Slide(slide, case=slide, split="", target={}), store, no_target)
             try:
                 if not item.record.count:
                     problems.append(f"{store.path}: slide '{slide}' has no patches")
@@ -410,87 +466,95 @@ def _readable(stores: Sequence[PatchReader]) -> tuple[list[LabelledSlide], list[
     return [items[slide] for slide in sorted(items)], problems
 
 
-def _build(name: str, options: Mapping[str, Any]) -> Encoder:
-    """The encoder; random weights are the same each time."""
+def _build_encoder(name: str, options: Mapping[str, Any]) -> Encoder:
+    """Build the encoder; without pretrained weights it has the same random ones each time."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         encoder = ENCODERS.build(name, **options)
     if encoder.given:
         raise UserError(
-            f"the encoder '{name}' encodes nothing\n  name a network, such as r50 or uni"
+            f"the encoder '{name}' reads features and computes none\n  name a network, such as r50 or uni"
         )
     return encoder
 
 
-def _built_for(encoder: Encoder) -> int | None:
-    """Side in pixels of the patches that it takes; None: any."""
-    net = getattr(encoder, "net", None)
-    embed = getattr(getattr(net, "model", net), "patch_embed", None)  # model: of a ViT that is cut
-    sides = getattr(embed, "img_size", None)
-    return sides[0] if sides and getattr(embed, "strict_img_size", False) else None
-
-
-def _place(item: LabelledSlide, out: Path, encoder: str) -> FeatureFolder:
+def _feature_folder(item: LabelledSlide, out: Path, encoder: str) -> FeatureFolder:
     record, overlap = item.record, int(item.store.recipe.get("overlap", 0))
     return FeatureFolder(out, magnification(record.mpp), record.patch_px, overlap, encoder)
 
 
-def _settle(places: Iterable[FeatureFolder], recipe: Mapping[str, Any], strategy: Strategy) -> None:
-    """Write down what the features are made by; UserError where others lie there."""
-    places = sorted(places, key=str)
-    for place in places:
-        if not place.recipe.is_file():
-            if any(place.folder.glob("*.h5")):
-                raise UserError(
-                    f"{place.folder} holds features that another program made\n"
-                    "  choose another --out"
-                )
-            continue
-        try:
-            found = json.loads(place.recipe.read_bytes())
-        except ValueError as error:
-            raise UserError(f"{place.recipe} is damaged: {error}") from error
-        if found != recipe:
-            differ = [key for key in recipe if found.get(key) != recipe[key]]
-            lines = (f"{key}: {found.get(key)} there, {recipe[key]} now" for key in differ)
+def _write_recipes(
+    folders: Iterable[FeatureFolder], recipe: Mapping[str, Any], strategy: Strategy
+) -> None:
+    """Write beside each folder how its features are made.
+
+    Raises
+    ------
+    UserError
+        A folder holds features that were made in another way.
+    """
+    folders = sorted(folders, key=str)
+    for folder in folders:
+        _check_recipe(folder, recipe)
+    strategy.barrier()  # until every rank has checked
+    if strategy.is_leader:
+        for folder in folders:
+            write_json(folder.recipe, recipe)
+
+
+def _check_recipe(folder: FeatureFolder, recipe: Mapping[str, Any]) -> None:
+    if not folder.recipe.is_file():
+        if any(folder.folder.glob("*.h5")):
             raise UserError(
-                f"{place.folder} holds features that were made in another way\n{format_list(lines)}\n"
-                "  choose another --out, or remove these"
+                f"{folder.folder} holds features that another program made\n  choose another --out"
             )
-    strategy.barrier()  # all have looked
-    for place in places if strategy.is_leader else ():
-        write_atomically(place.recipe, (json.dumps(recipe, indent=2) + "\n").encode())
+        return
+    try:
+        earlier = json.loads(folder.recipe.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{folder.recipe} is damaged: {error}") from error
+    if earlier != recipe:
+        differences = [
+            f"{key}: {earlier.get(key)} in the folder, {value} now"
+            for key, value in recipe.items()
+            if earlier.get(key) != value
+        ]
+        raise UserError(
+            f"{folder.folder} holds features that were made in another way\n{format_list(differences)}\n"
+            "  choose another --out, or remove these"
+        )
 
 
-def _todo(
-    items: Sequence[LabelledSlide], places: Mapping[str, FeatureFolder], strategy: Strategy
+def _slides_without_features(
+    items: Sequence[LabelledSlide], folders: Mapping[str, FeatureFolder], strategy: Strategy
 ) -> list[LabelledSlide]:
-    """What is not there whole, by the list of rank 0: files may come while the others look."""
-    there = {
+    """Slides without a complete file, as rank 0 sees it: files may appear while other ranks look."""
+    complete = {
         item.slide.id
         for item in items
         if strategy.is_leader
-        and _is_whole(places[item.slide.id].file(item.slide.id), item.record.count)
+        and _is_complete(folders[item.slide.id].file(item.slide.id), item.record.count)
     }
-    there = strategy.gather_objects(there)[0]
-    return [item for item in items if item.slide.id not in there]
+    complete = strategy.gather_objects(complete)[0]
+    return [item for item in items if item.slide.id not in complete]
 
 
-def _is_whole(file: Path, patches: int) -> bool:
-    """Whether it has features of so many patches. A copy of it may have been cut short."""
+def _is_complete(file: Path, num_patches: int) -> bool:
+    """Whether the file has a feature for every patch; a copy of it may have been cut short."""
     try:
         with h5py.File(file, "r", locking=False) as h5:
-            return len(h5["features"]) == patches  # pyright: ignore[reportArgumentType]
+            return len(h5["features"]) == num_patches  # pyright: ignore[reportArgumentType]
     except (OSError, KeyError):
         return False
 
 
-def _fits(value: object, kind: Any) -> bool:
-    """Whether a value read from YAML is of the type that a constructor asks for."""
+def _has_type(value: object, kind: Any) -> bool:
+    """Whether a value read from YAML has the type of a constructor's parameter."""
     if isinstance(kind, UnionType) or typing.get_origin(kind) is typing.Union:
-        return any(_fits(value, one) for one in typing.get_args(kind))
+        return any(_has_type(value, alternative) for alternative in typing.get_args(kind))
     if typing.get_origin(kind) is list:
-        return isinstance(value, list) and all(_fits(v, typing.get_args(kind)[0]) for v in value)
+        (element,) = typing.get_args(kind)
+        return isinstance(value, list) and all(_has_type(item, element) for item in value)
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
     return isinstance(value, (int, float) if kind is float else kind)

@@ -1,12 +1,19 @@
-"""Runs in processes of their own: what trains many of them starts, resumes and keeps them alike."""
+"""Many trainings that belong together: plan them, run each in its own process, resume after a stop.
+
+Cross-validation, search and studies share it.
+"""
 
 from __future__ import annotations
 
 import json
+import queue
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from e2e.errors import UserError, format_list
@@ -14,35 +21,61 @@ from e2e.files import write_json
 from e2e.runs.processes import child_environment, command_line
 
 
+def write_plan(file: Path, plan: Mapping[str, Any], what: str) -> None:
+    """Write what the runs beside ``file`` are, or compare it with what an earlier command wrote.
+
+    Parameters
+    ----------
+    what
+        A noun for the message, such as "cross-validation".
+
+    Raises
+    ------
+    UserError
+        The folder holds the runs of another plan; the message lists the differences.
+    """
+    if file.is_file():
+        earlier = json.loads(file.read_bytes())
+        differences = [
+            f"{key}: {earlier.get(key)} in the folder, {value} now"
+            for key, value in plan.items()
+            if earlier.get(key) != value
+        ]
+        if differences:
+            raise UserError(
+                f"{file.parent} holds another {what}\n{format_list(differences)}\n"
+                "  choose another --out"
+            )
+    write_json(file, plan)
+
+
+def is_done(folder: Path) -> bool:
+    """Return whether the run in ``folder`` was trained and evaluated."""
+    return (folder / "metrics.json").is_file()
+
+
 def start_or_resume(command: Sequence[str], folder: Path) -> list[str]:
-    """The arguments of ``e2e train`` for the run in ``folder``: ``command``, or to go on where it stopped."""
+    """Return the arguments of the training in ``folder``: ``command``, or to resume it where it stopped."""
     if (folder / "settings.yaml").is_file():
         return ["--resume", str(folder)]
     return [*command, f"run.out={folder}"]
 
 
-def is_done(folder: Path) -> bool:
-    """Whether the run in ``folder`` was trained and evaluated."""
-    return (folder / "metrics.json").is_file()
-
-
-def run_command(command: str, arguments: Sequence[str], log: Path, slot: str = "") -> int:
+def run_command(command: str, arguments: Sequence[str], log: Path, gpus: str = "") -> int:
     """Run ``e2e <command>`` to its end and return its exit code.
 
     Parameters
     ----------
-    command : str
+    command
         Such as ``train``.
-    arguments : sequence of str
-        Its arguments.
-    log : Path
-        File to which the output is appended.
-    slot : str
-        GPU numbers that it may use, such as ``0,1``, with a process for each; empty: whatever the machine
-        has, one process.
+    log
+        File to which the command line and its output are appended.
+    gpus
+        GPU numbers that the command may use, such as ``0,1``: one process is started for each. Empty:
+        one process, and whatever devices the machine has.
     """
-    changes = {"CUDA_VISIBLE_DEVICES": slot} if slot else {}
-    num_ranks = len(slot.split(","))
+    changes = {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
+    num_ranks = len(gpus.split(","))
     ranks = [f"--gpus={num_ranks}"] if num_ranks > 1 else []
     words = command_line(command, [*arguments, *ranks])
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -53,15 +86,52 @@ def run_command(command: str, arguments: Sequence[str], log: Path, slot: str = "
     return done.returncode
 
 
-def write_plan(file: Path, ours: Mapping[str, Any], what: str) -> None:
-    """Write down what the runs beside ``file`` are; UserError where it says that they are others."""
-    if file.is_file():
-        found = json.loads(file.read_bytes())
-        differ = [
-            f"{k}: {found.get(k)} there, {v} now" for k, v in ours.items() if found.get(k) != v
-        ]
-        if differ:
-            raise UserError(
-                f"{file.parent} holds another {what}\n{format_list(differ)}\n  choose another --out"
-            )
-    write_json(file, ours)
+def train_all(
+    runs: Mapping[Path, Sequence[str]], slots: Sequence[str], report: Callable[[str], None]
+) -> None:
+    """Train every run that is not done, ``len(slots)`` at a time.
+
+    Parameters
+    ----------
+    runs
+        Run folder -> command of the training. The output goes to ``<folder>.log``.
+    slots
+        GPU numbers for each of the runs at a time; see :func:`run_command`.
+    report
+        Called with one line for each training that starts.
+
+    Raises
+    ------
+    UserError
+        Trainings failed; the message names their logs. Those under way are finished first, and no other
+        is started.
+    """
+    free_slots: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for slot in slots:
+        free_slots.put(slot)
+    failures: list[str] = []
+    stop = Event()
+
+    def train_one(folder: Path) -> None:
+        if stop.is_set():
+            return
+        slot = free_slots.get()
+        log = folder.with_name(f"{folder.name}.log")
+        try:
+            on_gpu = f" on GPU {slot}" if slot else ""
+            report(f"{time.strftime('%H:%M:%S')}  {folder.name}{on_gpu}")
+            arguments = start_or_resume(runs[folder], folder)
+            code = run_command("train", arguments, log, slot)
+        finally:
+            free_slots.put(slot)
+        if code:
+            failures.append(f"{folder.name}: exit code {code}, see {log}")
+            stop.set()
+
+    with ThreadPoolExecutor(len(slots)) as pool:
+        list(pool.map(train_one, [folder for folder in runs if not is_done(folder)]))
+    if failures:
+        raise UserError(
+            f"{len(failures)} run(s) failed\n{format_list(failures)}\n"
+            "  fix the cause, then run the same command again: finished runs are kept, stopped ones resume"
+        )

@@ -12,7 +12,7 @@ from typing import Any
 from e2e.errors import UserError
 from e2e.registry import Registry, suggest
 from e2e.settings.cli import settings_help
-from e2e.settings.schema import PLAIN
+from e2e.settings.schema import SECTIONS
 
 ENTRY = re.compile(r"^(\w+(?:, \w+)*) ?:(.*)$")
 """A parameter in a docstring: names, a colon, and its type or its meaning."""
@@ -45,11 +45,11 @@ def describe_topic(topic: str, registries: Mapping[str, Registry[Any]]) -> str:
         )
     if kind in losses.names():
         return describe_plugin(losses, kind, section=kind)
-    if kind in PLAIN:
+    if kind in SECTIONS:
         lines = [line for line in settings_help().splitlines() if line.startswith(f"  {topic}")]
         if lines:
             return "\n".join(lines)
-    topics = [*PLAIN, *(key for key in registries if key != "losses"), *losses.names()]
+    topics = [*SECTIONS, *(key for key in registries if key != "losses"), *losses.names()]
     raise UserError(f"--help {topic}: no such topic{suggest(topic, topics)}")
 
 

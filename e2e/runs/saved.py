@@ -1,4 +1,4 @@
-"""What a run that is done predicted, read back from its folder."""
+"""Predictions of a finished run, read back from its folder."""
 
 from __future__ import annotations
 
@@ -18,51 +18,73 @@ from e2e.tasks.base import Task
 
 @dataclass(frozen=True)
 class SavedPredictions:
-    """What a run says of the labelled slides of one split, in the order of their ids."""
+    """Predictions for the labelled slides of one split, sorted by slide id."""
 
     folder: Path
     task: Task
     slides: list[str]
-    facts: list[tuple[str, ...]]
-    """Case and label of each slide, in the table's words."""
+    cases_and_labels: list[tuple[str, ...]]
+    """Case and label values of each slide, as in the label table."""
     targets: Array
+    """(n, ...) targets as the task encodes them."""
     predicted: Array
+    """(n, columns) what the task predicts."""
 
     @property
     def cases(self) -> list[str]:
         """The case of each slide."""
-        return [case for case, *_ in self.facts]
+        return [case for case, *_ in self.cases_and_labels]
 
 
 def read_predictions(folder: Path, split: str) -> SavedPredictions:
-    """From a run folder; UserError where it has no such predictions."""
+    """Read the predictions of a run, or of an evaluation, for one split.
+
+    Raises
+    ------
+    UserError
+        The folder has no predictions.csv, or one that cannot be read or has no labelled slide of the split.
+    """
     settings = saved_settings(folder, [], REGISTRIES)
     selected = selected_weights(settings.optim, settings.select)
     task = load_task(settings.task.name, settings.task.options, folder).of(selected)
     path = folder / "predictions.csv"
-    if not path.is_file():
-        raise UserError(f"no {path}: the run is not evaluated\n  let it end, then compare")
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except ValueError as error:  # of pandas too: empty, no table, another encoding
-        raise UserError(
-            f"{path} is no readable table: {error}\n"
-            f"  launch/evaluate.py {folder} --out {folder} makes it anew"
-        ) from error
+    table = _read_table(path, folder)
     outputs, labels = [*task.prediction_columns], [*task.label_columns]
-    if missing := {"case", "slide", "split", *labels, *outputs} - set(table.columns):
+    missing = {"case", "slide", "split", *labels, *outputs} - set(table.columns)
+    if missing:
         raise UserError(f"{path} has no column {', '.join(sorted(missing))}")
     labelled = table.loc[(table[labels] != "").any(axis=1)]
-    ours = labelled.loc[labelled["split"] == split].sort_values("slide")
-    if ours.empty:
-        there = ", ".join(sorted(set(labelled["split"]))) or "none"
-        raise UserError(f"{path} has no labelled slide of split '{split}'; it has: {there}")
-    if twice := sorted(set(ours["slide"][ours["slide"].duplicated()])):
-        raise UserError(f"{path} has slides twice:\n{format_list(twice)}")
+    rows = labelled.loc[labelled["split"] == split].sort_values("slide")
+    if rows.empty:
+        splits = ", ".join(sorted(set(labelled["split"]))) or "none"
+        raise UserError(f"{path} has no labelled slide of split '{split}'; it has: {splits}")
+    duplicates = sorted(set(rows["slide"][rows["slide"].duplicated()]))
+    if duplicates:
+        raise UserError(f"{path} has slides twice:\n{format_list(duplicates)}")
     try:
-        predicted = ours[outputs].to_numpy(np.float64)
-        targets = np.array([task.read(row) for row in ours[labels].to_numpy()], np.float64)
+        predicted = rows[outputs].to_numpy(np.float64)
+        targets = np.array([task.read(row) for row in rows[labels].to_numpy()], np.float64)
     except ValueError as error:
-        raise UserError(f"{path} has a prediction or label that is no number: {error}") from error
-    facts = [tuple(row) for row in ours[["case", *labels]].to_numpy()]
-    return SavedPredictions(folder, task, ours["slide"].tolist(), facts, targets, predicted)
+        raise UserError(
+            f"{path} has a prediction or label that is not a number: {error}"
+        ) from error
+    return SavedPredictions(
+        folder=folder,
+        task=task,
+        slides=rows["slide"].tolist(),
+        cases_and_labels=[tuple(row) for row in rows[["case", *labels]].to_numpy()],
+        targets=targets,
+        predicted=predicted,
+    )
+
+
+def _read_table(path: Path, folder: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise UserError(f"no {path}: the run is not evaluated\n  finish the run, then compare")
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False)
+    except ValueError as error:  # pandas: an empty file, not a table, another encoding
+        raise UserError(
+            f"{path} is not a readable table: {error}\n"
+            f"  launch/evaluate.py {folder} --out {folder} writes it again"
+        ) from error

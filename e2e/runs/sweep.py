@@ -1,4 +1,4 @@
-"""Search of settings by Optuna: each trial is a run, selected on validation alone."""
+"""Search of settings with Optuna: each trial is a training, compared on the validation split alone."""
 
 from __future__ import annotations
 
@@ -42,51 +42,56 @@ def main(argv: Sequence[str] | None = None) -> int:
             trials=args.trials,
             metric=args.metric or build_task(settings.task).monitor,
             seed=args.seed,
-            say=print,
+            report=print,
         )
     print(f"best: {best['metric']} {best['value']:.4f} on validation, {best['run']}")
     return 0
 
 
 def read_space(path: Path) -> dict[str, Any]:
-    """Setting -> list of choices, or ``low`` and ``high`` of a number, with ``log`` or ``step``.
+    """Read the search space: setting -> list of choices, or ``low`` and ``high`` of a number.
 
-    Raises:
-        UserError: no such file, or an entry that says no range; names it.
+    A number may also have ``log`` or ``step``.
+
+    Raises
+    ------
+    UserError
+        There is no such file, or an entry is neither a list nor a range; the message names it.
     """
     try:
-        found = yaml.safe_load(read_text(path))
+        space = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise UserError(f"the space {path} cannot be read: {str(error).splitlines()[0]}") from error
-    wrong = ["it holds no settings"] if not isinstance(found, dict) or not found else []
-    wrong = wrong or [f"{k}: {v}" for k, v in found.items() if not _is_range(v)]
-    if wrong:
+    if not isinstance(space, dict) or not space:
+        invalid = ["it holds no settings"]
+    else:
+        invalid = [f"{name}: {entry}" for name, entry in space.items() if not _is_range(entry)]
+    if invalid:
         raise UserError(
-            f"{path} says no range\n{format_list(wrong)}\n"
+            f"{path} holds no range\n{format_list(invalid)}\n"
             "  write optim.lr: {low: 1.0e-5, high: 1.0e-3, log: true}, or head.attn_dim: [64, 128]"
         )
-    return found
+    return space
 
 
-def _is_range(value: object) -> bool:
+def _is_range(entry: object) -> bool:
     with optional_import("search", use="e2e sweep"):
         from optuna.distributions import FloatDistribution, IntDistribution
 
-    if isinstance(value, list):
-        return len(value) > 0 and all(
-            type(v) in (str, int, float, bool, list, NoneType) for v in value
-        )
-    if not isinstance(value, dict) or type(value.get("log", False)) is not bool:
+    if isinstance(entry, list):
+        choices = (str, int, float, bool, list, NoneType)
+        return len(entry) > 0 and all(type(choice) in choices for choice in entry)
+    if not isinstance(entry, dict) or type(entry.get("log", False)) is not bool:
         return False
-    numbers = [value.get("low"), value.get("high"), value.get("step", 1)]
-    if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+    numbers = [entry.get("low"), entry.get("high"), entry.get("step", 1)]
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
         return False
-    whole = all(type(n) is int for n in numbers)
+    is_integer = all(type(number) is int for number in numbers)
     try:
-        (IntDistribution if whole else FloatDistribution)(**value)
-    except (TypeError, ValueError):  # a key that is no such; no number over 0 where log asks for it
+        (IntDistribution if is_integer else FloatDistribution)(**entry)
+    except (TypeError, ValueError):  # an unknown key; a bound of 0 with log: true
         return False
-    return value["low"] < value["high"]
+    return entry["low"] < entry["high"]
 
 
 def search(
@@ -97,26 +102,40 @@ def search(
     trials: int,
     metric: str,
     seed: int,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Trials until ``trials`` are done in ``out``, those of earlier calls among them; the best one.
+    """Run trials until ``trials`` are done in ``out``, and return the best one.
 
-    Tree-structured Parzen estimator, seeded. A trial that was stopped is trained on to its end.
+    The sampler is a seeded tree-structured Parzen estimator. Trials of earlier commands count, and a
+    stopped trial is resumed.
 
-    Args:
-        command: of launch/train.py.
-        space: of :func:`read_space`.
-        metric: of validation, by the selected weights; more is better, or less, as the metric has it.
+    Parameters
+    ----------
+    command
+        Arguments of the training.
+    space
+        See :func:`read_space`.
+    metric
+        Validation metric of the selected weights; the metric itself says whether lower is better.
+    report
+        Called with lines of progress.
 
-    Raises:
-        UserError: another search lies in ``out``; a run failed (its log is named); the metric is defined in
-            no trial, whereas one in which it is not counts as the worst.
+    Returns
+    -------
+    dict
+        ``metric``, ``value``, ``settings`` and ``run`` (the folder) of the best trial.
+
+    Raises
+    ------
+    UserError
+        ``out`` holds another search, a training failed (the message names its log), or the metric is
+        undefined in every trial. Where it is undefined in some, these count as the worst.
     """
     with optional_import("search", use="e2e sweep"):
         import optuna
 
-    ours = {"command": list(command), "space": dict(space), "metric": metric}
-    write_plan(out / "sweep.json", ours, "search")
+    plan = {"command": list(command), "space": dict(space), "metric": metric}
+    write_plan(out / "sweep.json", plan, "search")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         storage=f"sqlite:///{out.resolve()}/optuna.db",
@@ -126,59 +145,67 @@ def search(
         load_if_exists=True,
     )
     worst = math.inf if metric in LOWER_IS_BETTER else -math.inf
-    running, done = optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.COMPLETE
-    for stopped in study.get_trials(deepcopy=False, states=(running,)):
-        study.tell(stopped.number, state=optuna.trial.TrialState.FAIL)
-        study.enqueue_trial(stopped.params)
-    while len(study.get_trials(deepcopy=False, states=(done,))) < trials:
+    _requeue_stopped_trials(study)
+    complete = (optuna.trial.TrialState.COMPLETE,)
+    while len(study.get_trials(deepcopy=False, states=complete)) < trials:
         trial = study.ask()
-        chosen = {name: _suggest(trial, name, entry) for name, entry in space.items()}
-        folder = out / "runs" / _name(chosen)
-        said = ", ".join(f"{name}={value}" for name, value in chosen.items())
-        say(f"trial {trial.number}: {said}")
-        value = judge(command, chosen, folder, metric)
+        settings = {name: _suggest(trial, name, entry) for name, entry in space.items()}
+        words = ", ".join(f"{name}={value}" for name, value in settings.items())
+        report(f"trial {trial.number}: {words}")
+        value = evaluate_trial(command, settings, out / "runs" / _digest(settings), metric)
         study.tell(trial, worst if value is None else value)
-        shown = "undefined" if value is None else f"{value:.4f}"
-        say(f"  {metric} on validation {shown}; best so far {study.best_value:.4f}")
+        text = "undefined" if value is None else f"{value:.4f}"
+        report(f"  {metric} on validation {text}; best so far {study.best_value:.4f}")
     if study.best_value == worst:
-        raise UserError(f"{metric} is not defined on validation in any of the {trials} trials")
+        raise UserError(f"{metric} is undefined on validation in all of the {trials} trials")
     table = study.trials_dataframe(attrs=("number", "value", "params", "state"))
     table.to_csv(out / "trials.csv", index=False)
     best = {"metric": metric, "value": study.best_value, "settings": study.best_params}
-    best["run"] = str(out / "runs" / _name(study.best_params))
+    best["run"] = str(out / "runs" / _digest(study.best_params))
     write_json(out / "best.json", best)
     return best
 
 
-def judge(
-    command: Sequence[str], chosen: Mapping[str, Any], folder: Path, metric: str
+def _requeue_stopped_trials(study: Any) -> None:
+    """Mark trials that an earlier command left running as failed, and try their settings again."""
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+        study.enqueue_trial(trial.params)
+
+
+def evaluate_trial(
+    command: Sequence[str], settings: Mapping[str, Any], folder: Path, metric: str
 ) -> float | None:
-    """Train the run, or go on with it; its ``metric`` on validation, None where that is not defined."""
+    """Train a run, or resume it, and return its validation ``metric``; None where that is undefined."""
     if not is_done(folder):
-        words = [f"{name}={json.dumps(value)}" for name, value in chosen.items()]
+        overrides = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
         log = folder.with_name(f"{folder.name}.log")
-        arguments = start_or_resume([*command, *words], folder)
-        if code := run_command("train", arguments, log):
+        arguments = start_or_resume([*command, *overrides], folder)
+        code = run_command("train", arguments, log)
+        if code:
             raise UserError(
-                f"the run {folder.name} ended with exit code {code}; {log} says why\n"
-                "  mend it, then give the same command again: it goes on from here"
+                f"the run {folder.name} ended with exit code {code}; see {log}\n"
+                "  fix the cause, then run the same command again: finished trials are kept"
             )
-    report = folder / "metrics.json"
-    found = json.loads(report.read_bytes())
-    values = found[found["chosen_on"]][found["selected"]]
+    path = folder / "metrics.json"
+    results = json.loads(path.read_bytes())
+    values = results[results["chosen_on"]][results["selected_weights"]]
     if metric not in values:
-        raise UserError(f"{report} has no '{metric}' on validation; it has: {', '.join(values)}")
+        raise UserError(f"{path} has no '{metric}' on validation; it has: {', '.join(values)}")
     return values[metric]["value"]
 
 
 def _suggest(trial: Any, name: str, entry: Any) -> Any:
     if isinstance(entry, list):
         return trial.suggest_categorical(name, entry)
-    whole = all(isinstance(entry[key], int) for key in entry if key != "log")
-    suggest = trial.suggest_int if whole else trial.suggest_float
+    is_integer = all(isinstance(entry[key], int) for key in entry if key != "log")
+    suggest = trial.suggest_int if is_integer else trial.suggest_float
     return suggest(name, **entry)
 
 
-def _name(chosen: Mapping[str, Any]) -> str:
-    text = json.dumps(chosen, sort_keys=True)
+def _digest(settings: Mapping[str, Any]) -> str:
+    """Folder name of the run with these settings."""
+    text = json.dumps(settings, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()

@@ -238,8 +238,9 @@ def _print_summary(screen: Screen, settings: Settings, parts: Parts, strategy: S
     """What is about to run, in a few lines."""
     if settings.run.protocol != "honest":
         screen.say(
-            "NOTE run.protocol=as_published: validation is part of the test, the epoch is chosen on the test"
-            " slides, and the task is fitted to all cases; the figures of test are no estimate of new slides"
+            "warning: run.protocol=as_published: validation slides are part of the test, the epoch is "
+            "selected on the test, and the task is fitted to all cases: the test metrics are no estimate for "
+            "new slides"
         )
     for split in ("train", "val", "test"):
         slides = parts.of_split(split)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from e2e.errors import UserError
 from e2e.registry import suggest
-from e2e.settings.schema import PLAIN
+from e2e.settings.schema import SECTIONS
 
 OVERRIDE = "section.key=value"
 
@@ -104,7 +104,7 @@ def settings_help() -> str:
             shown = "null" if value is None else value
             lines.append(f"  {path}.{item.name}={shown}  {item.metadata['help']}")
 
-    for name, section in PLAIN.items():
+    for name, section in SECTIONS.items():
         add_section(name, section)
     return "\n".join(lines)
 

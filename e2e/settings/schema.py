@@ -1,316 +1,448 @@
-"""Typed settings: dataclass defaults <- YAML layers <- ``section.key=value``. Owns argv.
+"""The settings of a run: sections as dataclasses, each field with its default, help text and check.
 
-A plug-in's section (encoder, head, task) is typed by its constructor: the keyword-only arguments
-are the keys. A wrong key, type or value is an error that names the dotted path.
+The sections of plug-ins (encoder, head, task, sampler, augment, regularisers) have no class here: the
+keyword-only arguments of a plug-in's constructor are its settings.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from e2e.errors import UserError
 from e2e.sizes import parse_bytes
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with its one-line description, which ``--help`` prints."""
+@dataclass(frozen=True)
+class Requirement:
+    """What a value must be, in words and as a predicate."""
+
+    text: str
+    """Completes the sentence "must be ..."."""
+    holds: Callable[[Any], bool]
+
+
+def setting(default: Any, help: str, must_be: Requirement | None = None) -> Any:
+    """Return a dataclass field with its help text and the requirement its value must meet."""
+    metadata = {"help": help, "must_be": must_be}
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-def _check(ok: bool, path: str, found: object, need: str) -> None:
-    if not ok:
-        raise UserError(f"setting {path} must be {need}, found {found!r}")
+def require(is_valid: bool, path: str, value: object, must_be: str) -> None:
+    """Raise UserError for the setting ``path`` unless ``is_valid``."""
+    if not is_valid:
+        raise UserError(f"setting {path} must be {must_be}, found {value!r}")
 
 
-def _check_bytes(path: str, found: str, others: str = "") -> None:
+def one_of(*names: str) -> Requirement:
+    """One of these words."""
+    return Requirement(" or ".join(names), lambda value: value in names)
+
+
+def some_of(*names: str) -> Requirement:
+    """A list of any of these words."""
+    return Requirement(f"some of {names}", lambda values: set(values) <= set(names))
+
+
+def at_least(least: int) -> Requirement:
+    """A number that is not smaller than ``least``."""
+    return Requirement(f"at least {least}", lambda value: value >= least)
+
+
+def or_null(requirement: Requirement) -> Requirement:
+    """What ``requirement`` allows, or null."""
+    return Requirement(
+        f"{requirement.text} or null", lambda value: value is None or requirement.holds(value)
+    )
+
+
+def size_in_bytes(*words: str) -> Requirement:
+    """A size such as 8GiB, or one of ``words``."""
+    alternatives = f"{', '.join(words)} or " if words else ""
+    return Requirement(
+        f"{alternatives}a size such as 8GiB", lambda value: value in words or _is_size(value)
+    )
+
+
+def _is_size(text: str) -> bool:
     try:
-        parse_bytes(found)
+        parse_bytes(text)
     except ValueError:
-        _check(False, path, found, f"{others}a size such as 8GiB")
+        return False
+    return True
+
+
+POSITIVE = Requirement("greater than 0", lambda value: value > 0)
+POSITIVE_FINITE = Requirement("greater than 0 and finite", lambda value: 0 < value < math.inf)
+NON_NEGATIVE_FINITE = Requirement("at least 0 and finite", lambda value: 0 <= value < math.inf)
+FRACTION = Requirement("in [0, 1)", lambda value: 0 <= value < 1)
 
 
 @dataclass(frozen=True)
-class Columns:
-    """The label table's own names for what every cohort has."""
+class Section:
+    """Base of the sections; checks every field when one is created.
+
+    Raises
+    ------
+    UserError
+        A value does not meet its requirement; the message names the setting.
+    """
+
+    path: ClassVar[str] = ""
+    """Dotted name of the section."""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            requirement: Requirement | None = item.metadata.get("must_be")
+            if requirement is not None:
+                value = getattr(self, item.name)
+                is_valid = requirement.holds(value)
+                require(is_valid, f"{self.path}.{item.name}", value, requirement.text)
+        self.check_together()
+
+    def check_together(self) -> None:
+        """Check the fields that depend on each other."""
+
+
+@dataclass(frozen=True)
+class Columns(Section):
+    """The label table's own names for the columns that every cohort has."""
+
+    path = "data.columns"
 
     slide: str = setting("slide", "column of the slide id")
-    case: str | None = setting("case", "column of the case (patient); null: each row is a case")
-    split: str | None = setting("split", "column of the split; null: see data.cut")
+    case: str | None = setting(
+        "case", "column of the case (patient); null: each row is a case of its own"
+    )
+    split: str | None = setting("split", "column of the split; null: see data.split_file, data.cut")
     centre: str | None = setting(
-        None, "column of the centre, for results centre by centre; null: that of TCGA barcodes"
+        None, "column of the centre, for metrics by centre; null: taken from TCGA barcodes"
     )
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Splits cut from the training cases where table and split file have none."""
+class Cut(Section):
+    """Splits drawn from the training cases where the table and the split file have none."""
 
-    val: float = setting(0.0, "share of the training cases for validation, where there is none")
-    test: float = setting(0.0, "share of the training cases for the test, where there is none")
+    path = "data.cut"
 
-    def __post_init__(self) -> None:
-        for name in ("val", "test"):
-            share = getattr(self, name)
-            _check(0 <= share < 1, f"data.cut.{name}", share, "in [0, 1)")
+    val: float = setting(
+        0.0, "fraction of the training cases to draw for validation if there is none", FRACTION
+    )
+    test: float = setting(
+        0.0, "fraction of the training cases to draw for the test if there is none", FRACTION
+    )
 
 
 @dataclass(frozen=True)
-class Data:
-    """The cohort: its table and stores."""
+class Data(Section):
+    """The cohort: its label table, splits, and stores or features."""
+
+    path = "data"
 
     labels: str = setting("", "label table, .csv or .tsv")
-    stores: list[str] = setting([], "patch stores that hold the slides; files or globs")
+    stores: list[str] = setting([], "patch stores that hold the slides: files, globs or indexes")
     scales: list[list[str]] = setting(
-        [], "patch stores of further magnifications, a list each; see bag.shares"
+        [], "patch stores of further magnifications, one list for each; see bag.shares"
     )
     features: list[str] = setting(
         [], "frozen features of the slides, for --model <head>: folders, files or globs"
     )
-    cache: str = setting("auto", "memory for features, each rank; auto: half of what is free")
-    coords: str | None = setting(None, "folder of h5 coords, for stores that have none themselves")
+    cache: str = setting(
+        "auto",
+        "memory for features in each process; auto: half of what is free",
+        size_in_bytes("auto"),
+    )
+    coords: str | None = setting(
+        None, "folder of .h5 files with coordinates, for stores that have none"
+    )
     columns: Columns = field(default_factory=Columns)
     splits: dict[str, str] = setting(
-        {"train": "train", "val": "val", "test": "test"}, "the table's word -> train, val or test"
+        {"train": "train", "val": "val", "test": "test"},
+        "value in the split column -> train, val or test",
     )
     split_file: str | None = setting(
-        None, "splits of their own file, or a folder of such; in place of data.columns.split"
+        None, "file or folder with the splits, instead of the column data.columns.split"
     )
-    fold: str | None = setting(None, "the fold of data.split_file; null: its only one")
+    fold: str | None = setting(None, "fold of data.split_file to use; null: its only one")
     cut: Cut = field(default_factory=Cut)
-    slide_suffix: str = setting("", "taken off the end of the table's slide ids")
+    slide_suffix: str = setting("", "suffix to remove from the table's slide ids, such as .svs")
     slide_separator: str | None = setting(
-        None, "between the slide ids of a row that names several slides, such as ';'"
+        None,
+        "separator between the slide ids of a row that names several slides, such as ';'",
+        Requirement("null, or a sign such as ';'", lambda value: value != ""),
     )
-    unit: str = setting("slide", "what a bag holds: a slide, or all slides of a case")
-    unmatched: str = setting("error", "slides on one side only, bad rows: error, or drop and list")
+    unit: str = setting(
+        "slide", "what one bag holds: a slide, or all slides of a case", one_of("slide", "case")
+    )
+    unmatched: str = setting(
+        "error",
+        "rows without a slide, slides without a row, invalid rows: stop (error), or leave them out (drop)",
+        one_of("error", "drop"),
+    )
     decoder: str = setting("auto", "JPEG decoder")
-    workers: int | None = setting(None, "threads that decode; null: a rank's share of the cores")
-    bgr: bool = setting(False, "blue and red swapped, as the ABMILX project's models saw them")
-    source: str = setting("", "where the slides and labels come from (text, for messages)")
-    pack: str = setting("", "options of tools/pack_lmdb.py for this cohort (text, for messages)")
+    workers: int | None = setting(
+        None, "decoder threads; null: the process's share of the cores", or_null(POSITIVE)
+    )
+    bgr: bool = setting(
+        False, "swap the red and blue channels, as models of the ABMILX project expect"
+    )
+    source: str = setting("", "where the slides and labels come from (text for messages)")
+    pack: str = setting("", "options of `e2e pack` for this cohort (text for messages)")
 
-    def __post_init__(self) -> None:
-        _check(
-            self.unmatched in ("error", "drop"), "data.unmatched", self.unmatched, "error or drop"
-        )
-        _check(
-            self.slide_separator != "", "data.slide_separator", "", "null, or a sign such as ';'"
-        )
-        _check(self.unit in ("slide", "case"), "data.unit", self.unit, "slide or case")
-        for word in self.splits.values():
-            _check(word in ("train", "val", "test"), "data.splits", word, "train, val or test")
-        _check(
+    def check_together(self) -> None:
+        """Check the values of ``splits``, and ``fold`` against ``split_file``."""
+        for split in self.splits.values():
+            require(split in ("train", "val", "test"), "data.splits", split, "train, val or test")
+        require(
             self.fold is None or bool(self.split_file),
             "data.fold",
             self.fold,
             "null where data.split_file names no file",
         )
-        if self.cache != "auto":
-            _check_bytes("data.cache", self.cache, "auto or ")
-        _check(
-            self.workers is None or self.workers > 0, "data.workers", self.workers, "over 0 or null"
-        )
 
 
 @dataclass(frozen=True)
-class BagSettings:
-    """How many patches stand for a slide in training; the sampler says which."""
+class BagSettings(Section):
+    """How many patches represent a slide in training; the sampler decides which."""
 
-    patches: int | None = setting(512, "patches a bag in training; null: all")
-    size: int | None = setting(None, "side in pixels the encoder sees; null: as stored")
+    path = "bag"
+
+    patches: int | None = setting(
+        512, "patches per bag in training; null: all of them", or_null(POSITIVE)
+    )
+    size: int | None = setting(
+        None, "side in pixels to which patches are resized; null: as stored", or_null(POSITIVE)
+    )
     shares: list[float] = setting(
-        [], "parts of a bag from data.stores and each of data.scales; empty: data.stores alone"
+        [],
+        "parts of a bag taken from data.stores and from each of data.scales; empty: data.stores alone",
+        Requirement(
+            "greater than 0 and finite",
+            lambda values: all(POSITIVE_FINITE.holds(value) for value in values),
+        ),
     )
-    copies: bool = setting(False, "fill short bags up with copies of their own patches")
+    copies: bool = setting(False, "fill bags that are too small with copies of their own patches")
     shared_crops: int = setting(
-        0, "crop rectangles an update shares on a rank; 0: each patch its own"
+        0,
+        "number of crop rectangles that the patches of an update share; 0: one for each patch",
+        at_least(0),
     )
-    rescore: int = setting(1, "sampler=attention: score the patches anew every so many epochs")
+    rescore: int = setting(
+        1, "epochs between two scorings of the patches (sampler.name=attention)", at_least(1)
+    )
 
-    def __post_init__(self) -> None:
-        _check(
-            self.patches is None or self.patches > 0, "bag.patches", self.patches, "over 0 or null"
-        )
-        _check(self.size is None or self.size > 0, "bag.size", self.size, "over 0 or null")
-        for share in self.shares:
-            _check(0 < share < math.inf, "bag.shares", self.shares, "over 0 and finite")
-        _check(self.shared_crops >= 0, "bag.shared_crops", self.shared_crops, "at least 0")
-        _check(self.rescore > 0, "bag.rescore", self.rescore, "at least 1")
-        _check(
+    def check_together(self) -> None:
+        """Check ``copies`` against ``patches``."""
+        require(
             not self.copies or self.patches is not None,
             "bag.copies",
             self.copies,
-            "false where bag.patches is null: all patches make no bag short",
+            "false with bag.patches=null, where every bag has all of its patches",
         )
 
 
 @dataclass(frozen=True)
-class Optim:
-    """One step of the optimiser an update."""
+class Optim(Section):
+    """The optimiser and its schedule."""
+
+    path = "optim"
 
     name: str = setting(
-        "adamw", "adamw | adam (decay in the gradient: L2) | sgd (momentum 0.9, L2)"
+        "adamw",
+        "optimiser: adamw | adam (weight decay as L2) | sgd (momentum 0.9, weight decay as L2)",
+        one_of("adamw", "adam", "sgd"),
     )
-    schedule: str = setting("cosine", "of the rate after the warm-up: cosine (to 0) | constant")
-    lr: float = setting(2e-4, "peak learning rate of the head, and of the encoder")
-    encoder_lr: float | None = setting(None, "of the encoder's last layer; null: optim.lr")
-    layer_decay: float = setting(1.0, "each layer of the encoder learns at this of the one above")
-    weight_decay: float = setting(1e-5, "of matrices and kernels only")
-    bags: int = setting(8, "slides an update, over all ranks")
-    epochs: int = setting(100, "passes over the training slides")
-    warmup_epochs: float = setting(0.0, "linear warm-up, counted in updates")
-    clip: float | None = setting(1.0, "largest norm of all gradients; null: none")
-    ema: float = setting(0.9997, "decay of the averaged weights (it warms up); 0: none")
-    train_encoder: bool = setting(True, "false leaves the encoder as it is")
-    balance: bool = setting(False, "draw slides of each label equally often")
-
-    def __post_init__(self) -> None:
-        names, schedules = ("adamw", "adam", "sgd"), ("cosine", "constant")
-        _check(self.name in names, "optim.name", self.name, " or ".join(names))
-        _check(self.schedule in schedules, "optim.schedule", self.schedule, " or ".join(schedules))
-        _check(0 < self.lr < math.inf, "optim.lr", self.lr, "over 0 and finite")
-        _check(
-            self.encoder_lr is None or 0 < self.encoder_lr < math.inf,
-            "optim.encoder_lr",
-            self.encoder_lr,
-            "over 0 or null (optim.train_encoder=false leaves the encoder as it is)",
-        )
-        _check(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "in (0, 1]")
-        for name in ("weight_decay", "warmup_epochs"):
-            value = getattr(self, name)
-            _check(0 <= value < math.inf, f"optim.{name}", value, "at least 0 and finite")
-        _check(self.bags > 0, "optim.bags", self.bags, "at least 1")
-        _check(self.epochs > 0, "optim.epochs", self.epochs, "at least 1")
-        _check(self.clip is None or self.clip > 0, "optim.clip", self.clip, "over 0 or null")
-        _check(0 <= self.ema < 1, "optim.ema", self.ema, "in [0, 1)")
+    schedule: str = setting(
+        "cosine",
+        "learning rate after the warm-up: cosine (down to 0) | constant",
+        one_of("cosine", "constant"),
+    )
+    lr: float = setting(2e-4, "peak learning rate", POSITIVE_FINITE)
+    encoder_lr: float | None = setting(
+        None,
+        "peak learning rate of the encoder's last layer; null: optim.lr",
+        Requirement(
+            "greater than 0 or null (optim.train_encoder=false freezes the encoder)",
+            lambda value: value is None or POSITIVE_FINITE.holds(value),
+        ),
+    )
+    layer_decay: float = setting(
+        1.0,
+        "layer-wise learning-rate decay factor of the encoder",
+        Requirement("in (0, 1]", lambda value: 0 < value <= 1),
+    )
+    weight_decay: float = setting(
+        1e-5, "weight decay, of matrices and convolution kernels only", NON_NEGATIVE_FINITE
+    )
+    bags: int = setting(8, "bags per update, over all processes", at_least(1))
+    epochs: int = setting(100, "passes over the training slides", at_least(1))
+    warmup_epochs: float = setting(0.0, "epochs of linear warm-up", NON_NEGATIVE_FINITE)
+    clip: float | None = setting(
+        1.0, "maximum norm of the gradients; null: no clipping", or_null(POSITIVE)
+    )
+    ema: float = setting(
+        0.9997, "decay of the moving average of the weights, with warm-up; 0: none", FRACTION
+    )
+    train_encoder: bool = setting(True, "train the encoder; false freezes it")
+    balance: bool = setting(False, "draw slides of each class equally often")
 
 
 @dataclass(frozen=True)
-class Engine:
-    """How a bag goes through the encoder, and over how many processes."""
+class Engine(Section):
+    """How bags pass through the encoder, and on which devices and processes."""
 
-    chunk: int = setting(256, "most patches encoded at once")
+    path = "engine"
+
+    chunk: int = setting(256, "maximum number of patches encoded together", at_least(1))
     keep_graphs: str = setting(
-        "auto", "memory for chunks encoded but once: auto | none | all | a size such as 8GiB"
+        "auto",
+        "memory for chunks that are encoded once, without recomputation: auto | none | all | a size such as "
+        "8GiB",
+        size_in_bytes("auto", "none", "all"),
     )
     keep: str = setting(
-        "jpeg", "what of a patch waits for its second pass: jpeg | uint8 | float | none"
+        "jpeg",
+        "what is kept of a patch until its second pass: jpeg | uint8 | float | none",
+        one_of("jpeg", "uint8", "float", "none"),
     )
     batch_norm: str = setting(
-        "auto", "frozen | chunk | sync; auto: frozen with pretrained weights, else chunk"
+        "auto",
+        "BatchNorm statistics: frozen | chunk | sync; auto: frozen with pretrained weights, else chunk",
+        one_of("auto", "frozen", "chunk", "sync"),
     )
-    fold: bool = setting(True, "put frozen BatchNorms into their convolutions")
-    precision: str = setting("auto", "fp32 | tf32 | bf16; auto: the fastest the GPU has, else fp32")
-    compile: bool = setting(False, "compile the encoder for chunks of one shape (frozen BatchNorm)")
+    fold: bool = setting(True, "fold frozen BatchNorms into their convolutions")
+    precision: str = setting(
+        "auto",
+        "fp32 | tf32 | bf16; auto: bf16 on a GPU that supports it, else fp32",
+        one_of("auto", "fp32", "tf32", "bf16"),
+    )
+    compile: bool = setting(
+        False, "torch.compile the encoder for one chunk shape (frozen BatchNorm only)"
+    )
     cuda_graphs: bool = setting(
         False,
-        "with compile: replay CUDA graphs for chunks encoded twice (not under fsdp, deepspeed)",
+        "with engine.compile: CUDA graphs for chunks that are encoded twice (not with fsdp or deepspeed)",
     )
     checkpoint_blocks: bool = setting(
-        False, "the encoder's own gradient checkpointing inside a chunk (frozen BatchNorm)"
+        False, "the encoder's own gradient checkpointing inside a chunk (frozen BatchNorm only)"
     )
-    verify: bool = setting(False, "compare the features of the two passes over a chunk")
+    verify: bool = setting(False, "compare the features of the two passes over each chunk")
     device: str = setting("auto", "cpu | cuda; auto: the GPU if there is one")
-    strategy: str = setting("auto", "ddp | fsdp | deepspeed; auto: one process, or ddp on many")
-    deepspeed: str = setting("configs/deepspeed/zero2.json", "DeepSpeed's own settings")
-    shard: str = setting(
-        "auto", "bag: every large bag over all ranks; slide: none; auto: shard_over"
+    strategy: str = setting(
+        "auto",
+        "ddp | fsdp | deepspeed; auto: a single process, or ddp under torchrun",
+        one_of("auto", "ddp", "fsdp", "deepspeed"),
     )
-    shard_over: int = setting(4096, "shard=auto: bags of more patches go over all ranks")
-    max_bad_steps: int = setting(10, "stop after so many steps without a finite gradient")
-    timeout: float = setting(30.0, "minutes to wait for another rank")
+    deepspeed: str = setting("configs/deepspeed/zero2.json", "DeepSpeed's configuration file")
+    shard: str = setting(
+        "auto",
+        "bag: shard every bag over all processes; slide: never; auto: bags of more than engine.shard_over "
+        "patches",
+        one_of("auto", "slide", "bag"),
+    )
+    shard_over: int = setting(
+        4096, "with engine.shard=auto: shard bags of more patches than this", at_least(1)
+    )
+    max_bad_steps: int = setting(
+        10, "stop after this many updates without a finite gradient", at_least(1)
+    )
+    timeout: float = setting(
+        30.0,
+        "minutes to wait for another process before it counts as lost",
+        Requirement("greater than 0 (minutes)", lambda value: value > 0),
+    )
 
-    def __post_init__(self) -> None:
-        _check(self.chunk > 0, "engine.chunk", self.chunk, "at least 1")
-        _check(self.shard_over > 0, "engine.shard_over", self.shard_over, "at least 1")
-        _check(self.max_bad_steps > 0, "engine.max_bad_steps", self.max_bad_steps, "at least 1")
-        _check(self.timeout > 0, "engine.timeout", self.timeout, "over 0 (minutes)")
-        for name, known in (
-            ("keep", ("jpeg", "uint8", "float", "none")),
-            ("batch_norm", ("auto", "frozen", "chunk", "sync")),
-            ("precision", ("auto", "fp32", "tf32", "bf16")),
-            ("strategy", ("auto", "ddp", "fsdp", "deepspeed")),
-            ("shard", ("auto", "slide", "bag")),
-        ):
-            value = getattr(self, name)
-            _check(value in known, f"engine.{name}", value, " or ".join(known))
-        if self.cuda_graphs:
-            _check(
-                self.compile, "engine.cuda_graphs", True, "false, or engine.compile=true with it"
-            )
-            _check(
-                self.strategy in ("auto", "ddp"),
-                "engine.cuda_graphs",
-                True,
-                f"false with engine.strategy={self.strategy}, whose weights move in memory",
-            )
-        if self.keep_graphs not in ("auto", "none", "all"):
-            _check_bytes("engine.keep_graphs", self.keep_graphs, "auto, none, all or ")
+    def check_together(self) -> None:
+        """Check ``cuda_graphs`` against ``compile`` and ``strategy``."""
+        if not self.cuda_graphs:
+            return
+        require(self.compile, "engine.cuda_graphs", True, "false, or set engine.compile=true")
+        require(
+            self.strategy in ("auto", "ddp"),
+            "engine.cuda_graphs",
+            True,
+            f"false with engine.strategy={self.strategy}, which moves the weights in memory",
+        )
 
 
 @dataclass(frozen=True)
-class Select:
-    """Which epoch is kept; decided on the validation split alone."""
+class Select(Section):
+    """How the epoch is selected, on the validation split alone."""
 
-    every: int = setting(1, "validate every so many epochs (and after the last)")
-    patience: int | None = setting(None, "stop after so many validations without a better one")
+    path = "select"
+
+    every: int = setting(
+        1, "epochs between two validations (the last epoch is always validated)", at_least(1)
+    )
+    patience: int | None = setting(
+        None,
+        "stop after this many validations without improvement; null: never",
+        or_null(POSITIVE),
+    )
     min_epochs: int = setting(0, "never stop before this epoch")
-    weights: str = setting("auto", "model | ema: which is selected; auto: ema where there is one")
-    slides: int | None = setting(None, "validate on so many slides, always the same; null: all")
-    patches: int | None = setting(None, "validate on so many patches a slide, always the same")
-    cache: str = setting("1GiB", "memory for decoded patches of validation, each rank; 0: none")
-
-    def __post_init__(self) -> None:
-        _check(self.every > 0, "select.every", self.every, "at least 1")
-        for name in ("patience", "slides", "patches"):
-            value = getattr(self, name)
-            _check(value is None or value > 0, f"select.{name}", value, "over 0 or null")
-        _check_bytes("select.cache", self.cache)
-        known = ("auto", "model", "ema")
-        _check(self.weights in known, "select.weights", self.weights, " or ".join(known))
+    weights: str = setting(
+        "auto",
+        "weights that are evaluated: model | ema; auto: ema if optim.ema is greater than 0",
+        one_of("auto", "model", "ema"),
+    )
+    slides: int | None = setting(
+        None,
+        "validate on this many slides, always the same; null: all",
+        or_null(POSITIVE),
+    )
+    patches: int | None = setting(
+        None,
+        "validate on this many patches of each slide, always the same; null: all",
+        or_null(POSITIVE),
+    )
+    cache: str = setting(
+        "1GiB",
+        "memory for decoded validation patches in each process; 0: none",
+        size_in_bytes(),
+    )
 
 
 @dataclass(frozen=True)
-class Run:
-    """The run itself."""
+class Run(Section):
+    """The run itself: folder, seed, protocol, what is logged and drawn."""
+
+    path = "run"
 
     out: str = setting("", "run folder; empty: runs/<datasets>_<model>")
-    seed: int = setting(0, "of everything random")
+    seed: int = setting(
+        0, "random seed", Requirement("a 63-bit integer", lambda value: abs(value) < 2**63)
+    )
     protocol: str = setting(
         "honest",
-        "as_published: validation joins the test, which chooses the epoch, and the task is fitted to all "
-        "cases; for comparison",
+        "honest | as_published: for comparison with published results only: validation joins the test, which "
+        "selects the epoch, and the task is fitted to all cases",
+        one_of("honest", "as_published"),
     )
-    save_every: int = setting(0, "also save every so many updates within an epoch; 0: no")
-    bootstrap: int = setting(1000, "resamples of the cases for the 95 % intervals")
-    heatmaps: int | None = setting(None, "draw at most so many test slides; null: all")
+    save_every: int = setting(
+        0, "updates between two checkpoints within an epoch; 0: only after each epoch", at_least(0)
+    )
+    bootstrap: int = setting(
+        1000, "bootstrap resamples of the cases for the 95 % confidence intervals", at_least(0)
+    )
+    heatmaps: int | None = setting(
+        None, "maximum number of test slides to draw a heatmap of; null: all", or_null(at_least(0))
+    )
     track: list[str] = setting(
-        [], "also log to: tensorboard, wandb (its files, sent by nobody), wandb-online"
+        [],
+        "also log to: tensorboard, wandb (offline: nothing is uploaded), wandb-online",
+        some_of("tensorboard", "wandb", "wandb-online"),
     )
-
-    def __post_init__(self) -> None:
-        known = ("tensorboard", "wandb", "wandb-online")
-        _check(abs(self.seed) < 2**63, "run.seed", self.seed, "of 63 bits")
-        _check(self.save_every >= 0, "run.save_every", self.save_every, "at least 0")
-        _check(self.bootstrap >= 0, "run.bootstrap", self.bootstrap, "at least 0")
-        _check(
-            self.heatmaps is None or self.heatmaps >= 0,
-            "run.heatmaps",
-            self.heatmaps,
-            "at least 0 or null",
-        )
-        _check(set(self.track) <= set(known), "run.track", self.track, f"some of {known}")
-        ways = ("honest", "as_published")
-        _check(self.protocol in ways, "run.protocol", self.protocol, " or ".join(ways))
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """A registered name and its constructor's options."""
+    """A registered name and the options of its constructor."""
 
     name: str
     options: dict[str, Any]
@@ -318,7 +450,7 @@ class Plugin:
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a run; each part is handed to the code that uses it."""
+    """All settings of a run. Only :mod:`e2e.runs` reads them; everything below takes plain values."""
 
     data: Data
     bag: BagSettings
@@ -334,14 +466,10 @@ class Settings:
     select: Select
     run: Run
     names: dict[str, str]
-    """What was asked for: datasets and model."""
+    """The ``--datasets`` and ``--model`` of the command."""
 
 
-PLAIN = {
-    "data": Data,
-    "bag": BagSettings,
-    "optim": Optim,
-    "engine": Engine,
-    "select": Select,
-    "run": Run,
+SECTIONS: dict[str, type[Section]] = {
+    section.path: section for section in (Data, BagSettings, Optim, Engine, Select, Run)
 }
+"""The sections that are not options of plug-ins."""

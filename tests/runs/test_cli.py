@@ -22,7 +22,7 @@ from tests.helpers.patch_cohort import arguments
 from tests.helpers.patch_cohort import cohort as cohort
 from tests.helpers.paths import ROOT
 
-HEAVY = "torch timm torchvision pandas numpy scipy skimage matplotlib omegaconf rich".split()
+HEAVY = ["matplotlib", "numpy", "omegaconf", "pandas", "rich", "scipy", "skimage", "timm", "torch"]
     "torch",
     "timm",
     "torchvision",
@@ -33,7 +33,7 @@ HEAVY = "torch timm torchvision pandas numpy scipy skimage matplotlib omegaconf 
     "matplotlib",
     "omegaconf",
     "rich",
-)
+]
 BUILD_PARSERS = """
 import json, sys
 from e2e import cli

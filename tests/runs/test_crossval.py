@@ -16,7 +16,7 @@ from e2e.metrics.bootstrap import case_weights
 from e2e.metrics.values import auc
 from e2e.runs import crossval
 from e2e.runs import many as child
-from e2e.runs.crossval import Plan, Trial, make_plan, run_all, summarise, write_report
+from e2e.runs.crossval import Plan, Trial, make_plan, summarise, train_trials, write_tables
 from e2e.runs.parts import REGISTRIES
 from e2e.runs.saved import SavedPredictions
 from e2e.settings.layers import load_settings
@@ -75,8 +75,8 @@ def test_all_folds_are_judged_as_one_test_set_a_seed_under_the_same_resamples_of
     of_seed = [area([found[Trial(str(k), seed)] for k in range(3)], weights) for seed in (0, 1)]
     want = np.mean(of_seed, axis=0)
     row = row_of(found, "auc")
-    assert row.together["value"] == pytest.approx(want[0])
-    assert [row.together["low"], row.together["high"]] == pytest.approx(
+    assert row.all_folds["value"] == pytest.approx(want[0])
+    assert [row.all_folds["low"], row.all_folds["high"]] == pytest.approx(
         np.percentile(want[1:], [2.5, 97.5]).tolist()
     )
 
@@ -85,7 +85,7 @@ def test_folds_whose_models_are_on_other_scales_are_judged_by_themselves(monkeyp
     found = folds(seeds=1)
     monkeypatch.setattr(type(BINARY), "pools", False)
     each = [area([run], np.ones((1, 8)))[0] for run in found.values()]
-    assert row_of(found, "auc").together["value"] == pytest.approx(np.mean(each))
+    assert row_of(found, "auc").all_folds["value"] == pytest.approx(np.mean(each))
 
 
 def test_a_metric_that_a_fold_does_not_have_is_said_to_be_undefined_there(tmp_path):
@@ -96,7 +96,7 @@ def test_a_metric_that_a_fold_does_not_have_is_said_to_be_undefined_there(tmp_pa
     assert np.isnan(row.runs[0])
     assert row.mean == pytest.approx(np.mean(row.runs[1:]))
     plan = Plan(tmp_path, (), ("0", "1", "2"), (0,), "")
-    text = write_report(plan, found, [row], 50)
+    text = write_tables(plan, found, [row], 50)
     assert "(of 2 runs)" in text
     table = pd.read_csv(tmp_path / "results.csv")
     assert table["value"].isna().tolist() == [True, False, False]
@@ -107,11 +107,11 @@ def test_a_metric_that_a_fold_does_not_have_is_said_to_be_undefined_there(tmp_pa
 
 def test_another_cross_validation_in_the_same_folder_is_refused_and_more_seeds_are_not(tmp_path):
     plan = Plan(tmp_path / "cv", ("--datasets", "a"), ("0", "1"), (0,), "digest")
-    plan.keep()
-    Plan(tmp_path / "cv", ("--datasets", "a"), ("0", "1"), (0, 1), "digest").keep()
+    plan.write()
+    Plan(tmp_path / "cv", ("--datasets", "a"), ("0", "1"), (0, 1), "digest").write()
     for other in (("--datasets", "b"), "digest"), (("--datasets", "a"), "changed"):
         with pytest.raises(UserError, match="holds another cross-validation"):
-            Plan(tmp_path / "cv", other[0], ("0", "1"), (0,), other[1]).keep()
+            Plan(tmp_path / "cv", other[0], ("0", "1"), (0,), other[1]).write()
 
 
 def test_what_an_earlier_command_trained_in_the_folder_is_reported_too(tmp_path):
@@ -126,8 +126,10 @@ def test_what_an_earlier_command_trained_in_the_folder_is_reported_too(tmp_path)
         (tmp_path / "runs" / name).mkdir(parents=True)
         if name != "fold_0_seed_3":
             (tmp_path / "runs" / name / "metrics.json").write_text("{}")
-    assert plan.done == [Trial("1", 0), Trial("0", 0), Trial("a_b", 2)]
-    text = write_report(plan, {t: selected(k, ["a"]) for k, t in enumerate(plan.done)}, [], 50)
+    assert plan.finished_trials() == [Trial("1", 0), Trial("0", 0), Trial("a_b", 2)]
+    text = write_tables(
+        plan, {t: selected(k, ["a"]) for k, t in enumerate(plan.finished_trials())}, [], 50
+    )
     assert text.startswith("3 of 3 runs: 3 folds, 2 seed(s)")
 
 
@@ -137,7 +139,7 @@ def test_a_run_that_fails_ends_the_others_before_they_begin_and_names_its_log(tm
     with pytest.raises(
         UserError, match=r"1 run\(s\) failed\n  fold_0_seed_0: exit code 2, see .*log"
     ):
-        run_all(plan, [""], said.append)
+        train_trials(plan, [""], said.append)
     assert len(said) == 1
     assert not (tmp_path / "cv" / "runs" / "fold_1_seed_0.log").exists()
 
@@ -149,7 +151,7 @@ def test_a_run_that_fails_ends_the_others_before_they_begin_and_names_its_log(tm
         (["--folds", "3", "--only", "7"], "has no fold 7\n  it has: 0, 1, 2"),
         (
             ["--folds", "3", "data.split_file=s.csv"],
-            "data.split_file=null data.fold=null to have new ones",
+            "data.split_file=null data.fold=null to make new ones",
         ),
         (["--folds", "99"], "16 cases cannot be laid in 99 folds"),
         (["--folds", "3", "--seeds", "a"], "--seeds cannot be read"),
@@ -166,8 +168,8 @@ def test_a_mistake_is_told_before_any_training(cohort, monkeypatch, capsys, word
 
 def test_the_seed_of_the_settings_is_the_seed_of_the_runs(cohort, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(crossval, "run_all", lambda plan, *_: asked.extend(plan.trials))
-    monkeypatch.setattr(crossval, "report", lambda *_, **__: "")
+    monkeypatch.setattr(crossval, "train_trials", lambda plan, *_: asked.extend(plan.trials))
+    monkeypatch.setattr(crossval, "write_results", lambda *_, **__: "")
     words = [*own_words(cohort), "--folds", "2", "--out", cohort / "cv", "run.seed=5"]
     assert call(command.main, monkeypatch, capsys, *words) == (0, "")
     assert call(command.main, monkeypatch, capsys, *words, "--seeds", "1,2") == (0, "")
@@ -197,12 +199,12 @@ def test_a_fold_and_a_seed_are_one_run_however_often_they_are_asked_for(cohort):
     settings = load_settings(
         datasets=words[1], model=words[3], files=[], overrides=words[4:], registries=REGISTRIES
     )
-    plan = make_plan(settings, words, out=cohort / "cv", cut=3, only=["1", "1"], seeds=[4, 4])
+    plan = make_plan(settings, words, out=cohort / "cv", num_folds=3, only=["1", "1"], seeds=[4, 4])
     assert plan.trials == [Trial("1", 4)]
 
 
 @pytest.mark.parametrize(
-    "where", ["e2e.reports.evaluate.write_pictures", "e2e.runs.folder.write_json"]
+    "where", ["e2e.reports.evaluate.write_figures", "e2e.runs.folder.write_json"]
 )
 def test_a_run_that_is_killed_anywhere_is_not_done_and_goes_on(cohort, monkeypatch, capsys, where):
     words, folder = own_words(cohort), cohort / "cv" / "runs" / "fold_0_seed_0"
@@ -232,7 +234,7 @@ def test_every_case_is_tested_once_and_what_was_stopped_goes_on(cohort, monkeypa
     table = pd.read_csv(cohort / "cv" / "results.csv")
     assert set(table["fold"]) == {0, 1, 2}
     report = json.loads((runs / "fold_1_seed_0" / "metrics.json").read_text())
-    value = report["test"][report["selected"]]["auc"]["value"]
+    value = report["test"][report["selected_weights"]]["auc"]["value"]
     ours = table[(table["fold"] == 1) & (table["metric"] == "auc")]["value"]
     assert ours.to_list() == pytest.approx([value], nan_ok=True)
 

@@ -335,7 +335,7 @@ def test_resume_takes_no_other_settings(tmp_path, monkeypatch, capsys):
     code, said = call(train.main, monkeypatch, capsys, "--resume", tmp_path, "optim.lr=1")
     assert (code, "give nothing else" in said) == (2, True)
     code, said = call(train.main, monkeypatch, capsys, "--resume", tmp_path)
-    assert (code, "no run folder" in said) == (2, True)
+    assert (code, "is not a run folder" in said) == (2, True)
 
 
 @pytest.mark.slow
@@ -363,7 +363,7 @@ def test_a_full_disk_while_saving_keeps_the_last_checkpoint(finished, cohort, tm
 
 def test_predict_wants_a_run(tmp_path, monkeypatch, capsys):
     code, said = call(predict.main, monkeypatch, capsys, tmp_path, "--run", tmp_path / "none")
-    assert (code, "no run folder" in said) == (2, True)
+    assert (code, "is not a run folder" in said) == (2, True)
 
 
 def assert_same_weights(one: Path, two: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from e2e.errors import UserError
 from e2e.runs import sweep
-from e2e.runs.sweep import judge, read_space, search
+from e2e.runs.sweep import evaluate_trial, read_space, search
 from launch import sweep as command
 from tests.helpers.commands import call
 from tests.helpers.feature_cohort import arguments
@@ -75,7 +75,7 @@ def report(folder: Path, value: float | None) -> None:
     """A run that was evaluated."""
     folder.mkdir(parents=True)
     content = {
-        "selected": "ema",
+        "selected_weights": "ema",
         "chosen_on": "val",
         "val": {"ema": {"auc": {"value": value}}},
         "test": {"ema": {"auc": {"value": 1.0}}},
@@ -85,11 +85,11 @@ def report(folder: Path, value: float | None) -> None:
 
 def test_a_trial_is_worth_what_it_has_on_validation(tmp_path):
     report(tmp_path / "a", 0.25)
-    assert judge([], {}, tmp_path / "a", "auc") == 0.25
+    assert evaluate_trial([], {}, tmp_path / "a", "auc") == 0.25
     report(tmp_path / "b", None)
-    assert judge([], {}, tmp_path / "b", "auc") is None
+    assert evaluate_trial([], {}, tmp_path / "b", "auc") is None
     with pytest.raises(UserError, match="no 'kappa' on validation; it has: auc"):
-        judge([], {}, tmp_path / "a", "kappa")
+        evaluate_trial([], {}, tmp_path / "a", "kappa")
 
 
 @pytest.mark.parametrize(("metric", "best"), [("auc", 0.75), ("rmse", 0.5)])
@@ -97,9 +97,9 @@ def test_a_trial_whose_metric_is_not_defined_is_the_worst_and_the_search_goes_on
     tmp_path, monkeypatch, metric, best
 ):
     values = iter([None, 0.5, 0.75, None, None])
-    monkeypatch.setattr(sweep, "judge", lambda *_: next(values))
+    monkeypatch.setattr(sweep, "evaluate_trial", lambda *_: next(values))
     said: list[str] = []
-    given = {"metric": metric, "seed": 0, "say": said.append}
+    given = {"metric": metric, "seed": 0, "report": said.append}
     space = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
     assert search([], space, out=tmp_path / "a", trials=4, **given)["value"] == best
     assert f"  {metric} on validation undefined; best so far {best:.4f}" in said
@@ -112,7 +112,7 @@ def test_the_best_trial_is_the_one_of_the_least_error_or_of_the_most_merit(
     tmp_path, monkeypatch, metric, best
 ):
     values = iter([0.5, 0.25, 0.75, 0.6])
-    monkeypatch.setattr(sweep, "judge", lambda *_: next(values))
+    monkeypatch.setattr(sweep, "evaluate_trial", lambda *_: next(values))
     given = {"out": tmp_path, "trials": 4, "metric": metric, "seed": 0, "say": lambda _: None}
     space = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
     assert search([], space, **given)["value"] == best
@@ -168,7 +168,7 @@ def test_a_run_that_fails_ends_the_search_with_its_log(tmp_path):
             trials=1,
             metric="auc",
             seed=0,
-            say=lambda text: print(text, file=sys.stderr),
+            report=lambda text: print(text, file=sys.stderr),
         )
     [log] = (tmp_path / "sweep" / "runs").glob("*.log")
     assert "data.features" in log.read_text()

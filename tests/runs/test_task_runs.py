@@ -97,7 +97,7 @@ def test_a_task_runs_from_its_columns_to_its_metrics_and_again(labelled, monkeyp
         assert (folder / file).read_bytes() == (folder / "evaluation" / file).read_bytes()
     first, again = (read_predictions(at, "test") for at in (folder, folder / "evaluation"))
     np.testing.assert_array_equal(first.predicted, again.predicted)
-    assert first.facts == again.facts
+    assert first.cases_and_labels == again.cases_and_labels
 
 
 def test_coxs_baseline_hazard_is_that_of_the_training_cases_by_the_judged_weights(

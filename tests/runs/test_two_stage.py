@@ -372,7 +372,7 @@ def test_all_of_a_cohort_that_the_run_has_never_seen_is_its_test(cohort, monkeyp
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, line)])
     evaluate.main()
     said = capsys.readouterr().out
-    assert "NOTE 1 case(s) are named as some that the run was trained or chosen on" in said
+    assert "1 case(s) have names that also occur in the run's training or validation cases" in said
     assert "\n  c0\n" in said
     found = pd.read_csv(cohort / "run" / "external" / "predictions.csv").set_index("slide")
     assert sorted(found.index) == sorted(COUNTS)
@@ -496,7 +496,7 @@ def test_the_published_protocol_chooses_on_test_fits_on_all_and_says_so(
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments(cohort, *task)])
     train.main()
     assert (
-        "NOTE run.protocol=as_published: validation is part of the test, the epoch is chosen on the test"
+        "warning: run.protocol=as_published: validation slides are part of the test, the epoch is selected"
         in capsys.readouterr().out
     )
     assert len(seen) == len(COUNTS)

@@ -167,7 +167,7 @@ def table_of(change):
         (table_of(lambda t: t), ("--metric", "aux"), "no metric 'aux'"),
         (table_of(lambda t: t), ("--draws", "0"), "--draws must be at least 1"),
         (lambda folder: (folder / "predictions.csv").unlink(), (), "the run is not evaluated"),
-        (lambda folder: (folder / "settings.yaml").unlink(), (), "is no run folder"),
+        (lambda folder: (folder / "settings.yaml").unlink(), (), "is not a run folder"),
         (lambda folder: (folder / "task.json").unlink(), (), "has no task.json"),
         (lambda folder: (folder / "task.json").write_text("[]"), (), "does not fit the task"),
     ],
