@@ -22,18 +22,7 @@ from tests.helpers.patch_cohort import arguments
 from tests.helpers.patch_cohort import cohort as cohort
 from tests.helpers.paths import ROOT
 
-HEAVY = ["matplotlib", "numpy", "omegaconf", "pandas", "rich", "scipy", "skimage", "timm", "torch"]
-    "torch",
-    "timm",
-    "torchvision",
-    "pandas",
-    "numpy",
-    "scipy",
-    "skimage",
-    "matplotlib",
-    "omegaconf",
-    "rich",
-]
+HEAVY = "matplotlib numpy omegaconf pandas rich scipy skimage timm torch".split()  # noqa: SIM905
 BUILD_PARSERS = """
 import json, sys
 from e2e import cli
