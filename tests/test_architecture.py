@@ -14,7 +14,7 @@ FILES = sorted([*ROOT.glob("e2e/**/*.py"), *ROOT.glob("launch/*.py"), *ROOT.glob
 
 PARALLEL = {f"e2e/parallel/{name}.py" for name in ("ddp", "fsdp", "deepspeed")}
 OWNERS = {
-    "lmdb": {"e2e/store/lmdb.py", "tools/bench_loader.py"},
+    "lmdb": {"e2e/store/lmdb.py", "e2e/store/snapshot.py", "tools/bench_loader.py"},
     "openslide": {"e2e/wsi/slide.py"},
     "timm": {"e2e/encoders/timm.py", "e2e/encoders/foundation.py"},
     "torch.distributed": {*PARALLEL, "e2e/parallel/launcher.py"},

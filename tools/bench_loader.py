@@ -89,7 +89,9 @@ def tissue(args: argparse.Namespace, folder: Path) -> tuple[list[bytes], str]:
             "  give --size"
         )
     # Some thousands are enough for the bench store, which repeats them.
-    jpegs = [jpeg for slide in fits for jpeg in store.read(slide, range(store.count(slide)))][:4096]
+    jpegs = [jpeg for slide in fits for jpeg in store.read(slide, range(store.num_patches(slide)))][
+        :4096
+    ]
     return jpegs, f"{len(jpegs)} patches of {len(fits)} slides of {store.path.name}"
 
 
@@ -131,6 +133,7 @@ def write_store(path: Path, jpegs: Sequence[bytes], counts: Mapping[str, int], s
             grid = np.stack(np.divmod(np.arange(count), 200), axis=1) * side
             record = SlideRecord(
                 slide=slide,
+                num_patches=count,
                 coords=grid.astype(np.int32),
                 level0_px=float(side),
                 mpp=0.5,
@@ -559,7 +562,7 @@ def stream_memory(store: str, chunk: int, decoder: str, view: str) -> dict[str, 
     keep = "jpeg" if view == "training" else None
     reader = PixelRowReader(build_decoder(decoder), augment=Augment(flip="none"), keep=keep)
     slide = item_of(opened, "long")
-    side, count = opened.record("long").patch_px, opened.count("long")
+    side, count = opened.record("long").patch_px, opened.num_patches("long")
     warm = [(full_bag(item_of(opened, "c0"), BagSpec(reader), chunk), 0)]
     for bag, _ in prefetch(warm, CPU):
         bag.pixels(0, bag.chunks[0].stop, CPU)
@@ -662,7 +665,7 @@ def two_workers(
     """Patches a second of the training path on two cores, and of two bare decode loops."""
     os.sched_setaffinity(0, cores)
     opened = PatchStore(store)
-    sizes = Sizes(patches=opened.count(slide), chunk=chunk, decoder=decoder)
+    sizes = Sizes(patches=opened.num_patches(slide), chunk=chunk, decoder=decoder)
     jpegs = opened.read(slide, range(sizes.patches))
     bench = Bench(Path(store).parent, jpegs, opened.record(slide).patch_px, sizes, cores)
     bench.__dict__["store"] = opened

@@ -145,6 +145,7 @@ def write_store(folder: Path, counts: Sequence[int], size: int) -> PatchStore:
             grid = np.stack(np.divmod(np.arange(count), 200), axis=1) * size
             record = SlideRecord(
                 slide=f"n{count}",
+                num_patches=count,
                 coords=grid.astype(np.int32),
                 level0_px=float(size),
                 mpp=0.5,
@@ -307,7 +308,7 @@ def measure_memory(spec: dict[str, Any]) -> dict[str, Any]:
     work, way = Work(**spec["work"]), Way(**spec["way"])
     store, device = PatchStore(Path(spec["store"])), torch.device(work.device)
     model = build_model(work, way)
-    small = min(store.count(slide) for slide in store.slides)
+    small = min(store.num_patches(slide) for slide in store.slides)
     gradients(model, bag_of(store, [small], work, way), way, device)  # libraries load, grads exist
     before = resident()
     if device.type == "cuda":

@@ -34,7 +34,7 @@ from e2e.bags.spec import LabelledSlide
 from e2e.cohort.cases import CaseStore
 from e2e.cohort.features import check_values, describe_features
 from e2e.cohort.folds import tcga_sites
-from e2e.cohort.load import require_files, store_files
+from e2e.cohort.load import require_files
 from e2e.cohort.splits import SPLITS
 from e2e.cohort.table import join_words, read_table
 from e2e.errors import UserError, exit_code, format_list
@@ -56,6 +56,7 @@ from e2e.settings.arguments import common_settings
 from e2e.settings.schema import Data, Settings
 from e2e.sizes import show_bytes
 from e2e.slides import Slide
+from e2e.store.open import expand_store_paths
 from e2e.tasks.base import Task
 from e2e.wsi.tiling import Tiling
 
@@ -115,7 +116,7 @@ def table_slides(data: Data, targets: Sequence[str], site: str | None) -> list[S
 def has_store(settings: Settings) -> bool:
     """Whether anything of the patch stores, or of the features, is there."""
     entries = settings.data.features if on_features(settings) else settings.data.stores
-    return any(file.exists() for entry in entries for file in store_files(entry))
+    return any(file.exists() for entry in entries for file in expand_store_paths(entry))
 
 
 def load_as_a_run(
@@ -196,7 +197,7 @@ def describe_splits(items: Sequence[LabelledSlide], task: Task, *, patches: bool
     for split in SPLITS:
         own = [item for item in items if item.slide.split == split]
         cases = len({item.slide.case for item in own})
-        count = sum(item.store.count(item.slide.id) for item in own) if patches else 0
+        count = sum(item.store.num_patches(item.slide.id) for item in own) if patches else 0
         lines.append(
             f"{split:5}  {sum(map(slides_of, own)):,} slides, {cases:,} cases"
             + (f", {count:,} patches" if patches else "")
@@ -255,15 +256,17 @@ def describe_mpp(items: Sequence[LabelledSlide]) -> str:
 
 def describe_needs(settings: Settings, items: Sequence[LabelledSlide]) -> list[str]:
     """Disk and memory, from the counts and the sizes of the files."""
-    data, counts = settings.data, [item.store.count(item.slide.id) for item in items]
+    data, counts = settings.data, [item.store.num_patches(item.slide.id) for item in items]
     if on_features(settings):
         width = describe_features(items)["width"]
         return [
             f"memory: all features {show_bytes(4 * width * sum(counts))} ({sum(counts):,} x {width} x 4 "
             f"bytes), the largest bag {show_bytes(4 * width * max(counts))}; data.cache={data.cache}"
         ]
-    files = {f for entries in (data.stores, *data.scales) for e in entries for f in store_files(e)}
-    first = sum(f.stat().st_size for entry in data.stores for f in store_files(entry))
+    files = {
+        f for entries in (data.stores, *data.scales) for e in entries for f in expand_store_paths(e)
+    }
+    first = sum(f.stat().st_size for entry in data.stores for f in expand_store_paths(entry))
     disk, patch = sum(file.stat().st_size for file in files), first / sum(counts)
     bag = min(settings.bag.patches or max(counts), max(counts))
     update = settings.optim.bags * bag * patch

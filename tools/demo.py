@@ -171,7 +171,10 @@ def mean_colour_auc(labels: Path, store_path: Path) -> dict[str, Any]:
     table = table[[slide in store for slide in table["slide"]]]
     colours = np.stack(
         [
-            decoder.decode(store.read(s, range(store.count(s)))).double().mean((0, 2, 3)).numpy()
+            decoder.decode(store.read(s, range(store.num_patches(s))))
+            .double()
+            .mean((0, 2, 3))
+            .numpy()
             for s in table["slide"]
         ]
     )

@@ -1,12 +1,12 @@
-"""What a patch store holds, whether all of it is whole, and how its patches look.
+"""Show what patch stores hold, check them for damage, and draw some of their patches.
 
   python tools/inspect_lmdb.py cohort.lmdb                     recipe, totals, the first 10 slides
   python tools/inspect_lmdb.py cohort.lmdb --all               every slide
   python tools/inspect_lmdb.py a.lmdb b.lmdb --verify          check every value and decode every JPEG
   python tools/inspect_lmdb.py cohort.lmdb --sheet sheet.png   a picture of random patches
 
-Exit codes: 0 nothing is wrong; 2 a mistake or an unreadable store, which the message names;
-3 there are faults, each of them listed.
+Exit codes: 0 no faults; 2 a user error or an unreadable store, explained in one message; 3 there are
+faults, and each is listed.
 """
 
 from __future__ import annotations
@@ -33,17 +33,21 @@ from e2e.seeds import mix_seed
 from e2e.store.lmdb import PatchStore
 from e2e.store.records import SlideRecord
 
-BATCH = 64  # patches decoded at once
-CELL = 96  # px of a patch on the sheet
+BATCH_SIZE = 64
+"""Patches decoded at a time."""
+CELL = 96
+"""Side of a patch on the sheet, in pixels."""
 HEADER = ("slide", "patches", "mpp", "level-0 side", "size", "source")
 
 
 @dataclass
 class Contents:
-    """The slides of a store, and those whose record cannot be read."""
+    """The records of a store."""
 
     records: list[SlideRecord]
+    """Those that can be read."""
     faults: list[str]
+    """A line per record that cannot be read."""
 
     @classmethod
     def of(cls, store: PatchStore) -> Contents:
@@ -58,36 +62,42 @@ class Contents:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stores", nargs="+", type=Path, metavar="STORE")
     rows = parser.add_mutually_exclusive_group()
     rows.add_argument("--all", action="store_true", help="list every slide")
-    rows.add_argument("--first", type=int, default=10, metavar="N", help="list N slides (10)")
+    rows.add_argument(
+        "--first", type=int, default=10, metavar="N", help="list the first N slides (default: 10)"
+    )
     parser.add_argument("--verify", action="store_true", help="check and decode every patch")
-    parser.add_argument("--decoder", default="auto", help="for --verify and --sheet")
+    parser.add_argument("--decoder", default="auto", help="JPEG decoder of --verify and --sheet")
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw random patches")
-    parser.add_argument("--sheet-slides", type=int, default=8, metavar="N", help="rows (8)")
-    parser.add_argument("--sheet-patches", type=int, default=12, metavar="N", help="a row (12)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random patches")
+    parser.add_argument(
+        "--sheet-slides", type=int, default=8, metavar="N", help="rows of the sheet (default: 8)"
+    )
+    parser.add_argument(
+        "--sheet-patches", type=int, default=12, metavar="N", help="patches per row (default: 12)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the sheet")
     return parser.parse_args(argv)
 
 
 def describe(store: PatchStore, contents: Contents) -> list[str]:
-    """The store in a few lines; what differs between slides is given as its range."""
+    """Describe a store in a few lines; what differs between slides is given as a range."""
     records = contents.records
-    counts = [record.count for record in records]
+    counts = [record.num_patches for record in records]
     lines = [
         f"{store.path}: {store.path.stat().st_size:,} bytes",
-        f"  recipe: {', '.join(f'{k}={v}' for k, v in store.recipe.items()) or 'none given'}",
+        f"  recipe: {', '.join(f'{k}={v}' for k, v in store.recipe.items()) or 'none'}",
         f"  slides: {len(store.slides):,}",
         f"  patches: {sum(counts):,}",
     ]
     if records:
         lines += [
-            f"  patches a slide: {min(counts):,} to {max(counts):,},"
+            f"  patches per slide: {min(counts):,} to {max(counts):,},"
             f" median {int(np.median(counts)):,}",
             f"  patch size: {span([r.patch_px for r in records])} px",
             f"  mpp: {span([r.mpp for r in records])} um/px",
@@ -96,21 +106,21 @@ def describe(store: PatchStore, contents: Contents) -> list[str]:
 
 
 def span(values: Sequence[float | None]) -> str:
-    """``0.5``, ``0.25 to 0.5``, ``unknown``, or a range with the count of unknown values."""
-    known = [value for value in values if value is not None]
-    unknown = len(values) - len(known)
-    if not known:
+    """Return a range as text: ``0.5``, ``0.25 to 0.5``, ``unknown`` or ``0.5 (2 unknown)``."""
+    numbers = [value for value in values if value is not None]
+    unknown = len(values) - len(numbers)
+    if not numbers:
         return "unknown"
-    low, high = (f"{value:.4g}" for value in (min(known), max(known)))
+    low, high = (f"{value:.4g}" for value in (min(numbers), max(numbers)))
     text = low if low == high else f"{low} to {high}"
     return f"{text} ({unknown} unknown)" if unknown else text
 
 
 def row(record: SlideRecord) -> tuple[str, ...]:
-    """A slide as words, in the order of ``HEADER``."""
+    """Return the cells of a slide, in the order of `HEADER`."""
     return (
         record.slide,
-        f"{record.count:,}",
+        f"{record.num_patches:,}",
         "unknown" if record.mpp is None else f"{record.mpp:.4g}",
         f"{record.level0_px:.6g}",
         f"{record.width}x{record.height}" if record.width else "unknown",
@@ -118,11 +128,11 @@ def row(record: SlideRecord) -> tuple[str, ...]:
     )
 
 
-def print_slides(screen: Screen, records: Sequence[SlideRecord], most: int | None) -> None:
-    """A table on a terminal, columns of text elsewhere."""
-    shown = [row(record) for record in records[:most]]
+def print_slides(screen: Screen, records: Sequence[SlideRecord], limit: int | None) -> None:
+    """Print the first slides: a table on a terminal, columns of text elsewhere."""
+    shown = [row(record) for record in records[:limit]]
     if screen.console.is_terminal:
-        # Folded, never cut short: an id that is not whole is no id.
+        # Folded, never truncated: part of an id is useless.
         table = Table(*(Column(name, overflow="fold") for name in HEADER))
         for words in shown:
             table.add_row(*map(escape, words))
@@ -136,18 +146,26 @@ def print_slides(screen: Screen, records: Sequence[SlideRecord], most: int | Non
         screen.say(f"  ... and {len(records) - len(shown):,} more slides; --all lists them")
 
 
-def faults(
+def find_faults(
     store: PatchStore, records: Iterable[SlideRecord], decoder: Decoder, done: Callable[[int], None]
 ) -> Iterator[str]:
-    """A line for each value that is not what was written, or is no JPEG of the right size.
+    """Yield a line per value that differs from what was written, or is not a JPEG of the right size.
 
-    Args:
-        done: called with the number of patches checked since the last call.
+    Parameters
+    ----------
+    store : PatchStore
+        The store.
+    records : iterable of SlideRecord
+        The slides to check.
+    decoder : Decoder
+        Decodes the JPEGs.
+    done : callable
+        Called with the number of patches checked since the last call.
     """
     for record in records:
-        yield from store.damage(record.slide)
-        for start in range(0, record.count, BATCH):
-            rows = range(start, min(start + BATCH, record.count))
+        yield from store.find_damage(record.slide)
+        for start in range(0, record.num_patches, BATCH_SIZE):
+            rows = range(start, min(start + BATCH_SIZE, record.num_patches))
             yield from _undecodable(store, record, rows, decoder)
             done(len(rows))
 
@@ -161,24 +179,24 @@ def _undecodable(
         side = None
     if side == (record.patch_px, record.patch_px):
         return
-    for index in rows:  # one by one, because a batch tells of its first fault only
+    for index in rows:  # one by one, because a batch reports its first fault only
         where = f"slide '{record.slide}' patch {index}"
         try:
             height, width = decoder.decode(store.read(record.slide, [index])).shape[-2:]
         except UndecodableError as error:
             yield f"{where}: {error}"
         except DamagedDataError:
-            continue  # missing, which the checksums tell already
+            continue  # missing, which find_damage has reported
         else:
             if (height, width) != (record.patch_px, record.patch_px):
-                yield f"{where}: is {width}x{height} px, the record says {record.patch_px} px"
+                yield f"{where}: is {width}x{height} px, but the record says {record.patch_px} px"
 
 
 def verify(
     screen: Screen, store: PatchStore, records: Sequence[SlideRecord], decoder: Decoder
 ) -> list[str]:
-    """Check all patches of a store, with a progress line; the faults, each said at once."""
-    total = sum(record.count for record in records)
+    """Check all patches of a store with a progress line; print and return the faults."""
+    total = sum(record.num_patches for record in records)
     checked = 0
 
     def done(patches: int) -> None:
@@ -186,12 +204,12 @@ def verify(
         checked += patches
         screen.step(checked, total, "patches checked")
 
-    found = []
-    for fault in faults(store, records, decoder, done):
-        found.append(fault)
+    faults = []
+    for fault in find_faults(store, records, decoder, done):
+        faults.append(fault)
         screen.say(f"  FAULT {fault}")
     screen.pause()
-    return found
+    return faults
 
 
 def draw_sheet(
@@ -203,28 +221,51 @@ def draw_sheet(
     patches: int,
     seed: int,
 ) -> None:
-    """Write a PNG: a row of random patches for each of some random slides, its id above it.
+    """Write a PNG with a row of random patches for each of some random slides, its id above it.
 
-    A patch that cannot be decoded is a red cell. A pure function of the stores and ``seed``.
+    A patch that cannot be decoded is a red cell. The same stores and seed give the same picture.
+
+    Parameters
+    ----------
+    stores : sequence of (PatchStore, sequence of SlideRecord)
+        The stores and their slides.
+    decoder : Decoder
+        Decodes the JPEGs.
+    path : Path
+        The PNG.
+    slides : int
+        Rows.
+    patches : int
+        Patches per row.
+    seed : int
+        Random seed.
+
+    Raises
+    ------
+    UserError
+        If there are no patches, or the file cannot be written.
     """
-    pairs = [(store, record) for store, records in stores for record in records if record.count]
+    pairs = [
+        (store, record) for store, records in stores for record in records if record.num_patches
+    ]
     if not pairs:
-        raise UserError(f"cannot draw {path}: there are no patches")
+        raise UserError(f"cannot draw {path}: there are no patches in the stores")
     rng = np.random.default_rng(mix_seed(seed, "sheet"))
-    chosen = sorted(rng.choice(len(pairs), min(slides, len(pairs)), replace=False))
+    numbers = sorted(rng.choice(len(pairs), min(slides, len(pairs)), replace=False))
     caption = 18
     canvas = Image.new(
-        "RGB", (patches * (CELL + 4) + 4, len(chosen) * (CELL + caption + 4) + 4), "white"
+        "RGB", (patches * (CELL + 4) + 4, len(numbers) * (CELL + caption + 4) + 4), "white"
     )
     pen = ImageDraw.Draw(canvas)
-    for line, number in enumerate(chosen):
+    for line, number in enumerate(numbers):
         store, record = pairs[number]
         top = 4 + line * (CELL + caption + 4)
         mpp = "unknown mpp" if record.mpp is None else f"{record.mpp:.4g} um/px"
-        text = f"{record.slide}   {record.count:,} patches of {record.patch_px} px, {mpp}"
+        text = f"{record.slide}   {record.num_patches:,} patches of {record.patch_px} px, {mpp}"
         pen.text((4, top + 2), text, fill="black")
         draw = np.random.default_rng(mix_seed(seed, "sheet", record.slide))
-        rows = sorted(draw.choice(record.count, min(patches, record.count), replace=False))
+        size = min(patches, record.num_patches)
+        rows = sorted(draw.choice(record.num_patches, size, replace=False))
         for column, index in enumerate(rows):
             cell = _cell(store, record, int(index), decoder)
             canvas.paste(cell, (4 + column * (CELL + 4), top + caption))
@@ -242,7 +283,7 @@ def _cell(store: PatchStore, record: SlideRecord, index: int, decoder: Decoder) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print, and verify or draw when asked."""
+    """Describe the stores; verify and draw them as requested. Return 3 if there are faults."""
     args = parse(argv)
     for option, value in (
         ("--first", args.first),
@@ -250,13 +291,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("--sheet-patches", args.sheet_patches),
     ):
         if value < (0 if option == "--first" else 1):
-            raise UserError(f"{option} is a number of rows or patches, not {value}")
+            raise UserError(f"{option} {value}: must be a number of rows or patches")
     if args.sheet and args.sheet.suffix.lower() != ".png":
-        raise UserError(f"--sheet writes a PNG; name it .png, not {args.sheet}")
+        raise UserError(f"--sheet {args.sheet}: must end in .png")
     decoder = build_decoder(args.decoder)
     stores = [PatchStore(path) for path in args.stores]
     screen = Screen(is_leader=True)
-    count, drawn = 0, []
+    num_faults, drawn = 0, []
     for store in stores:
         contents = Contents.of(store)
         drawn.append((store, contents.records))
@@ -265,17 +306,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_slides(screen, contents.records, None if args.all else args.first)
         for fault in contents.faults:
             screen.say(f"  FAULT {fault}")
-        found = list(contents.faults)
+        faults = list(contents.faults)
         if args.verify:
-            found += verify(screen, store, contents.records, decoder)
-            patches = sum(record.count for record in contents.records)
-            screen.say(f"  verified {patches:,} patches: {len(found)} fault(s)")
-        count += len(found)
+            faults += verify(screen, store, contents.records, decoder)
+            patches = sum(record.num_patches for record in contents.records)
+            screen.say(f"  verified {patches:,} patches: {len(faults)} fault(s)")
+        num_faults += len(faults)
     if args.sheet:
         size = {"slides": args.sheet_slides, "patches": args.sheet_patches, "seed": args.seed}
         draw_sheet(drawn, decoder, args.sheet, **size)
         screen.say(f"sheet: {args.sheet}")
-    return 3 if count else 0
+    return 3 if num_faults else 0
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ class Study:
         some = pd.concat([rest.groupby(data.columns.split).head(1), table.drop(rest.index)])
         for name, rows in (("without_test", rest), ("test", some)):
             write_atomically(self.out / f"labels_{name}.csv", rows.to_csv(index=False).encode())
-        return [item.record.count for item in items if item.slide.split == "train"]
+        return [item.record.num_patches for item in items if item.slide.split == "train"]
 
     def keep_to(self, arms: Mapping[str, Arm]) -> None:
         """Runs of another plan or other settings in this folder are no part of this study."""

@@ -155,7 +155,7 @@ class StoredPixels:
         if more or not self._look.decoder.borrows:
             return self._decode(group, _copies(group), device)
         store = cast(PatchReader, first.store)
-        return store.lend(
+        return store.borrow(
             first.slide, first.indices, lambda jpegs: self._decode(group, jpegs, device)
         )
 

@@ -62,7 +62,7 @@ class BagSpec:
 
     def quotas(self, item: LabelledSlide) -> tuple[int, ...]:
         """Of each of its stores."""
-        counts = [store.count(item.slide.id) for store in self._stores(item)]
+        counts = [store.num_patches(item.slide.id) for store in self._stores(item)]
         if self.copies and self.bag_size is not None:
             counts = [self.bag_size] * len(counts)
         return scale_quotas(self.bag_size, self.shares or (1,), counts)
@@ -84,7 +84,7 @@ class BagSpec:
             record = store.record(slide)
             indices = self.sampler.choose(
                 slide,
-                record.count,
+                record.num_patches,
                 quota,
                 scale=scale,
                 coords=record.coords if self.sampler.uses_coords else None,
@@ -105,7 +105,7 @@ class BagSpec:
     def check_places(self, item: LabelledSlide) -> None:
         """UserError where nobody knows the coords of its patches."""
         for store in self._stores(item):
-            _ = store.record(item.slide.id).places
+            store.record(item.slide.id).require_coords()
 
     def _stores(self, item: LabelledSlide) -> tuple[SlideReader, ...]:
         return (item.store, *item.more)[: len(self.shares) or 1]

@@ -17,7 +17,7 @@ from e2e.cohort.table import join_words
 from e2e.errors import UserError, format_list
 from e2e.features.reader import FeatureFiles
 from e2e.slides import Slide
-from e2e.store.records import PatchReader, PlacelessRecord, SlideReader, SlideRecord
+from e2e.store.records import PatchReader, SlideReader, SlideRecord
 
 T = TypeVar("T")
 
@@ -51,9 +51,9 @@ class CaseStore:
     def __contains__(self, slide: str) -> bool:
         return slide == self.case
 
-    def count(self, slide: str) -> int:
+    def num_patches(self, slide: str) -> int:
         """Patches of all slides."""
-        return sum(store.count(own) for store, own in self.parts)
+        return sum(store.num_patches(own) for store, own in self.parts)
 
     @cached_property
     def _record(self) -> SlideRecord:
@@ -67,20 +67,19 @@ class CaseStore:
         first, widths = records[0], [record.width for record in records]
         known: dict[str, Any] = {
             "slide": self.case,
+            "num_patches": self.num_patches(self.case),
             "height": max(record.height for record in records),
         }
         if any(record.coords is None for record in records):
-            values: dict[str, Any] = {**vars(first), **known, "coords": None, "width": 0}
-            values["patches"] = self.count(self.case)
-            return PlacelessRecord(**values)
+            return replace(first, **known, coords=None, width=0)
         # Side by side, a slide's width or reach and two patches between two of them.
         reaches = [
-            max(width, int(record.places[:, 0].max() + 3 * max(1, record.level0_px)))
+            max(width, int(record.require_coords()[:, 0].max() + 3 * max(1, record.level0_px)))
             for width, record in zip(widths, records, strict=True)
         ]
         starts = np.cumsum([0, *reaches])
         coords = [
-            record.places + np.array([start, 0], np.int32)
+            record.require_coords() + np.array([start, 0], np.int32)
             for record, start in zip(records, starts, strict=False)
         ]
         together = np.concatenate(coords).astype(np.int32)
@@ -100,8 +99,8 @@ class CaseStore:
     def origins(self) -> tuple[list[str], NDArray[np.int32]]:
         """(N,) the slide of each patch, and (N, 2) its coords there, which all slides must have."""
         records = [store.record(slide) for store, slide in self.parts]
-        slides = [record.slide for record in records for _ in range(record.count)]
-        return slides, np.concatenate([record.places for record in records])
+        slides = [record.slide for record in records for _ in range(record.num_patches)]
+        return slides, np.concatenate([record.require_coords() for record in records])
 
     def read(self, slide: str, indices: Sequence[int] | NDArray[np.int64]) -> list[bytes]:
         """JPEG bytes of the given patches, in the order asked for."""
@@ -114,7 +113,7 @@ class CaseStore:
                 found[row] = value
         return found
 
-    def lend(
+    def borrow(
         self,
         slide: str,
         indices: Sequence[int] | NDArray[np.int64],
@@ -123,10 +122,10 @@ class CaseStore:
         """What ``work`` makes of the JPEGs; of copies, here."""
         return work(self.read(slide, indices))
 
-    def damage(self, slide: str) -> Iterator[str]:
+    def find_damage(self, slide: str) -> Iterator[str]:
         """Check every value of every slide."""
         for store, own in self.parts:
-            yield from cast(PatchReader, store).damage(own)
+            yield from cast(PatchReader, store).find_damage(own)
 
     @property
     def width(self) -> int:
@@ -140,7 +139,7 @@ class CaseStore:
     def _spans(self) -> Iterator[tuple[tuple[SlideReader, str], int, int]]:
         start = 0
         for store, own in self.parts:
-            stop = start + store.count(own)
+            stop = start + store.num_patches(own)
             yield (store, own), start, stop
             start = stop
 

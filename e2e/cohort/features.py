@@ -7,14 +7,14 @@ from typing import Any, cast
 
 from e2e.bags.spec import LabelledSlide
 from e2e.errors import DamagedDataError, UserError, format_list
-from e2e.features.check import made_by
+from e2e.features.check import describe_encoder
 from e2e.features.reader import FeatureFiles
 from e2e.log import Screen
 
 
 def describe_features(items: Sequence[LabelledSlide]) -> dict[str, Any]:
     """``width`` and ``encoder`` (empty where the files do not say) of the slides' features."""
-    makers = (made_by(item.store.recipe) for item in items)
+    makers = (describe_encoder(item.store.recipe) for item in items)
     width = cast(FeatureFiles, items[0].store).width
     return {"width": width, "encoder": next(filter(None, makers), "")}
 

@@ -45,7 +45,7 @@ def check_copies(slides: Sequence[Slide], stores: Mapping[str, SlideReader]) -> 
             "would not be honest\n"
             + format_list(
                 " = ".join(f"'{s.id}' ({s.split})" for s in sorted(group, key=lambda s: s.id))
-                + f": the same {stores[group[0].id].count(group[0].id):,} patches"
+                + f": the same {stores[group[0].id].num_patches(group[0].id):,} patches"
                 for group in alike.values()
             )
             + "\n  keep one name of each in the label table"
@@ -94,7 +94,7 @@ def _jpeg_of(slide: str, store: PatchStore, checksum: int) -> bytes:
 
 
 def _count(slide: str, store: SlideReader) -> int:
-    return store.count(slide)
+    return store.num_patches(slide)
 
 
 def _glance(slide: str, store: SlideReader) -> object:
@@ -104,7 +104,7 @@ def _glance(slide: str, store: SlideReader) -> object:
         if coords is not None:
             return coords.tobytes()
         return cast("FeatureFiles", store).first_rows(slide, ROWS).tobytes()
-    middle = store.count(slide) // 2  # the edges of tissue look alike
+    middle = store.num_patches(slide) // 2  # the edges of tissue look alike
     return _checksums(slide, cast(PatchReader, store), [middle]).tobytes()
 
 
@@ -112,7 +112,7 @@ def _whole(slide: str, store: SlideReader) -> bytes:
     """All that is compared; besides the sums one JPEG, since a single patch's sum may be another's."""
     if hasattr(store, "features"):
         return cast("FeatureFiles", store).features(slide).numpy().tobytes()
-    count, patches = store.count(slide), cast(PatchReader, store)
+    count, patches = store.num_patches(slide), cast(PatchReader, store)
     return _checksums(slide, patches, range(count)).tobytes() + patches.read(slide, [count // 2])[0]
 
 

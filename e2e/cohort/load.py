@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,8 +29,7 @@ from e2e.features.reader import FeatureFiles, open_features
 from e2e.log import Screen
 from e2e.settings.schema import Cut, Data
 from e2e.slides import Slide
-from e2e.store.cluster import read_index
-from e2e.store.open import open_store
+from e2e.store.open import expand_store_paths, open_store
 from e2e.store.records import PatchReader
 from e2e.tasks.base import Task
 
@@ -175,7 +173,7 @@ def _settle(problems: Sequence[Problem], data: Data, name: str, file: Path | Non
 
 def open_feature_readers(data: Data) -> list[FeatureFiles]:
     """Those of ``data.features``, all of one width."""
-    paths = [path for entry in data.features for path in store_files(entry)]
+    paths = [path for entry in data.features for path in expand_store_paths(entry)]
     found = [open_features(path) for path in paths]
     common_width(found)
     return found
@@ -184,17 +182,9 @@ def open_feature_readers(data: Data) -> list[FeatureFiles]:
 def open_patch_readers(data: Data) -> list[list[PatchReader]]:
     """The stores of each magnification, ``data.stores`` first."""
     return [
-        [open_store(path, data.coords) for entry in entries for path in store_files(entry)]
+        [open_store(path, data.coords) for entry in entries for path in expand_store_paths(entry)]
         for entries in (data.stores, *data.scales)
     ]
-
-
-def store_files(entry: str) -> list[Path]:
-    """The files that an entry of ``data.stores`` stands for: a file, a glob, or a pack's index."""
-    if any(sign in entry for sign in "*?["):
-        return sorted(Path(found) for found in glob.glob(entry, recursive=True))
-    path = Path(entry)
-    return read_index(path) if path.suffix == ".json" and path.is_file() else [path]
 
 
 def require_files(data: Data, name: str, targets: Sequence[str], *, features: bool = False) -> None:
@@ -210,7 +200,7 @@ def require_files(data: Data, name: str, targets: Sequence[str], *, features: bo
     missing = [
         (kind, path)
         for kind, path in needed
-        if not any(file.exists() for file in store_files(path))
+        if not any(file.exists() for file in expand_store_paths(path))
     ]
     if not missing:
         return

@@ -35,7 +35,9 @@ def match_slides(
         for slide, store in where.items()
         if slide not in named
     ]
-    empty = {slide for slide, store in where.items() if slide in named and not store.count(slide)}
+    empty = {
+        slide for slide, store in where.items() if slide in named and not store.num_patches(slide)
+    }
     problems += [
         Problem(slide, where[slide].path.name, "has no patches") for slide in sorted(empty)
     ]

@@ -27,7 +27,7 @@ def write_cohort(items: Sequence[LabelledSlide], problems: Sequence[Problem], pa
             "case": item.slide.case,
             "split": item.slide.split,
             **item.slide.target,
-            "patches": item.store.count(item.slide.id),
+            "patches": item.store.num_patches(item.slide.id),
             "store": str(item.store.path),
             "left_out": "",
         }

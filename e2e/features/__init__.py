@@ -1,1 +1,1 @@
-"""Frozen features of slides in the formats of several tools."""
+"""Frozen features of slides, in the formats of several tools."""

@@ -1,46 +1,46 @@
-"""The layouts in which other tools and this one keep features."""
+"""The layouts in which several tools save features.
+
+A format is one function in :data:`FEATURE_FORMATS`. It takes a path and returns a :class:`Layout`, which
+maps slides to files, or None if the path holds something else.
+"""
 
 from __future__ import annotations
 
 import json
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from e2e.errors import DamagedDataError, UserError, format_list
+from e2e.errors import UserError, format_list
+from e2e.features.arrays import (
+    ARRAY_FILES,
+    SlideArrays,
+    arrays_of_h5,
+    h5_error,
+    list_files,
+    open_h5,
+    peek_h5,
+    plain_values,
+    read_doubles,
+    read_number,
+)
 from e2e.registry import Registry
 
-NAMES = ("features", "feats")
-"""What features are called in an HDF5 file or a dict of tensors."""
+FEATURE_NAMES = ("features", "feats")
+"""Names of the features in an HDF5 file or a dict of tensors."""
+
+ENCODER_ATTRIBUTES = ("encoder", "extractor")
+"""Attributes that name the encoder of features."""
 
 
-ENCODER = ("encoder", "extractor")
-"""The attributes that name their encoder."""
-
-
-class Entry(NamedTuple):
-    """What a file has of one slide, while the file is open. Only ``[...]`` reads values."""
-
-    features: Any
-    """(N, D): an HDF5 dataset, an array or a tensor."""
-    coords: Any
-    """(N, 2) the same; None where the file has none."""
-    attrs: Mapping[str, Any]
-    """What the file says of them."""
-
-
-class Places(NamedTuple):
-    """Where patches lie; see :class:`SlideRecord`."""
+class PatchGeometry(NamedTuple):
+    """Positions and sizes of the patches of a slide, as in :class:`e2e.store.records.SlideRecord`."""
 
     coords: NDArray[np.float64]
     """(N, 2) level-0 pixels."""
@@ -51,294 +51,161 @@ class Places(NamedTuple):
     height: int = 0
 
 
-def level0_places(entry: Entry) -> Places | None:
-    """Coords in level-0 pixels, with what TRIDENT's attributes say of the patches, if they are there."""
-    attrs = entry.attrs
-    if entry.coords is None:
+def level0_geometry(arrays: SlideArrays) -> PatchGeometry | None:
+    """Return coords in level-0 pixels, with what TRIDENT's attributes say; None without coords."""
+    attrs = arrays.attrs
+    if arrays.coords is None:
         return None
-    return Places(
-        _array(entry.coords),
-        level0_px=float(int(_number(attrs, "patch_size_level0"))),
-        patch_px=int(_number(attrs, "patch_size")),
-        mpp=_number(attrs, "mpp") or None,
-        width=int(_number(attrs, "level0_width")),
-        height=int(_number(attrs, "level0_height")),
+    return PatchGeometry(
+        read_doubles(arrays.coords),
+        level0_px=float(int(read_number(attrs, "patch_size_level0"))),
+        patch_px=int(read_number(attrs, "patch_size")),
+        mpp=read_number(attrs, "mpp") or None,
+        width=int(read_number(attrs, "level0_width")),
+        height=int(read_number(attrs, "level0_height")),
     )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How features lie in files."""
+    """How the features of slides lie in files."""
 
     files: dict[str, Path]
     """Slide -> its file."""
-    names: tuple[str, ...] = NAMES
-    """Of the features; the first that is there counts."""
-    grouped: bool = False
-    """Each slide is a group of its HDF5 file."""
-    places: Callable[[Entry], Places | None] = level0_places
-    """None where nobody can say."""
+    names: tuple[str, ...] = FEATURE_NAMES
+    """Names of the features in a file; the first that exists is used."""
+    is_grouped: bool = False
+    """Whether each slide is a group of its HDF5 file."""
+    geometry: Callable[[SlideArrays], PatchGeometry | None] = level0_geometry
+    """Returns the positions of a slide's patches; None if they are unknown."""
     recipe: dict[str, Any] = field(default_factory=dict)
+    """How the features were made, as far as the files say; JSON values only."""
 
     @contextmanager
-    def open(self, slide: str) -> Iterator[Entry]:
-        """The slide's entry; errors as the file's library has them."""
+    def open(self, slide: str) -> Iterator[SlideArrays]:
+        """Open the arrays of a slide for the block; errors are those of the file's library."""
         file = self.files[slide]
-        if file.suffix in _PLAIN:
-            yield _PLAIN[file.suffix](file, self.names)
+        if file.suffix in ARRAY_FILES:
+            yield ARRAY_FILES[file.suffix](file, self.names)
             return
-        with _open_h5(file) as h5:
-            yield _entry(h5[slide] if self.grouped else h5, self.names, h5.attrs)
-
-
-Format = Callable[[Path], Layout | None]
+        with open_h5(file) as h5:
+            yield arrays_of_h5(h5[slide] if self.is_grouped else h5, self.names, h5.attrs)
 
 
 FEATURE_FORMATS: Registry[Layout | None] = Registry("feature format")
-"""Name -> function: path -> :class:`Layout`, or None where the path holds something else."""
+"""Name -> function: path -> :class:`Layout`, or None if the path holds something else."""
 
 
 @FEATURE_FORMATS.register("trident")
 def trident(path: Path) -> Layout | None:
-    """TRIDENT 0.3: ``features_<encoder>/<slide>.h5``, or a folder with one such folder in it or in a grid's.
+    """TRIDENT 0.3: ``features_<encoder>/<slide>.h5``, or a folder that holds one such folder.
 
-    ``features`` with the attribute ``encoder``, ``coords`` (level-0 pixels) with those of the grid.
+    It may also hold one grid's folder with one such folder. A file has ``features`` with the attribute
+    ``encoder``, and ``coords`` (level-0 pixels) with the attributes of the grid.
     """
-    places = ("features_*", "*x_*px_*px_overlap/features_*")
-    inner = sorted(p for place in places for p in path.glob(place) if p.is_dir())
-    if len(inner) > 1:
-        names = (str(folder.relative_to(path)) for folder in inner)
+    patterns = ("features_*", "*x_*px_*px_overlap/features_*")
+    folders = sorted(p for pattern in patterns for p in path.glob(pattern) if p.is_dir())
+    if len(folders) > 1:
+        names = (str(folder.relative_to(path)) for folder in folders)
         raise UserError(
-            f"{path} holds features of {len(inner)} encoders or grids\n{format_list(names)}\n"
-            "  name one of these folders"
+            f"{path} holds features of {len(folders)} encoders or grids\n{format_list(names)}\n"
+            "  give one of these folders"
         )
-    files = _files(inner[0] if inner else path, ".h5")
-    if inner and not files:
-        return _plain(inner[0], {"encoder": inner[0].name.removeprefix("features_")})
-    names, attrs = _glance(files)
+    files = list_files(folders[0] if folders else path, ".h5")
+    if folders and not files:
+        return _array_files(folders[0], {"encoder": folders[0].name.removeprefix("features_")})
+    names, attrs = peek_h5(files.values())
     if "features" not in names or not {"encoder", "patch_size_level0"} & attrs.keys():
         return None
-    said = ("encoder", "target_magnification", "patch_size", "overlap", "mpp")
-    recipe = _plain_values(attrs, said) | _weights_said(next(iter(files.values())).parent)
+    recipe = plain_values(
+        attrs, ("encoder", "target_magnification", "patch_size", "overlap", "mpp")
+    )
+    recipe |= _read_weights_digest(next(iter(files.values())).parent)
     return Layout(files, ("features",), recipe=recipe)
 
 
-def _weights_said(folder: Path) -> dict[str, Any]:
-    """What launch/extract.py wrote of the encoder's weights beside a folder of features."""
-    beside = folder.with_name(f"_config_feats_{folder.name.removeprefix('features_')}.json")
+def _read_weights_digest(folder: Path) -> dict[str, Any]:
+    """Return what launch/extract.py wrote about the encoder's weights beside a folder of features."""
+    config = folder.with_name(f"_config_feats_{folder.name.removeprefix('features_')}.json")
     try:
-        return {"weights": json.loads(beside.read_bytes())["weights"]}
+        return {"weights": json.loads(config.read_bytes())["weights"]}
     except (OSError, ValueError, LookupError, TypeError):
-        return {}  # TRIDENT's own says nothing of them
+        return {}  # TRIDENT's own file does not name them
 
 
 @FEATURE_FORMATS.register("clam")
 def clam(path: Path) -> Layout | None:
     """CLAM: ``h5_files/<slide>.h5`` without attributes, ``pt_files/<slide>.pt``; or one of the two.
 
-    Coords are level-0 pixels. They are in the h5 files alone, so these come first.
+    Coords are in level-0 pixels. Only the h5 files have them, so an h5 file is preferred.
     """
-    h5 = _files(path / "h5_files", ".h5") or _files(path, ".h5")
-    pt = _files(path / "pt_files", ".pt") if path.name != "pt_files" else {}
-    names, attrs = _glance(h5)
-    ours = "features" in names and not {"encoder", "patch_size_level0"} & attrs.keys()
-    if (h5 and not ours) or not (h5 or pt):
+    h5_files = list_files(path / "h5_files", ".h5") or list_files(path, ".h5")
+    pt_files = list_files(path / "pt_files", ".pt") if path.name != "pt_files" else {}
+    names, attrs = peek_h5(h5_files.values())
+    is_clam = "features" in names and not {"encoder", "patch_size_level0"} & attrs.keys()
+    if (h5_files and not is_clam) or not (h5_files or pt_files):
         return None
-    return Layout({**pt, **h5})
+    return Layout({**pt_files, **h5_files})
 
 
 @FEATURE_FORMATS.register("stamp")
 def stamp(path: Path) -> Layout | None:
-    """STAMP 2: ``<slide>.h5`` with ``feats`` (or ``patch_embeddings``) and ``coords`` in um."""
-    files = _files(path, ".h5")
-    names, attrs = _glance(files)
+    """STAMP 2: ``<slide>.h5`` with ``feats`` (or ``patch_embeddings``) and ``coords`` in micrometres."""
+    files = list_files(path, ".h5")
+    names, attrs = peek_h5(files.values())
     if not {"feats", "patch_embeddings"} & names:
         return None
     kind = attrs.get("feat_type", "tile")
     if kind != "tile":
-        raise UserError(f"{path} holds STAMP's embeddings of whole {kind}s, no bags of patches")
-    said = ("extractor", "stamp_version", "tile_size_um", "tile_size_px")
-    recipe = _plain_values(attrs, said)
-    return Layout(files, ("feats", "patch_embeddings"), places=_stamp_places, recipe=recipe)
+        raise UserError(
+            f"{path} holds STAMP's embeddings of whole {kind}s\n  give features of patches instead"
+        )
+    recipe = plain_values(attrs, ("extractor", "stamp_version", "tile_size_um", "tile_size_px"))
+    return Layout(files, ("feats", "patch_embeddings"), geometry=stamp_geometry, recipe=recipe)
 
 
-def _stamp_places(entry: Entry) -> Places | None:
-    um, px = (_number(entry.attrs, f"tile_size_{unit}") for unit in ("um", "px"))
-    if entry.coords is None or entry.attrs.get("unit") != "um" or not um or not px:
-        return None  # older files do not say what their numbers mean
+def stamp_geometry(arrays: SlideArrays) -> PatchGeometry | None:
+    """Return STAMP's coords in pixels of the patches themselves, as if that were level 0."""
+    um, px = (read_number(arrays.attrs, f"tile_size_{unit}") for unit in ("um", "px"))
+    if arrays.coords is None or arrays.attrs.get("unit") != "um" or not um or not px:
+        return None  # older files do not name the unit of their coords
     mpp = um / px
-    return Places(_array(entry.coords) / mpp, level0_px=px, patch_px=int(px), mpp=mpp)
+    return PatchGeometry(read_doubles(arrays.coords) / mpp, level0_px=px, patch_px=int(px), mpp=mpp)
 
 
 @FEATURE_FORMATS.register("aem")
 def aem(path: Path) -> Layout | None:
-    """AEM: one HDF5 file, a group a slide with ``feat``, ``coords`` (level-0 pixels) and ``label``.
+    """AEM: one HDF5 file, with a group per slide of ``feat``, ``coords`` (level-0 pixels) and ``label``.
 
-    Its published name, ``patch_feats_pretrain_<encoder>.h5``, says who made the features.
+    Its published name, ``patch_feats_pretrain_<encoder>.h5``, names the encoder.
     """
     if not path.is_file() or path.suffix not in (".h5", ".hdf5"):
         return None
+    names = ("feat", *FEATURE_NAMES)
     try:
-        with _open_h5(path) as h5:
+        with open_h5(path) as h5:
             slides = {slide: group for slide, group in h5.items() if isinstance(group, h5py.Group)}
-            if not {"feat", *NAMES} & set(next(iter(slides.values()), ())):
+            if not set(names) & set(next(iter(slides.values()), ())):
                 return None
             encoder = path.stem.partition("patch_feats_pretrain_")[2]
             recipe = {"encoder": encoder} if encoder else {}
-            return Layout(
-                dict.fromkeys(slides, path), ("feat", *NAMES), grouped=True, recipe=recipe
-            )
+            return Layout(dict.fromkeys(slides, path), names, is_grouped=True, recipe=recipe)
     except OSError as error:
-        raise _no_h5(path, error) from error
+        raise h5_error(path, error) from error
 
 
 @FEATURE_FORMATS.register("plain")
 def plain(path: Path) -> Layout | None:
     """A folder of ``<slide>.pt`` (a tensor, an array, or a dict with one of them) or ``<slide>.npy``."""
-    return _plain(path, {}) if path.is_dir() else None
+    return _array_files(path, {}) if path.is_dir() else None
 
 
-def _plain(folder: Path, recipe: dict[str, Any]) -> Layout | None:
-    by_suffix = {suffix: _files(folder, suffix) for suffix in _PLAIN}
-    files = {slide: file for found in by_suffix.values() for slide, file in found.items()}
+def _array_files(folder: Path, recipe: dict[str, Any]) -> Layout | None:
+    by_suffix = {suffix: list_files(folder, suffix) for suffix in ARRAY_FILES}
+    files = {slide: file for group in by_suffix.values() for slide, file in group.items()}
     if sum(map(len, by_suffix.values())) > len(files):
         raise UserError(
             f"{folder} holds the same slides as {' and '.join(map(str, by_suffix))}\n"
-            "  keep one of them there"
+            "  keep only one of the two"
         )
     return Layout(files, recipe=recipe) if files else None
-
-
-def _files(folder: Path, suffix: str) -> dict[str, Path]:
-    """Slide -> file of a folder."""
-    if not folder.is_dir():
-        return {}
-    # A name that begins with a dot is of a file that is not finished.
-    found = (f for f in folder.iterdir() if f.suffix == suffix and f.name[0] != ".")
-    return {file.name.removesuffix(suffix): file for file in sorted(found)}
-
-
-def _glance(files: Mapping[str, Path]) -> tuple[set[str], dict[str, Any]]:
-    """Names and attributes in the first HDF5 file that can be read; DamagedDataError if none can."""
-    fault: DamagedDataError | None = None
-    for file in files.values():
-        try:
-            with _open_h5(file) as h5:
-                attrs = dict(h5.attrs)
-                for dataset in h5.values():
-                    attrs |= dict(dataset.attrs)
-                return set(h5.keys()), attrs
-        except OSError as error:
-            fault = fault or _no_h5(file, error)
-    if fault is not None:
-        raise fault
-    return set(), {}
-
-
-def _open_h5(file: Path) -> h5py.File:
-    # Without a lock: read-only and network disks have none, and a file is renamed when finished.
-    return h5py.File(file, "r", locking=False)
-
-
-def _no_h5(file: Path, error: OSError) -> DamagedDataError:
-    return DamagedDataError(
-        f"{file} is no HDF5 file, or was cut short: {_first_line(error)}\n  copy it again"
-    )
-
-
-def _entry(group: Any, names: Sequence[str], attrs: Mapping[str, Any]) -> Entry:
-    features = group[_name_of(group, names)]
-    coords = group.get("coords")
-    said = dict(attrs) | dict(group.attrs) | dict(features.attrs)
-    return Entry(features, coords, said if coords is None else said | dict(coords.attrs))
-
-
-def _name_of(found: Any, names: Sequence[str]) -> str:
-    for name in names:
-        if name in found:
-            return name
-    raise ValueError(
-        f"it has no {' or '.join(names)}, but {', '.join(map(str, found)) or 'nothing'}"
-    )
-
-
-def _open_pt(file: Path, names: Sequence[str]) -> Entry:
-    _allow_arrays()
-    try:
-        # A map of the file: what is asked for its shape alone is not read.
-        mapped = zipfile.is_zipfile(file)
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # what is no pickle may raise anything when read as one
-        raise ValueError(
-            "it is refused, for it is cut short or holds more than tensors and arrays of numbers"
-        ) from error
-    if not isinstance(found, dict):
-        return Entry(_checked(found), None, {})
-    features = _checked(found[_name_of(found, names)])
-    return Entry(features, _checked(found["coords"]) if "coords" in found else None, {})
-
-
-def _checked(found: object) -> Any:
-    if not isinstance(found, (Tensor, np.ndarray)):
-        raise ValueError(f"it holds a {type(found).__name__}, no tensor")
-    return found
-
-
-def _open_npy(file: Path, names: Sequence[str]) -> Entry:
-    return Entry(np.load(file, mmap_mode="r", allow_pickle=False), None, {})
-
-
-_PLAIN = {".pt": _open_pt, ".npy": _open_npy}
-"""Suffix -> what opens a file that is no HDF5."""
-
-
-@cache
-def _allow_arrays() -> None:
-    """Let ``weights_only`` make NumPy arrays of numbers: TRIDENT saves these as .pt."""
-    make = np._core.multiarray._reconstruct  # pyright: ignore[reportAttributeAccessIssue]
-    kinds = [type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64)]
-    torch.serialization.add_safe_globals(
-        [
-            *((make, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-            np.ndarray,
-            np.dtype,
-            *kinds,
-        ]
-    )
-
-
-def _numbers(found: Any) -> NDArray[Any]:
-    """Float16 or float32 in memory of its own: a map of the file would change with the file.
-
-    By NumPy, because PyTorch's threads do not outlive a fork.
-    """
-    if isinstance(found, Tensor):
-        found = (found.float() if found.dtype == torch.bfloat16 else found).detach().numpy()
-    kept = found.dtype in (np.float16, np.float32)
-    return np.asarray(found).astype(
-        found.dtype if kept else np.float32, order="C", casting="same_kind"
-    )
-
-
-def _array(found: Any) -> NDArray[np.float64]:
-    return np.asarray(found[...], dtype=np.float64)
-
-
-def _number(attrs: Mapping[str, Any], name: str) -> float:
-    """0 where an attribute is not there, or says the text "None" as TRIDENT does."""
-    try:
-        return float(attrs.get(name, 0))
-    except (TypeError, ValueError):
-        return 0.0
-
-
-def _plain_values(attrs: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Those of ``names`` that are there, as JSON has them."""
-    found = {name: attrs[name] for name in names if name in attrs}
-    return {
-        name: value.item() if hasattr(value, "item") else value for name, value in found.items()
-    }
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -81,7 +81,7 @@ def draw_heatmap(
         tissue = _mosaic(item, record, decoder)
     blend = np.where(covered, 0.45 * tissue + 0.55 * heat, tissue).astype(np.uint8)
     write_atomically(path.with_name(path.name + ".png"), _panels(tissue, blend, caption))
-    slides, places = item.slide.id, record.places
+    slides, places = item.slide.id, record.require_coords()
     if isinstance(item.store, CaseStore):
         slides, places = item.store.origins()
     table = pd.DataFrame(
@@ -107,13 +107,13 @@ def percentile_ranks(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _geometry(record: SlideRecord) -> tuple[NDArray[np.int64], int, tuple[int, int]]:
     """Upper left corner of each patch on the picture, a patch's side there, (height, width)."""
-    side = record.level0_px or _spacing(record.places)
-    low = record.places.min(axis=0)
-    extent = record.places.max(axis=0) - low + side
+    side = record.level0_px or _spacing(record.require_coords())
+    low = record.require_coords().min(axis=0)
+    extent = record.require_coords().max(axis=0) - low + side
     scale = SIDE / max(extent)
     # Up, so that neighbours never leave a line of ground between them; but not by a rounding error.
     cell = max(1, math.ceil(side * scale - 1e-6))
-    corners = np.round((record.places - low) * scale).astype(np.int64)
+    corners = np.round((record.require_coords() - low) * scale).astype(np.int64)
     height, width = (int(corners[:, axis].max()) + cell for axis in (1, 0))
     return corners, cell, (height, width)
 
@@ -139,8 +139,8 @@ def _mosaic(item: LabelledSlide, record: SlideRecord, decoder: Decoder) -> NDArr
     corners, cell, shape = _geometry(record)
     picture = np.full((*shape, 3), GROUND, np.uint8)
     store = cast(PatchReader, item.store)
-    for start in range(0, record.count, 256):
-        rows = range(start, min(start + 256, record.count))
+    for start in range(0, record.num_patches, 256):
+        rows = range(start, min(start + 256, record.num_patches))
         jpegs = store.read(item.slide.id, rows)
         try:
             images = decoder.decode(jpegs).permute(0, 2, 3, 1).numpy()

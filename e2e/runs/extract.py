@@ -27,7 +27,6 @@ from e2e.bags.loader import full_bag
 from e2e.bags.prefetch import prefetch
 from e2e.bags.readers import PixelRowReader
 from e2e.bags.spec import BagSpec, LabelledSlide
-from e2e.cohort.load import store_files
 from e2e.encoders.base import ENCODERS, Encoder
 from e2e.engine.batchnorm import FrozenBatchNorm
 from e2e.errors import PARTLY_DONE, DamagedDataError, UserError, describe_interrupt, format_list
@@ -46,7 +45,7 @@ from e2e.runs.processes import needs_ranks, run_ranks
 from e2e.settings.cli import extract_parser
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore
-from e2e.store.open import open_store
+from e2e.store.open import expand_store_paths, open_store
 from e2e.store.pack import pack
 from e2e.store.records import PatchReader, SlideRecord
 from e2e.store.sources import SlideFiles, read_mpp
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda: f"interrupted; finished slides are in {args.out}; the same command continues"
     ):
         if args.slides is None:
-            files = [file for entry in args.stores for file in store_files(entry)]
+            files = [file for entry in args.stores for file in expand_store_paths(entry)]
             stores = [open_store(file, args.coords) for file in files]
             return extract(stores, args.encoder, options, args.out, **shared)
         return extract_slides(
@@ -456,7 +455,7 @@ def _readable_slides(stores: Sequence[PatchReader]) -> tuple[list[LabelledSlide]
                 )
             item = LabelledSlide(Slide(slide, case=slide, split="", target={}), store, no_target)
             try:
-                if not item.record.count:
+                if not item.record.num_patches:
                     problems.append(f"{store.path}: slide '{slide}' has no patches")
                     continue
             except DamagedDataError as error:
@@ -533,7 +532,7 @@ def _slides_without_features(
         item.slide.id
         for item in items
         if strategy.is_leader
-        and _is_complete(folders[item.slide.id].file(item.slide.id), item.record.count)
+        and _is_complete(folders[item.slide.id].file(item.slide.id), item.record.num_patches)
     }
     complete = strategy.gather_objects(complete)[0]
     return [item for item in items if item.slide.id not in complete]

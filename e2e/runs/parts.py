@@ -24,7 +24,7 @@ from e2e.bags.readers import PixelRowReader
 from e2e.bags.sampler import SAMPLERS
 from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.cohort.features import describe_features
-from e2e.cohort.load import load_cohort, store_files
+from e2e.cohort.load import load_cohort
 from e2e.cohort.splits import AS_PUBLISHED, HONEST, Protocol
 from e2e.cohort.table import Problem
 from e2e.encoders.base import ENCODERS
@@ -41,7 +41,7 @@ from e2e.runs.folder import check_same_features, load_task
 from e2e.settings.configs import find_config
 from e2e.settings.schema import BagSettings, Data, Engine, Optim, Plugin, Select, Settings
 from e2e.sizes import parse_bytes
-from e2e.store.open import open_store
+from e2e.store.open import expand_store_paths, open_store
 from e2e.tasks.base import TASKS, Task
 from e2e.training.losses import check_losses
 from e2e.training.trainer import Schedule
@@ -329,7 +329,7 @@ def build_schedule(
 def first_recipe(data: Data) -> dict[str, Any]:
     """How the patches of ``data.stores`` were made; UserError when no file of them is there."""
     for entry in data.stores:
-        for path in store_files(entry):
+        for path in expand_store_paths(entry):
             return open_store(path).recipe
     raise UserError(f"no file matches data.stores={data.stores}")
 

@@ -136,7 +136,9 @@ def _check_evaluation_features(parts: Parts, strategy: Strategy, screen: Screen)
 
 def _facts(settings: Settings, items: list[LabelledSlide]) -> dict[str, str]:
     """What must be the same on all ranks, as short texts."""
-    cohort = [(item.slide, item.store.count(item.slide.id), item.target.tolist()) for item in items]
+    cohort = [
+        (item.slide, item.store.num_patches(item.slide.id), item.target.tolist()) for item in items
+    ]
     digest = hashlib.sha256(repr(cohort).encode()).hexdigest()[:12]
     return {"torch": torch.__version__, "cohort": digest, **flatten_settings(settings)}
 
@@ -244,7 +246,7 @@ def _print_summary(screen: Screen, settings: Settings, parts: Parts, strategy: S
         )
     for split in ("train", "val", "test"):
         slides = parts.of_split(split)
-        patches = sum(item.store.count(item.slide.id) for item in slides)
+        patches = sum(item.store.num_patches(item.slide.id) for item in slides)
         screen.say(
             f"{split:5}  {len(slides)} {settings.data.unit}s, {patches:,} patches: "
             f"{parts.task.describe([item.target for item in slides])}"

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from e2e.cohort.load import store_files
 from e2e.errors import UserError
 from e2e.features.reader import open_features
 from e2e.log import Screen
@@ -19,7 +18,7 @@ from e2e.runs.parts import REGISTRIES, on_features, process_settings, selected_w
 from e2e.runs.predict import pack_like_training, predict_items, unlabelled_slides
 from e2e.settings.layers import saved_settings
 from e2e.store.lmdb import PatchStore
-from e2e.store.open import open_store
+from e2e.store.open import expand_store_paths, open_store
 from e2e.store.records import SlideReader
 from e2e.training.checkpoint import load_checkpoint
 
@@ -115,9 +114,9 @@ class TrainedRun:
                 if not isinstance(source, (str, Path)):
                     readers.append(source)
                 elif on_features(self.settings):
-                    readers += [open_features(path) for path in store_files(str(source))]
+                    readers += [open_features(path) for path in expand_store_paths(str(source))]
                 elif Path(source).suffix in (".lmdb", ".json") or "*" in str(source):
-                    readers += [open_store(path) for path in store_files(str(source))]
+                    readers += [open_store(path) for path in expand_store_paths(str(source))]
                 else:
                     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                     silent = Screen(is_leader=False)

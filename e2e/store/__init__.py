@@ -1,1 +1,1 @@
-"""Patch stores: JPEG patches of slides in LMDB, made and read."""
+"""Patch stores: reading, writing and packing the JPEG patches of slides."""

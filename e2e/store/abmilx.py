@@ -1,67 +1,74 @@
-"""The ABMILX project's LMDBs, read in place. Their values are pickles; nothing in them is executed.
+"""The LMDBs of the ABMILX project, read in place. Their values are pickles; none of them is executed.
 
-What is in such a file (Tang et al. 2025, arXiv:2506.02408, as its published program writes it):
-``<slide>-<index>`` (not zero-padded) -> pickle of a patch's JPEG, and pickles of the slides' names
-(``__slide__``), their numbers of patches (``__pn__``), all keys and their number. Neither the places
-nor the magnification of the patches are in it.
+Content of such a file (Tang et al. 2025, arXiv:2506.02408, as its published program writes it):
+``<slide>-<index>`` (not zero-padded) -> pickle of a patch's JPEG; and pickles of the slide ids
+(``__slide__``), of their numbers of patches (``__pn__``), of all keys and of their number. Neither the
+coordinates nor the magnification of the patches are in it.
 
-The project decoded these JPEGs to BGR and normalised that with the figures of RGB. The bytes here
-are ordinary JPEGs: whoever wants its channel order again swaps channels after decoding.
+The project decoded these JPEGs to BGR and normalised that with the statistics of RGB. The bytes in the
+file are ordinary JPEGs; to reproduce its channel order, swap the channels after decoding.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import pickletools
 import re
-import struct
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from e2e.errors import DamagedDataError, UserError
-from e2e.store.lmdb import get, missing_patch_error, read_ahead, snapshot
-from e2e.store.records import PlacelessRecord, SlideRecord
+from e2e.store.coords import find_coords_files, read_coords
+from e2e.store.pickles import read_pickle, read_pickled_bytes
+from e2e.store.records import Indices, SlideRecord
+from e2e.store.snapshot import missing_patch_error, read_ahead, read_snapshot, read_value
 
 T = TypeVar("T")
 
-PATCH_OPCODES = 100
-"""An array's pickle has about 60; what is longer is no patch."""
-
 
 class AbmilxStore:
-    """One of the ABMILX project's LMDBs, a file or a folder with ``data.mdb``; see :class:`Store`.
+    """Read an LMDB of the ABMILX project, see :class:`e2e.store.records.PatchReader`.
 
-    Args:
-        coords: folder of the h5 files that CLAM or TRIDENT made for these patches. Without it
-            records have no coords.
+    Parameters
+    ----------
+    path : str or path-like
+        The file, or a folder with ``data.mdb``.
+    coords : str or path-like, optional
+        Folder of the .h5 files that CLAM or TRIDENT made for these patches. Without it records have
+        no coords.
 
-    Raises:
-        UserError: no such file, not an LMDB of this kind, cut short, or no h5 file in ``coords``.
-        DamagedDataError: its lists of slides cannot be read.
+    Raises
+    ------
+    UserError
+        If there is no such file, it is not an LMDB of this kind, it was cut short, or `coords` has no
+        .h5 file.
+    DamagedDataError
+        If its lists of slides cannot be read.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], coords: str | os.PathLike[str] | None = None
     ) -> None:
-        self.path = _data_file(path)
+        self.path = find_data_file(path)
         if not self.path.is_file():
             raise UserError(f"no LMDB at {path}")
         self.recipe: dict[str, Any] = {"source": "seed lmdb"}
-        self._places = None if coords is None else _places(Path(coords))
-        if not snapshot(self.path, _is_seed):
+        self._coords_files: dict[str, Path] | None = None
+        if coords is not None:
+            self._coords_files = {file.stem: file for file in find_coords_files(Path(coords))}
+        if not is_abmilx_file(self.path):
             raise UserError(
-                f"{self.path} is no LMDB of the ABMILX project: it has no keys <slide>-<index>"
+                f"{self.path} is not an LMDB of the ABMILX project: it has no keys <slide>-<index>"
             )
-        self._counts = self._counted()
-        slides = self._meta(b"__slide__", list) or []
+        self._counts = self._read_counts()
+        slides = self._read_list(b"__slide__", list) or []
         if not all(isinstance(slide, str) for slide in slides):
-            raise DamagedDataError(f"{self.path}: __slide__ is no list of names")
+            raise DamagedDataError(f"{self.path}: __slide__ is not a list of names")
         self._uncounted = [slide for slide in slides if slide not in self._counts]
 
     def __contains__(self, slide: str) -> bool:
@@ -69,185 +76,218 @@ class AbmilxStore:
 
     @property
     def slides(self) -> list[str]:
-        """Ids of the slides; of those that have no count, ``count`` raises."""
+        """Ids of the slides, including those that `num_patches` has no number for."""
         return [*self._counts, *self._uncounted]
 
     @property
     def has_coords(self) -> bool:
-        """Whether records say where the patches lie."""
-        return self._places is not None
+        """Whether records have coords."""
+        return self._coords_files is not None
 
-    def count(self, slide: str) -> int:
-        """Number of patches; DamagedDataError where the file names the slide but no number."""
+    def num_patches(self, slide: str) -> int:
+        """Return the number of patches of a slide.
+
+        Raises
+        ------
+        DamagedDataError
+            If the file lists the slide without a number of patches.
+        """
         if slide in self._uncounted:
             raise DamagedDataError(
-                f"{self.path}: slide '{slide}' is in __slide__, but __pn__ does not say how many "
-                "patches it has\n  the file was not written to its end: make it again, or leave "
-                "the slide out"
+                f"{self.path}: slide '{slide}' is in __slide__, but its number of patches is not in "
+                "__pn__\n  the file is incomplete: create it again, or leave the slide out"
             )
         return self._counts[slide]
 
     def record(self, slide: str) -> SlideRecord:
-        """What is known of ``slide``: ``patch_px`` of its first JPEG, and what ``coords`` says.
+        """Return the record of a slide: `patch_px` of its first JPEG, and what `coords` holds.
 
-        Raises:
-            DamagedDataError: its keys or coords are not as many as its count, or no JPEG is there.
+        Raises
+        ------
+        DamagedDataError
+            If the number of its keys or coords is not its number of patches, or the first patch is
+            not a JPEG.
         """
-        count = self.count(slide)
-        more = get(self.path, _key(slide, count)) is not None
-        if more or (count and get(self.path, _key(slide, count - 1)) is None):
+        num_patches = self.num_patches(slide)
+        has_more = read_value(self.path, _pickle_key(slide, num_patches)) is not None
+        last_key = _pickle_key(slide, num_patches - 1)
+        if has_more or (num_patches and read_value(self.path, last_key) is None):
             raise DamagedDataError(
-                f"{self.path}: slide '{slide}' has {'more' if more else 'fewer'} patches than the "
-                f"{count} of __pn__\n  the file was not written to its end: make it again"
+                f"{self.path}: slide '{slide}' has {'more' if has_more else 'fewer'} patches than "
+                f"the {num_patches} of __pn__\n  the file is incomplete: create it again"
             )
-        known: dict[str, Any] = {
-            "slide": slide,
-            "mpp": None,
-            "patch_px": self._size(slide, 0)[0] if count else 0,
-            "source": self.path.name,
-            "source_bytes": self.path.stat().st_size,
-        }
-        if self._places is None:
-            unknown = {"coords": None, "level0_px": 0.0, "width": 0, "height": 0}
-            return PlacelessRecord(**known, **unknown, patches=count)
-        return SlideRecord(**known, **self._placed(slide, count))
+        record = SlideRecord(
+            slide=slide,
+            num_patches=num_patches,
+            patch_px=self._patch_size(slide, 0)[0] if num_patches else 0,
+            source=self.path.name,
+            source_bytes=self.path.stat().st_size,
+        )
+        if self._coords_files is None:
+            return record
+        return self._add_coords(record, self._coords_files)
 
-    def read(self, slide: str, indices: Sequence[int] | NDArray[np.int64]) -> list[bytes]:
-        """JPEG bytes of the given patches, in the order asked for.
+    def read(self, slide: str, indices: Indices) -> list[bytes]:
+        """Return the JPEG bytes of patches, in the order of `indices`.
 
-        Raises:
-            DamagedDataError: names the slide and the patch that is missing, empty, or no pickle of
-                bytes, a bytearray or a one-dimensional uint8 array.
+        Raises
+        ------
+        DamagedDataError
+            If a patch is missing, empty, or not a pickle of bytes, a bytearray or a one-dimensional
+            uint8 array; the message names slide and patch.
         """
-        count = self.count(slide)
-        wanted = np.asarray(indices, np.int64).tolist()
+        num_patches = self.num_patches(slide)
+        index_list: list[int] = np.asarray(indices, np.int64).tolist()
 
-        def work(txn: Any) -> list[bytes]:
-            read_ahead(lambda index: txn.get(_key(slide, index)), wanted)
-            return [self._jpeg(slide, i, count, txn.get(_key(slide, i))) for i in wanted]
+        def read_patches(txn: Any) -> list[bytes]:
+            read_ahead(lambda index: txn.get(_pickle_key(slide, index)), index_list)
+            return [
+                self._unpack_patch(slide, index, num_patches, txn.get(_pickle_key(slide, index)))
+                for index in index_list
+            ]
 
-        return snapshot(self.path, work)
+        return read_snapshot(self.path, read_patches)
 
-    def lend(
-        self,
-        slide: str,
-        indices: Sequence[int] | NDArray[np.int64],
-        work: Callable[[Sequence[bytes]], T],
+    def borrow(
+        self, slide: str, indices: Indices, work: Callable[[Sequence[bytes | memoryview]], T]
     ) -> T:
-        """What ``work`` makes of the JPEGs; of copies, here."""
+        """Call `work` with the JPEGs, see :class:`PatchReader`; they are copies here."""
         return work(self.read(slide, indices))
 
-    def damage(self, slide: str) -> Iterator[str]:
-        """What ``read`` would refuse of ``slide``, and what is no JPEG; there are no checksums."""
+    def find_damage(self, slide: str) -> Iterator[str]:
+        """Yield one line per patch that cannot be read or is not a JPEG; there are no checksums."""
         try:
             record = self.record(slide)
         except DamagedDataError as error:
             yield str(error)
             return
-        for index in range(record.count):
+        for index in range(record.num_patches):
             try:
-                self._size(slide, index)
+                self._patch_size(slide, index)
             except DamagedDataError as error:
                 yield str(error).splitlines()[0]
 
-    def _size(self, slide: str, index: int) -> tuple[int, int]:
+    def _patch_size(self, slide: str, index: int) -> tuple[int, int]:
         [jpeg] = self.read(slide, [index])
         return jpeg_size(jpeg, self.path, slide, index)
 
-    def _jpeg(self, slide: str, index: int, count: int, value: Any) -> bytes:
+    def _unpack_patch(self, slide: str, index: int, num_patches: int, value: Any) -> bytes:
         try:
-            jpeg = _payload(value) if value else value
+            jpeg = read_pickled_bytes(value) if value else value
         except ValueError as error:
             raise DamagedDataError(
-                f"{self.path}: slide '{slide}' patch {index} is refused: {error}\n"
+                f"{self.path}: slide '{slide}' patch {index} is rejected: {error}\n"
                 "  a patch is a pickle of bytes, a bytearray or a one-dimensional uint8 array"
             ) from error
         if not jpeg:
-            raise missing_patch_error(self.path, slide, index, count, empty=jpeg is not None)
+            is_empty = jpeg is not None
+            raise missing_patch_error(self.path, slide, index, num_patches, is_empty=is_empty)
         return jpeg
 
-    def _counted(self) -> dict[str, int]:
-        """Slide -> number of patches; by the keys, where the file holds no such list."""
-        counts = self._meta(b"__pn__", dict)
+    def _read_counts(self) -> dict[str, int]:
+        """Return slide -> number of patches; counted from the keys if the file has no such list."""
+        counts = self._read_list(b"__pn__", dict)
         if counts is None:
-            return snapshot(self.path, _count_keys)
-        entries = snapshot(self.path, lambda txn: txn.stat()["entries"])
+            return read_snapshot(self.path, _count_keys)
+        entries = read_snapshot(self.path, lambda txn: txn.stat()["entries"])
         for slide, count in counts.items():
             if not isinstance(slide, str) or type(count) is not int or not 0 <= count <= entries:
                 raise DamagedDataError(
-                    f"{self.path}: __pn__ does not count the patches of slides; for one, "
-                    f"'{slide!s:.100}' cannot be right in a file of {entries} keys"
+                    f"{self.path}: the numbers of patches in __pn__ are wrong: '{slide!s:.100}' has "
+                    f"{count!r:.100} in a file of {entries} keys"
                 )
         return counts
 
-    def _meta(self, key: bytes, kind: type[T]) -> T | None:
-        value = get(self.path, key)
+    def _read_list(self, key: bytes, kind: type[T]) -> T | None:
+        """Return one of the file's lists, which must be of type `kind`; None if it has no such key."""
+        value = read_value(self.path, key)
         if value is None:
             return None
         try:
-            found = literal(value)
+            content = read_pickle(value)
         except ValueError as error:
-            raise DamagedDataError(f"{self.path}: {key.decode()} is refused: {error}") from error
-        if not isinstance(found, kind):
-            raise DamagedDataError(f"{self.path}: {key.decode()} is no {kind.__name__}")
-        return found
+            raise DamagedDataError(f"{self.path}: {key.decode()} is rejected: {error}") from error
+        if not isinstance(content, kind):
+            raise DamagedDataError(f"{self.path}: {key.decode()} is not a {kind.__name__}")
+        return content
 
-    def _placed(self, slide: str, count: int) -> dict[str, Any]:
-        from e2e.store.sources import read_coords
-
-        assert self._places is not None
-        file = self._places.get(slide) or self._places.get(f"{slide}_patches")
+    def _add_coords(self, record: SlideRecord, files: dict[str, Path]) -> SlideRecord:
+        """Return the record with the coords of its .h5 file."""
+        slide, num_patches = record.slide, record.num_patches
+        file = files.get(slide) or files.get(f"{slide}_patches")
         if file is None:
             raise DamagedDataError(
-                f"no .h5 of slide '{slide}' of {self.path} is in the folder of coords"
+                f"the folder of coords has no .h5 file of slide '{slide}' of {self.path}"
             )
-        found = read_coords(file)
-        if len(found.coords) != count:
+        patch_coords = read_coords(file)
+        if len(patch_coords.coords) != num_patches:
             raise DamagedDataError(
-                f"{file} has {len(found.coords)} coords, {self.path} has {count} patches of slide "
-                f"'{slide}'\n  they are not of one run: which patch lies where is unknown"
+                f"{file} has {len(patch_coords.coords)} coords, but {self.path} has {num_patches} "
+                f"patches of slide '{slide}'\n  give the coords of the run that cut these patches"
             )
-        width, height = found.size or (0, 0)
-        coords = found.coords.astype(np.int32)
-        return {"coords": coords, "level0_px": found.level0_px, "width": width, "height": height}
+        width, height = patch_coords.slide_size or (0, 0)
+        coords = patch_coords.coords.astype(np.int32)
+        level0_px = patch_coords.level0_px
+        return replace(record, coords=coords, level0_px=level0_px, width=width, height=height)
 
 
 def jpeg_size(jpeg: bytes, path: Path, slide: str, index: int) -> tuple[int, int]:
-    """Width and height by a JPEG's header; DamagedDataError, with the place given, if it has none."""
+    """Return width and height of a JPEG in pixels, from its header.
+
+    Parameters
+    ----------
+    jpeg : bytes
+        The JPEG.
+    path, slide, index
+        Its store, slide and index, for the message.
+
+    Raises
+    ------
+    DamagedDataError
+        If it is not a JPEG.
+    """
     try:
         with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
             return image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DamagedDataError(
-            f"{path}: slide '{slide}' patch {index} is no JPEG: {len(jpeg)} other bytes"
+            f"{path}: slide '{slide}' patch {index} is not a JPEG, but {len(jpeg)} other bytes"
         ) from error
 
 
-def _data_file(path: str | os.PathLike[str]) -> Path:
-    """LMDB's own file, where ``path`` is a folder of it."""
+def find_data_file(path: str | os.PathLike[str]) -> Path:
+    """Return the LMDB file of a path, which may be a folder with ``data.mdb``."""
     path = Path(path)
     return path / "data.mdb" if path.is_dir() else path
 
 
-def _places(folder: Path) -> dict[str, Path]:
-    from e2e.store.sources import CoordsFiles  # here, for it loads OpenSlide: few need that
+def is_abmilx_file(file: Path) -> bool:
+    """Return whether an LMDB file has the keys of the ABMILX project.
 
-    return {file.stem: file for file in CoordsFiles(folder, ()).files}
+    Raises
+    ------
+    UserError, DamagedDataError
+        As :func:`e2e.store.snapshot.read_snapshot`.
+    """
+    return read_snapshot(file, _has_abmilx_keys)
 
 
-def _key(slide: str, index: int) -> bytes:
-    return f"{slide}-{index}".encode()
-
-
-def _is_seed(txn: Any) -> bool:
+def _has_abmilx_keys(txn: Any) -> bool:
     with txn.cursor() as cursor:
         if txn.get(b"header") is not None or not cursor.first():
             return False
         return re.fullmatch(rb"__\w+__|.+-\d+", bytes(cursor.key()), re.DOTALL) is not None
 
 
+def _pickle_key(slide: str, index: int) -> bytes:
+    return f"{slide}-{index}".encode()
+
+
 def _count_keys(txn: Any) -> dict[str, int]:
-    """A walk over all keys: a page of each value is read, so minutes for millions on a cold disk."""
+    """Count the patches of each slide by walking over all keys.
+
+    That reads a page of each value, so it takes minutes for millions of patches on a cold disk.
+    """
     counts: dict[str, int] = {}
     with txn.cursor() as cursor:
         for key in cursor.iternext(keys=True, values=False):
@@ -255,189 +295,3 @@ def _count_keys(txn: Any) -> dict[str, int]:
             if dash and index.isdigit():
                 counts[slide.decode()] = counts.get(slide.decode(), 0) + 1
     return counts
-
-
-# --- pickles, without running them ---
-
-_LENGTHS = {ord("C"): "<B", ord("B"): "<I", 0x8E: "<Q", 0x96: "<Q"}
-"""Opcodes of bytes and bytearrays -> how their length follows."""
-
-_ENDS = (b"\x94.", b"q\x00.", b".")
-
-
-def _payload(value: memoryview) -> bytes:
-    """The bytes in a pickle of a patch; ValueError where it holds anything else."""
-    if len(value) > 24 and value[0] == 0x80:
-        at = 11 if value[2] == 0x95 else 2  # protocols 4 and 5 may begin with a frame
-        length = _LENGTHS.get(value[at])
-        if length is not None:
-            start = at + 1 + struct.calcsize(length)
-            stop = start + struct.unpack_from(length, value, at + 1)[0]
-            if len(value) - stop <= 3 and bytes(value[stop:]) in _ENDS:
-                return bytes(value[start:stop])
-    found = literal(bytes(value), PATCH_OPCODES)
-    if not isinstance(found, bytes):
-        raise ValueError("it holds something else")
-    return found
-
-
-def literal(pickled: bytes, most: int | None = None) -> Any:
-    """The plain value in a pickle: text, bytes, numbers, None, tuples, lists, dicts by text.
-
-    Bytearrays and one-dimensional uint8 arrays come as bytes. This knows the few opcodes of these
-    and what they stand for; it imports, calls and builds nothing that a pickle names.
-
-    Args:
-        most: opcodes; None: any number. Memory and time are linear in the pickle's length anyhow.
-
-    Raises:
-        ValueError: says what else the pickle holds, or that it is damaged.
-    """
-    stack: list[Any] = []
-    memo: dict[int, Any] = {}
-    for number, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
-        if most is not None and number >= most:
-            raise ValueError(f"its pickle has more than {most} steps")
-        step = _STEPS.get(opcode.name)
-        if step is None:
-            raise ValueError(f"its pickle has the step {opcode.name}")
-        try:
-            step(stack, memo, argument)
-        except (IndexError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"its pickle makes no sense at {opcode.name}") from error
-    if len(stack) != 1:
-        raise ValueError("its pickle makes no sense at its end")
-    return stack[0]
-
-
-class _Named(NamedTuple):
-    """What a pickle calls by name; never looked up."""
-
-    name: str
-
-
-class _Dtype(NamedTuple):
-    kind: str
-
-
-class _Array(NamedTuple):
-    """An array that has not got its state yet."""
-
-
-_MARK = object()
-_ARRAYS = {f"numpy.{core}.multiarray _reconstruct" for core in ("core", "_core")}
-_BUFFERS = {f"numpy.{core}.numeric _frombuffer" for core in ("core", "_core")}
-_BYTES = {
-    f"{place} {kind}" for place in ("builtins", "__builtin__") for kind in ("bytes", "bytearray")
-}
-
-
-def _called(called: Any, arguments: Any) -> Any:
-    """What a call in a pickle stands for."""
-    if not isinstance(called, _Named) or not isinstance(arguments, tuple):
-        raise TypeError
-    match (called.name, *arguments):
-        case ("_codecs encode", str(text), "latin1"):
-            return text.encode("latin1")
-        case (name,) if name in _BYTES:
-            return b""
-        case (name, bytes(data)) if name in _BYTES:
-            return data
-        case ("numpy dtype", str(kind), *_):
-            return _Dtype(kind)
-        case (name, _Named("numpy ndarray"), (0,), b"b") if name in _ARRAYS:
-            return _Array()
-        case (name, data, dtype, shape, "C") if name in _BUFFERS:
-            return _array(shape, dtype, data)
-    raise ValueError(f"its pickle would call {called.name!r:.100}")
-
-
-def _with_state(made: Any, state: Any) -> Any:
-    """What an object of a pickle is once it has its state."""
-    match (made, state):
-        case (_Dtype(), (3, str(), None, None, None, -1, -1, 0)):
-            return made
-        case (_Array(), (1, shape, dtype, False, data)):
-            return _array(shape, dtype, data)
-    raise ValueError("its pickle sets the state of an object")
-
-
-def _array(shape: Any, dtype: Any, data: Any) -> bytes:
-    if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray):
-        raise TypeError
-    if dtype.kind not in ("u1", "|u1") or shape != (len(data),):
-        raise ValueError(f"it holds an array of {dtype.kind:.20} that is no row of bytes")
-    return bytes(data)
-
-
-def _to_mark(stack: list[Any]) -> list[Any]:
-    """Take off the stack all that is above the last mark, and the mark."""
-    items = []
-    while (item := stack.pop()) is not _MARK:
-        items.append(item)
-    return items[::-1]
-
-
-def _take(stack: list[Any], count: int) -> list[Any]:
-    return [stack.pop() for _ in range(count)][::-1]
-
-
-def _fill(stack: list[Any], items: list[Any]) -> None:
-    """Add keys and values to the dict on the stack."""
-    made = stack[-1]
-    if not isinstance(made, dict) or not all(isinstance(key, str) for key in items[::2]):
-        # Text only: the hash alone of nested tuples that share their parts may take forever.
-        raise TypeError
-    made.update(zip(items[::2], items[1::2], strict=True))
-
-
-def _extend(stack: list[Any], items: list[Any]) -> None:
-    """Add items to the list on the stack."""
-    if not isinstance(stack[-1], list):
-        raise TypeError
-    stack[-1].extend(items)
-
-
-def _global(module: Any, name: Any) -> _Named:
-    if not isinstance(module, str) or not isinstance(name, str):
-        raise TypeError
-    return _Named(f"{module} {name}")
-
-
-_Step = Callable[[list[Any], dict[int, Any], Any], object]
-
-_STEPS: dict[str, _Step] = {
-    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda s, m, a: None),
-    **dict.fromkeys(
-        (
-            *("BININT", "BININT1", "BININT2", "LONG1"),
-            *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-            *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
-        ),
-        lambda s, m, a: s.append(a),
-    ),
-    "BYTEARRAY8": lambda s, m, a: s.append(bytes(a)),
-    "NONE": lambda s, m, a: s.append(None),
-    "NEWTRUE": lambda s, m, a: s.append(True),
-    "NEWFALSE": lambda s, m, a: s.append(False),
-    "MARK": lambda s, m, a: s.append(_MARK),
-    "EMPTY_TUPLE": lambda s, m, a: s.append(()),
-    "EMPTY_LIST": lambda s, m, a: s.append([]),
-    "EMPTY_DICT": lambda s, m, a: s.append({}),
-    "TUPLE": lambda s, m, a: s.append(tuple(_to_mark(s))),
-    "TUPLE1": lambda s, m, a: s.append(tuple(_take(s, 1))),
-    "TUPLE2": lambda s, m, a: s.append(tuple(_take(s, 2))),
-    "TUPLE3": lambda s, m, a: s.append(tuple(_take(s, 3))),
-    "APPEND": lambda s, m, a: _extend(s, _take(s, 1)),
-    "APPENDS": lambda s, m, a: _extend(s, _to_mark(s)),
-    "SETITEM": lambda s, m, a: _fill(s, _take(s, 2)),
-    "SETITEMS": lambda s, m, a: _fill(s, _to_mark(s)),
-    "MEMOIZE": lambda s, m, a: m.__setitem__(len(m), s[-1]),
-    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda s, m, a: m.__setitem__(a, s[-1])),
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda s, m, a: s.append(m[a])),
-    "GLOBAL": lambda s, m, a: s.append(_Named(a)),
-    "STACK_GLOBAL": lambda s, m, a: s.append(_global(*_take(s, 2))),
-    "REDUCE": lambda s, m, a: s.append(_called(*_take(s, 2))),
-    "BUILD": lambda s, m, a: s.append(_with_state(*_take(s, 2))),
-}
-"""Opcode -> what it does to the stack and the memo, given its argument."""

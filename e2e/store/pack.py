@@ -1,4 +1,4 @@
-"""Sources -> a patch store: parallel, resumable, a slide whole or not at all."""
+"""Pack slides into a patch store: in parallel, resumable, each slide completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,19 +26,22 @@ from e2e.store.sources import Job, Source
 
 T = TypeVar("T")
 
-CHUNK = 128
-"""Patches a worker encodes at a time: some megabytes of JPEG, some seconds of work."""
+BATCH_SIZE = 128
+"""Patches that a worker encodes at a time: some megabytes of JPEG, some seconds of work."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a slide: a line of the report."""
+    """What became of a slide; a row of the report."""
 
     slide: str
+    """Id of the slide."""
     status: str
     """packed, no tissue, or quarantined."""
     patches: int = 0
+    """Number of patches."""
     mpp: float | None = None
+    """This and the next six as in :class:`SlideRecord`."""
     level0_px: float = 0.0
     patch_px: int = 0
     width: int = 0
@@ -46,25 +49,39 @@ class Row:
     source: str = ""
     source_bytes: int = 0
     path: str = ""
-    """Where this run read it from; empty for slides of an earlier run."""
+    """The file or folder that this run read; empty for slides of an earlier run."""
     reason: str = ""
+    """Why the slide is not in the store."""
 
     @classmethod
     def of(cls, record: SlideRecord, status: str, path: str = "", reason: str = "") -> Row:
-        """The row of a slide that could be planned."""
-        known = {f.name: getattr(record, f.name) for f in fields(record) if f.name != "coords"}
-        return cls(status=status, patches=record.count, path=path, reason=reason, **known)
+        """Return the row of a slide that has a record."""
+        return cls(
+            slide=record.slide,
+            status=status,
+            patches=record.num_patches,
+            mpp=record.mpp,
+            level0_px=record.level0_px,
+            patch_px=record.patch_px,
+            width=record.width,
+            height=record.height,
+            source=record.source,
+            source_bytes=record.source_bytes,
+            path=path,
+            reason=reason,
+        )
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a store holds after packing, and what could not be packed."""
+    """The slides in a store after packing, and those that could not be packed."""
 
     out: Path
+    """The store."""
     rows: list[Row]
-    """One for each slide, sorted by id; slides of earlier runs included."""
+    """One per slide, sorted by id, including slides of earlier runs."""
     index: Path | None = None
-    """What to read instead of ``out`` where the slides are in several files."""
+    """The index to open instead of `out` if the slides are in several files."""
 
     @property
     def packed(self) -> list[Row]:
@@ -78,75 +95,93 @@ class Report:
 
     @property
     def path(self) -> Path:
-        """CSV of all rows."""
+        """The CSV file with all rows."""
         return Path(f"{self.out}.report.csv")
 
     @property
     def quarantine(self) -> Path:
-        """CSV of the problems: slide,path,reason. Without a row when there is none."""
+        """The CSV file with the problems: slide,path,reason. It has no rows if there are none."""
         return Path(f"{self.out}.quarantine.csv")
 
     def write(self) -> None:
-        """Write both tables."""
+        """Write both CSV files."""
         columns = [f.name for f in fields(Row) if f.name != "path"]
-        write_atomically(self.path, _csv(columns, self.rows))
-        write_atomically(self.quarantine, _csv(["slide", "path", "reason"], self.problems))
+        write_atomically(self.path, _to_csv(columns, self.rows))
+        write_atomically(self.quarantine, _to_csv(["slide", "path", "reason"], self.problems))
 
 
 class Progress:
-    """What a caller may want to hear while packing. This one keeps silent."""
+    """Methods that are called while packing; override those of interest. These do nothing."""
 
     def started(self, slides: int, stored: int) -> None:
-        """``slides`` are to be packed; ``stored`` more are in the store already."""
+        """Packing starts: `slides` slides to pack, and `stored` more in the store already."""
 
     def planned(self, slide: str, patches: int) -> None:
-        """The slide whose patches are written next."""
+        """The patches of `slide` are written next."""
 
     def written(self, patches: int) -> None:
-        """So many more patches of that slide are written."""
+        """So many more patches of that slide were written."""
 
     def finished(self, row: Row) -> None:
-        """A slide is done with, one way or the other."""
+        """A slide is packed, or will not be."""
 
     def noted(self, text: str) -> None:
-        """Something worth a line that is no slide's."""
+        """A message that does not belong to a slide."""
 
 
 def pack(
-    source: Source, out: Path, *, workers: int, progress: Progress | None = None, chunk: int = CHUNK
+    source: Source,
+    out: Path,
+    *,
+    workers: int,
+    progress: Progress | None = None,
+    batch_size: int = BATCH_SIZE,
 ) -> Report:
-    """Pack every slide of ``source`` that is not in the store ``out`` yet.
+    """Pack every slide of a source that is not in the store yet.
 
-    A slide is stored whole or not at all; one that cannot be used is named in the report and the
-    others go on. Killed at any moment and started again, it ends with the same store. Beside
-    ``out`` it writes ``<out>.report.csv``, ``<out>.quarantine.csv`` and, for what is cut from
+    A slide is stored completely or not at all. One that cannot be used is listed in the report and the
+    others go on. If packing is killed at any moment and started again, it ends with the same store.
+    Beside `out` it writes ``<out>.report.csv``, ``<out>.quarantine.csv`` and, for what is cut from
     slides, ``<out stem>_overview/<slide>.png``.
 
-    Args:
-        source: the slides.
-        out: the store, made or gone on with.
-        workers: processes that read and encode; 0 does all in this one.
-        progress: is told what happens.
-        chunk: patches a worker encodes at a time.
+    Parameters
+    ----------
+    source : Source
+        The slides.
+    out : Path
+        The store, which is created or appended to.
+    workers : int
+        Processes that read and encode; 0 does everything in this one.
+    progress : Progress, optional
+        Its methods are called as packing goes on.
+    batch_size : int
+        Patches that a worker encodes at a time.
 
-    Raises:
-        UserError: the source is empty, the store was packed in another way, the disk is full, or
-            a worker process died. What was packed stays.
+    Returns
+    -------
+    Report
+        All slides in the store, and those that could not be packed.
+
+    Raises
+    ------
+    UserError
+        If the source is empty, the store was packed with other settings, the disk is full, or a worker
+        process died. What was packed stays.
     """
     progress = progress or Progress()
     recipe, jobs = source.recipe(), source.jobs()
-    with StoreWriter(out, recipe) as writer, _pool(workers) as pool:
+    with StoreWriter(out, recipe) as writer, worker_pool(workers) as pool:
         rows = [Row.of(writer.record(slide), "packed") for slide in writer.done]
-        todo = [job for job in jobs if job.slide not in writer.done]
-        progress.started(len(todo), len(rows))
-        conveyor = _Conveyor(pool, todo, pictures(out), workers, chunk, progress)
+        jobs = [job for job in jobs if job.slide not in writer.done]
+        progress.started(len(jobs), len(rows))
+        conveyor = _Conveyor(pool, jobs, overview_folder(out), workers, batch_size, progress)
         try:
             for lane in conveyor.lanes():
-                rows.append(_finish(writer, conveyor, lane))
+                rows.append(_store_slide(writer, conveyor, lane))
                 progress.finished(rows[-1])
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker process died while packing, most likely because the memory was full "
+                "a worker process died while packing, most likely because it ran out of memory "
                 "(see dmesg)\n  the slides packed so far are safe: run the same command again "
                 f"with fewer --workers than {workers}"
             ) from error
@@ -161,121 +196,139 @@ def pack_one(
     job: Job,
     out: Path,
     *,
-    chunk: int = CHUNK,
+    batch_size: int = BATCH_SIZE,
     progress: Progress | None = None,
 ) -> Row:
-    """Pack one slide in this process; its picture goes beside ``out``.
+    """Pack one slide in this process.
 
-    Raises:
-        UserError: not the slide's fault, as in :func:`pack`.
+    Parameters
+    ----------
+    writer : StoreWriter
+        The store.
+    job : Job
+        The slide.
+    out : Path
+        The overview of the slide is written beside this path.
+    batch_size : int
+        Patches to encode at a time.
+    progress : Progress, optional
+        Its methods are called as packing goes on.
+
+    Raises
+    ------
+    UserError
+        If the fault is not the slide's, as in :func:`pack`.
     """
     pool, progress = _InThisProcess(), progress or Progress()
-    conveyor = _Conveyor(pool, [job], pictures(out), 0, chunk, progress)
-    return _finish(writer, conveyor, next(conveyor.lanes()))
+    conveyor = _Conveyor(pool, [job], overview_folder(out), 0, batch_size, progress)
+    return _store_slide(writer, conveyor, next(conveyor.lanes()))
 
 
-def pictures(out: Path) -> Path:
-    """The folder of the pictures that show where slides were cut."""
+def overview_folder(out: Path) -> Path:
+    """Return the folder of the overviews that show where slides were cut."""
     return out.with_name(f"{out.stem}_overview")
 
 
-def _finish(writer: StoreWriter, conveyor: _Conveyor, lane: _Lane) -> Row:
-    """Wait for one slide and store it, or say why not."""
+def _store_slide(writer: StoreWriter, conveyor: _Conveyor, lane: _Lane) -> Row:
+    """Wait for one slide and store it; its row says why if that fails."""
     slide, path = lane.job.slide, str(lane.job.path)
     try:
         record = lane.plan.result()
-        if record.count == 0:
+        if record.num_patches == 0:
             return Row.of(record, "no tissue", path, "no patch with enough tissue")
         writer.add(record, conveyor.jpegs(lane))
-    except _BadSlideError as bad:
-        return Row(slide, "quarantined", path=path, reason=str(bad))
+    except _BadSlideError as error:
+        return Row(slide, "quarantined", path=path, reason=str(error))
     return Row.of(record, "packed", path)
 
 
 class _BadSlideError(Exception):
-    """A slide's own fault; set apart from the store's UserErrors, which end the run."""
+    """A fault of the slide; other UserErrors, such as the store's, end the run."""
 
 
 @dataclass
 class _Lane:
-    """A slide under way: its plan, and its chunks in order."""
+    """A slide in progress: its plan, and its batches of JPEGs in order."""
 
     job: Job
     plan: Future[SlideRecord]
-    chunks: deque[Future[list[bytes]]] = field(default_factory=deque)
-    sent: int = 0
-    """Patches that have been given to workers."""
+    batches: deque[Future[list[bytes]]] = field(default_factory=deque)
+    submitted: int = 0
+    """Patches that have been submitted to workers."""
 
 
 class _Conveyor:
-    """Keeps the workers busy over the borders of slides, with a bounded number of chunks in memory.
+    """Keeps the workers busy across slides, with a bounded number of batches in memory.
 
-    Plans run some slides ahead. Chunks are handed out strictly in order, so that the slide that is
-    being written never waits for room that later slides have taken.
+    Plans run some slides ahead. Batches are submitted strictly in order, so the slide that is being
+    written never waits for room that later slides have taken.
     """
 
     def __init__(
         self,
         pool: Executor,
         jobs: Sequence[Job],
-        pictures: Path,
+        overviews: Path,
         workers: int,
-        chunk: int,
+        batch_size: int,
         progress: Progress,
     ) -> None:
-        self._pool, self._waiting, self._pictures = pool, deque(jobs), pictures
-        self._chunk, self._progress = chunk, progress
-        self._ahead, self._room = max(1, 2 * workers), max(1, 2 * workers)
+        self._pool, self._waiting, self._overviews = pool, deque(jobs), overviews
+        self._batch_size, self._progress = batch_size, progress
+        self._max_lanes, self._room = max(1, 2 * workers), max(1, 2 * workers)
         self._lanes: deque[_Lane] = deque()
 
     def lanes(self) -> Iterator[_Lane]:
-        """The slides in order; asking for the next drops the last, with what is left of it."""
-        self._advance()
+        """Yield the slides in order; taking the next drops the rest of the one before."""
+        self._submit()
         while self._lanes:
             yield self._lanes[0]
             lane = self._lanes.popleft()
-            for future in lane.chunks:
+            for future in lane.batches:
                 future.cancel()
                 self._room += 1
-            self._advance()
+            self._submit()
 
     def jpegs(self, lane: _Lane) -> Iterator[bytes]:
-        """The patches of the first lane, in order; _BadSlideError where one cannot be made."""
-        self._progress.planned(lane.job.slide, lane.plan.result().count)
-        self._advance()
-        while lane.chunks:
-            future = lane.chunks.popleft()
+        """Yield the patches of the first lane in order; _BadSlideError if one cannot be encoded."""
+        self._progress.planned(lane.job.slide, lane.plan.result().num_patches)
+        self._submit()
+        while lane.batches:
+            future = lane.batches.popleft()
             self._room += 1
-            chunk = future.result()
-            self._advance()
-            yield from chunk
-            self._progress.written(len(chunk))
+            jpegs = future.result()
+            self._submit()
+            yield from jpegs
+            self._progress.written(len(jpegs))
 
-    def _advance(self) -> None:
-        while self._waiting and len(self._lanes) < self._ahead:
+    def _submit(self) -> None:
+        """Submit plans and batches as far as there is room."""
+        while self._waiting and len(self._lanes) < self._max_lanes:
             job = self._waiting.popleft()
-            picture = self._pictures / f"{job.slide}.png"
-            self._lanes.append(_Lane(job, self._pool.submit(_guarded, job.plan, picture)))
+            overview = self._overviews / f"{job.slide}.png"
+            self._lanes.append(_Lane(job, self._pool.submit(_run_job, job.plan, overview)))
         for lane in self._lanes:
             if not lane.plan.done():
                 return
-            if lane.plan.exception() is None and not self._fill(lane):
+            if lane.plan.exception() is None and not self._submit_batches(lane):
                 return
 
-    def _fill(self, lane: _Lane) -> bool:
-        """Hand out the lane's chunks while there is room; whether all of them are out."""
+    def _submit_batches(self, lane: _Lane) -> bool:
+        """Submit batches of a slide while there is room; return whether all are submitted."""
         record = lane.plan.result()
-        while lane.sent < record.count:
+        while lane.submitted < record.num_patches:
             if self._room == 0:
                 return False
-            start, lane.sent = lane.sent, min(lane.sent + self._chunk, record.count)
-            part = replace(record, coords=record.places[start : lane.sent])
-            lane.chunks.append(self._pool.submit(_guarded, lane.job.encode, part, start))
+            start = lane.submitted
+            lane.submitted = min(start + self._batch_size, record.num_patches)
+            part = record.slice(start, lane.submitted)
+            lane.batches.append(self._pool.submit(_run_job, lane.job.encode, part, start))
             self._room -= 1
         return True
 
 
-def _guarded(work: Callable[..., T], *arguments: object) -> T:
+def _run_job(work: Callable[..., T], *arguments: object) -> T:
+    """Call a method of a job; its errors become the slide's."""
     try:
         return work(*arguments)
     except OutputError:
@@ -285,7 +338,7 @@ def _guarded(work: Callable[..., T], *arguments: object) -> T:
 
 
 class _InThisProcess(Executor):
-    """An executor that works at once, in the caller's process."""
+    """An executor that runs each call at once, in the calling process."""
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         future: Future[T] = Future()
@@ -297,7 +350,14 @@ class _InThisProcess(Executor):
 
 
 @contextmanager
-def _pool(workers: int) -> Iterator[Executor]:
+def worker_pool(workers: int) -> Iterator[Executor]:
+    """Start worker processes for the block; 0 runs everything in this process.
+
+    Raises
+    ------
+    UserError
+        If processes cannot be started.
+    """
     if workers == 0:
         yield _InThisProcess()
         return
@@ -306,10 +366,10 @@ def _pool(workers: int) -> Iterator[Executor]:
     try:
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
     except OSError as error:
-        raise no_processes(error) from error
+        raise start_error(error) from error
     try:
-        with interrupts_held():
-            # Ctrl-C is the parent's business. A task for each worker makes all of them start here.
+        with defer_interrupts():
+            # Ctrl-C is handled by the parent. A task for each worker starts all of them now.
             for _ in range(workers):
                 pool.submit(os.getpid)
         yield pool
@@ -317,17 +377,17 @@ def _pool(workers: int) -> Iterator[Executor]:
         pool.shutdown(cancel_futures=True)
 
 
-def no_processes(error: Exception) -> UserError:
-    """What to do where processes that work together cannot be started."""
+def start_error(error: Exception) -> UserError:
+    """Return the error to raise if worker processes cannot be started."""
     return UserError(
-        f"no worker processes can be started here: {error}\n"
-        "  they need a little of /dev/shm: free some (docker run --shm-size=1g), or pack with --workers 0"
+        f"cannot start worker processes: {error}\n"
+        "  they need some /dev/shm: free some (docker run --shm-size=1g), or pack with --workers 0"
     )
 
 
 @contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until the end of the block; processes started inside never get it."""
+def defer_interrupts() -> Iterator[None]:
+    """Delay Ctrl-C to the end of the block; processes started inside never receive it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -336,18 +396,18 @@ def interrupts_held() -> Iterator[None]:
 
 
 def _follow_parent() -> None:
-    """End when the parent is killed: waiting for work, a worker would never hear of it."""
+    """End this process when its parent is killed: a worker that waits for work would not notice."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def _csv(columns: list[str], rows: Sequence[Row]) -> bytes:
+def _to_csv(columns: list[str], rows: Sequence[Row]) -> bytes:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

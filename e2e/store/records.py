@@ -1,9 +1,9 @@
-"""What is known of a slide's patches, and the protocols of everything that reads them."""
+"""The record of a slide's patches, and the protocols of everything that reads slides or patches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -14,73 +14,95 @@ from e2e.errors import UserError
 
 T = TypeVar("T")
 
+Indices = Sequence[int] | NDArray[np.int64]
+"""Patch indices of one slide, counted from 0."""
+
 
 @dataclass(frozen=True)
 class SlideRecord:
-    """All that a store knows of a slide but the pixels."""
+    """Everything a reader knows about the patches of a slide except the patches themselves.
+
+    Raises
+    ------
+    ValueError
+        If `coords` is not of shape (`num_patches`, 2).
+    """
 
     slide: str
-    coords: NDArray[np.int32] | None
-    """(N,2) x, y of each patch's upper left corner, level-0 pixels. None in a
-    :class:`PlacelessRecord` only."""
-    level0_px: float
-    """Side of a patch in level-0 pixels; 0 when unknown."""
-    mpp: float | None
-    """um per pixel of the stored patches; None where a folder of patches did not say."""
-    patch_px: int
-    """Side of the stored JPEGs in pixels."""
-    width: int
-    """Of the slide at level 0; 0 when unknown."""
-    height: int
-    source: str
-    """File name the patches were cut from."""
-    source_bytes: int
+    """Id of the slide."""
+    num_patches: int
+    """Number of patches, N."""
+    coords: NDArray[np.int32] | None = None
+    """(N, 2) x, y of the upper left corner of each patch, in level-0 pixels. None if unknown."""
+    level0_px: float = 0.0
+    """Side of a patch in level-0 pixels. 0 if unknown."""
+    mpp: float | None = None
+    """Micrometres per pixel of the patches. None if unknown."""
+    patch_px: int = 0
+    """Side of the patches in pixels. 0 if unknown."""
+    width: int = 0
+    """Width of the slide at level 0, in pixels. 0 if unknown."""
+    height: int = 0
+    """Height of the slide at level 0, in pixels. 0 if unknown."""
+    source: str = ""
+    """Name of the file that the patches or features come from."""
+    source_bytes: int = 0
+    """Size of that file in bytes."""
 
-    @property
-    def places(self) -> NDArray[np.int32]:
-        """``coords``, for those who cannot do without; UserError where nobody knows them."""
+    def __post_init__(self) -> None:
+        if self.coords is not None and self.coords.shape != (self.num_patches, 2):
+            raise ValueError(
+                f"slide '{self.slide}' has {self.num_patches} patches, but coords of shape "
+                f"{self.coords.shape}"
+            )
+
+    def require_coords(self) -> NDArray[np.int32]:
+        """Return `coords`, which must be known.
+
+        Returns
+        -------
+        ndarray of int32, shape (num_patches, 2)
+            Upper left corners in level-0 pixels.
+
+        Raises
+        ------
+        UserError
+            If the slide has no coordinates.
+        """
         if self.coords is None:
             raise UserError(
-                f"nobody knows the coords of slide '{self.slide}'\n"
-                "  of patches, set data.coords to the folder of the h5 files that they were cut by; of"
-                " features, extract them again with coords"
+                f"slide '{self.slide}' has no patch coordinates\n"
+                "  Set data.coords to the folder of the .h5 files it was cut by. "
+                "Extract features again if they were saved without coordinates."
             )
         return self.coords
 
-    @property
-    def count(self) -> int:
-        """Number of patches."""
-        assert self.coords is not None, "a record without coords is a PlacelessRecord"
-        return len(self.coords)
+    def slice(self, start: int, stop: int) -> SlideRecord:
+        """Return the record of patches `start` to `stop` alone.
 
-
-@dataclass(frozen=True)
-class PlacelessRecord(SlideRecord):
-    """Of a slide whose patches lie nobody knows where: ``coords`` is None."""
-
-    patches: int
-    """Number of patches; ``count`` elsewhere."""
-
-    @property
-    def count(self) -> int:
-        """Number of patches."""
-        return self.patches
+        Parameters
+        ----------
+        start, stop : int
+            Patch indices, 0 <= start <= stop <= num_patches.
+        """
+        coords = None if self.coords is None else self.coords[start:stop]
+        return replace(self, num_patches=stop - start, coords=coords)
 
 
 class SlideReader(Protocol):
-    """What is known of the slides in a file or folder, whether it holds patches or features.
+    """A file or folder that holds the patches or the features of slides.
 
-    It can be copied into other processes, and read from several threads.
+    A reader can be copied into other processes and used from several threads.
     """
 
     @property
     def path(self) -> Path:
-        """Of the file or folder."""
+        """The file or folder."""
         ...
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """How the patches or features were made, as far as known."""
+        """How the patches or features were made, as far as the file says; JSON values only."""
         ...
 
     @property
@@ -90,39 +112,60 @@ class SlideReader(Protocol):
 
     def __contains__(self, slide: str) -> bool: ...
 
-    def count(self, slide: str) -> int:
-        """Number of patches of a slide."""
+    def num_patches(self, slide: str) -> int:
+        """Return the number of patches of a slide."""
         ...
 
     def record(self, slide: str) -> SlideRecord:
-        """What is known of a slide; DamagedDataError when it cannot be read."""
+        """Return the record of a slide.
+
+        Raises
+        ------
+        DamagedDataError
+            If the record cannot be read.
+        """
         ...
 
 
 class PatchReader(SlideReader, Protocol):
-    """What patches are read from: :class:`PatchStore`, and the files of others read in place."""
+    """A reader of JPEG patches, such as :class:`e2e.store.lmdb.PatchStore`."""
 
-    def read(self, slide: str, indices: Sequence[int] | NDArray[np.int64]) -> list[bytes]:
-        """JPEG bytes of the given patches, in the order asked for.
+    def read(self, slide: str, indices: Indices) -> list[bytes]:
+        """Return the JPEG bytes of patches, in the order of `indices`.
 
-        Raises:
-            DamagedDataError: names the slide and the patch that is missing, empty or unreadable.
+        Raises
+        ------
+        DamagedDataError
+            If a patch is missing, empty or unreadable; the message names slide and patch.
         """
         ...
 
-    def lend(
-        self,
-        slide: str,
-        indices: Sequence[int] | NDArray[np.int64],
-        work: Callable[[Sequence[bytes | memoryview]], T],
+    def borrow(
+        self, slide: str, indices: Indices, work: Callable[[Sequence[bytes | memoryview]], T]
     ) -> T:
-        """What ``work`` makes of the JPEGs, which end with it; it may be called again.
+        """Call `work` with the JPEG bytes of patches, without copying them where possible.
 
-        Raises:
-            DamagedDataError: as of :meth:`read`, and what ``work`` raises.
+        Parameters
+        ----------
+        slide : str
+            Id of the slide.
+        indices : sequence of int
+            Patches, in any order.
+        work : callable
+            Takes the buffers, which are valid until it returns. It may be called again.
+
+        Returns
+        -------
+        object
+            What `work` returned.
+
+        Raises
+        ------
+        DamagedDataError
+            As :meth:`read`, and whatever `work` raises.
         """
         ...
 
-    def damage(self, slide: str) -> Iterator[str]:
-        """Check every value of a slide; yields a line per fault."""
+    def find_damage(self, slide: str) -> Iterator[str]:
+        """Check everything stored of a slide and yield one line per fault."""
         ...

@@ -32,7 +32,7 @@ def loader_of(items, *, bags=2, chunk=4, **changes) -> TrainingLoader:
 def test_slides_are_in_the_order_of_their_ids_with_their_targets(items):
     assert [item.slide.id for item in items] == list("abcde")
     assert [int(item.target) for item in items] == [0, 1, 2, 3, 4]
-    assert items[1].record.count == 30
+    assert items[1].record.num_patches == 30
 
 
 def test_a_bag_holds_the_sampled_patches_of_its_slides(items):
@@ -172,8 +172,8 @@ def test_what_is_kept_spares_the_second_pass_its_work_and_changes_no_pixel(
     items, keep, monkeypatch
 ):
     read, decoded = [], []
-    store, decoder = PatchStore.lend, type(DECODER).decode  # what is read is lent, then copied
-    monkeypatch.setattr(PatchStore, "lend", lambda *given: read.append(1) or store(*given))
+    store, decoder = PatchStore.borrow, type(DECODER).decode  # what is read is lent, then copied
+    monkeypatch.setattr(PatchStore, "borrow", lambda *given: read.append(1) or store(*given))
     monkeypatch.setattr(
         type(DECODER), "decode", lambda *given: decoded.append(1) or decoder(*given)
     )
@@ -262,7 +262,9 @@ def test_a_patch_that_cannot_be_decoded_is_named_by_its_place_in_the_slide(tmp_p
         writer.add(record("s", 12), values)
     bag = bag_of([labelled(PatchStore(tmp_path / "x.lmdb"))], bag_size=None)
     assert bag.pixels(0, 9, CPU).shape == (9, 3, 32, 32)
-    with pytest.raises(DamagedDataError, match=r"x.lmdb: slide 's' patch 9 is ") as error:
+    with pytest.raises(
+        DamagedDataError, match=r"x.lmdb: slide 's' patch 9 (is |has zero bytes)"
+    ) as error:
         bag.pixels(6, 12, CPU)
     assert "inspect_lmdb.py --verify" in str(error.value)
 
@@ -274,7 +276,7 @@ def test_a_patch_that_is_missing_is_named(make_store, tmp_path):
     with lmdb.open(str(path), subdir=False, map_size=1 << 24) as env, env.begin(write=True) as txn:
         txn.delete(b"p" + bytes(7) + b"\x03")
     bag = bag_of([labelled(PatchStore(path))], bag_size=None)
-    with pytest.raises(DamagedDataError, match="slide 's' lacks patch 3 of 5"):
+    with pytest.raises(DamagedDataError, match="slide 's' patch 3 of 5 is missing"):
         bag.pixels(0, 5, CPU)
 
 

@@ -14,7 +14,7 @@ from e2e.bags.loader import TrainingLoader, full_bag, label_slides
 from e2e.bags.readers import PixelRowReader
 from e2e.bags.sampler import SAMPLERS, sample_patches
 from e2e.bags.spec import BagSpec, LabelledSlide
-from e2e.cohort.load import load_cohort, open_patch_readers, store_files
+from e2e.cohort.load import load_cohort, open_patch_readers
 from e2e.cohort.match import check_sides, match_scales
 from e2e.errors import DamagedDataError, UserError
 from e2e.images.augment import Augment
@@ -23,6 +23,7 @@ from e2e.runs.parts import build_task
 from e2e.settings.schema import Columns, Data, Plugin
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore, StoreWriter
+from e2e.store.open import expand_store_paths
 from tests.helpers.stores import RECIPE, jpeg, patches, pixels_of, record, write_store
 
 CPU = torch.device("cpu")
@@ -219,16 +220,16 @@ def test_regions_without_coords_are_refused_before_training(items, monkeypatch):
     loader.check(1, 1)
     known = PatchStore.record
     monkeypatch.setattr(PatchStore, "record", lambda *a: replace(known(*a), coords=None))
-    with pytest.raises(UserError, match=r"the coords of slide 'a'(?s:.*)data\.coords"):
+    with pytest.raises(UserError, match=r"slide 'a' has no patch coordinates(?s:.*)data\.coords"):
         loader.check(1, 1)
 
 
 def test_stores_are_files_globs_or_an_index(tmp_path):
     for name in ("b", "a"):
         write_store(tmp_path / f"{name}.lmdb", {name: 2})
-    assert store_files(str(tmp_path / "a.lmdb")) == [tmp_path / "a.lmdb"]
+    assert expand_store_paths(str(tmp_path / "a.lmdb")) == [tmp_path / "a.lmdb"]
     both = [tmp_path / "a.lmdb", tmp_path / "b.lmdb"]
-    assert store_files(f"{tmp_path}/*.lmdb") == both
+    assert expand_store_paths(f"{tmp_path}/*.lmdb") == both
     scales = open_patch_readers(Data(stores=[f"{tmp_path}/*.lmdb"], scales=[[str(both[1])]]))
     assert [[store.slides for store in stores] for stores in scales] == [[["a"], ["b"]], [["b"]]]
 

@@ -49,17 +49,17 @@ def test_a_case_has_the_patches_of_its_slides_in_their_order(stores):
     assert [(s.id, s.case, s.split) for s in slides] == [("a", "a", "train"), ("b", "b", "train")]
     (store,) = cases["a"]
     everything = patches("a1", 5) + patches("a2", 3)
-    assert store.count("a") == 8
+    assert store.num_patches("a") == 8
     assert store.read("a", range(8)) == everything
     chosen = [7, 0, 5, 4, 0]
     assert store.read("a", chosen) == [everything[k] for k in chosen]
-    assert list(store.damage("a")) == []
+    assert list(store.find_damage("a")) == []
 
 
 def test_the_slides_of_a_case_lie_side_by_side(stores):
     _, cases = joined(stores)
     found, first = cases["a"][0].record("a"), stores["a1"].record("a1")
-    assert found.count == 8
+    assert found.num_patches == 8
     np.testing.assert_array_equal(found.coords[:5], first.coords)
     second = stores["a2"].record("a2").coords
     moved = found.coords[5:] - second
@@ -103,7 +103,7 @@ def test_a_case_of_features_has_those_of_its_slides(tmp_path):
     (case,) = cases["case"]
     found = case.features("case")
     assert found.dtype == torch.float32
-    assert (case.count("case"), case.width) == (7, D)
+    assert (case.num_patches("case"), case.width) == (7, D)
     np.testing.assert_array_equal(found[3:], given["q"].astype(np.float32))
     assert case.record("case").coords is None  # one of them does not know
 
@@ -150,7 +150,7 @@ def test_end_to_end_a_bag_is_a_case_too(patch_cohort, tmp_path, monkeypatch, cap
     slides = list(table.loc[table["case"] == "c3_0", "slide"])
     assert list(drawn["slide"].unique()) == slides
     for slide, own in drawn.groupby("slide"):
-        coords = PatchStore(patch_cohort / "s.lmdb").record(slide).places
+        coords = PatchStore(patch_cohort / "s.lmdb").record(slide).require_coords()
         np.testing.assert_array_equal(own[["x", "y"]], coords)
     patches_of = table.assign(n=[3 + k % 4 for k in range(16)]).groupby("case")["n"].sum()
     for case in ("c3_0", "c3_1"):

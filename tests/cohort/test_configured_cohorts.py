@@ -100,5 +100,5 @@ def test_survival_tables_may_name_several_slides_of_a_case_in_a_row(name, tmp_pa
     task = build_task(settings.task)
     items, problems = load_cohort(settings.data, task, name=name, seed=0, problems_file=None)
     assert problems == []
-    counts = {item.slide.case: item.store.count(item.slide.id) for item in items}
+    counts = {item.slide.case: item.store.num_patches(item.slide.id) for item in items}
     assert counts == {f"case {k}": 4 * k + 3 for k in range(SLIDES)}

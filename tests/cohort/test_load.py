@@ -310,7 +310,7 @@ def test_every_slide_of_a_row_is_taken_in_whatever_a_split_file_names(cohort, id
     assert splits_of(items) == dict(zip(NAMES, [w for w in words for _ in "ab"], strict=True))
     assert [item.slide.target["label"] for item in items] == list("aabbaabb")
     cases, _ = load(cohort, split_file=str(cohort / "file.csv"), unit="case", **JOINED)
-    assert [item.store.count(item.slide.id) for item in cases] == [5, 9, 13, 17]
+    assert [item.store.num_patches(item.slide.id) for item in cases] == [5, 9, 13, 17]
 
 
 def test_without_the_setting_such_rows_are_problems_that_name_it(cohort):

@@ -212,7 +212,9 @@ def test_a_slide_that_has_most_of_its_patches_in_common_with_one_of_another_spli
 
 def test_sums_that_are_alike_by_chance_are_no_patches_in_common(tmp_path, monkeypatch):
     store = store_of(tmp_path / "a.lmdb", a=patches("a", 3), b=patches("b", 2))
-    monkeypatch.setattr(PatchStore, "checksums", lambda self, name: np.arange(self.count(name)))
+    monkeypatch.setattr(
+        PatchStore, "checksums", lambda self, name: np.arange(self.num_patches(name))
+    )
     check_copies([slide("a"), slide("b", split="test")], dict.fromkeys("ab", store))
 
 

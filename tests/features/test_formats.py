@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from e2e.errors import DamagedDataError, UserError
-from e2e.features.check import common_width, made_by, may_be_same
+from e2e.features.check import common_width, describe_encoder, may_be_same
 from e2e.features.formats import FEATURE_FORMATS
 from e2e.features.reader import FeatureFiles, open_features
-from e2e.store.records import PlacelessRecord
 
 COUNTS = {"s1": 5, "s2": 3, "TCGA-A1.01Z": 1}
 D = 4
@@ -173,14 +172,14 @@ def test_features_come_as_they_are_stored(tmp_path, kind, dtype):
 
 def test_counts_and_width_without_the_features(made):
     store = open_features(made[1])
-    assert {slide: store.count(slide) for slide in store.slides} == COUNTS
+    assert {slide: store.num_patches(slide) for slide in store.slides} == COUNTS
     assert store.width == D
 
 
 def test_counting_does_not_read_the_values(tmp_path, monkeypatch):
     store = open_features(make_trident(tmp_path, "float32"))
     monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda *_: pytest.fail("read"))
-    assert (store.count("s1"), store.width) == (5, D)
+    assert (store.num_patches("s1"), store.width) == (5, D)
 
 
 def test_counting_tensors_maps_their_file(tmp_path, monkeypatch):
@@ -188,7 +187,7 @@ def test_counting_tensors_maps_their_file(tmp_path, monkeypatch):
     monkeypatch.setattr(
         torch, "load", lambda *args, **more: (mapped.append(more["mmap"]), load(*args, **more))[1]
     )
-    assert open_features(make_pt(tmp_path / "pt", "float32")).count("s1") == 5
+    assert open_features(make_pt(tmp_path / "pt", "float32")).num_patches("s1") == 5
     assert mapped == [True]
 
 
@@ -228,7 +227,12 @@ def test_trident_says_where_the_patches_lie_and_who_made_the_features(tmp_path):
     assert record.coords.dtype == np.int32
     assert np.array_equal(record.coords, grid(5))
     assert (record.level0_px, record.patch_px, record.mpp) == (512.0, 256, None)
-    assert (record.width, record.height, record.source, record.count) == (9000, 8000, "s1.h5", 5)
+    assert (record.width, record.height, record.source, record.num_patches) == (
+        9000,
+        8000,
+        "s1.h5",
+        5,
+    )
     assert store.recipe == {
         "format": "trident",
         "encoder": "uni_v1",
@@ -258,11 +262,11 @@ def test_trident_writes_the_text_none_for_what_it_does_not_know(tmp_path):
 def test_clam_has_places_and_nothing_else(tmp_path):
     store = open_features(make_clam(tmp_path / "f", "float32"))
     record = store.record("s2")
-    assert np.array_equal(record.places, grid(3))
+    assert np.array_equal(record.require_coords(), grid(3))
     assert (record.level0_px, record.mpp, record.patch_px, record.width) == (0.0, None, 0, 0)
     assert open_features(tmp_path / "f" / "h5_files").record("s2").coords is not None
     without = open_features(tmp_path / "f" / "pt_files")
-    assert isinstance(without.record("s2"), PlacelessRecord)
+    assert without.record("s2").coords is None
 
 
 def test_of_clams_two_folders_a_slide_may_be_in_either(tmp_path):
@@ -270,7 +274,7 @@ def test_of_clams_two_folders_a_slide_may_be_in_either(tmp_path):
     (path / "h5_files" / "s1.h5").unlink()
     store = open_features(path)
     assert store.slides == sorted(COUNTS)
-    assert isinstance(store.record("s1"), PlacelessRecord)
+    assert store.record("s1").coords is None
     assert store.record("s2").coords is not None
 
 
@@ -278,7 +282,7 @@ def test_stamps_micrometres_become_pixels_of_the_patches_themselves(tmp_path):
     store = open_features(make_stamp(tmp_path / "f", "float32"))
     record = store.record("s1")  # 256 um are 224 px: patches follow one another at 224 px
     expected = np.rint(grid(5) / 512 * 224).astype(np.int32)
-    assert np.array_equal(record.places, expected)
+    assert np.array_equal(record.require_coords(), expected)
     assert (record.level0_px, record.patch_px, record.mpp) == (224.0, 224, 256 / 224)
     assert store.recipe["extractor"] == "uni2"
 
@@ -288,8 +292,8 @@ def test_stamp_without_a_unit_has_no_places(tmp_path):
     with h5py.File(path / "s1.h5", "r+") as h5:
         del h5.attrs["unit"]
     store = open_features(path)
-    assert isinstance(store.record("s1"), PlacelessRecord)
-    assert not isinstance(store.record("s2"), PlacelessRecord)
+    assert store.record("s1").coords is None
+    assert store.record("s2").coords is not None
 
 
 def test_stamps_older_name_of_the_features(tmp_path):
@@ -297,7 +301,7 @@ def test_stamps_older_name_of_the_features(tmp_path):
     for file in path.iterdir():
         with h5py.File(file, "r+") as h5:
             h5.move("feats", "patch_embeddings")
-    assert open_features(path).count("s1") == 5
+    assert open_features(path).num_patches("s1") == 5
 
 
 def test_stamps_slide_embeddings_are_no_bags(tmp_path):
@@ -311,21 +315,20 @@ def test_stamps_slide_embeddings_are_no_bags(tmp_path):
 
 def test_aems_one_file_has_the_places(tmp_path):
     record = open_features(make_aem(tmp_path / "f", "float16")).record("TCGA-A1.01Z")
-    assert np.array_equal(record.places, grid(1))
+    assert np.array_equal(record.require_coords(), grid(1))
     assert record.source == "f.h5"
 
 
 def test_features_without_coords_are_placeless(tmp_path):
     record = open_features(make_npy(tmp_path / "f", "float32")).record("s1")
-    assert isinstance(record, PlacelessRecord)
-    assert (record.coords, record.count) == (None, 5)
-    with pytest.raises(UserError, match="the coords of slide 's1'"):
-        _ = record.places
+    assert (record.coords, record.num_patches) == (None, 5)
+    with pytest.raises(UserError, match=r"slide 's1' has no patch coordinates\n  Set data.coords"):
+        record.require_coords()
 
 
 def test_coords_in_a_dict_are_places(tmp_path):
     torch.save({"features": torch.zeros(2, D), "coords": torch.ones(2, 2)}, tmp_path / "a.pt")
-    assert open_features(tmp_path).record("a").places.tolist() == [[1, 1], [1, 1]]
+    assert open_features(tmp_path).record("a").require_coords().tolist() == [[1, 1], [1, 1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int32])
@@ -338,13 +341,13 @@ def test_tensors_of_an_old_pytorch_are_read(tmp_path):
     tensor = torch.from_numpy(values("a", 3))
     torch.save(tensor, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
     store = open_features(tmp_path)
-    assert store.count("a") == 3
+    assert store.num_patches("a") == 3
     assert torch.equal(store.features("a"), tensor)
 
 
 def test_aems_published_name_says_who_made_the_features(tmp_path):
     file = make_aem(tmp_path / "patch_feats_pretrain_medical_ssl", "float16")
-    assert made_by(open_features(file).recipe) == "medical_ssl"
+    assert describe_encoder(open_features(file).recipe) == "medical_ssl"
 
 
 @pytest.mark.parametrize(
@@ -404,8 +407,8 @@ def test_mixed_widths_name_two_slides(tmp_path):
     for slide, width in {"a": 4, "b": 4, "c": 6}.items():
         np.save(tmp_path / f"{slide}.npy", np.zeros((2, width), np.float32))
     store = open_features(tmp_path)
-    assert store.count("b") == 2
-    for ask in (store.count, store.record, store.features):
+    assert store.num_patches("b") == 2
+    for ask in (store.num_patches, store.record, store.features):
         with pytest.raises(UserError, match="slide 'b' has 4, slide 'c' has 6"):
             ask("c")
     (tmp_path / "other").mkdir()
@@ -424,8 +427,8 @@ def test_a_slide_of_another_encoder_among_others_is_named(tmp_path, make, attrib
     with h5py.File(path / "s2.h5", "r+") as h5:
         (h5["features"] if attribute == "encoder" else h5).attrs[attribute] = "virchow"
     store = open_features(path)
-    assert store.count("s1") == 5
-    for ask in (store.count, store.record, store.features):
+    assert store.num_patches("s1") == 5
+    for ask in (store.num_patches, store.record, store.features):
         with pytest.raises(UserError, match=r"in the first file, virchow for slide 's2'"):
             ask("s2")
 
@@ -437,7 +440,7 @@ def test_nan_and_inf_name_slide_and_row(tmp_path, bad, dtype):
     found[6, 1] = found[8, 0] = bad
     np.save(tmp_path / "a.npy", found)
     store = open_features(tmp_path)
-    assert store.count("a") == 9
+    assert store.num_patches("a") == 9
     refused(store, "a", "NaN or Inf, first in row 6 of 9")
 
 
@@ -447,10 +450,10 @@ def test_an_empty_bag_counts_nothing_and_is_not_read(tmp_path, shape):
     write_trident(tmp_path, "a", empty, coords=np.zeros((0, 2)))
     write_trident(tmp_path, "b", values("b", 2))
     store = open_features(tmp_path)
-    assert (store.count("a"), store.width, store.record("a").count) == (0, D, 0)
+    assert (store.num_patches("a"), store.width, store.record("a").num_patches) == (0, D, 0)
     refused(store, "a", "has no patches")
     (tmp_path / "b.h5").unlink()
-    with pytest.raises(UserError, match="1 slides, and none has any patch"):
+    with pytest.raises(UserError, match=r"none of the 1 slides in .* has any patch"):
         _ = open_features(tmp_path).width
 
 
@@ -462,7 +465,7 @@ def test_coords_that_are_not_the_features(tmp_path, coords):
 
 def test_coords_that_are_no_places(tmp_path):
     write_trident(tmp_path, "a", values("a", 1), coords=np.array([[np.nan, 0]]))
-    with pytest.raises(DamagedDataError, match="slide 'a' are no places"):
+    with pytest.raises(DamagedDataError, match="slide 'a' are not positions in pixels"):
         open_features(tmp_path).record("a")
 
 
@@ -474,7 +477,7 @@ def test_rows_that_were_never_written_are_told_with_the_first_of_them(tmp_path):
     np.save(tmp_path / "empty.npy", np.zeros_like(found))
     store = open_features(tmp_path)
     np.testing.assert_array_equal(store.features("whole"), found)
-    refused(store, "cut", "slide 'cut' are zeros alone from row 6 of 9 on")
+    refused(store, "cut", "slide 'cut' are all zeros from row 6 of 9 on")
     refused(store, "empty", "from row 0 of 9 on")
 
 
@@ -492,16 +495,18 @@ def test_what_is_no_hdf5_or_cut_short_names_the_file(tmp_path, kind):
     for rubbish in (b"rubbish", content[: len(content) // 2], b""):
         files[-1].write_bytes(rubbish)
         if kind == "aem":
-            with pytest.raises(DamagedDataError, match=r"f\.h5 is no HDF5 file, or was cut short"):
+            with pytest.raises(
+                DamagedDataError, match=r"f\.h5 is not an HDF5 file, or was cut short"
+            ):
                 open_features(path)
         else:
             store = open_features(path)  # the others tell the format
-            assert store.count("s1") == 5
+            assert store.num_patches("s1") == 5
             slide = files[-1].name.removesuffix(".h5")
             refused(store, slide, str(files[-1]), "cannot be read")
     for file in files:
         file.write_bytes(b"rubbish")
-    with pytest.raises(DamagedDataError, match=r"is no HDF5 file, or was cut short"):
+    with pytest.raises(DamagedDataError, match=r"is not an HDF5 file, or was cut short"):
         open_features(path)
 
 

@@ -74,9 +74,9 @@ def contents(store):
     found = {}
     for slide in opened.slides:
         record = opened.record(slide)
-        assert not list(opened.damage(slide))
+        assert not list(opened.find_damage(slide))
         fields = {k: v for k, v in vars(record).items() if k != "coords"}
-        jpegs = opened.read(slide, range(record.count))
+        jpegs = opened.read(slide, range(record.num_patches))
         found[slide] = (fields, record.coords.tolist(), jpegs)
     return opened.recipe, found
 

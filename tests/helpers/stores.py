@@ -34,7 +34,9 @@ def jpeg(image: Image.Image | int = 0, *, width: int = 32, **options: object) ->
 def record(slide: str, count: int, **changes: object) -> SlideRecord:
     """A record with ``count`` different coords on a grid."""
     x, y = np.arange(count) % 7 * 64, np.arange(count) // 7 * 64
+    coords = changes.get("coords")
     values: dict[str, object] = {
+        "num_patches": len(coords) if isinstance(coords, np.ndarray) else count,
         "coords": np.stack([x, y], axis=1).astype(np.int32),
         "level0_px": 64.0,
         "mpp": 0.5,

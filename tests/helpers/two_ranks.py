@@ -80,16 +80,18 @@ class DrawnSlides:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def count(self, slide: str) -> int:
+    def num_patches(self, slide: str) -> int:
         return SIZES[int(slide)]
 
     def record(self, slide: str) -> SimpleNamespace:
-        count = self.count(slide)
-        return SimpleNamespace(count=count, coords=np.zeros((count, 2), np.int32), patch_px=8)
+        count = self.num_patches(slide)
+        return SimpleNamespace(num_patches=count, coords=np.zeros((count, 2), np.int32), patch_px=8)
 
     def read(self, slide: str, indices: NDArray[np.int64]) -> Tensor:
         generator = torch.Generator().manual_seed(int(slide))
-        whole = torch.rand(self.count(slide), 3, 8, 8, generator=generator, dtype=torch.float64)
+        whole = torch.rand(
+            self.num_patches(slide), 3, 8, 8, generator=generator, dtype=torch.float64
+        )
         return whole[indices].to(self.dtype)
 
     def decode(self, pixels: list[Tensor], device: torch.device) -> Tensor:

@@ -27,7 +27,7 @@ from e2e.images.decode import build_decoder
 from e2e.runs.extract import encoder_options, extract, magnification, weights_digest
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore, StoreWriter
-from e2e.store.records import PlacelessRecord
+from e2e.store.records import SlideRecord
 from launch import extract as command
 from tests.helpers.paths import ROOT
 from tests.helpers.stores import jpeg, patches, record, write_store
@@ -88,7 +88,7 @@ def evaluated(store: PatchStore, slide: str, *, size: int | None = None) -> torc
 def test_features_are_those_of_the_evaluation_end_to_end_to_the_bit(store, tmp_path, size):
     assert run(store, tmp_path / "out", size=size) == 0
     found = open_features(features_of(tmp_path / "out"))
-    assert {slide: found.count(slide) for slide in found.slides} == COUNTS
+    assert {slide: found.num_patches(slide) for slide in found.slides} == COUNTS
     for slide in COUNTS:
         assert torch.equal(found.features(slide), evaluated(store, slide, size=size))
 
@@ -136,7 +136,7 @@ def test_the_files_have_tridents_layout_and_attributes(store, tmp_path):
             "encoder": ENCODER,
         }
         assert h5["coords"].dtype == np.int64
-        assert np.array_equal(h5["coords"][:], store.record("s1").places)
+        assert np.array_equal(h5["coords"][:], store.record("s1").require_coords())
         assert dict(h5["coords"].attrs) == {
             "patch_size": 32,
             "patch_size_level0": 64,
@@ -158,7 +158,7 @@ def test_our_reader_gets_back_what_the_store_knew(store, tmp_path):
     assert found.recipe["encoder"] == ENCODER
     for slide in COUNTS:
         ours, theirs = store.record(slide), found.record(slide)
-        assert np.array_equal(theirs.places, ours.places)
+        assert np.array_equal(theirs.require_coords(), ours.require_coords())
         for name in ("level0_px", "mpp", "patch_px", "width", "height"):
             assert getattr(theirs, name) == getattr(ours, name)
 
@@ -167,10 +167,10 @@ def test_slides_whose_places_nobody_knows_have_features_without_coords(tmp_path)
     unknown = {"coords": None, "level0_px": 0.0, "mpp": None, "width": 0, "height": 0}
     known = {"patch_px": 32, "source": "a", "source_bytes": 1}
     with StoreWriter(tmp_path / "s.lmdb", {}) as writer:
-        writer.add(PlacelessRecord(slide="a", patches=3, **unknown, **known), patches("a", 3))
+        writer.add(SlideRecord(slide="a", num_patches=3, **unknown, **known), patches("a", 3))
     assert run(PatchStore(tmp_path / "s.lmdb"), tmp_path / "out") == 0
     found = open_features(tmp_path / "out" / "unknown_32px_0px_overlap")
-    assert isinstance(found.record("a"), PlacelessRecord)
+    assert found.record("a").coords is None
     assert found.features("a").shape == (3, found.width)
 
 
@@ -430,8 +430,8 @@ def test_real_slides_are_cut_and_encoded(shared_data, tmp_path, monkeypatch, cap
     found = open_features(tmp_path / "out" / "20x_256px_0px_overlap")
     [slide] = found.slides
     kept = PatchStore(tmp_path / "out" / "slides.lmdb").record(slide)
-    assert found.count(slide) == kept.count > 0
-    assert np.array_equal(found.record(slide).places, kept.places)
+    assert found.num_patches(slide) == kept.num_patches > 0
+    assert np.array_equal(found.record(slide).require_coords(), kept.require_coords())
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, said = call(monkeypatch, capsys, *argv)
     assert (code, "works in one process" in said) == (2, True)

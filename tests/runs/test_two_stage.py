@@ -22,7 +22,7 @@ from e2e.bags.loader import TrainingLoader, full_bag
 from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.encoders.base import ENCODERS
 from e2e.engine.model import MILModel, pad
-from e2e.features.check import made_by
+from e2e.features.check import describe_encoder
 from e2e.features.reader import open_features
 from e2e.heads.base import HEADS
 from e2e.slides import Slide
@@ -302,7 +302,7 @@ def test_a_label_outside_the_classes_is_listed(cohort, monkeypatch, capsys):
 def test_features_without_coords_are_refused_where_coords_are_needed(cohort, monkeypatch, capsys):
     write_slide(cohort / "feats", "s01", features_of(1, COUNTS["s01"]), coords=False)
     said = refusal(cohort, monkeypatch, capsys, "sampler.name=regions", "bag.patches=2")
-    assert "the coords of slide 's01'" in said
+    assert "slide 's01' has no patch coordinates" in said
 
 
 def test_a_head_option_of_another_type_is_refused(cohort, monkeypatch, capsys):
@@ -393,7 +393,7 @@ def test_a_head_that_needs_coords_is_refused_without_them(cohort, monkeypatch, c
     assert call(train.main, monkeypatch, capsys, *arguments(cohort, "optim.epochs=1"))[0] == 0
     monkeypatch.setattr(HEADS.factory("abmil"), "needs_coords", True)
     said = refusal(cohort, monkeypatch, capsys, f"run.out={cohort}/other")
-    assert "the coords of slide 's15'" in said
+    assert "slide 's15' has no patch coordinates" in said
 
 
 def test_a_regulariser_that_needs_coords_is_refused_without_those_of_training(
@@ -407,7 +407,7 @@ def test_a_regulariser_that_needs_coords_is_refused_without_those_of_training(
     assert code == 0, said
     write_slide(cohort / "feats", "s03", features_of(3, COUNTS["s03"]), coords=False)
     said = refusal(cohort, monkeypatch, capsys, *more, f"run.out={cohort}/other")
-    assert "the coords of slide 's03'" in said
+    assert "slide 's03' has no patch coordinates" in said
 
 
 def test_features_of_two_encoders_are_refused_with_both(cohort, monkeypatch, capsys):
@@ -563,7 +563,7 @@ def test_the_weights_that_extraction_noted_are_part_of_who_made_features(tmp_pat
         note = folder.with_name("_config_feats_r50.json")
         note.write_text(json.dumps({"encoder": "r50", "weights": weights}))
         recipes.append(open_features(tmp_path / weights).recipe)
-    assert [made_by(recipe) for recipe in recipes] == ["r50 a", "r50 b"]
+    assert [describe_encoder(recipe) for recipe in recipes] == ["r50 a", "r50 b"]
 
 
 @pytest.mark.parametrize(

@@ -17,16 +17,9 @@ from queue import Queue
 import pytest
 
 from e2e.errors import UserError
-from e2e.store.cluster import (
-    _issued,
-    _problem,
-    connected,
-    index_path,
-    pack_on_cluster,
-    pack_slide,
-    read_index,
-    store_files,
-)
+from e2e.store.cluster import connect, issue_ticket, pack_on_cluster
+from e2e.store.cluster_worker import list_store_files, pack_slide, worker_problem
+from e2e.store.index import index_path, read_index
 from e2e.store.pack import Progress, pack
 from e2e.store.sources import Job
 from e2e.wsi.tiling import Tiling
@@ -106,7 +99,7 @@ def scheduler():
 
 @pytest.fixture
 def client(scheduler):
-    with connected(scheduler, 0) as found:
+    with connect(scheduler, 0) as found:
         yield found
 
 
@@ -154,8 +147,8 @@ class Wrapped:
     def path(self):
         return self.job.path
 
-    def plan(self, picture):
-        return self.job.plan(picture)
+    def plan(self, overview):
+        return self.job.plan(overview)
 
     def encode(self, part, start):
         return self.job.encode(part, start)
@@ -182,8 +175,8 @@ class Held(Wrapped):
 class Stored(Wrapped):
     """The first who packs it dies when it is stored, before he can say so."""
 
-    def plan(self, picture):
-        record = self.job.plan(picture)
+    def plan(self, overview):
+        record = self.job.plan(overview)
         return replace(record, slide=LastWord(record.slide)) if self.first() else record
 
 
@@ -264,14 +257,14 @@ def test_local_workers_come_up_and_go_on_with_a_serial_store_and_nobody_outside_
     assert run_tool("--slides", slides, *CUT, "--out", out).returncode == 0
     cohort(slides, 4)
     before = listening().keys()
-    with connected("local", 2) as client:
+    with connect("local", 2) as client:
         assert {host for socket, host in listening().items() if socket not in before} == {LOOPBACK}
         pack_on_cluster(client, source(slides), out)
         assert len(read_index(index_path(out))) in (2, 3)
     assert union(out) == serial(source(slides), tmp_path)
     refused = run_tool("--slides", slides, *CUT, "--out", out)
     assert refused.returncode == 2
-    assert "go on with --scheduler local" in refused.stderr
+    assert "continue with --scheduler local" in refused.stderr
     cohort(slides, 5)
     done = run_tool("--slides", slides, *CUT, "--out", out, "--scheduler", "local", "--workers", 1)
     assert done.returncode == 0, done.stderr
@@ -309,16 +302,16 @@ def test_a_worker_with_many_threads_has_one_file_and_is_told_of(tmp_path, client
     slides, told = cohort(tmp_path / "slides", 4), Told()
     with workers(scheduler, tmp_path, "--nthreads", 4, "--no-nanny", count=1):
         pack_on_cluster(client, source(slides), tmp_path / "out.lmdb", progress=told)
-    assert len(store_files(tmp_path / "out.lmdb")) == 1
+    assert len(list_store_files(tmp_path / "out.lmdb")) == 1
     assert union(tmp_path / "out.lmdb") == serial(source(slides), tmp_path)
     assert "1 workers with 4 threads" in told.notes[0]
 
 
 def test_slides_at_one_time_in_one_worker_go_into_one_file(tmp_path):
     made, out = source(cohort(tmp_path / "slides", 8)), tmp_path / "out.lmdb"
-    with _issued(out, made.recipe(), 4) as ticket, ThreadPoolExecutor(4) as threads:
+    with issue_ticket(out, made.recipe(), 4) as ticket, ThreadPoolExecutor(4) as threads:
         rows = list(threads.map(lambda job: pack_slide(job, ticket)[1], made.jobs()))
-    [file] = store_files(out)
+    [file] = list_store_files(out)
     assert list(contents(file)[1]) == [row.slide for row in rows]
 
 
@@ -334,7 +327,7 @@ def test_a_worker_killed_in_the_middle_of_a_slide_costs_nothing_but_time(
     slides, out = cohort(tmp_path / "slides", 5), tmp_path / "out.lmdb"
     held = wrapped(Held, source(slides), tmp_path / "held")
     with workers(scheduler, tmp_path, *options, count=count), killer(tmp_path / "held"):
-        report = pack_on_cluster(client, held, out, chunk=1)
+        report = pack_on_cluster(client, held, out, batch_size=1)
     assert [row.slide for row in report.packed] == ["s0", "s1", "s2", "s3", "s4"]
     assert union(out)[1] == serial(source(slides), tmp_path)[1]
 
@@ -361,15 +354,15 @@ def test_when_the_last_worker_is_killed_the_command_says_so_and_the_next_goes_on
     held = wrapped(Held, source(slides), tmp_path / "held")
     with workers(scheduler, tmp_path, count=1), killer(tmp_path / "held"):
         client.wait_for_workers(1)
-        words = r"(?s)no worker, and 2 slides wait.*dask worker tcp://"
+        words = r"(?s)no worker, and 2 slides are waiting.*dask worker tcp://"
         with pytest.raises(UserError, match=words):
-            pack_on_cluster(client, held, out, chunk=1, patience=0.1)
+            pack_on_cluster(client, held, out, batch_size=1, patience=0.1)
     assert [row["slide"] for row in table(tmp_path / "out.lmdb.report.csv")] == ["s0"]
     told = Told()
     with workers(scheduler, tmp_path, count=1):
         pack_on_cluster(client, held, out, progress=told)
     assert (told.stored, sorted(told.slides)) == (1, ["s1", "s2"])
-    assert len(store_files(out)) == 1
+    assert len(list_store_files(out)) == 1
     assert union(out)[1] == serial(source(slides), tmp_path)[1]
 
 
@@ -404,12 +397,12 @@ class Ending(Wrapped):
 def test_a_worker_gives_its_slide_up_when_the_command_has_ended(tmp_path):
     slides, out = cohort(tmp_path / "slides", 2), tmp_path / "out.lmdb"
     made = wrapped(Ending, source(slides), tmp_path / "held")
-    with _issued(out, made.recipe(), 1) as ticket:
+    with issue_ticket(out, made.recipe(), 1) as ticket:
         for job in made.jobs()[:1]:
             pack_slide(job, ticket)
         with pytest.raises(UserError, match="has ended"):
             pack_slide(made.jobs()[1], ticket)
-    [file] = store_files(out)
+    [file] = list_store_files(out)
     assert list(contents(file)[1]) == ["s0"]
 
 
@@ -420,7 +413,7 @@ def test_a_lost_scheduler_ends_the_command_with_a_message(tmp_path, caplog):
     with (
         started_scheduler() as (address, running),
         workers(address, tmp_path, count=1),
-        connected(address, 0) as client,
+        connect(address, 0) as client,
     ):
 
         def end():
@@ -430,7 +423,7 @@ def test_a_lost_scheduler_ends_the_command_with_a_message(tmp_path, caplog):
         thread = threading.Thread(target=end)
         thread.start()
         with pytest.raises(UserError, match="lost the Dask scheduler"):
-            pack_on_cluster(client, made, tmp_path / "out.lmdb", chunk=1)
+            pack_on_cluster(client, made, tmp_path / "out.lmdb", batch_size=1)
         thread.join()
     assert not caplog.text
     assert [row["slide"] for row in table(tmp_path / "out.lmdb.report.csv")] == ["s0"]
@@ -459,7 +452,7 @@ def test_a_slide_in_two_files_is_dropped_from_the_second(tmp_path, client):
 def test_an_address_where_nobody_answers_is_named(tmp_path):
     for address in ("nonsense://x", "tls://127.0.0.1:1"):
         with pytest.raises(UserError, match=f"no Dask scheduler answers at {address}"):
-            connected(address, 0).__enter__()
+            connect(address, 0).__enter__()
     slides, out = cohort(tmp_path / "slides", 1), tmp_path / "o.lmdb"
     done = run_tool("--slides", slides, "--out", out, "--scheduler", "tcp://127.0.0.1:1")
     assert done.returncode == 2
@@ -470,7 +463,7 @@ def test_an_address_where_nobody_answers_is_named(tmp_path):
 
 def test_a_scheduler_without_workers_says_how_many_slides_wait(tmp_path, client):
     slides = cohort(tmp_path / "slides", 2)
-    with pytest.raises(UserError, match=r"(?s)no worker, and 2 slides wait.*--nthreads 1"):
+    with pytest.raises(UserError, match=r"(?s)no worker, and 2 slides are waiting.*--nthreads 1"):
         pack_on_cluster(client, source(slides), tmp_path / "o.lmdb", patience=0.1)
 
 
@@ -478,7 +471,7 @@ def test_a_scheduler_without_workers_says_how_many_slides_wait(tmp_path, client)
 def test_a_worker_with_another_version_of_the_project_or_none_is_named(tmp_path, client, scheduler):
     slides = cohort(tmp_path / "slides", 1)
     shutil.copytree(ROOT / "e2e", tmp_path / "other" / "e2e")
-    with (tmp_path / "other" / "e2e" / "data" / "sources.py").open("a") as file:
+    with (tmp_path / "other" / "e2e" / "store" / "sources.py").open("a") as file:
         file.write("# changed\n")
     without_project(tmp_path / "none")
     for folder, words in (
@@ -495,31 +488,33 @@ def test_a_worker_with_another_version_of_the_project_or_none_is_named(tmp_path,
 
 def test_a_worker_that_does_not_share_folders_is_told(tmp_path):
     [job] = source(cohort(tmp_path / "slides", 1)).jobs()
-    with _issued(tmp_path / "o.lmdb", {}, 1) as ticket:
-        assert _problem(ticket, job) is None
+    with issue_ticket(tmp_path / "o.lmdb", {}, 1) as ticket:
+        assert worker_problem(ticket, job) is None
         (tmp_path / "x").mkdir()
         elsewhere = replace(ticket, out=tmp_path / "x" / "o.lmdb")
-        assert "does not share the folder" in str(_problem(elsewhere, job))
+        assert "does not share the folder" in str(worker_problem(elsewhere, job))
         job.path.rename(tmp_path / "gone.tif")
-        assert "does not see" in str(_problem(ticket, job))
+        assert "does not see" in str(worker_problem(ticket, job))
         with pytest.raises(UserError, match="does not see"):
             pack_slide(job, ticket)
-    assert not store_files(tmp_path / "o.lmdb")
+    assert not list_store_files(tmp_path / "o.lmdb")
 
 
 def test_files_that_cannot_be_gone_on_with_are_named(tmp_path, client):
     slides, out = cohort(tmp_path / "slides", 1), tmp_path / "out.lmdb"
     pack(source(slides), tmp_path / "out.a-0.lmdb", workers=0)
     pack(source(slides, Tiling(4, 32, overlap=8)), tmp_path / "out.b-0.lmdb", workers=0)
-    with pytest.raises(UserError, match=r"(?s)out\.b-0\.lmdb was packed in another way.*overlap"):
+    with pytest.raises(
+        UserError, match=r"(?s)out\.b-0\.lmdb was packed with other settings.*overlap"
+    ):
         pack_on_cluster(client, source(slides), out)
     with (
-        _issued(out, {}, 1),
+        issue_ticket(out, {}, 1),
         pytest.raises(UserError, match="another command is packing"),
     ):
         pack_on_cluster(client, source(slides), out)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot make the folder"):
+    with pytest.raises(UserError, match="cannot create the folder"):
         pack_on_cluster(client, source(slides), tmp_path / "file" / "x" / "o.lmdb")
 
 
@@ -531,7 +526,10 @@ def test_options_that_make_no_sense_and_a_missing_dask_are_told(tmp_path, monkey
 
     command = ["pack_lmdb.py", "--slides", str(cohort(tmp_path / "slides", 1)), "--out", "o.lmdb"]
     for options, words in (
-        (["--scheduler", "tcp://h:1", "--workers", "2"], "a cluster has its own workers"),
+        (
+            ["--scheduler", "tcp://h:1", "--workers", "2"],
+            "uses the workers of the cluster",
+        ),
         (["--scheduler", "local", "--workers", "0"], "give --workers 1 or more"),
         (["--scheduler", "local"], "needs Dask, which is not installed"),
     ):
@@ -545,11 +543,11 @@ def test_an_index_that_is_none_or_has_lost_files_is_refused(tmp_path):
     index = tmp_path / "o.stores.json"
     good = {"format": "e2e patch store index", "version": 1, "stores": [{"file": "a.lmdb"}]}
     for text, words in (
-        ("{", "is no index"),
-        ("[]", "is no index"),
-        (json.dumps(good | {"format": "x"}), "it says 'x'"),
+        ("{", "is not an index"),
+        ("[]", "is not an index"),
+        (json.dumps(good | {"format": "x"}), "its format is 'x'"),
         (json.dumps(good | {"version": 2}), "update the program"),
-        (json.dumps(good), "names 1 store file.* not there"),
+        (json.dumps(good), "lists 1 store file.* do not exist"),
     ):
         index.write_text(text)
         with pytest.raises(UserError, match=f"(?s){words}"):

@@ -14,14 +14,14 @@ import pytest
 from PIL import Image
 
 from e2e.errors import DamagedDataError, UserError
-from e2e.store.pack import Progress, _BadSlideError, _Conveyor, _pool, pack
+from e2e.store.coords import read_coords
+from e2e.store.pack import Progress, _BadSlideError, _Conveyor, pack, worker_pool
 from e2e.store.records import SlideRecord
 from e2e.store.sources import (
     CoordsFiles,
     PatchFolders,
     SlideFiles,
-    jpeg,
-    read_coords,
+    encode_jpeg,
     read_mpp,
 )
 from e2e.wsi.slide import WholeSlide, find_slides
@@ -46,12 +46,13 @@ from tests.helpers.paths import SHARED_DATA as SHARED
 
 def test_a_store_holds_the_patches_of_the_grid_as_jpeg(tmp_path):
     canvas = write_slide(tmp_path / "a.b.tif", seed=3)
-    report = pack(source(tmp_path), tmp_path / "out.lmdb", workers=0, chunk=7)
+    report = pack(source(tmp_path), tmp_path / "out.lmdb", workers=0, batch_size=7)
     recipe, found = contents(tmp_path / "out.lmdb")
     assert Tiling.from_recipe(recipe) == TILING
     fields, coords, jpegs = found["a.b"]
     assert fields == {
         "slide": "a.b",
+        "num_patches": len(coords),
         "level0_px": pytest.approx(32),
         "mpp": 4,
         "patch_px": 32,
@@ -73,7 +74,7 @@ def test_a_store_holds_the_patches_of_the_grid_as_jpeg(tmp_path):
 def test_processes_and_chunks_do_not_change_the_store(tmp_path):
     slides = cohort(tmp_path / "slides")
     pack(source(slides), tmp_path / "one.lmdb", workers=0)
-    pack(source(slides), tmp_path / "two.lmdb", workers=2, chunk=3)
+    pack(source(slides), tmp_path / "two.lmdb", workers=2, batch_size=3)
     one, two = contents(tmp_path / "one.lmdb"), contents(tmp_path / "two.lmdb")
     assert one == two
     assert list(one[1]) == ["s0", "s1", "s2"]
@@ -123,7 +124,7 @@ def test_memory_is_bounded_workers_never_run_far_ahead(tmp_path):
 
     watch = Watch()
     jobs = [Marking("a", marks), Marking("b", marks)]
-    pack(Jobs(jobs), tmp_path / "out.lmdb", workers=2, chunk=1, progress=watch)
+    pack(Jobs(jobs), tmp_path / "out.lmdb", workers=2, batch_size=1, progress=watch)
     assert watch.total == 2 * Marking.count
     assert watch.most <= 5
 
@@ -136,9 +137,9 @@ class Marking:
     path: Path
     count = 40
 
-    def plan(self, picture):
+    def plan(self, overview):
         coords = np.zeros((self.count, 2), np.int32)
-        return SlideRecord(self.slide, coords, 8, 1, 8, 0, 0, "", 0)
+        return SlideRecord(self.slide, self.count, coords, level0_px=8, mpp=1, patch_px=8)
 
     def encode(self, part, start):
         (self.path / f"{self.slide}{start}").touch()
@@ -155,7 +156,7 @@ class Dying(Marking):
 def test_a_worker_that_dies_ends_the_run_with_advice_and_keeps_what_is_packed(tmp_path):
     jobs = [Marking("a", tmp_path), Dying("b", tmp_path), Marking("c", tmp_path)]
     with pytest.raises(UserError, match=r"(?s)worker process died.*fewer --workers than 2"):
-        pack(Jobs(jobs), tmp_path / "out.lmdb", workers=2, chunk=1)
+        pack(Jobs(jobs), tmp_path / "out.lmdb", workers=2, batch_size=1)
     assert list(contents(tmp_path / "out.lmdb")[1]) == ["a"]
     assert [row["slide"] for row in table(tmp_path / "out.lmdb.report.csv")] == ["a"]
 
@@ -170,7 +171,7 @@ def test_bad_slides_are_named_with_a_reason_and_the_others_go_on(tmp_path):
     write_slide(slides / "s3.tif", resolution=False)
     write_slide(slides / "glass.tif", tissue=False)
     write_slide(slides / "coarse.tif", mpp=8)
-    report = pack(source(slides), tmp_path / "out.lmdb", workers=2, chunk=2)
+    report = pack(source(slides), tmp_path / "out.lmdb", workers=2, batch_size=2)
     assert [row.slide for row in report.packed] == ["s0", "s4"]
     assert list(contents(tmp_path / "out.lmdb")[1]) == ["s0", "s4"]
     listed = {row["slide"]: row for row in table(tmp_path / "out.lmdb.quarantine.csv")}
@@ -198,7 +199,7 @@ def test_many_bad_slides_in_the_middle_of_reading_do_not_stall_the_rest(tmp_path
     slides = cohort(tmp_path / "slides", 9)
     for k in range(8):
         damage(slides / f"s{k}.tif", 7)
-    report = pack(source(slides), tmp_path / "out.lmdb", workers=1, chunk=1)
+    report = pack(source(slides), tmp_path / "out.lmdb", workers=1, batch_size=1)
     assert [row.slide for row in report.packed] == ["s8"]
 
 
@@ -206,9 +207,9 @@ def test_a_bad_slide_gives_back_the_room_of_its_chunks(tmp_path):
     slides = cohort(tmp_path / "slides", 3)
     damage(slides / "s0.tif", 7)
     damage(slides / "s1.tif", 7)
-    with _pool(0) as here:
+    with worker_pool(0) as here:
         jobs = source(slides).jobs()
-        conveyor = _Conveyor(here, jobs, tmp_path, workers=4, chunk=1, progress=Progress())
+        conveyor = _Conveyor(here, jobs, tmp_path, workers=4, batch_size=1, progress=Progress())
         room, bad = conveyor._room, 0
         for lane in conveyor.lanes():
             try:
@@ -246,7 +247,7 @@ def test_going_on_skips_what_is_stored_and_reports_all(tmp_path):
 def test_going_on_in_another_way_is_refused(tmp_path):
     slides = cohort(tmp_path / "slides", 1)
     pack(source(slides), tmp_path / "out.lmdb", workers=0)
-    with pytest.raises(UserError, match=r"(?s)overlap: 0 in the store, 8 asked for"):
+    with pytest.raises(UserError, match=r"(?s)overlap: 0 in the store, 8 requested"):
         pack(source(slides, Tiling(4, 32, overlap=8)), tmp_path / "out.lmdb", workers=0)
 
 
@@ -266,7 +267,7 @@ class Kill(Progress):
             os.kill(os.getpid(), signal.SIGKILL)
 
 source = SlideFiles(find_slides(Path(sys.argv[1])), Tiling(4, 32))
-pack(source, Path(sys.argv[2]), workers=0, chunk=4, progress=Kill())
+pack(source, Path(sys.argv[2]), workers=0, batch_size=4, progress=Kill())
 """
 
 
@@ -351,7 +352,7 @@ def test_places_of_clam_are_taken_as_they_are(tmp_path):
     assert coords == [[99, 40], [64, 64], [300, 240]]
     assert (fields["level0_px"], fields["mpp"], fields["patch_px"]) == (32, pytest.approx(8), 16)
     pixels = WholeSlide(slides / "s0.tif").read_patch(99, 40, 32, 16)
-    assert jpegs[0] == jpeg(Image.fromarray(pixels), 80)
+    assert jpegs[0] == encode_jpeg(Image.fromarray(pixels), 80)
     assert (tmp_path / "out_overview" / "s0.png").is_file()
 
 
@@ -383,13 +384,13 @@ def test_a_coordinate_file_says_how_large_patches_are(tmp_path):
     write_clam(tmp_path / "a.h5", [[0, 0]], patch_size=256, downsample=4.0, custom_downsample=2)
     assert read_coords(tmp_path / "a.h5").level0_px == 2048
     write_trident(tmp_path / "b.h5", [[0, 0]], level0_width="None")
-    assert read_coords(tmp_path / "b.h5").size is None
+    assert read_coords(tmp_path / "b.h5").slide_size is None
     with h5py.File(tmp_path / "c.h5", "w") as h5:
         h5["coords"] = np.zeros((3, 2))
     with pytest.raises(DamagedDataError, match="neither CLAM's nor TRIDENT's"):
         read_coords(tmp_path / "c.h5")
     (tmp_path / "d.h5").write_bytes(b"rubbish")
-    with pytest.raises(DamagedDataError, match=r"d\.h5 holds no readable"):
+    with pytest.raises(DamagedDataError, match=r"d\.h5 has no readable"):
         read_coords(tmp_path / "d.h5")
 
 
@@ -397,7 +398,7 @@ def test_mixed_patch_sizes_ask_for_one(tmp_path):
     slides = cohort(tmp_path / "slides", 2)
     write_clam(tmp_path / "s0.h5", [[0, 0]], patch_size=16)
     write_clam(tmp_path / "s1.h5", [[0, 0]], patch_size=24)
-    with pytest.raises(UserError, match=r"(?s)2 patch sizes.*--patch-size.*24 px.*s1\.h5"):
+    with pytest.raises(UserError, match=r"(?s)2 patch sizes.*24 px.*s1\.h5.*--patch-size"):
         pack(CoordsFiles(tmp_path, find_slides(slides)), tmp_path / "o.lmdb", workers=0)
 
 
@@ -415,7 +416,7 @@ def test_jpegs_are_stored_byte_for_byte_in_natural_order(tmp_path):
     names = ["p2.jpg", "p10.JPG", "p1.jpeg"]
     for k, name in enumerate(names):
         write_patch(tmp_path / "in" / "case-7" / name, seed=k, quality=37 + k)
-    pack(PatchFolders(tmp_path / "in", mpp=0.25), tmp_path / "out.lmdb", workers=0, chunk=2)
+    pack(PatchFolders(tmp_path / "in", mpp=0.25), tmp_path / "out.lmdb", workers=0, batch_size=2)
     _, found = contents(tmp_path / "out.lmdb")
     fields, coords, jpegs = found["case-7"]
     folder = tmp_path / "in" / "case-7"
@@ -433,7 +434,7 @@ def test_pngs_are_encoded_and_names_give_places(tmp_path):
     fields, coords, jpegs = contents(tmp_path / "out.lmdb")[1]["s1"]
     assert coords == [[0, 128], [64, 0]]
     assert fields["mpp"] is None
-    assert jpegs[1] == jpeg(Image.fromarray(pixels), 80)
+    assert jpegs[1] == encode_jpeg(Image.fromarray(pixels), 80)
     assert (np.asarray(Image.open(io.BytesIO(jpegs[0]))) == 255).all()
 
 
@@ -446,7 +447,7 @@ def test_a_folder_with_a_damaged_or_odd_image_is_left_out_whole(tmp_path):
     (tmp_path / "in" / "b" / "3.jpg").write_bytes(cut)
     (tmp_path / "in" / "c" / "4.jpg").write_text("no image")
     write_patch(tmp_path / "in" / "d" / "0.jpg", size=(32, 40))
-    report = pack(PatchFolders(tmp_path / "in"), tmp_path / "out.lmdb", workers=0, chunk=2)
+    report = pack(PatchFolders(tmp_path / "in"), tmp_path / "out.lmdb", workers=0, batch_size=2)
     assert list(contents(tmp_path / "out.lmdb")[1]) == ["a"]
     reasons = {row.slide: row.reason for row in report.problems}
     assert reasons.keys() == {"b", "c", "d", "e"}
@@ -490,11 +491,20 @@ def test_the_tool_tells_by_its_exit_code_whether_every_slide_is_in(tmp_path):
     [
         ([], "nothing to pack"),
         (["--slides", "none"], "no folder none"),
-        (["--slides", ".", "--patches", "."], "--patches has its pixels itself"),
-        (["--slides", ".", "--mpp", "1", "--mag", "20"], "give one of them"),
-        (["--slides", ".", "--coords", ".", "--tissue", "0.1"], "--tissue cannot change that"),
+        (
+            ["--slides", ".", "--patches", "."],
+            "--patches cannot be combined with --slides or --coords",
+        ),
+        (
+            ["--slides", ".", "--mpp", "1", "--mag", "20"],
+            "contradict each other\n  give one of them",
+        ),
+        (
+            ["--slides", ".", "--coords", ".", "--tissue", "0.1"],
+            "--tissue cannot be used with --coords",
+        ),
         (["--slides", ".", "--overlap", "300"], "overlap is in pixels"),
-        (["--slides", ".", "--quality", "0"], "--quality is 1 to 100"),
+        (["--slides", ".", "--quality", "0"], "--quality 0: must be 1 to 100"),
         (["--slides", ".", "--mpp", "0"], "more than 0, not 0"),
     ],
 )

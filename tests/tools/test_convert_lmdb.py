@@ -38,10 +38,10 @@ def test_the_same_bytes_come_out(tmp_path):
     store = PatchStore(out)
     for slide, count in counts.items():
         record = store.record(slide)
-        assert (record.coords, record.count, record.patch_px) == (None, count, 32)
+        assert (record.coords, record.num_patches, record.patch_px) == (None, count, 32)
         assert (record.mpp, record.level0_px) == (0.5, 0)
         assert store.read(slide, range(count)) == patches(slide, count)
-        assert list(store.damage(slide)) == []
+        assert list(store.find_damage(slide)) == []
     assert [(r["slide"], r["status"], r["patches"]) for r in table(Path(f"{out}.report.csv"))] == [
         ("TCGA-1-2", "packed", "3"),
         ("a", "packed", "300"),
@@ -63,7 +63,7 @@ def test_places_come_from_the_coords_and_their_lack_is_told(tmp_path):
         None,
     )
     [row] = table(tmp_path / "x.lmdb.quarantine.csv")
-    assert "no .h5 of slide 'b'" in row["reason"]
+    assert "no .h5 file of slide 'b'" in row["reason"]
 
 
 def test_slides_that_cannot_be_converted_are_named_and_the_others_go_on(tmp_path):
@@ -86,11 +86,11 @@ def test_slides_that_cannot_be_converted_are_named_and_the_others_go_on(tmp_path
     reasons = {r["slide"]: r["reason"] for r in table(tmp_path / "x.lmdb.quarantine.csv")}
     expected = {
         "mixed": "patch 2 has 48x32 pixels",
-        "text": "patch 1 is no JPEG",
-        "evil": "patch 1 is refused: its pickle would call 'os system'",
+        "text": "patch 1 is not a JPEG",
+        "evil": "patch 1 is rejected: its pickle would call 'os system'",
         "short": "fewer patches than the 5",
-        "zero": "patch 0 is of zero bytes",
-        "lost": "is in __slide__, but __pn__ does not say",
+        "zero": "patch 0 has zero bytes",
+        "lost": "is in __slide__, but its number of patches is not in __pn__",
         "none": "it has no patches",
     }
     assert reasons.keys() == expected.keys()
@@ -137,13 +137,15 @@ def test_a_stopped_conversion_goes_on_where_it_ended(tmp_path):
 def test_a_store_of_other_settings_is_not_gone_on_with(tmp_path):
     old, out = write_seed(tmp_path / "old.lmdb", {"a": 1}), tmp_path / "x.lmdb"
     assert convert(old, out, "--mpp", 0.5) == 0
-    with pytest.raises(UserError, match=r"mpp: 0.5 in the store, 0.25 asked for"):
+    with pytest.raises(UserError, match=r"mpp: 0.5 in the store, 0.25 requested"):
         convert(old, out, "--mpp", 0.25)
     with pytest.raises(UserError, match="is the file to convert"):
         convert(old, old)
-    with pytest.raises(UserError, match="leave --level0-px out"):
+    with pytest.raises(
+        UserError, match="--coords gives the size of the patches\n  omit --level0-px"
+    ):
         convert(old, out, "--coords", tmp_path, "--level0-px", 512)
-    with pytest.raises(UserError, match="--mpp is more than 0, not -1"):
+    with pytest.raises(UserError, match="--mpp -1: must be greater than 0"):
         convert(old, out, "--mpp", -1)
 
 
@@ -161,5 +163,5 @@ def test_what_the_disk_gives_back_is_compared_with_the_source(tmp_path, monkeypa
 
     monkeypatch.setattr(StoreWriter, "add", faulty)
     old = write_seed(tmp_path / "old.lmdb", {"a": 3})
-    with pytest.raises(UserError, match="slide 'a' patch 1 is not what was written"):
+    with pytest.raises(UserError, match="slide 'a' patch 1 differs from what was written"):
         convert(old, tmp_path / "x.lmdb")

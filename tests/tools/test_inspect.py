@@ -44,7 +44,7 @@ def test_a_store_is_told_in_totals_and_rows(tmp_path, capsys):
         "  recipe: mpp=0.5, patch_px=32",
         "  slides: 2",
         "  patches: 1,207",
-        "  patches a slide: 3 to 1,204, median 603",
+        "  patches per slide: 3 to 1,204, median 603",
         "  patch size: 32 px",
         "  mpp: 0.5 um/px",
         "  slide    patches  mpp  level-0 side  size      source",
@@ -69,7 +69,7 @@ def test_what_is_not_known_is_told_as_unknown(tmp_path, capsys):
     with StoreWriter(tmp_path / "x.lmdb", {}) as writer:
         writer.add(record("a", 1, mpp=None, width=0, height=0), patches("a", 1))
     _, lines = inspect(capsys, tmp_path / "x.lmdb")
-    assert "  recipe: none given" in lines
+    assert "  recipe: none" in lines
     assert "  mpp: unknown um/px" in lines
     assert lines[-1].split() == ["a", "1", "unknown", "64", "unknown", "a.svs", "(12,345", "bytes)"]
     assert span([0.25, None, 0.5]) == "0.25 to 0.5 (1 unknown)"
@@ -116,7 +116,7 @@ def test_every_fault_is_named(tmp_path, capsys):
     faults = [line.removeprefix("  FAULT ") for line in lines if line.startswith("  FAULT ")]
     assert faults[0] == f"{path}: the record of slide 'b' is damaged"
     assert faults[1].startswith("slide 'a' patch 7: is no readable JPEG (")
-    assert faults[2] == "slide 'a' patch 70: is 48x48 px, the record says 32 px"
+    assert faults[2] == "slide 'a' patch 70: is 48x48 px, but the record says 32 px"
     assert faults[3:] == ["slide 'c' patch 5: checksum differs", "slide 'c' patch 6: missing"]
     assert lines[-1] == "  verified 160 patches: 5 fault(s)"
 
@@ -125,7 +125,7 @@ def test_a_slide_of_another_size_throughout_is_a_fault_in_every_patch(tmp_path, 
     write(tmp_path / "x.lmdb", a=[jpeg(n, width=48) for n in range(3)])
     code, lines = inspect(capsys, tmp_path / "x.lmdb", "--verify")
     assert code == 3
-    assert sum("is 48x48 px, the record says 32 px" in line for line in lines) == 3
+    assert sum("is 48x48 px, but the record says 32 px" in line for line in lines) == 3
 
 
 def test_a_damaged_record_is_told_even_without_verifying(tmp_path, capsys):
@@ -204,13 +204,16 @@ def test_a_broken_patch_is_red_on_the_sheet(tmp_path, capsys):
     [
         (["nothing.lmdb"], "no patch store at nothing.lmdb"),
         (["x.lmdb", "nothing.lmdb"], "no patch store at nothing.lmdb"),
-        (["text.lmdb"], "is no patch store (not an LMDB file)"),
+        (["text.lmdb"], "is not a patch store (not an LMDB file)"),
         (["cut.lmdb", "--verify"], "was cut short"),
         (["newer.lmdb"], "store version 9; this program reads up to 2"),
         (["other.lmdb"], "an LMDB of the ABMILX project"),
-        (["x.lmdb", "--sheet", "s.jpg"], "--sheet writes a PNG"),
-        (["x.lmdb", "--first", "-1"], "--first is a number"),
-        (["x.lmdb", "--sheet-patches", "0"], "--sheet-patches is a number"),
+        (["x.lmdb", "--sheet", "s.jpg"], "--sheet s.jpg: must end in .png"),
+        (["x.lmdb", "--first", "-1"], "--first -1: must be a number of rows"),
+        (
+            ["x.lmdb", "--sheet-patches", "0"],
+            "--sheet-patches 0: must be a number of rows or patches",
+        ),
         (["x.lmdb", "--decoder", "pilow"], "did you mean 'pillow'"),
         (["empty.lmdb", "--sheet", "s.png"], "there are no patches"),
         (["x.lmdb", "--sheet", "text.lmdb/s.png"], "cannot write"),
