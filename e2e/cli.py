@@ -29,6 +29,22 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "pack": Verb(
+        "cut slides into patches, in a patch store",
+        "e2e.settings.data_cli:pack_parser",
+        "e2e.runs.pack",
+    ),
+    "inspect": Verb(
+        "show and check patch stores", "e2e.settings.data_cli:inspect_parser", "e2e.runs.inspect"
+    ),
+    "check": Verb(
+        "check a cohort before a run", "e2e.settings.data_cli:check_parser", "e2e.runs.check"
+    ),
+    "splits": Verb(
+        "cut a cohort into folds, or convert published splits",
+        "e2e.settings.data_cli:splits_parser",
+        "e2e.runs.splits",
+    ),
     "train": Verb(
         "train encoder and head from slide labels, then evaluate",
         "e2e.settings.cli:train_parser",
@@ -57,6 +73,16 @@ VERBS = {
         "compare two runs on the same slides",
         "e2e.settings.cli:compare_parser",
         "e2e.runs.compare",
+    ),
+    "convert": Verb(
+        "convert an LMDB of the ABMILX project",
+        "e2e.settings.data_cli:convert_parser",
+        "e2e.runs.convert",
+    ),
+    "demo": Verb(
+        "draw slides, train and evaluate on them",
+        "e2e.settings.data_cli:demo_parser",
+        "e2e.runs.demo",
     ),
 }
 

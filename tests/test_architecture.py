@@ -35,7 +35,7 @@ OWNERS = {
 GROUND = ("errors", "registry", "files", "seeds", "memory", "sizes", "slides", "log")
 LAYERS = (
     GROUND,
-    ("wsi", "parallel"),
+    ("wsi", "parallel", "toy"),
     ("metrics", "images", "encoders", "heads", "settings"),
     ("losses",),
     ("tasks", "store"),

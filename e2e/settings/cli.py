@@ -30,10 +30,18 @@ class CommandParser(argparse.ArgumentParser):
         Printed after the options.
     add_help : bool
         Whether to add ``-h`` and ``--help``.
+    allow_abbrev : bool
+        Whether options may be shortened.
     """
 
     def __init__(
-        self, command: str, description: str, *, epilog: str | None = None, add_help: bool = True
+        self,
+        command: str,
+        description: str,
+        *,
+        epilog: str | None = None,
+        add_help: bool = True,
+        allow_abbrev: bool = True,
     ) -> None:
         super().__init__(
             prog=f"e2e {command}",
@@ -41,6 +49,7 @@ class CommandParser(argparse.ArgumentParser):
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             add_help=add_help,
+            allow_abbrev=allow_abbrev,
         )
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
