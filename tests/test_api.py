@@ -70,7 +70,7 @@ def test_a_run_predicts_what_its_evaluation_predicts(project, monkeypatch):
 
 
 def test_a_folder_that_is_no_run_is_one_message(tmp_path):
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         e2e.load_run(tmp_path)
 
 
