@@ -1,5 +1,7 @@
 # make demo        make the environment, then train and judge a model on drawn slides (OUT=DIR: elsewhere)
-# make test        make the environment if needed, then run all tests
+# make test        make the environment if needed, then run the tests, but for the slow ones
+# make test-slow   the slow ones: processes that are killed, benches, studies
+# make test-all    all tests
 # make env         make the environment alone: .venv, from requirements.txt
 # make lint types  the checks besides the tests
 
@@ -7,7 +9,7 @@ PYTHON ?= $(or $(shell command -v python3.11),python3)
 OUT ?= demo
 RUN := .venv/bin/python
 
-.PHONY: env demo test lint types
+.PHONY: env demo test test-slow test-all lint types
 
 env:
 	@$(PYTHON) tools/make_env.py
@@ -15,8 +17,16 @@ env:
 demo: env
 	@$(RUN) tools/demo.py --out "$(OUT)"
 
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
+
 test: env
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
+	@$(PYTEST) -m "not slow"
+
+test-slow: env
+	@$(PYTEST) -m slow
+
+test-all: env
+	@$(PYTEST)
 
 lint: env
 	@$(RUN) -m ruff check

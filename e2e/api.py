@@ -42,20 +42,18 @@ def create_model(
     Parameters
     ----------
     name : str
-        ``e2e_<encoder>_<head>``, a head alone (for features), the name of a file of ``configs/models``, or
-        the path of such a file. Of the file only the sections ``encoder`` and ``head`` are used.
+        ``e2e_<encoder>_<head>``, a head alone (for features), or a file of ``configs/models``, of which
+        only the sections ``encoder`` and ``head`` are used.
     num_outputs : int
         Number of outputs of the head, such as the number of classes.
     pretrained : bool, optional
-        Whether the encoder starts from pretrained weights, which may be downloaded; by default as the
-        encoder has it.
+        Whether the encoder starts from pretrained weights; by default as the encoder has it.
     encoder, head : mapping, optional
         Options of the encoder and of the head; ``e2e train --help head.abmilx`` lists them.
     chunk : int
         Number of patches encoded at once. It bounds the memory, and does not change the gradients.
     batch_norm : {"auto", "frozen", "chunk", "sync"}
-        How BatchNorm layers of the encoder work; see :mod:`e2e.engine.batchnorm`. ``auto``: frozen with
-        pretrained weights, otherwise ``chunk``.
+        See :mod:`e2e.engine.batchnorm`; ``auto``: frozen with pretrained weights, otherwise ``chunk``.
     train_encoder : bool
         Whether the encoder gets gradients.
     autocast : torch.dtype, optional
@@ -78,9 +76,8 @@ def create_model(
     >>> model.encoder.dim
     256
     """
-    options = {"encoder": dict(encoder or {}), "head": dict(head or {})}
-    if pretrained is not None:
-        options["encoder"]["pretrained"] = pretrained
+    weights = {} if pretrained is None else {"pretrained": pretrained}
+    options = {"encoder": {**(encoder or {}), **weights}, "head": head or {}}
     plugins = load_model_plugins(name, options, REGISTRIES)
     network = ENCODERS.build(plugins["encoder"].name, **plugins["encoder"].options)
     model = MILModel(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,19 +46,32 @@ LAYERS = (
     ("training",),
     ("reports",),
     ("runs",),
-    ("api", "cli", "__main__"),
+    ("api", "cli"),
+    ("__main__",),
 )
 """Packages and modules of ``e2e`` from the ground up: each imports only from layers below its own."""
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+@cache
+def syntax_tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """Every node of the file's syntax tree; each file is parsed once for all tests."""
+    return tuple(ast.walk(syntax_tree(path)))
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
+    modules = set()
+    for node in nodes(path):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(modules)
 
 
 def within(module: str, package: str) -> bool:
@@ -139,12 +153,12 @@ def test_no_test_file_imports_another():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_module_says_what_it_is(path):
-    assert ast.get_docstring(ast.parse(path.read_text()))
+    assert ast.get_docstring(syntax_tree(path))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_functions_fit_on_a_screen_and_catch_what_they_name(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             lines = (node.end_lineno or 0) - node.lineno + 1
             assert lines <= 70, f"{path.name}: {node.name} has {lines} lines"
@@ -157,15 +171,14 @@ def test_plugin_names_are_compared_nowhere_but_in_their_own_files():
 
     names = {name for registry in REGISTRIES.values() for name in registry.names()}
     for path in FILES:
-        tree = ast.parse(path.read_text())
         registered = {
             argument.value
-            for node in ast.walk(tree)
+            for node in nodes(path)
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "register"
             for argument in node.args
             if isinstance(argument, ast.Constant)
         }
-        for node in ast.walk(tree):
+        for node in nodes(path):
             if isinstance(node, ast.Compare):
                 words = {c.value for c in ast.walk(node) if isinstance(c, ast.Constant)}
                 strange = {w for w in words if isinstance(w, str)} & (names - registered)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -150,11 +151,7 @@ def predict_items(
     UserError
         The features come from another encoder than the run's, or cannot be used.
     """
-    features = None
-    if on_features(settings):
-        features = describe_features(items)
-        check_same_features(features, folder)
-        check_values(items, screen)
+    features = check_features_of_run(settings, folder, items, screen)
     strategy = Strategy(pick_device(settings.engine.device))
     parts = make_parts(
         settings,
@@ -182,6 +179,24 @@ def predict_items(
         screen=screen,
         draw=draw,
     )
+
+
+def check_features_of_run(
+    settings: Settings, folder: Path, items: Sequence[LabelledSlide], screen: Screen
+) -> dict[str, Any] | None:
+    """Return what the features of the slides are; None for a run on patches.
+
+    Raises
+    ------
+    UserError
+        They come from another encoder than the run's, or cannot be used.
+    """
+    if not on_features(settings):
+        return None
+    features = describe_features(items)
+    check_same_features(features, folder)
+    check_values(items, screen)
+    return features
 
 
 def pack_like_training(

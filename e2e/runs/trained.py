@@ -62,13 +62,13 @@ class TrainedRun:
         self.task = load_task(plugin.name, plugin.options, folder).of(selected)
 
     def predict(
-        self, source: Source | Sequence[Source], *, device: str = "auto", workers: int = 1
+        self, source: Source | list[Source], *, device: str = "auto", workers: int = 1
     ) -> pd.DataFrame:
         """Predict slides with the selected weights of the run.
 
         Parameters
         ----------
-        source : store, features, path, or a sequence of them
+        source : store, features, path, or a list of them
             Open stores (:func:`e2e.open_store`) or features (:func:`e2e.open_features`), or paths of them;
             or slides, or folders of slides, which are cut into patches as the training slides were.
         device : str
@@ -88,7 +88,7 @@ class TrainedRun:
             A slide, store or feature cannot be read, or the features are those of another encoder.
         """
         settings = saved_settings(self.folder, [f"engine.device={device}"], REGISTRIES)
-        sources = list(source) if isinstance(source, (list, tuple)) else [source]
+        sources = source if isinstance(source, list) else [source]
         weights, _ = load_checkpoint(self.folder / BEST)
         with process_settings(settings), self._opened(sources, workers) as readers:
             items = unlabelled_slides(readers, self.task)

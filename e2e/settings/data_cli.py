@@ -16,11 +16,7 @@ SPLIT_DEFAULTS = {"folds": 5, "repeats": 1, "val": 0.15, "inner": None}
 """Options of ``e2e splits`` that say how to cut, with their defaults; none goes with published splits."""
 
 
-def pack_parser() -> CommandParser:
-    """Return the command line of ``e2e pack``."""
-    parser = CommandParser(
-        "pack",
-        """
+PACK = """
 Cut slides into patches and store them, with their coordinates, in one LMDB file.
 
   e2e pack --slides DIR --out cohort.lmdb                  256 px at 0.5 um/px (20x)
@@ -40,7 +36,14 @@ FILE.<host>-<n>.lmdb; FILE.stores.json is the index over these files.
 
 Exit codes: 0 all slides were packed; 2 a user error, explained in one message; 3 packed, but some slides
 are not in the store; 130 interrupted by Ctrl-C.
-""",
+"""
+
+
+def pack_parser() -> CommandParser:
+    """Return the command line of ``e2e pack``."""
+    parser = CommandParser(
+        "pack",
+        PACK,
         allow_abbrev=False,
     )
     source = parser.add_argument_group("source")
@@ -214,11 +217,7 @@ refused, and the message says why.
     return parser
 
 
-def splits_parser() -> CommandParser:
-    """Return the command line of ``e2e splits``."""
-    parser = CommandParser(
-        "splits",
-        """
+SPLITS = """
 Cut a cohort into folds, by case and stratified; or check published splits and convert them.
 
   e2e splits --labels T.csv --case case --slide slide --label label --out DIR
@@ -238,7 +237,14 @@ divided evenly too. A case whose slides have several classes is not used by --fe
 several slides: --slide-separator ";".
 
 Exit codes: 0 the files are written and the counts printed; 2 a user error, explained in one message.
-""",
+"""
+
+
+def splits_parser() -> CommandParser:
+    """Return the command line of ``e2e splits``."""
+    parser = CommandParser(
+        "splits",
+        SPLITS,
     )
     parser.add_argument(
         "--labels", type=Path, required=True, metavar="TABLE.csv", help="the label table"

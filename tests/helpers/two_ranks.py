@@ -46,6 +46,13 @@ CHUNK = 8
 UPDATES = ([0, 1, 2], [3, 4, 0], [2], [1, 2, 3, 4, 0], [0, 4])
 CASES = [("frozen", None, None), ("chunk", 0.5, None), ("chunk", None, 10), ("sync", None, None)]
 """Policy of BatchNorm, clipping, size over which bags are sharded."""
+CYCLE = ("ddp", "fsdp", "zero3", "zero0", "zero2", "zero1")
+LOADS = [*zip(CYCLE, (*CYCLE[1:], CYCLE[0]), strict=True), *((kind, kind) for kind in CYCLE)]
+"""Who saves and who loads: each saves for one other and loads what one other has saved, and its own.
+
+What is saved is the same for all, whole tensors by name, so pairs cover what all 36 would: a strategy
+that saves something else fails with the one that loads it.
+"""
 BROKEN = ("ddp", "fsdp", "zero2")
 DECAY = 0.5
 
@@ -326,6 +333,11 @@ def all_else(strategy: Strategy) -> dict[Any, Any]:
     return found
 
 
+def all_steps_and_else(strategy: Strategy) -> dict[Any, Any]:
+    """Everything that tests/processes/test_strategies.py looks at, from one start of two processes."""
+    return all_steps(strategy) | all_else(strategy)
+
+
 def train_and_save(kind: str, make_optimizer: Callable[[nn.Module], Optimizer]) -> dict[str, Any]:
     """A checkpoint after two steps, and the weights after a third."""
     strategy = build(kind)
@@ -364,7 +376,7 @@ def load_and_train(strategy: Strategy, saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def exchange(strategy: Strategy) -> dict[str, Any]:
-    """Every strategy loads what every other saved."""
+    """Every strategy loads what another saved, and its own; see ``LOADS``."""
     found: dict[Any, Any] = {}
     for optimizer in (sgd_momentum, adamw):
         saved = {kind: train_and_save(kind, optimizer) for kind in KINDS}
@@ -374,7 +386,8 @@ def exchange(strategy: Strategy) -> dict[str, Any]:
         for kind in KINDS:
             strategy = build(kind)
             strategy.setup(new_model(), optimizer, clip=1.0)
-            for source in KINDS:  # the first into a new model, the others over what was trained on
+            # The other's into a new model, then its own over what was trained on.
+            for source in (source for source, target in LOADS if target == kind):
                 found[optimizer.__name__, source, kind] = load_and_train(strategy, saved[source])
     return found
 

@@ -4,7 +4,6 @@ rounding noise of a zero gradient."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -12,23 +11,13 @@ import torch
 from torch import Tensor
 
 from tests.helpers import two_ranks
-from tests.helpers.two_ranks import BROKEN, CASES, CPU, KINDS, bag_of, dtype_of, new_model
-
-pytestmark = pytest.mark.slow
-
-OTHERS = [(a, b) for a, b in itertools.product(KINDS, KINDS) if a != b]
+from tests.helpers.two_ranks import BROKEN, CASES, CPU, KINDS, LOADS, bag_of, dtype_of, new_model
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[Any, Any]:
     """What two ranks did together; see two_ranks.py."""
-    return two_ranks.run(two_ranks.all_else, tmp_path_factory.mktemp("two_ranks"))
-
-
-@pytest.fixture(scope="module")
-def steps(tmp_path_factory) -> dict[Any, Any]:
-    """The steps that two ranks took."""
-    return two_ranks.run(two_ranks.all_steps, tmp_path_factory.mktemp("steps"))
+    return two_ranks.run(two_ranks.all_steps_and_else, tmp_path_factory.mktemp("two_ranks"))
 
 
 def bar(kind: str) -> float:
@@ -65,9 +54,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize(("policy", "clip", "shard_over"), CASES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_take_the_steps_of_one_process(
-    steps, kind, policy, clip, shard_over, record_property
+    found, kind, policy, clip, shard_over, record_property
 ):
-    one, two = one_process(kind, policy, clip, shard_over), steps[kind, policy, clip, shard_over]
+    one, two = one_process(kind, policy, clip, shard_over), found[kind, policy, clip, shard_over]
     gap = apart(two["weights"], one["weights"], policy)
     for name, value in (("kind", kind), ("apart", gap), ("bar", bar(kind))):
         record_property(name, value)
@@ -78,8 +67,8 @@ def test_two_ranks_take_the_steps_of_one_process(
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_reduction_is_seen(steps, kind, record_property):
-    one, two = one_process(kind, "frozen", None, None), steps[kind, "broken"]
+def test_a_broken_reduction_is_seen(found, kind, record_property):
+    one, two = one_process(kind, "frozen", None, None), found[kind, "broken"]
     gap = apart(two["weights"], one["weights"], "frozen")
     record_property("kind", kind)
     record_property("broken", gap)
@@ -134,7 +123,7 @@ def test_ranks_that_disagree_are_told_what_and_which(found):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd_momentum", "adamw"])
-@pytest.mark.parametrize(("source", "kind"), [*OTHERS, *((k, k) for k in KINDS)])
+@pytest.mark.parametrize(("source", "kind"), LOADS)
 def test_any_strategy_loads_what_any_other_saved(found, source, kind, optimizer):
     saved, back = found[optimizer, source], found[optimizer, source, kind]
     assert all(len(saved[what]) for what in ("weights", "average", "optimizer"))
@@ -160,6 +149,7 @@ def test_what_one_process_saves_all_load_and_the_other_way_round(found):
         assert same(back["weights"], saved["weights"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "fault"), [("ddp", "dies"), ("zero2", "hangs")])
 def test_a_lost_rank_ends_the_others_with_one_message(tmp_path, kind, fault):
     code, said = two_ranks.lose_a_rank(kind, fault, tmp_path)

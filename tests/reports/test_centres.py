@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from e2e.metrics.bootstrap import confidence_interval
 from e2e.reports import evaluate
 from e2e.reports.evaluate import Prediction, centres_of, score, score_centres, write_predictions
 from e2e.tasks.base import TASKS
@@ -65,7 +66,7 @@ def test_centres_are_judged_under_the_resamples_of_the_whole_which_are_drawn_onc
     values = TASK.metrics(
         np.array([p.values for p in own]), np.array([p.target for p in own]), of_one
     )
-    assert by_centre["a"]["accuracy"] == evaluate.interval(values["accuracy"])
+    assert by_centre["a"]["accuracy"] == confidence_interval(values["accuracy"])
     assert score_centres(found, TASK, [], draws=20) == (whole, {})
 
 

@@ -47,7 +47,6 @@ def finished(cohort, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.slow
 def test_a_run_folder_holds_all_that_is_promised(finished):
     report = json.loads((finished / "metrics.json").read_text())
     for split in ("val", "test"):
@@ -71,7 +70,6 @@ def test_a_run_folder_holds_all_that_is_promised(finished):
     assert any(name.startswith("model.head.") for name in weights)
 
 
-@pytest.mark.slow
 def test_evaluation_of_a_run_gives_the_same_numbers(finished, monkeypatch, capsys):
     code, _ = call(evaluate.main, monkeypatch, capsys, finished)
     assert code == 0

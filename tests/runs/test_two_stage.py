@@ -184,16 +184,17 @@ def test_a_head_learns_from_features_and_leaves_what_every_run_leaves(cohort, mo
     pd.testing.assert_frame_equal(pd.read_csv(cohort / "again" / "predictions.csv"), table)
 
 
-def test_two_ranks_train_a_head_as_one_process_does(cohort):
-    found = []
-    for ranks in (1, 2):
-        out = cohort / f"run{ranks}"
-        line = [*TORCHRUN, "--standalone", f"--nproc-per-node={ranks}"]
-        line += [ROOT / "launch" / "train.py", *arguments(cohort, f"run.out={out}")]
-        done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found.append(pd.read_csv(out / "predictions.csv"))
-    probabilities = [table.filter(like="prob_").to_numpy() for table in found]
+def test_two_ranks_train_a_head_as_one_process_does(cohort, monkeypatch, capsys):
+    code, message = call(
+        train.main, monkeypatch, capsys, *arguments(cohort, f"run.out={cohort}/run1")
+    )
+    assert code == 0, message
+    line = [*TORCHRUN, "--standalone", "--nproc-per-node=2", ROOT / "launch" / "train.py"]
+    line += arguments(cohort, f"run.out={cohort}/run2")
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    tables = [pd.read_csv(cohort / run / "predictions.csv") for run in ("run1", "run2")]
+    probabilities = [table.filter(like="prob_").to_numpy() for table in tables]
     np.testing.assert_allclose(*probabilities, atol=2e-5)
     assert np.ptp(probabilities[0]) > 0.1
 

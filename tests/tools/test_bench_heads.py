@@ -21,6 +21,8 @@ from check_heads import BATCH, WIDTH, Times, Training
 
 from e2e.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SIZES = [3, 9, 4, 8, 5, 7, 6, 2, 9, 3]
 
@@ -207,7 +209,6 @@ def test_unknown_rows_are_named():
         check_heads.check(["speeds"], bench.parse([]))
 
 
-@pytest.mark.slow
 def test_the_check_times_both_heads_over_the_training_path(capsys):
     assert bench.main(["--check", "--rows", "epoch", "--bags", "16"]) in (0, 1)
     rows = [line for line in capsys.readouterr().out.splitlines() if " | " in line]

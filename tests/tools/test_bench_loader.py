@@ -27,6 +27,8 @@ from check_engine import Row
 from e2e.errors import UserError
 from e2e.images.augment import Augment
 
+pytestmark = pytest.mark.slow
+
 SIZES = Sizes(
     patches=20, chunk=8, rounds=1, out=48, long=60, cold_gib=0.0, cold_patches=5, decoder="auto"
 )
@@ -179,7 +181,6 @@ def test_a_file_is_evicted_and_refused_where_it_cannot_be(tmp_path):
     assert bench.pages_in_memory(str(path)) == (0, 256)
 
 
-@pytest.mark.slow
 def test_both_ways_of_a_cold_read_start_with_no_page_and_read_the_same(small):
     found = [
         bench.alone("cold_read", store=str(small.large), slide="c3", count=5, number=4, way=way)
@@ -190,7 +191,6 @@ def test_both_ways_of_a_cold_read_start_with_no_page_and_read_the_same(small):
     assert found[0]["digest"] == found[1]["digest"]
 
 
-@pytest.mark.slow
 def test_memory_of_a_stream_comes_from_a_process_of_its_own(small):
     found = bench.alone(
         "stream_memory", store=str(small.large), chunk=8, decoder="auto", view="training"
@@ -200,7 +200,6 @@ def test_memory_of_a_stream_comes_from_a_process_of_its_own(small):
     assert 300 < found["jpeg_bytes"] < 10_000
 
 
-@pytest.mark.slow
 def test_two_workers_are_measured_beside_bare_loops(small):
     rows = list(check_loader.workers(small))
     assert len(rows) == 1

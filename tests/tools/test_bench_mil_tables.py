@@ -25,6 +25,8 @@ from e2e.errors import exit_code
 from e2e.heads.base import HEADS
 from e2e.heads.mean import MeanMIL
 
+pytestmark = pytest.mark.slow
+
 
 def table_of(labels: list[int], *, seed: int = 0, signal: float = 3.0) -> BagTable:
     """Bags of 1 to 5 rows of 16 features, of which the one with the label's number is higher."""
@@ -295,7 +297,6 @@ def test_what_cannot_be_run_is_refused_before_it_runs(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_table_and_two_heads_give_lines_a_file_and_a_table(tmp_path):
     path, out = write(tmp_path / "drawn.csv", HALF), tmp_path / "new" / "out.json"
     given = ["--table", path, "--heads", "mean,abmil", "--folds", 2, "--seeds", 2, "--json", out]

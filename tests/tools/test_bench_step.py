@@ -18,6 +18,8 @@ from bench_step import Way, Work, parse_way, slope, write_store
 
 from e2e.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--patches", "12", "--size", "32", "--chunk", "5", "--rounds", "1", "--head", "abmil"]
 
 
@@ -32,7 +34,6 @@ def run(*arguments: str) -> tuple[int, list[dict], str]:
     return done.returncode, lines, done.stderr
 
 
-@pytest.mark.slow
 def test_a_ratio_is_given_where_gradients_agree_and_refused_where_they_do_not():
     code, lines, _ = run("--compare", "exact", "naive", "exact", "other:batch_norm=chunk")
     assert code == 1
@@ -43,7 +44,6 @@ def test_a_ratio_is_given_where_gradients_agree_and_refused_where_they_do_not():
     assert "time_ratio" not in lines[1]
 
 
-@pytest.mark.slow
 def test_recipes_are_compared_with_their_differences_beside_the_ratio():
     code, lines, _ = run("--compare", "recipe", "a", "b:batch_norm=chunk")
     assert code == 0
@@ -52,7 +52,6 @@ def test_recipes_are_compared_with_their_differences_beside_the_ratio():
     assert lines[0]["time_ratio"] > 0
 
 
-@pytest.mark.slow
 def test_the_bench_gives_speed_waiting_and_memory_of_each_way():
     code, lines, _ = run("exact", "--memory", "12")
     assert code == 0

@@ -13,6 +13,8 @@ from e2e.errors import exit_code
 from tests.helpers.study_cohort import cohort as cohort
 from tools import study
 
+pytestmark = pytest.mark.slow
+
 
 def test_equal_steps_and_equal_patches():
     # Slides of 40, 10 and 30 patches, two an update: 2 updates an epoch. All: 80 patches an epoch;
@@ -115,7 +117,6 @@ def call(monkeypatch, cohort, *more: str) -> int:
     return exit_code(study.main)
 
 
-@pytest.mark.slow
 def test_a_study_of_two_arms(cohort, monkeypatch, capfd):
     asked = ("--arms", "all,same_steps", "--lr", "all=1e-3,1e-5", "--lr", "same_steps=1e-3")
     assert call(monkeypatch, cohort, *asked, "--seeds", "0") == 0

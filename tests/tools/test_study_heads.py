@@ -14,6 +14,8 @@ from e2e.errors import exit_code
 from tests.helpers.study_cohort import cohort  # noqa: F401  (a fixture)
 from tools import study_heads
 
+pytestmark = pytest.mark.slow
+
 SLIDES = 8
 CASES = [f"c{k // 2}" for k in range(SLIDES)]
 LABELS = ["a", "a", "b", "b"] * 2
@@ -130,7 +132,6 @@ def call(monkeypatch, cohort, *more: str) -> int:  # noqa: F811
     return exit_code(study_heads.main)
 
 
-@pytest.mark.slow
 def test_a_study_of_heads(cohort, monkeypatch, capfd):  # noqa: F811
     assert call(monkeypatch, cohort, "--heads", "abmil") == 0
     # Finished runs and features are kept; an arm may be added.
