@@ -288,5 +288,5 @@ def list_encoders(pattern: str = "*") -> list[str]:
     >>> e2e.list_encoders("r18"), "vit_small_patch16_224" in e2e.list_encoders("vit*")
     (['r18'], True)
     """
-    names = {*ENCODERS.names(), *ENCODERS.family_names()}
+    names = {*ENCODERS.names(), *ENCODERS.library_names()}
     return sorted(fnmatch.filter(names, pattern))

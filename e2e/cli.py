@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import e2e
 from e2e.errors import UserError, exit_code
-from e2e.registry import suggest
+from e2e.registry import did_you_mean
 from e2e.settings.cli import CommandParser
 
 
@@ -128,7 +128,7 @@ def run_verb(name: str, argv: Sequence[str]) -> int:
         There is no such verb, or see the verb.
     """
     if name not in VERBS:
-        raise UserError(f"unknown command '{name}'{suggest(name, VERBS)}\n  see: e2e --help")
+        raise UserError(f"unknown command '{name}'{did_you_mean(name, VERBS)}\n  see: e2e --help")
     try:
         parser_of(name).parse(argv)  # before the import of PyTorch, which takes seconds
     except SystemExit as end:  # --help

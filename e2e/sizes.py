@@ -18,7 +18,7 @@ def parse_bytes(text: str) -> int:
     Raises
     ------
     ValueError
-        The text is no size.
+        The text is not a size.
 
     Examples
     --------
@@ -27,7 +27,7 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in UNITS:
-        raise ValueError(f"{text!r} is no size such as 8GiB")
+        raise ValueError(f"{text!r} is not a size such as 8GiB")
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 

@@ -1,4 +1,4 @@
-"""A slide as the label table describes it."""
+"""A labelled slide, as one row of the label table describes it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Slide:
-    """One labelled slide. ``target`` holds the table's words for the task's columns."""
+    """One slide of a cohort with its labels, not yet matched with patches or features.
+
+    Where a bag is a whole case (``data.unit=case``), a case takes the place of a slide and has its
+    own id in both ``id`` and ``case``.
+    """
 
     id: str
+    """Id of the slide, the same in the label table and in the store."""
     case: str
+    """Id of the case (patient). All slides of a case are in one split."""
     split: str
-    """train, val or test; empty when the table has no splits."""
+    """``train``, ``val`` or ``test``; empty if the slide has no split yet."""
     target: Mapping[str, str]
+    """Column name -> cell, as text, for each column of the label table that the task reads."""
     centre: str = ""
-    """Where it comes from; empty when the table does not say."""
+    """Centre (hospital) the slide comes from; empty if the label table does not name it."""

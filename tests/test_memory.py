@@ -70,10 +70,10 @@ def test_what_a_backward_has_saved_is_not_used_again():
 
 def test_no_more_slabs_wait_than_were_said():
     slabs = Slabs()
-    held = [slabs.take((10,), torch.uint8) for _ in range(3 * Slabs.MOST)]
+    held = [slabs.take((10,), torch.uint8) for _ in range(3 * Slabs.MAX_FREE)]
     del held
     gc.collect()
-    assert len(slabs._free) == Slabs.MOST
+    assert len(slabs._free) == Slabs.MAX_FREE
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])

@@ -172,10 +172,10 @@ def test_the_wheel_works_alone_from_another_folder(wheel, tmp_path):
     venv.create(environment, with_pip=False)
     python = environment / "bin" / "python"
     [site_packages] = environment.glob("lib/*/site-packages")
-    here = next(path for path in sys.path if path.endswith("site-packages"))
-    (site_packages / "dependencies.pth").write_text(f"{here}\n")
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps"]
     subprocess.run([*pip, wheel], check=True)
+    here = next(path for path in sys.path if path.endswith("site-packages"))
+    (site_packages / "dependencies.pth").write_text(f"{here}\n")
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         variables = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}

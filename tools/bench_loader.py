@@ -246,7 +246,7 @@ def ours(bench: Bench, reader: PixelRowReader, epochs: int = 1) -> Pixels:
     view = BagSpec(reader)
     # Cuts of exactly ``chunk``, so that all ways make the same chunks.
     items = [item_of(bench.store, bench.slide)]
-    loader = TrainingLoader(items, view, bags=1, chunk=bench.sizes.chunk, full=True)
+    loader = TrainingLoader(items, view, bags=1, chunk=bench.sizes.chunk, fixed_size_chunks=True)
     bags = chain.from_iterable(loader.epoch(k, rank=0, world_size=1) for k in range(epochs))
     for bag, _ in prefetch(bags, CPU):
         for chunk in bag.chunks:
@@ -574,7 +574,7 @@ def stream_memory(store: str, chunk: int, decoder: str, view: str) -> dict[str, 
         [(full_bag(slide, BagSpec(reader), chunk), 0)] if not jpegs else [], CPU
     ):
         for one in bag.chunks:
-            bag.pixels(one.start, one.stop, CPU, again=view == "training")
+            bag.pixels(one.start, one.stop, CPU, will_be_reread=view == "training")
     after = resident()
     # Pages of the store's file are the page cache's, not ours.
     peak = (after["VmHWM"] - before["VmRSS"]) - (after["RssFile"] - before["RssFile"])

@@ -211,7 +211,7 @@ def fit(table: BagTable, name: str, bags: Indices, *, seed: int) -> tuple[Head, 
         optimizer.zero_grad()
         (loss if extra is None else loss + extra).backward()
         optimizer.step()
-        head.remember([output], target, list)
+        head.record_bags([output], target, list)
         head.after_step(good)
     return head.eval(), rows
 

@@ -40,8 +40,8 @@ from torch.nn.functional import cross_entropy
 
 import e2e.encoders
 import e2e.heads  # noqa: F401
-from e2e.bags.bag import Bag
-from e2e.bags.chunk_plan import cut_update, share_update
+from e2e.bags.bag import Bag, PixelSource
+from e2e.bags.chunk_plan import assign_to_ranks, cut_update
 from e2e.bags.loader import make_bag
 from e2e.bags.prefetch import prefetch
 from e2e.bags.readers import PixelRowReader
@@ -166,8 +166,8 @@ def bag_of(store: PatchStore, sizes: Sequence[int], work: Work, way: Way) -> Bag
         for k, n in enumerate(sizes)
     ]
     view = BagSpec(PixelRowReader(build_decoder(), augment=Augment(), keep=way.keep))
-    groups = cut_update(sizes, work.chunk, full=way.compile)
-    bags = [(make_bag(items, view, share_update(groups, 1)), None)]
+    groups = cut_update(sizes, work.chunk, fixed_size=way.compile)
+    bags = [(make_bag(items, view, assign_to_ranks(groups, 1)), None)]
     return next(prefetch(bags, torch.device(work.device)))[0]
 
 
@@ -253,17 +253,28 @@ def apart(a: Gradients, b: Gradients) -> float:
     return (gap / sum(float(b[k].double().square().sum()) for k in b)) ** 0.5
 
 
+class TimedPixels(PixelSource):
+    """A pixel source that appends the seconds of each call to ``spent``."""
+
+    def __init__(self, source: PixelSource, spent: list[float]) -> None:
+        self._source, self._spent = source, spent
+
+    def __call__(
+        self, start: int, stop: int, device: torch.device, *, will_be_reread: bool = False
+    ) -> Tensor:
+        began = time.perf_counter()
+        pixels = self._source(start, stop, device, will_be_reread=will_be_reread)
+        self._spent.append(time.perf_counter() - began)
+        return pixels
+
+    def forget(self, start: int, stop: int) -> None:
+        self._source.forget(start, stop)
+
+
 @contextmanager
 def timed_pixels(bag: Bag, spent: list[float]) -> Iterator[Bag]:
     """A bag whose pixels count the seconds that the step waits for them."""
-
-    def pixels(start: int, stop: int, device: torch.device, *, again: bool = False) -> Tensor:
-        began = time.perf_counter()
-        found = bag.pixels(start, stop, device, again=again)
-        spent.append(time.perf_counter() - began)
-        return found
-
-    yield dataclasses.replace(bag, pixels=pixels)
+    yield dataclasses.replace(bag, pixels=TimedPixels(bag.pixels, spent))
 
 
 def time_ways(

@@ -373,7 +373,7 @@ CONTROLS = (
     (
         "BatchNorm merge off",
         "e2e/engine/batchnorm.py",
-        "        total(flat)\n",
+        "        all_reduce_sum(flat)\n",
         "",
         "tests/processes/test_strategies.py::test_two_ranks_take_the_steps_of_one_process",
     ),

@@ -31,10 +31,10 @@ from check_engine import Row, report
 from torch import Tensor
 
 from e2e.bags.bag import Bag
-from e2e.bags.cache import FeatureRowReader
 from e2e.bags.epoch_plan import plan_epoch
 from e2e.bags.loader import TrainingLoader
 from e2e.bags.prefetch import prefetch
+from e2e.bags.readers import FeatureRowReader
 from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.encoders.base import ENCODERS
 from e2e.engine.model import MILModel, pad, seeded
@@ -107,7 +107,9 @@ def loader_over(store: FeatureFiles, *, cached: bool) -> TrainingLoader:
         LabelledSlide(Slide(slide, slide, "train", {}), store, torch.tensor(k % 2))
         for k, slide in enumerate(store.slides)
     ]
-    loader = TrainingLoader(items, BagSpec(cache), bags=BATCH, chunk=sys.maxsize, whole=True)
+    loader = TrainingLoader(
+        items, BagSpec(cache), bags=BATCH, chunk=sys.maxsize, single_chunk_per_bag=True
+    )
     if cached:
         for bag, _ in loader.epoch(0, rank=0, world_size=1):
             for chunk in bag.chunks:

@@ -36,7 +36,7 @@ from e2e.files import write_atomically, write_json
 from e2e.metrics.bootstrap import case_weights, confidence_interval
 from e2e.metrics.values import Array, auc
 from e2e.runs.many import is_done, run_command, start_or_resume
-from e2e.runs.parts import REGISTRIES, build_task
+from e2e.runs.parts import REGISTRIES, build_task, cohort_spec
 from e2e.settings.layers import load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,7 +120,7 @@ class Study:
         data = self.settings.data
         if data.columns.split is None or len(self.task.output_names) != 2:
             raise UserError("a study needs a cohort of two classes with a split column")
-        items, _ = load_cohort(data, self.task, name="study", seed=0, problems_file=None)
+        items, _ = load_cohort(cohort_spec(data, name="study"), self.task)
         table = pd.read_csv(data.labels, sep=None, engine="python", dtype=str)
         tests = [word for word, split in data.splits.items() if split == "test"]
         rest = table[~table[data.columns.split].isin(tests)]

@@ -39,7 +39,7 @@ from e2e.files import write_atomically, write_json
 from e2e.heads.base import HEADS
 from e2e.metrics.bootstrap import case_weights, confidence_interval
 from e2e.metrics.values import Array, auc
-from e2e.registry import suggest
+from e2e.registry import did_you_mean
 from e2e.runs.processes import child_environment, command_line
 from tools.study import ROOT, Arm, Study, choose, paired, plan
 
@@ -163,7 +163,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"no kind {', '.join(sorted(unknown))}\n  there are: {', '.join(RATES)}")
     for head in args.heads:
         if head not in HEADS.names():
-            raise UserError(f"no head '{head}'{suggest(head, HEADS.names())}")
+            raise UserError(f"no head '{head}'{did_you_mean(head, HEADS.names())}")
     args.rates = RATES | rates
     return args
 

@@ -1,1 +1,1 @@
-"""From slides to bags: which patches are drawn, in which order, and how their rows are read."""
+"""Bags: which patches of a slide are drawn, in which order slides come, and how rows are read."""

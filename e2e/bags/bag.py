@@ -1,4 +1,4 @@
-"""The batch that flows: bags of different sizes, ragged, cut into chunks, checked when made."""
+"""The bags of one update on one rank: sizes, chunks, coordinates, targets and a pixel source."""
 
 from __future__ import annotations
 
@@ -11,20 +11,34 @@ from torch import Tensor
 
 
 class PixelSource(Protocol):
-    """Where the pixels of a rank's patches come from.
+    """Gives the pixels (or features) of a rank's rows, the same ones at every call.
 
-    It gives the same ones every time it is asked: the second pass of the engine decodes and augments
-    again instead of keeping them.
+    The second pass of the engine reads, decodes and augments the patches again instead of keeping them.
     """
 
     def __call__(
-        self, start: int, stop: int, device: torch.device, *, again: bool = False
+        self, start: int, stop: int, device: torch.device, *, will_be_reread: bool = False
     ) -> Tensor:
-        """Rows start..stop as (n,3,H,W) on ``device``: uint8, or float in 0..1.
+        """Return rows ``start`` to ``stop``.
 
-        ``again`` says that these rows will be asked for once more.
+        Parameters
+        ----------
+        start, stop : int
+            Range of rows, ``stop`` excluded.
+        device : torch.device
+            Where the result lies.
+        will_be_reread : bool
+            Whether the same rows are read once more later.
+
+        Returns
+        -------
+        Tensor
+            Pixels (n, 3, H, W), uint8 or float in [0, 1]; or features (n, dim).
         """
         ...
+
+    def forget(self, start: int, stop: int) -> None:
+        """Free what is kept of rows that were to be reread and will not be; by default nothing is."""
 
 
 class Chunk(NamedTuple):
@@ -33,57 +47,65 @@ class Chunk(NamedTuple):
     start: int
     stop: int
     seed: int
-    """All that the encoder draws for these rows comes from it, on whichever rank they are."""
+    """Seed of the encoder's random draws for these rows, the same on whichever rank they are."""
     counts: bool
-    """Whether BatchNorm statistics are to remember these rows."""
+    """Whether the rows count in BatchNorm's running statistics."""
 
 
 @dataclass(frozen=True)
 class Bag:
-    """A batch of B bags as one rank sees it.
+    """B bags of one update as one rank sees them.
 
-    A bag lies on this rank whole, or is sharded: then every rank of the run has it in its batch,
-    with its own rows, and all of its coords, target, seed. The rank's rows of bag b are
-    ``offsets[b]`` to ``offsets[b + 1]``.
+    A bag lies either entirely on one rank or is sharded. A sharded bag is in the batch of every rank,
+    with that rank's rows, but with all coordinates, the target and the seed of the bag. The rank's rows
+    of bag b are ``offsets[b]`` to ``offsets[b + 1]``.
 
-    Raises:
-        ValueError: the parts do not fit together, or a bag has no patch.
+    Raises
+    ------
+    ValueError
+        If the fields do not fit together, or a bag has no patch.
     """
 
     offsets: tuple[int, ...]
-    """B + 1 row numbers, the first 0; none falls, and only a sharded bag may have no row here."""
+    """B + 1 row numbers. The first is 0, none is smaller than the one before it, and only a sharded bag
+    may have no row on this rank."""
     chunks: tuple[Chunk, ...]
     """All rows in order."""
     coords: tuple[Tensor | None, ...]
-    """B times (patches of the bag, 2) level-0 pixels, upper left corner of each patch; None where
-    nobody knows."""
+    """For each bag the upper left corners of its patches, (patches of the bag, 2) in level-0 pixels; None
+    where they are unknown."""
     pixels: PixelSource
+    """Reads the rows."""
     target: Tensor
-    """(B,) or (B, ...) what the task made of the labels."""
+    """Targets as the task encodes them, (B,) or (B, ...)."""
     slides: tuple[str, ...]
+    """Slide (or case) id of each bag."""
     seeds: tuple[int, ...]
-    """One number a bag, made of (seed, epoch, slide): what the head draws for the bag comes from it."""
+    """Seed of the head's random draws for each bag, made from (seed, epoch, slide)."""
     weight: Tensor
-    """(B,) share of each bag in this rank's loss; summed over ranks it is 1 a bag. 0 for a bag that
-    only keeps an idle rank in step."""
+    """(B,) weight of each bag in this rank's loss; the weights of a bag sum to 1 over the ranks. 0 for a
+    bag that only keeps an idle rank in step with the others."""
     shards: tuple[tuple[int, ...], ...]
-    """For each bag the rows that each rank has of it; empty for a bag that is whole."""
+    """For each bag the number of rows on each rank; empty for a bag that lies on one rank."""
 
     def __post_init__(self) -> None:
         sizes = self.sizes
-        falls = any(a > b for a, b in pairwise(self.offsets))
-        if not self.slides or self.offsets[0] != 0 or falls or min(sizes) < 1:
-            raise ValueError(f"offsets must start at 0 and rise; got {self.offsets}")
-        parts = (self.coords, self.target, self.seeds, self.weight, self.shards, sizes)
-        lengths = {len(part) for part in parts}
+        decreasing = any(a > b for a, b in pairwise(self.offsets))
+        if not self.slides or self.offsets[0] != 0 or decreasing or min(sizes) < 1:
+            raise ValueError(
+                f"offsets must start at 0 and must not decrease, and no bag may be empty; "
+                f"got {self.offsets}"
+            )
+        fields = (self.coords, self.target, self.seeds, self.weight, self.shards, sizes)
+        lengths = {len(field) for field in fields}
         if lengths != {len(self.slides)}:
             raise ValueError(
-                f"{len(self.slides)} bags, but targets, seeds, coords ... of {lengths}"
+                f"{len(self.slides)} slides, but targets, seeds, coords ... of length {sorted(lengths)}"
             )
         for size, coords in zip(sizes, self.coords, strict=True):
             if coords is not None and coords.shape != (size, 2):
                 raise ValueError(
-                    f"coords {tuple(coords.shape)} for {size} patches; need (patches, 2)"
+                    f"coords have shape {tuple(coords.shape)}, expected ({size}, 2) for {size} patches"
                 )
         cuts = [0, *(chunk.stop for chunk in self.chunks)]
         if [chunk.start for chunk in self.chunks] != cuts[:-1] or cuts[-1] != self.offsets[-1]:
@@ -95,8 +117,8 @@ class Bag:
     @property
     def sizes(self) -> list[int]:
         """Patches of each bag, over all ranks."""
-        own = [stop - start for start, stop in zip(self.offsets, self.offsets[1:], strict=False)]
-        return [sum(shards) or rows for rows, shards in zip(own, self.shards, strict=False)]
+        local = [stop - start for start, stop in pairwise(self.offsets)]
+        return [sum(shards) or rows for rows, shards in zip(local, self.shards, strict=False)]
 
     @property
     def num_patches(self) -> int:

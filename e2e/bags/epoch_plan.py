@@ -1,4 +1,4 @@
-"""Which slides make up an epoch's updates, and in which order: pure functions of (seed, epoch)."""
+"""Which slides make up the updates of an epoch, and in which order: pure functions of (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from e2e.seeds import mix_seed
 
 WINDOW = 16
-"""Updates among whose slides those of like size are sought: more pad less, and mix less."""
+"""Updates within which slides are sorted by size. More would need less padding, but mix slides less."""
 
 
 def plan_epoch(
@@ -23,29 +23,42 @@ def plan_epoch(
     groups: Sequence[int] | None = None,
     sizes: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """The updates of one epoch: ``num_slides`` slides in random order, ``bags`` an update.
+    """Return the updates of one epoch: all slides in random order, ``bags`` in each update.
 
-    Args:
-        num_slides: of the training cohort.
-        bags: slides an update, over all ranks.
-        seed: of the run.
-        epoch: 0-based.
-        groups: one number a slide: its class, or event 1 / censored 0. The groups are then drawn
-            equally often, see :func:`balanced_order`. None: every slide exactly once.
-        sizes: patches of each slide; slides of like size then share an update, see
-            :func:`group_by_size`. None: size plays no part.
+    Parameters
+    ----------
+    num_slides : int
+        Slides of the training split.
+    bags : int
+        Slides of an update, over all ranks.
+    seed : int
+        Seed of the run.
+    epoch : int
+        Number of the epoch, from 0.
+    groups : sequence of int, optional
+        Group of each slide, for example its class. The groups are then drawn equally often, see
+        :func:`balanced_order`. None draws every slide once.
+    sizes : sequence of int, optional
+        Patches of each slide. Slides of similar size then share an update, see :func:`group_by_size`.
 
-    Returns:
-        Lists of slide numbers; the last may be short. The same for every number of ranks.
+    Returns
+    -------
+    list of lists of int
+        Slide numbers of each update; the last update may be short. The plan does not depend on the
+        number of ranks.
 
-    Raises:
-        ValueError: not one group a slide.
+    Raises
+    ------
+    ValueError
+        If ``groups`` has another length than ``num_slides``.
     """
     if groups is None:
         rng = np.random.default_rng(mix_seed(seed, epoch, "slides"))
         order = rng.permutation(num_slides).tolist()
     elif len(groups) != num_slides:
-        raise ValueError(f"{len(groups)} groups for {num_slides} slides: give one a slide")
+        raise ValueError(
+            f"groups has {len(groups)} entries, expected one for each of {num_slides} slides"
+        )
     else:
         order = balanced_order(groups, seed=seed, epoch=epoch).tolist()
     if sizes is not None:
@@ -56,12 +69,29 @@ def plan_epoch(
 def group_by_size(
     order: Sequence[int], sizes: Sequence[int], bags: int, *, seed: int, epoch: int
 ) -> list[list[int]]:
-    """Updates of ``bags`` slides of like size, from a random order of slides.
+    """Cut a random order of slides into updates of slides of similar size.
 
-    The order is cut into windows of :data:`WINDOW` updates. Within a window slides are sorted by
-    size and cut into updates, which come in random order. So who meets whom is drawn anew in each
-    epoch, and a batch that is padded to its largest bag wastes little. A short update is the
-    epoch's last, as without sizes.
+    The order is cut into windows of :data:`WINDOW` updates. Within a window slides are sorted by size
+    and cut into updates, which come in random order. Which slides share an update is thus drawn anew in
+    each epoch, and a batch that is padded to its largest bag wastes little.
+
+    Parameters
+    ----------
+    order : sequence of int
+        Slide numbers in random order.
+    sizes : sequence of int
+        Patches of each slide, indexed by slide number.
+    bags : int
+        Slides of an update.
+    seed : int
+        Seed of the run.
+    epoch : int
+        Number of the epoch, from 0.
+
+    Returns
+    -------
+    list of lists of int
+        Slide numbers of each update. Only the last update of the epoch may be short.
     """
     rng = np.random.default_rng(mix_seed(seed, epoch, "alike"))
     plan = []
@@ -69,68 +99,89 @@ def group_by_size(
         window = list(order[first : first + WINDOW * bags])
         rest = len(window) % bags
         short = [window[len(window) - rest :]] if rest else []
-        alike = sorted(window[: len(window) - rest], key=lambda slide: sizes[slide])
-        updates = [alike[start : start + bags] for start in range(0, len(alike), bags)]
+        by_size = sorted(window[: len(window) - rest], key=lambda slide: sizes[slide])
+        updates = [by_size[start : start + bags] for start in range(0, len(by_size), bags)]
         plan += [updates[k] for k in rng.permutation(len(updates))] + short
     return plan
 
 
 def balanced_order(groups: Sequence[int], *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """As many draws as there are slides, each group's turn after the other's, over all epochs.
+    """Return as many draws as there are slides, the groups taking turns.
 
-    Think of one endless row of draws: draw s belongs to group s mod G, and an epoch is the next
-    len(groups) of them. Within its group each slide waits until all others have had their turn.
-    It follows that
+    All epochs together are one endless sequence of draws: draw s belongs to group s mod G, and an epoch
+    is the next ``len(groups)`` draws. Within a group no slide is drawn again before all others have been
+    drawn. It follows that
 
-    - any b draws in a row, so every update, hold each group floor(b / G) or ceil(b / G) times:
-      at least once if b >= G (of survival: an event in every update of 2 or more);
-    - an epoch draws each group equally often to within one, and so do all epochs so far together;
-    - the slides of a group differ by at most one in how often they were drawn, in the epoch and in
-      all epochs so far together: whom a large group leaves out comes first in the next epoch;
-    - an update holds a slide twice only if it draws more from the group than the group has.
+    - any b successive draws, and so every update, hold each group floor(b / G) or ceil(b / G) times: at
+      least once if b >= G (in survival analysis: an event in every update of 2 or more);
+    - the numbers of draws of two groups differ by at most one, in an epoch and over all epochs so far;
+    - the numbers of draws of two slides of a group differ by at most one, in an epoch and over all epochs
+      so far: slides of a large group that one epoch leaves out come first in the next;
+    - an update holds a slide twice only if it draws more slides of the group than the group has.
 
-    Which slides share an epoch follows from one permutation a group and run; how they are ordered in
-    it, and who meets whom in an update, is drawn anew in each epoch.
+    Which slides an epoch draws follows from one permutation for each group and run. Their order within
+    the epoch, and so which slides share an update, is drawn anew in each epoch.
 
-    Args:
-        groups: one number a slide.
-        seed: of the run.
-        epoch: 0-based.
+    Parameters
+    ----------
+    groups : sequence of int
+        Group of each slide.
+    seed : int
+        Seed of the run.
+    epoch : int
+        Number of the epoch, from 0.
 
-    Returns:
-        (len(groups),) slide numbers.
+    Returns
+    -------
+    (len(groups),) int64 array
+        Slide numbers.
     """
-    labels, group_of = np.unique(np.asarray(groups), return_inverse=True)
+    labels, group_of_slide = np.unique(np.asarray(groups), return_inverse=True)
     draws = np.arange(len(groups)) + epoch * len(groups)
     order = np.empty(len(groups), np.int64)
     for group in range(len(labels)):
-        own = np.flatnonzero(draws % len(labels) == group)
+        positions = np.flatnonzero(draws % len(labels) == group)
         cycle = np.random.default_rng(mix_seed(seed, group, "cycle")).permutation(
-            np.flatnonzero(group_of == group)
+            np.flatnonzero(group_of_slide == group)
         )
-        waiting = np.roll(cycle, -int(draws[own[0]] // len(labels)))
+        queue = np.roll(cycle, -int(draws[positions[0]] // len(labels)))
         rng = np.random.default_rng(mix_seed(seed, epoch, group, "cycle"))
-        order[own] = _rounds(waiting, len(own), rng)
+        order[positions] = _draw_in_rounds(queue, len(positions), rng)
     return order
 
 
-def _rounds(waiting: NDArray[np.int64], draws: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """``draws`` of the slides that wait in line, round by round; the first in line come once more.
+def _draw_in_rounds(
+    queue: NDArray[np.int64], draws: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """``draws`` slides in rounds over the whole queue; its first slides come once more than the others.
 
-    Every round of the epoch has one order, so a slide comes back only after all the others.
+    All rounds of an epoch have the same order, so a slide comes again only after all the others.
     """
-    more = draws % len(waiting)
-    line = np.concatenate([rng.permutation(waiting[:more]), rng.permutation(waiting[more:])])
-    return np.resize(line, draws)
+    extra = draws % len(queue)
+    round_ = np.concatenate([rng.permutation(queue[:extra]), rng.permutation(queue[extra:])])
+    return np.resize(round_, draws)
 
 
 def repeat_counts(plan: Sequence[Sequence[int]]) -> list[list[int]]:
-    """How often each slide of a plan came before in it: a slide's draws differ in their patches."""
-    seen: Counter[int] = Counter()
-    found = []
+    """Count for each slide of a plan how often the epoch drew it before.
+
+    Each draw of a slide gets other patches and random numbers.
+
+    Parameters
+    ----------
+    plan : sequence of sequences of int
+        Slide numbers of each update, see :func:`plan_epoch`.
+
+    Returns
+    -------
+    list of lists of int
+        In the form of ``plan``.
+    """
+    draws: Counter[int] = Counter()
+    counts: list[list[int]] = []
     for update in plan:
-        found.append([])
+        counts.append([])
         for slide in update:
-            found[-1].append(seen[slide])
-            seen[slide] += 1
-    return found
+            counts[-1].append(draws[slide])
+            draws[slide] += 1
+    return counts

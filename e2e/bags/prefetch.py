@@ -1,11 +1,11 @@
-"""Pixels ahead of the engine: the next chunks are made in the background while one is computed.
+"""Prefetching: the next chunks are read in the background while the engine encodes one.
 
-Two threads make chunks (read, decode, augment), and the decoder spreads each over threads of its own:
-JPEG decoding lets go of the interpreter, so no process has to be started, nothing is pickled, and
-nothing passes through shared memory. On a GPU it is one thread, with a stream of its own.
+Two threads read chunks (read, decode, augment), and the decoder spreads each chunk over threads of its
+own. JPEG decoding releases the interpreter lock, so no process has to be started, nothing is pickled and
+nothing goes through shared memory. On a GPU one thread reads chunks, on a stream of its own.
 
-Memory of a process: the pixels of :data:`AHEAD` chunks besides the one that is computed, and what a
-pixel source keeps for a second pass.
+Memory of a process: the pixels of :data:`AHEAD` chunks besides the one that is encoded, and what a pixel
+source keeps for a second pass.
 """
 
 from __future__ import annotations
@@ -23,143 +23,189 @@ import torch
 from torch import Tensor
 
 from e2e.bags.bag import Bag, Chunk, PixelSource
-from e2e.images.decode import CALLS, threads
+from e2e.images.threads import CONCURRENT_CALLS, num_threads
 
 AHEAD = 2
-"""Chunks that are made before they are asked for: one is ready while another is in work."""
+"""Chunks that are read before they are requested: one is ready while another is being read."""
 
 T = TypeVar("T")
 Span = tuple[int, int]
 
 
 class WaitTime:
-    """Seconds that the computation stood still for pixels."""
+    """Counts the seconds that the engine waits for pixels.
+
+    Attributes
+    ----------
+    seconds : float
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
 
-class PrefetchedPixels:
-    """A pixel source over another one that knows which chunk comes next.
+class PrefetchedPixels(PixelSource):
+    """A pixel source that reads the chunks of another one ahead of time.
 
-    The engine asks for the chunks of a bag first to last, then for those that it encodes twice last
-    to first; after that comes the next bag (``then``). Whatever is asked for out of this order is
-    made on the spot.
+    The engine requests the chunks of a bag first to last, then those of the second pass last to first;
+    after that comes the next bag. Rows requested in another order are read when they are requested.
+
+    Parameters
+    ----------
+    source : PixelSource
+        Reads the rows.
+    chunks : sequence of Chunk
+        The chunks of the bag.
+    device : torch.device
+        Where pixels will be requested.
+    wait_time : WaitTime
+        Adds up the seconds that requests waited.
+
+    Attributes
+    ----------
+    start_next : callable, optional
+        Called with a number of chunks when the next bag can begin to read them.
     """
 
     def __init__(
-        self, source: PixelSource, chunks: Sequence[Chunk], device: torch.device, waiting: WaitTime
+        self,
+        source: PixelSource,
+        chunks: Sequence[Chunk],
+        device: torch.device,
+        wait_time: WaitTime,
     ) -> None:
-        self._source, self._device, self._waiting = source, device, waiting
-        self._first: list[Span] = [(chunk.start, chunk.stop) for chunk in chunks]
-        self._second: list[Span] = []
-        self._made: dict[Span, Future[_Made]] = {}
-        self._lock = threading.Lock()  # a backward on a GPU asks from a thread of its own
-        self.then: Callable[[int], None] | None = None
+        self._source, self._device, self._wait_time = source, device, wait_time
+        self._first_pass: list[Span] = [(chunk.start, chunk.stop) for chunk in chunks]
+        self._second_pass: list[Span] = []
+        self._futures: dict[Span, Future[_ReadyPixels]] = {}
+        self._lock = threading.Lock()  # a backward on a GPU requests from a thread of its own
+        self.start_next: Callable[[int], None] | None = None
 
-    def start(self, most: int = AHEAD) -> None:
-        """Begin with the first chunks."""
+    def start(self, max_chunks: int = AHEAD) -> None:
+        """Begin to read the first chunks."""
         with self._lock:
-            self._begin(self._first[:most])
+            self._submit(self._first_pass[:max_chunks])
 
     def __call__(
-        self, start: int, stop: int, device: torch.device, *, again: bool = False
+        self, start: int, stop: int, device: torch.device, *, will_be_reread: bool = False
     ) -> Tensor:
-        """See :class:`PixelSource`; waits for what is not ready yet."""
+        """Return rows ``start`` to ``stop``, waiting for them if need be; see :class:`PixelSource`."""
         span = (start, stop)
-        if device != self._device or span not in (*self._first, *self._second):
-            return self._source(start, stop, device, again=again)
+        if device != self._device or span not in (*self._first_pass, *self._second_pass):
+            return self._source(start, stop, device, will_be_reread=will_be_reread)
         began = time.perf_counter()
         with self._lock:
-            self._begin([span])
-            future = self._made.pop(span)
-            coming = self._after(span, again=again)
-            self._begin([other for other in coming[:AHEAD] if other in self._first])
-        if len(coming) < AHEAD and self.then is not None:
-            self.then(AHEAD - len(coming))
-        pixels = future.result().here()
+            self._submit([span])
+            future = self._futures.pop(span)
+            following = self._spans_after(span, will_be_reread=will_be_reread)
+            self._submit([other for other in following[:AHEAD] if other in self._first_pass])
+        if len(following) < AHEAD and self.start_next is not None:
+            self.start_next(AHEAD - len(following))
+        pixels = future.result().on_current_stream()
         with self._lock:
-            # Not before: a second pass that begins with the first unfinished finds nothing kept.
-            self._begin(coming[:AHEAD])
-        if not again and hasattr(self._source, "forget"):
-            self._source.forget(start, stop)  # pyright: ignore[reportAttributeAccessIssue]
-        self._waiting.seconds += time.perf_counter() - began
+            # Not before: a second pass must find what the source keeps of this chunk.
+            self._submit(following[:AHEAD])
+        if not will_be_reread:
+            self._source.forget(start, stop)
+        self._wait_time.seconds += time.perf_counter() - began
         return pixels
 
-    def _after(self, span: Span, *, again: bool) -> list[Span]:
-        """What follows ``span``; notes whether it will come a second time."""
-        if span in self._first:
-            position = self._first.index(span)
-            following = self._first[position + 1 :]
-            self._first = following
-            if again:
-                self._second.append(span)
-        else:
-            self._second.remove(span)
-            following = []
-        return [*following, *reversed(self._second)]
+    def forget(self, start: int, stop: int) -> None:
+        """Free what the source keeps of rows ``start`` to ``stop``."""
+        self._source.forget(start, stop)
 
-    def _begin(self, spans: Iterable[Span]) -> None:
+    def _spans_after(self, span: Span, *, will_be_reread: bool) -> list[Span]:
+        """The spans that follow ``span``, which is removed from its pass."""
+        if span in self._first_pass:
+            position = self._first_pass.index(span)
+            self._first_pass = self._first_pass[position + 1 :]
+            following = self._first_pass
+            if will_be_reread:
+                self._second_pass.append(span)
+        else:
+            self._second_pass.remove(span)
+            following = []
+        return [*following, *reversed(self._second_pass)]
+
+    def _submit(self, spans: Iterable[Span]) -> None:
         for span in spans:
-            if span not in self._made:
-                makers = _makers(self._device.type)
-                self._made[span] = makers.submit(_make, self._source, span, self._device)
+            if span not in self._futures:
+                pool = _prefetch_pool(self._device.type)
+                self._futures[span] = pool.submit(_read_span, self._source, span, self._device)
 
 
 def prefetch(
-    bags: Iterable[tuple[Bag, T]], device: torch.device, waiting: WaitTime | None = None
+    bags: Iterable[tuple[Bag, T]], device: torch.device, wait_time: WaitTime | None = None
 ) -> Iterator[tuple[Bag, T]]:
-    """The same bags, whose pixels come from the background; each begins before the last is done."""
-    waiting = waiting or WaitTime()
-    before: tuple[tuple[Bag, T], PrefetchedPixels] | None = None
-    for bag, more in bags:
-        source = PrefetchedPixels(bag.pixels, bag.chunks, device, waiting)
-        if before is None:
+    """Yield bags whose pixels are read in the background, the first ones before the bag is used.
+
+    Parameters
+    ----------
+    bags : iterable of (Bag, value)
+        The values are passed on.
+    device : torch.device
+        Where pixels will be requested.
+    wait_time : WaitTime, optional
+        Adds up the seconds that requests waited.
+
+    Yields
+    ------
+    (Bag, value)
+    """
+    wait_time = wait_time or WaitTime()
+    previous: tuple[tuple[Bag, T], PrefetchedPixels] | None = None
+    for bag, value in bags:
+        source = PrefetchedPixels(bag.pixels, bag.chunks, device, wait_time)
+        if previous is None:
             source.start()
         else:
-            before[1].then = source.start
-            yield before[0]
-        before = (replace(bag, pixels=source), more), source
-    if before is not None:
-        yield before[0]
+            previous[1].start_next = source.start
+            yield previous[0]
+        previous = (replace(bag, pixels=source), value), source
+    if previous is not None:
+        yield previous[0]
 
 
-class _Made(NamedTuple):
+class _ReadyPixels(NamedTuple):
+    """Pixels from the background, and on a GPU the event after which they can be used."""
+
     pixels: Tensor
-    ready: torch.cuda.Event | None
+    event: torch.cuda.Event | None
 
-    def here(self) -> Tensor:
-        """The pixels, for the stream of the one who asks."""
-        if self.ready is not None:
+    def on_current_stream(self) -> Tensor:
+        """The pixels, for use on the current stream of the caller."""
+        if self.event is not None:
             stream = torch.cuda.current_stream(self.pixels.device)
-            stream.wait_event(self.ready)
-            self.pixels.record_stream(stream)  # else their memory is given away while it is read
+            stream.wait_event(self.event)
+            # Else their memory would be reused while this stream still reads it.
+            self.pixels.record_stream(stream)
         return self.pixels
 
 
-def _make(source: PixelSource, span: Span, device: torch.device) -> _Made:
+def _read_span(source: PixelSource, span: Span, device: torch.device) -> _ReadyPixels:
+    # Whether the span will be reread is not known yet; if it will not, ``forget`` follows.
     if device.type != "cuda":
-        return _Made(source(*span, device, again=True), None)
-    with torch.cuda.device(device), torch.cuda.stream(_side_stream(device)):
-        pixels = source(*span, device, again=True)
-        ready = torch.cuda.Event()
-        ready.record()
-    return _Made(pixels, ready)
+        return _ReadyPixels(source(*span, device, will_be_reread=True), None)
+    with torch.cuda.device(device), torch.cuda.stream(_prefetch_stream(device)):
+        pixels = source(*span, device, will_be_reread=True)
+        event = torch.cuda.Event()
+        event.record()
+    return _ReadyPixels(pixels, event)
 
 
 @cache
-def _makers(device: str) -> ThreadPoolExecutor:
-    # One on a GPU: they share a stream, and memory that one has given back while its kernels wait in the
-    # queue would be decoded into by the other, for whom nvJPEG does not wait.
-    count = 1 if device == "cuda" else min(CALLS, threads())
+def _prefetch_pool(device_type: str) -> ThreadPoolExecutor:
+    # One thread on a GPU: two would share a stream, and memory that one has freed while its kernels wait in
+    # the queue would be decoded into by the other, because nvJPEG does not wait for the stream.
+    count = 1 if device_type == "cuda" else min(CONCURRENT_CALLS, num_threads())
     return ThreadPoolExecutor(count, thread_name_prefix="pixels")
 
 
-# A forked process has the pool but none of its threads, and would wait for them for ever.
-os.register_at_fork(after_in_child=_makers.cache_clear)
+# A forked process has the pool but none of its threads, and would wait for them forever.
+os.register_at_fork(after_in_child=_prefetch_pool.cache_clear)
 
 
 @cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all makers: what one keeps for a second pass, the other may take up."""
+def _prefetch_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all bags: what is kept for a second pass is used on the stream it was made on."""
     return torch.cuda.Stream(device)

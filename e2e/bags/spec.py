@@ -1,9 +1,10 @@
-"""Which patches stand for a slide, and how they are read."""
+"""Labelled slides, and the rule by which patches of a slide make up its bag."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Generic
 
 import numpy as np
 import torch
@@ -11,77 +12,96 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.bags.cache import PixelCache
-from e2e.bags.readers import RowReader, SlideRows
+from e2e.bags.readers import R, R_co, RowReader, SlideRows
 from e2e.bags.sampler import RandomSampler, Sampler, pad_with_copies, scale_quotas
 from e2e.seeds import mix_seed
 from e2e.slides import Slide
-from e2e.store.records import SlideReader, SlideRecord
+from e2e.store.records import SlideRecord
 
 
 @dataclass(frozen=True)
-class LabelledSlide:
-    """A slide with its stores and the number the task made of its label."""
+class LabelledSlide(Generic[R_co]):
+    """A slide with the reader of its patches or features and its target."""
 
     slide: Slide
-    store: SlideReader
+    """As the label table describes it."""
+    reader: R_co
+    """Reads its patches or features."""
     target: Tensor
-    more: tuple[SlideReader, ...] = ()
-    """Its patches at other magnifications; evaluation does without them."""
+    """The label as the task encodes it."""
+    other_scales: tuple[R_co, ...] = ()
+    """Readers of its patches at other magnifications, for training; evaluation uses ``reader`` alone."""
 
     @property
     def record(self) -> SlideRecord:
-        """What the store knows of the slide."""
-        return self.store.record(self.slide.id)
+        """Count, coordinates and sizes of the patches of ``reader``."""
+        return self.reader.record(self.slide.id)
 
 
 @dataclass(frozen=True)
-class BagSpec:
-    """Which patches stand for a slide, and what the encoder sees of them."""
+class BagSpec(Generic[R]):
+    """Which patches of a slide make up its bag, and how they are read."""
 
-    reader: RowReader
+    reader: RowReader[R]
+    """Reads the rows of the bag."""
     seed: int = 0
+    """Seed of the run."""
     bag_size: int | None = None
-    """Patches drawn for a slide; None: all."""
+    """Patches drawn from a slide; None takes all."""
     sampler: Sampler = RandomSampler()
-    """Which ones."""
+    """Draws them."""
     shares: tuple[float, ...] = ()
-    """Parts of a bag from each of a slide's stores (MRIS); empty: all from the first."""
-    copies: bool = False
-    """Fill short bags up with copies of their own patches."""
+    """Share of the bag from each scale of the slide (MRIS); empty takes the first scale only."""
+    fill_with_copies: bool = False
+    """Whether short bags are filled up with copies of their patches."""
     scores: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
-    """Slide -> what the patches of its first store are worth, for samplers that ask."""
+    """Scores of the patches at the first scale by slide id, for samplers that use them."""
     shared_crops: int = 0
-    """Crop rectangles that all of a rank's patches of an update share, neighbours the same one; 0: each
-    patch has its own."""
+    """Number of crop rectangles that all patches of a rank's update share, neighbours the same one; 0
+    gives each patch its own."""
     cache: PixelCache | None = None
-    """Of :func:`whole_bag`."""
+    """Cache of the pixels of :func:`e2e.bags.loader.full_bag`."""
 
-    def count(self, item: LabelledSlide) -> int:
-        """Patches that stand for the slide."""
+    def num_patches(self, item: LabelledSlide[R]) -> int:
+        """Return the number of patches in the bag of a slide."""
         return sum(self.quotas(item))
 
-    def quotas(self, item: LabelledSlide) -> tuple[int, ...]:
-        """Of each of its stores."""
-        counts = [store.num_patches(item.slide.id) for store in self._stores(item)]
-        if self.copies and self.bag_size is not None:
+    def quotas(self, item: LabelledSlide[R]) -> tuple[int, ...]:
+        """Return the number of patches in the bag from each scale of a slide."""
+        counts = [reader.num_patches(item.slide.id) for reader in self._scales(item)]
+        if self.fill_with_copies and self.bag_size is not None:
             counts = [self.bag_size] * len(counts)
         return scale_quotas(self.bag_size, self.shares or (1,), counts)
 
     def rows(
-        self, item: LabelledSlide, epoch: int, turn: int = 0
-    ) -> tuple[list[SlideRows], Tensor | None]:
-        """The patches that stand for the slide in this epoch, and their (n,2) coords, if known.
+        self, item: LabelledSlide[R], epoch: int, repeat: int = 0
+    ) -> tuple[list[SlideRows[R]], Tensor | None]:
+        """Return the rows of a slide's bag in an epoch, and their coordinates.
 
-        ``turn`` is how often the slide came before in the epoch.
+        Parameters
+        ----------
+        item : LabelledSlide
+            The slide.
+        epoch : int
+            Number of the epoch, from 0.
+        repeat : int
+            How often the epoch drew the slide before.
+
+        Returns
+        -------
+        rows : list of SlideRows
+            One for each scale with at least one patch.
+        coords : Tensor or None
+            (n, 2) upper left corners in level-0 pixels; None if those of one scale are unknown.
         """
         slide, rows, coords = item.slide.id, [], []
-        when = {"seed": self.seed, "epoch": epoch, "turn": turn}
-        for scale, (store, quota) in enumerate(
-            zip(self._stores(item), self.quotas(item), strict=True)
+        draw = {"seed": self.seed, "epoch": epoch, "repeat": repeat}
+        for scale, (reader, quota) in enumerate(
+            zip(self._scales(item), self.quotas(item), strict=True)
         ):
-            if quota == 0:  # a share too small for one patch
+            if quota == 0:  # the share is too small for one patch
                 continue
-            record = store.record(slide)
+            record = reader.record(slide)
             indices = self.sampler.choose(
                 slide,
                 record.num_patches,
@@ -89,28 +109,28 @@ class BagSpec:
                 scale=scale,
                 coords=record.coords if self.sampler.uses_coords else None,
                 scores=None if scale else self.scores.get(slide),
-                **when,
+                **draw,
             )
-            if self.copies:
-                indices = pad_with_copies(indices, quota, slide=slide, scale=scale, **when)
-            seed = mix_seed(
-                self.seed, epoch, _key(slide, turn), *(("scale", scale) if scale else ())
-            )
-            rows.append(SlideRows(store, slide, indices, record.patch_px, seed))
+            if self.fill_with_copies:
+                indices = pad_with_copies(indices, quota, slide=slide, scale=scale, **draw)
+            seed_key = ("scale", scale) if scale else ()
+            seed = mix_seed(self.seed, epoch, slide_key(slide, repeat), *seed_key)
+            rows.append(SlideRows(reader, slide, indices, record.patch_px, seed))
             coords.append(None if record.coords is None else record.coords[indices])
-        if any(places is None for places in coords):
+        if any(corners is None for corners in coords):
             return rows, None
         return rows, torch.from_numpy(np.concatenate(coords))
 
-    def check_places(self, item: LabelledSlide) -> None:
-        """UserError where nobody knows the coords of its patches."""
-        for store in self._stores(item):
-            store.record(item.slide.id).require_coords()
+    def check_coords(self, item: LabelledSlide[R]) -> None:
+        """Raise UserError if the coordinates of a slide's patches are unknown."""
+        for reader in self._scales(item):
+            reader.record(item.slide.id).require_coords()
 
-    def _stores(self, item: LabelledSlide) -> tuple[SlideReader, ...]:
-        return (item.store, *item.more)[: len(self.shares) or 1]
+    def _scales(self, item: LabelledSlide[R]) -> tuple[R, ...]:
+        """The readers of the scales that bags are drawn from."""
+        return (item.reader, *item.other_scales)[: len(self.shares) or 1]
 
 
-def _key(slide: str, turn: int) -> str:
-    """What draws go by: another one each time that the slide comes in an epoch."""
-    return slide if turn == 0 else f"{slide}\x1f{turn}"
+def slide_key(slide: str, repeat: int) -> str:
+    """Return what random draws for a slide are seeded by: another string each time an epoch draws it."""
+    return slide if repeat == 0 else f"{slide}\x1f{repeat}"

@@ -1,1 +1,1 @@
-"""From a label table to labelled slides: tables, splits, folds and their checks."""
+"""Cohorts: label tables, splits, and their match with patches or features."""

@@ -1,37 +1,80 @@
-"""The frozen features of a cohort's slides, in the two-stage mode."""
+"""Checks of the frozen features that a cohort is trained on in the two-stage mode."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from e2e.bags.spec import LabelledSlide
+from e2e.cohort.cases import CaseFeatures
 from e2e.errors import DamagedDataError, UserError, format_list
 from e2e.features.check import describe_encoder
-from e2e.features.reader import FeatureFiles
+from e2e.features.reader import FeatureFiles, FeatureReader
 from e2e.log import Screen
 
 
+def feature_reader(item: LabelledSlide) -> FeatureReader:
+    """Return the reader of a slide's features.
+
+    Parameters
+    ----------
+    item
+        A slide, or a case, of a cohort that was loaded with features.
+
+    Raises
+    ------
+    TypeError
+        The slide has patches, not features.
+    """
+    if isinstance(item.reader, (FeatureFiles, CaseFeatures)):
+        return item.reader
+    raise TypeError(f"slide '{item.slide.id}' has patches in {item.reader.path}, not features")
+
+
 def describe_features(items: Sequence[LabelledSlide]) -> dict[str, Any]:
-    """``width`` and ``encoder`` (empty where the files do not say) of the slides' features."""
-    makers = (describe_encoder(item.store.recipe) for item in items)
-    width = cast(FeatureFiles, items[0].store).width
-    return {"width": width, "encoder": next(filter(None, makers), "")}
+    """Describe the features of a cohort.
+
+    Parameters
+    ----------
+    items
+        The slides, at least one.
+
+    Returns
+    -------
+    dict
+        ``width`` of the features, and ``encoder``: its name and a digest of its weights, empty if the
+        files do not say.
+    """
+    encoders = (describe_encoder(item.reader.recipe) for item in items)
+    return {"width": feature_reader(items[0]).width, "encoder": next(filter(None, encoders), "")}
 
 
 def check_values(items: Sequence[LabelledSlide], screen: Screen) -> None:
-    """Read the features of all ``items``; UserError that names each slide whose ones cannot be used."""
+    """Read all features once, and check that they are complete and finite.
+
+    Parameters
+    ----------
+    items
+        The slides.
+    screen
+        Shows the progress.
+
+    Raises
+    ------
+    UserError
+        Names each slide whose features cannot be used.
+    """
     faults: list[str] = []
     for done, item in enumerate(items):
         try:
-            cast(FeatureFiles, item.store).features(item.slide.id)
+            feature_reader(item).features(item.slide.id)
         except DamagedDataError as error:
             faults.append(str(error).splitlines()[0])
-        screen.step(done + 1, len(items), "slides' features looked over")
+        screen.step(done + 1, len(items), "slides' features checked")
     screen.pause()
     if faults:
         raise UserError(
             f"the features of {len(faults)} slide(s) cannot be used\n{format_list(faults)}\n"
-            "  extract them again (in bf16 or fp32, if fp16 overflowed), or leave the slides out of "
+            "  extract them again (in bf16 or fp32, if fp16 overflowed), or remove the slides from "
             "the label table"
         )

@@ -1,131 +1,186 @@
-"""Slides of different splits that hold the same patches."""
+"""Find slides of different splits that hold the same patches: one slide under two names."""
 
 from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from e2e.errors import UserError, format_list
-from e2e.features.reader import FeatureFiles
+from e2e.features.reader import FeatureReader
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore
 from e2e.store.records import PatchReader, SlideReader
 
+R = TypeVar("R", bound=SlideReader)
 
-def check_copies(slides: Sequence[Slide], stores: Mapping[str, SlideReader]) -> None:
-    """UserError when slides of different splits have the same patches: one slide under two names.
+READ_AT_ONCE = 256
+"""Patches in memory at once."""
+FIRST_ROWS = 4
+"""Rows of features without coords that are compared first; most slides differ in them."""
 
-    Patches are compared by the CRC-32 of their JPEGs, all of them and in order; so a second scan, or
-    another cut of the grid, passes. It costs little: only slides with equally many patches are looked
-    at, a :class:`PatchStore` knows the sums, and other stores are read whole only where the middle
-    patch is the same. Features are read whole only where all coords are the same, or where neither
-    slide has coords and the first rows are the same.
 
-    Of slides in such stores, which know the sums, it is enough that one has most of its patches in
-    common with the other, in whatever order: the same slide, packed with more tissue or less.
+def check_copied_patches(slides: Sequence[Slide], readers: Mapping[str, PatchReader]) -> None:
+    """Check that no two slides of different splits hold the same patches.
 
-    Args:
-        stores: of each slide, by its id.
+    Patches are compared by the CRC-32 of their JPEGs, all of them and in order; a second scan, or
+    another grid, passes. The check is cheap: only slides with equally many patches are compared, a
+    :class:`PatchStore` holds the checksums, and other stores are read completely only if the middle
+    patch is the same.
+
+    Of two slides in a :class:`PatchStore` it is enough that most patches of one are also in the
+    other, in any order: the same slide, packed with more tissue or less.
+
+    Parameters
+    ----------
+    slides
+        The slides. Those without a split are ignored.
+    readers
+        Slide id -> its reader.
+
+    Raises
+    ------
+    UserError
+        Names the slides that are copies.
     """
-    alike: dict[object, list[Slide]] = {(): [slide for slide in slides if slide.split]}
-    for key in (_count, _glance, _whole):
+    _refuse_copies(slides, readers, (_num_patches, _middle_patch, _all_patches))
+    _refuse_shared_patches(slides, readers)
+
+
+def check_copied_features(slides: Sequence[Slide], readers: Mapping[str, FeatureReader]) -> None:
+    """Check that no two slides of different splits hold the same features.
+
+    Features are read completely only if all coords are the same or, for slides without coords, the
+    first rows.
+
+    Parameters
+    ----------
+    slides
+        The slides. Those without a split are ignored.
+    readers
+        Slide id -> its reader.
+
+    Raises
+    ------
+    UserError
+        Names the slides that are copies.
+    """
+    _refuse_copies(slides, readers, (_num_patches, _coords_or_first_rows, _all_features))
+
+
+def _num_patches(slide: str, reader: SlideReader) -> int:
+    return reader.num_patches(slide)
+
+
+def _middle_patch(slide: str, reader: PatchReader) -> bytes:
+    middle = reader.num_patches(slide) // 2  # the edges of tissue look alike
+    return _checksums(slide, reader, [middle]).tobytes()
+
+
+def _all_patches(slide: str, reader: PatchReader) -> bytes:
+    # With one JPEG, since the checksum of a single patch may be another's by chance.
+    count = reader.num_patches(slide)
+    checksums = _checksums(slide, reader, range(count)).tobytes()
+    return checksums + reader.read(slide, [count // 2])[0]
+
+
+def _coords_or_first_rows(slide: str, reader: FeatureReader) -> bytes:
+    coords = reader.record(slide).coords
+    if coords is not None:
+        return coords.tobytes()
+    return reader.first_rows(slide, FIRST_ROWS).tobytes()
+
+
+def _all_features(slide: str, reader: FeatureReader) -> bytes:
+    return reader.features(slide).numpy().tobytes()
+
+
+def _refuse_copies(
+    slides: Sequence[Slide],
+    readers: Mapping[str, R],
+    keys: Sequence[Callable[[str, R], object]],
+) -> None:
+    """Raise UserError if slides of different splits are equal in all keys, the cheapest key first."""
+    groups: dict[object, list[Slide]] = {(): [slide for slide in slides if slide.split]}
+    for key in keys:
         finer: dict[object, list[Slide]] = defaultdict(list)
-        for before, group in alike.items():
+        for parent, group in groups.items():
             for slide in group:
-                finer[before, key(slide.id, stores[slide.id])].append(slide)
-        alike = {k: group for k, group in finer.items() if len({s.split for s in group}) > 1}
-    if alike:
+                finer[parent, key(slide.id, readers[slide.id])].append(slide)
+        groups = {k: group for k, group in finer.items() if len({s.split for s in group}) > 1}
+    if groups:
         raise UserError(
-            f"{len(alike)} slide(s) lie in more than one split under different names: the test "
-            "would not be honest\n"
+            f"{len(groups)} slide(s) are in more than one split under different names, so test results"
+            " would be biased\n"
             + format_list(
                 " = ".join(f"'{s.id}' ({s.split})" for s in sorted(group, key=lambda s: s.id))
-                + f": the same {stores[group[0].id].num_patches(group[0].id):,} patches"
-                for group in alike.values()
+                + f": the same {readers[group[0].id].num_patches(group[0].id):,} patches"
+                for group in groups.values()
             )
             + "\n  keep one name of each in the label table"
         )
-    kept = [s for s in slides if s.split and isinstance(stores[s.id], PatchStore)]
-    if shared := _shared(kept, [cast(PatchStore, stores[slide.id]) for slide in kept]):
+
+
+def _refuse_shared_patches(slides: Sequence[Slide], readers: Mapping[str, PatchReader]) -> None:
+    """Raise UserError if two slides of different splits have most patches of one in common."""
+    stored: list[tuple[Slide, PatchStore]] = []
+    for slide in slides:
+        reader = readers[slide.id]
+        if slide.split and isinstance(reader, PatchStore):  # other readers hold no checksums
+            stored.append((slide, reader))
+    if shared := _find_shared_patches(stored):
         raise UserError(
-            f"{len(shared)} slide(s) have most of their patches in common with one of another split: the "
-            f"test would not be honest\n{format_list(shared)}\n  keep one of each in the label table"
+            f"{len(shared)} slide(s) have most of their patches in common with a slide of another split,"
+            f" so test results would be biased\n{format_list(shared)}\n"
+            "  keep one of each in the label table"
         )
 
 
-def _shared(slides: Sequence[Slide], stores: Sequence[PatchStore]) -> list[str]:
-    """A line for each two slides of different splits of which one has over half its patches of the other.
+def _find_shared_patches(stored: Sequence[tuple[Slide, PatchStore]]) -> list[str]:
+    """Return a line for each two slides of different splits that share over half of one's patches.
 
-    A patch that a slide has twice is blank, and counts for nothing. That sums are of the same JPEGs is
-    seen by reading one of each two slides.
+    A patch that a slide has twice is blank and does not count. One JPEG of each two slides is read to
+    make sure that equal checksums are of equal patches.
     """
-    counted = [
-        np.unique(store.checksums(slide.id), return_counts=True)
-        for slide, store in zip(slides, stores, strict=True)
-    ]
-    own = [sums[times == 1] for sums, times in counted]
-    sums = np.concatenate([np.zeros(0, np.uint32), *own])
-    of = np.repeat(np.arange(len(own), dtype=np.int32), [len(part) for part in own])
+    unique_sums = []
+    for slide, store in stored:
+        values, counts = np.unique(store.checksums(slide.id), return_counts=True)
+        unique_sums.append(values[counts == 1])
+    sums = np.concatenate([np.zeros(0, np.uint32), *unique_sums])
+    owner = np.repeat(np.arange(len(stored), dtype=np.int32), [len(s) for s in unique_sums])
     order = np.argsort(sums, kind="stable")
-    sums, of = sums[order], of[order]
-    at = np.flatnonzero(sums[1:] == sums[:-1])
-    pairs, firsts, times = np.unique(
-        np.stack([of[at], of[at + 1]]), axis=1, return_index=True, return_counts=True
+    sums, owner = sums[order], owner[order]
+    equal = np.flatnonzero(sums[1:] == sums[:-1])
+    pairs, firsts, counts = np.unique(
+        np.stack([owner[equal], owner[equal + 1]]), axis=1, return_index=True, return_counts=True
     )
     lines = []
-    for (a, b), first, common in zip(pairs.T, firsts, times, strict=True):
-        least = min(len(own[a]), len(own[b]))
-        if slides[a].split == slides[b].split or 2 * common <= least:
+    for (a, b), first, common in zip(pairs.T, firsts, counts, strict=True):
+        (slide_a, store_a), (slide_b, store_b) = stored[a], stored[b]
+        smaller = min(len(unique_sums[a]), len(unique_sums[b]))
+        if slide_a.split == slide_b.split or 2 * common <= smaller:
             continue
-        one, other = (_jpeg_of(slides[k].id, stores[k], int(sums[at[first]])) for k in (a, b))
-        if one == other:
-            names = (f"'{slides[k].id}' ({slides[k].split})" for k in (a, b))
-            lines.append(f"{' and '.join(names)}: {common:,} of {least:,} patches")
+        checksum = int(sums[equal[first]])
+        if _read_by_checksum(slide_a.id, store_a, checksum) == _read_by_checksum(
+            slide_b.id, store_b, checksum
+        ):
+            names = f"'{slide_a.id}' ({slide_a.split}) and '{slide_b.id}' ({slide_b.split})"
+            lines.append(f"{names}: {common:,} of {smaller:,} patches")
     return lines
 
 
-def _jpeg_of(slide: str, store: PatchStore, checksum: int) -> bytes:
+def _read_by_checksum(slide: str, store: PatchStore, checksum: int) -> bytes:
     return store.read(slide, np.flatnonzero(store.checksums(slide) == checksum)[:1])[0]
 
 
-def _count(slide: str, store: SlideReader) -> int:
-    return store.num_patches(slide)
-
-
-def _glance(slide: str, store: SlideReader) -> object:
-    """What differs between most slides, and is cheap to see."""
-    if hasattr(store, "features"):
-        coords = store.record(slide).coords
-        if coords is not None:
-            return coords.tobytes()
-        return cast("FeatureFiles", store).first_rows(slide, ROWS).tobytes()
-    middle = store.num_patches(slide) // 2  # the edges of tissue look alike
-    return _checksums(slide, cast(PatchReader, store), [middle]).tobytes()
-
-
-def _whole(slide: str, store: SlideReader) -> bytes:
-    """All that is compared; besides the sums one JPEG, since a single patch's sum may be another's."""
-    if hasattr(store, "features"):
-        return cast("FeatureFiles", store).features(slide).numpy().tobytes()
-    count, patches = store.num_patches(slide), cast(PatchReader, store)
-    return _checksums(slide, patches, range(count)).tobytes() + patches.read(slide, [count // 2])[0]
-
-
-def _checksums(slide: str, store: PatchReader, rows: Sequence[int]) -> NDArray[np.uint32]:
-    """CRC-32 of the given patches: as packed, or else of what is read."""
-    if isinstance(store, PatchStore):
-        return store.checksums(slide)[list(rows)]
-    pieces = (rows[start : start + PIECE] for start in range(0, len(rows), PIECE))
-    sums = [zlib.crc32(jpeg) for piece in pieces for jpeg in store.read(slide, piece)]
+def _checksums(slide: str, reader: PatchReader, rows: Sequence[int]) -> NDArray[np.uint32]:
+    """Return the CRC-32 of patches: as stored if the reader holds them, else of what is read."""
+    if isinstance(reader, PatchStore):
+        return reader.checksums(slide)[list(rows)]
+    batches = (rows[start : start + READ_AT_ONCE] for start in range(0, len(rows), READ_AT_ONCE))
+    sums = [zlib.crc32(jpeg) for batch in batches for jpeg in reader.read(slide, batch)]
     return np.array(sums, np.uint32)
-
-
-PIECE = 256  # patches in memory at once
-
-
-ROWS = 4  # of features without coords, by which most slides differ

@@ -1,255 +1,301 @@
-"""Load a cohort: table, splits, matching with stores or features, checks."""
+"""Load a cohort: read its table, split it, match it with patches or features, and check it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from e2e.bags.loader import label_slides
 from e2e.bags.spec import LabelledSlide
-from e2e.cohort.cases import check_single, group_by_case
-from e2e.cohort.leaks import check_copies
-from e2e.cohort.match import check_sides, match_scales, match_slides
-from e2e.cohort.report import write_problems
-from e2e.cohort.split_files import Folds, names_cases, pick_fold, read_splits
+from e2e.cohort.cases import check_one_label_per_case, group_by_case
+from e2e.cohort.data import CohortData, FeatureData, PatchData
+from e2e.cohort.labels import check_classes, select_labelled, suggest_classes
+from e2e.cohort.match import (
+    NOT_IN_STORE,
+    NOT_IN_TABLE,
+    explain_unmatched_ids,
+    match_scales,
+    match_slides,
+)
+from e2e.cohort.readers import open_feature_readers, open_patch_readers, require_files
+from e2e.cohort.report import report_unusable_rows
+from e2e.cohort.spec import CohortSpec
+from e2e.cohort.split_files import Folds, ids_are_cases, pick_fold, read_splits
 from e2e.cohort.splits import (
     HONEST,
-    Protocol,
-    assign,
+    SplitProtocol,
+    assign_splits,
     check_cases,
     check_splits,
-    cut,
-    find_missing_classes,
+    cut_split,
 )
 from e2e.cohort.table import Problem, read_table
-from e2e.errors import UserError, format_list
-from e2e.features.check import common_width
-from e2e.features.reader import FeatureFiles, open_features
+from e2e.errors import UserError
 from e2e.log import Screen
-from e2e.settings.schema import Cut, Data
 from e2e.slides import Slide
-from e2e.store.open import expand_store_paths, open_store
-from e2e.store.records import PatchReader
+from e2e.store.records import SlideReader
 from e2e.tasks.base import Task
+
+R = TypeVar("R", bound=SlideReader)
 
 
 def load_cohort(
-    data: Data,
+    spec: CohortSpec,
     task: Task,
     *,
-    name: str,
-    seed: int,
-    problems_file: Path | None,
-    size: int | None = None,
+    seed: int = 0,
     features: bool = False,
-    protocol: Protocol = HONEST,
+    size: int | None = None,
+    protocol: SplitProtocol = HONEST,
+    problems_file: Path | None = None,
 ) -> tuple[list[LabelledSlide], list[Problem]]:
-    """The cohort's slides, or its cases, checked, split and matched with their patches.
+    """Load the slides of a cohort, or its cases, with their labels, splits and patches or features.
 
-    Args:
-        problems_file: where the whole list of unusable rows goes; None on ranks that do not lead,
-            which say nothing either.
-        size: to which all patches are brought; None: they stay as stored.
-        features: take ``data.features`` in place of the stores.
-        protocol: what the splits are used for.
+    Parameters
+    ----------
+    spec
+        Where the label table, splits and data are.
+    task
+        Encodes the labels. It need not be fitted.
+    seed
+        Random seed of splits that are cut from the training cases.
+    features
+        Whether the slides have frozen features rather than patches.
+    size
+        Side in pixels that all patches are resized to; None if they stay as stored.
+    protocol
+        What the splits are used for.
+    problems_file
+        Where the list of unusable rows is written; None on ranks that do not lead, which print
+        nothing either.
 
-    Returns:
-        The slides, and what was left out under ``data.unmatched=drop``.
+    Returns
+    -------
+    items : list of LabelledSlide
+        The slides, or the cases if ``spec.unit`` is 'case'.
+    problems : list of Problem
+        What was left out; empty unless ``spec.unmatched`` is 'drop'.
 
-    Raises:
-        UserError: data are missing, a row is unusable, or the splits are not honest.
+    Raises
+    ------
+    UserError
+        Data are missing, a row or slide is unusable, or the splits are invalid: a case or a copied
+        slide is in two splits, or a split that is needed is empty.
     """
-    require_files(data, name, task.columns, features=features)
-    slides, problems = read_table(
-        data.labels,
-        columns=_columns(data),
-        targets=task.columns,
-        split_names=data.splits,
-        slide_suffix=data.slide_suffix,
-        slide_separator=data.slide_separator,
-    )
-    used, strange = _split_by_file(slides, data)
-    known, unknown = _with_known_labels(used, task)
-    # A store's slide that no known slide is may yet have its row.
-    rows = {slide.id for slide in slides} | {problem.slide for problem in problems}
-    aside = rows - {slide.id for slide in known}
-    scales = [open_feature_readers(data)] if features else open_patch_readers(data)
-    first, unmatched = match_slides(known, scales[0])
-    problems += [*strange, *unknown, *(p for p in unmatched if p.slide not in aside)]
-    _settle(problems, data, name, problems_file)
+    require_files(spec, task.columns, features=features)
+    if features:
+        data = FeatureData([open_feature_readers(spec.features)])
+        return _load_data(spec, task, data, seed, protocol, problems_file)
+    stores = open_patch_readers((spec.stores, *spec.scales), spec.coords)
+    return _load_data(spec, task, PatchData(stores, size), seed, protocol, problems_file)
+
+
+def _load_data(
+    spec: CohortSpec,
+    task: Task,
+    data: CohortData[R],
+    seed: int,
+    protocol: SplitProtocol,
+    problems_file: Path | None,
+) -> tuple[list[LabelledSlide], list[Problem]]:
+    """Load a cohort whose data are open."""
     screen = Screen(is_leader=problems_file is not None)
-    kept = [slide for slide in known if slide.id in first]
-    kept = _resplit(kept, protocol, data.cut, by=task.columns[0], seed=seed, screen=screen)
-    check_splits(kept, needs=protocol.needs)
-    trained = [slide for slide in kept if slide.split == "train"]
-    more, lacking = match_scales(trained, scales[1:])
-    problems += lacking
-    _settle(problems, data, name, problems_file)
-    kept = [slide for slide in kept if slide.split != "train" or slide.id in more]
-    check_splits(kept, needs=protocol.needs)
-    stores = {slide.id: [first[slide.id], *more.get(slide.id, [])] for slide in kept}
-    if not features:
-        check_sides(stores, size)
-    check_copies(kept, first)
-    if data.unit == "case":
-        kept, stores = group_by_case(kept, stores)
-    elif task.of_cases:
-        for line in check_single(kept):
-            screen.say(f"NOTE {line}")
-    items = label_slides(kept, stores, task.encode)
-    for line in check_classes(items, task):
-        screen.say(f"NOTE {line}")
+    report = partial(
+        report_unusable_rows,
+        policy=spec.unmatched,
+        tables=spec.tables,
+        cohort=spec.name,
+        report_path=problems_file,
+    )
+    table, problems = _read_label_table(spec, task)
+    used, split_problems = apply_split_file(table, spec)
+    labelled, label_problems = select_labelled(used, task)
+    matches, match_problems = match_slides(labelled, data.scales[0])
+    # A slide of a store may have a row that is not used: then the row is the problem, if any.
+    other_rows = {slide.id for slide in table} | {problem.slide for problem in problems}
+    other_rows -= {slide.id for slide in labelled}
+    match_problems = [p for p in match_problems if p.slide not in other_rows]
+    problems += [*split_problems, *label_problems, *match_problems]
+    slides = [slide for slide in labelled if slide.id in matches]
+    explanations = [
+        *_explain_split_file(split_problems, table, spec),
+        *suggest_classes(used, task),
+        *_explain_stores(match_problems, spec),
+    ]
+    report(problems, num_usable=len(slides), explanations=explanations)
+
+    slides = cut_missing_splits(
+        slides, spec, protocol, by=task.columns[0], seed=seed, screen=screen
+    )
+    check_splits(slides, required=protocol.required)
+    training = [slide for slide in slides if slide.split == "train"]
+    scale_matches, scale_problems = match_scales(training, data.scales[1:])
+    problems += scale_problems
+    slides = [s for s in slides if s.split != "train" or s.id in scale_matches]
+    report(problems, num_usable=len(slides))
+    check_splits(slides, required=protocol.required)
+
+    readers = {s.id: [matches[s.id], *scale_matches.get(s.id, [])] for s in slides}
+    data.check(slides, readers)
+    warnings = []
+    if spec.unit == "case":
+        slides, readers = group_by_case(slides, readers, data.join_case)
+    elif task.is_case_level:
+        warnings += check_one_label_per_case(slides)
+    items = label_slides(slides, readers, task.encode)
+    for line in [*warnings, *check_classes(items, task)]:
+        screen.say(f"warning: {line}")
     return items, problems
 
 
-def _resplit(
-    slides: list[Slide], protocol: Protocol, shares: Cut, *, by: str, seed: int, screen: Screen
-) -> list[Slide]:
-    """With the protocol's splits, and those of ``data.cut`` that no slide has yet: a test of the table or of
-    a fold stays."""
-    slides = [replace(s, split=protocol.joined.get(s.split, s.split)) for s in slides]
-    check_cases(slides)  # before the cut, which moves a case whole
-    for split in protocol.cuts:
-        share = getattr(shares, split)
-        if share and any(slide.split == split for slide in slides):
-            screen.say(
-                f"NOTE data.cut.{split} cuts nothing, since there are slides of '{split}' already"
-            )
-        elif share:
-            slides = cut(slides, split, share, by=by, seed=seed)
-    return slides
-
-
-def _split_by_file(slides: list[Slide], data: Data) -> tuple[list[Slide], list[Problem]]:
-    """The slides that the fold of ``data.split_file`` uses, in its splits; and whom it does not know."""
-    if not data.split_file:
-        return slides, []
-    path = Path(data.split_file)
-    if not path.exists():
-        raise UserError(f"no split file at {path}\n  set data.split_file=FILE, or a folder of them")
-    folds = read_folds(data, path)
-    fold = pick_fold(folds, data.fold, path)
-    cases = names_cases(path, data.columns.slide, data.columns.case)
-    return assign(slides, folds[fold], f"{path.name}, fold {fold}", cases=cases)
-
-
-def read_folds(data: Data, path: Path) -> Folds:
-    """:func:`e2e.cohort.split_files.read_splits`, with slides and cases named as in the label table."""
-    return read_splits(
-        path,
-        data.columns.slide,
-        data.columns.case,
-        slide_suffix=data.slide_suffix,
-        slide_separator=data.slide_separator,
+def _read_label_table(spec: CohortSpec, task: Task) -> tuple[list[Slide], list[Problem]]:
+    return read_table(
+        spec.labels,
+        columns=spec.columns,
+        targets=task.columns,
+        split_names=spec.split_names,
+        slide_suffix=spec.slide_suffix,
+        slide_separator=spec.slide_separator,
     )
 
 
-def check_classes(items: Sequence[LabelledSlide], task: Task) -> list[str]:
-    """A line for each split that lacks a class which another has, a label, or events."""
-    classes = {item.slide.id: task.kinds(item.target) for item in items}
-    splits = {item.slide.id: item.slide.split for item in items}
-    undefined = "metrics that need every class are not defined there"
-    meaning = {"train": "it cannot be learned", "val": f"{undefined}, nor choose an epoch"}
-    return [
-        f"{split} has no {' and no '.join(lacking)}: {meaning.get(split, undefined)}"
-        for split, lacking in find_missing_classes(splits, classes).items()
-    ]
+def apply_split_file(
+    slides: Sequence[Slide], spec: CohortSpec
+) -> tuple[list[Slide], list[Problem]]:
+    """Give the slides the splits of the split file, if the cohort has one.
 
+    Parameters
+    ----------
+    slides
+        All slides of the label table.
+    spec
+        Names the split file and the fold.
 
-def _settle(problems: Sequence[Problem], data: Data, name: str, file: Path | None) -> None:
-    """Write the list of what cannot be used; UserError unless it is to be dropped."""
-    if problems and file is not None:
-        write_problems(problems, file)
-    if problems and data.unmatched == "error":
-        where = f"  all of them: {file}\n" if file else ""
-        tables = f"{data.labels}, {data.split_file}" if data.split_file else data.labels
+    Returns
+    -------
+    slides : list of Slide
+        The slides that the fold uses.
+    problems : list of Problem
+        Ids of the file without a slide, and slides without an id in the file.
+
+    Raises
+    ------
+    UserError
+        There is no such file or fold, or the file cannot be read.
+    """
+    if not spec.split_file:
+        return list(slides), []
+    path = Path(spec.split_file)
+    if not path.exists():
         raise UserError(
-            f"{tables} and the stores of cohort '{name}' do not agree in {len(problems)} place(s)\n"
-            f"{format_list(problems)}\n{where}"
-            "  mend the table or pack the slides, or set data.unmatched=drop to go on without them"
+            f"no split file at {path}\n  set data.split_file to a file or folder of splits"
         )
+    folds = read_cohort_folds(spec, path)
+    fold = pick_fold(folds, spec.fold, path)
+    by_case = ids_are_cases(path, spec.slide_column, spec.case_column)
+    return assign_splits(slides, folds[fold], f"{path.name}, fold {fold}", by_case=by_case)
 
 
-def open_feature_readers(data: Data) -> list[FeatureFiles]:
-    """Those of ``data.features``, all of one width."""
-    paths = [path for entry in data.features for path in expand_store_paths(entry)]
-    found = [open_features(path) for path in paths]
-    common_width(found)
-    return found
+def read_cohort_folds(spec: CohortSpec, path: Path) -> Folds:
+    """Read the folds of a split file, with the ids written as in the cohort's label table.
+
+    Parameters
+    ----------
+    spec
+        Says how slides and cases are named.
+    path
+        The file or folder; see :func:`e2e.cohort.split_files.read_splits`.
+
+    Returns
+    -------
+    dict
+        Fold -> id -> split.
+    """
+    return read_splits(
+        path,
+        spec.slide_column,
+        spec.case_column,
+        slide_suffix=spec.slide_suffix,
+        slide_separator=spec.slide_separator,
+    )
 
 
-def open_patch_readers(data: Data) -> list[list[PatchReader]]:
-    """The stores of each magnification, ``data.stores`` first."""
-    return [
-        [open_store(path, data.coords) for entry in entries for path in expand_store_paths(entry)]
-        for entries in (data.stores, *data.scales)
-    ]
+def cut_missing_splits(
+    slides: Sequence[Slide],
+    spec: CohortSpec,
+    protocol: SplitProtocol,
+    *,
+    by: str,
+    seed: int,
+    screen: Screen,
+) -> list[Slide]:
+    """Merge splits as the protocol says, and cut those that no slide has from the training cases.
+
+    A split that the table or the fold has is never cut again.
+
+    Parameters
+    ----------
+    slides
+        The slides with the splits of the table.
+    spec
+        Says which shares are cut.
+    protocol
+        What the splits are used for.
+    by
+        Column of the target to stratify by.
+    seed
+        Random seed of the cut.
+    screen
+        Where a warning is printed about a share that has no effect.
+
+    Returns
+    -------
+    list of Slide
+        The slides with their final splits.
+
+    Raises
+    ------
+    UserError
+        A case is in two splits.
+    """
+    merged = [replace(s, split=protocol.merged_into.get(s.split, s.split)) for s in slides]
+    check_cases(merged)  # before the cut, which moves a case as a whole
+    shares = {"val": spec.val_share, "test": spec.test_share}
+    for split in protocol.cut_splits:
+        if not shares[split]:
+            continue
+        if any(slide.split == split for slide in merged):
+            screen.say(
+                f"warning: data.cut.{split} has no effect: there are slides in '{split}' already"
+            )
+        else:
+            merged = cut_split(merged, split, shares[split], by=by, seed=seed)
+    return merged
 
 
-def require_files(data: Data, name: str, targets: Sequence[str], *, features: bool = False) -> None:
-    """UserError that says what the cohort needs, where it goes, and how it is made."""
-    stores = [entry for entries in (data.stores, *data.scales) for entry in entries]
-    kind, entries = ("features", data.features) if features else ("patch store", stores)
-    if not data.labels or not entries:
-        what = "data.features=[FOLDER]" if features else "data.stores=[FILE.lmdb]"
-        raise UserError(
-            f"cohort '{name}' needs data.labels=FILE.csv and {what}\n  {_how_made(kind, 'FOLDER', data)}"
+def _explain_stores(problems: Sequence[Problem], spec: CohortSpec) -> list[str]:
+    """Explain why no id of the label table is in the stores, if one difference explains all."""
+    table_ids = [p.slide for p in problems if p.problem.startswith(NOT_IN_STORE)]
+    store_ids = [p.slide for p in problems if p.problem == NOT_IN_TABLE]
+    return explain_unmatched_ids(table_ids, store_ids, slide_suffix=spec.slide_suffix)
+
+
+def _explain_split_file(
+    problems: Sequence[Problem], table: Sequence[Slide], spec: CohortSpec
+) -> list[str]:
+    """Explain why no id of the split file is in the label table, if one difference explains all."""
+    file_ids = [p.slide for p in problems if p.problem == NOT_IN_TABLE]
+    for table_ids in ({slide.id for slide in table}, {slide.case for slide in table}):
+        explanation = explain_unmatched_ids(
+            file_ids,
+            table_ids,
+            slide_suffix=spec.slide_suffix,
+            first="split file",
+            second="label table",
         )
-    needed = [("label table", data.labels), *((kind, entry) for entry in entries)]
-    missing = [
-        (kind, path)
-        for kind, path in needed
-        if not any(file.exists() for file in expand_store_paths(path))
-    ]
-    if not missing:
-        return
-    lines = [f"the data of cohort '{name}' are not here"]
-    lines += [f"  {kind}: {path} is missing" for kind, path in missing]
-    if data.source:
-        lines.append(f"  source: {data.source}")
-    if any(kind == "label table" for kind, _ in missing):
-        names = dict.fromkeys(name for name in (*_columns(data).values(), *targets) if name)
-        lines.append(
-            f"  put the label table at {data.labels} (columns {', '.join(names)}),"
-            " or set data.labels=FILE.csv"
-        )
-    for kind, path in missing:
-        if kind != "label table" and "*" not in path:
-            lines.append(f"  {_how_made(kind, path, data)}")
-    lines.append("  without slides of your own: make demo")
-    raise UserError("\n".join(lines))
-
-
-def _how_made(kind: str, path: str, data: Data) -> str:
-    if kind == "features":
-        stores = " ".join(data.stores) or "FILE.lmdb"
-        return f"make the features: python launch/extract.py --stores {stores} --encoder NAME --out {path}"
-    return f"make the store: python tools/pack_lmdb.py --slides SLIDES --out {path} {data.pack}".rstrip()
-
-
-def _with_known_labels(slides: Sequence[Slide], task: Task) -> tuple[list[Slide], list[Problem]]:
-    """The slides with a label, be it in part; the others, and those whose words the task refuses."""
-    known, problems = [], []
-    for slide in slides:
-        try:
-            if task.is_labelled(task.encode(slide.target)):
-                known.append(slide)
-            else:
-                blank = ", ".join(column for column, word in slide.target.items() if not word)
-                problems.append(Problem(slide.id, "label table", f"no value for {blank}"))
-        except UserError as error:
-            problems.append(Problem(slide.id, "label table", str(error)))
-    return known, problems
-
-
-def _columns(data: Data) -> dict[str, str | None]:
-    """Our word -> the label table's column, of what the splits' own file does not say."""
-    columns = data.columns
-    split = None if data.split_file else columns.split
-    return {
-        "case": columns.case,
-        "slide": columns.slide,
-        "split": split,
-        "centre": columns.centre,
-    }
+        if explanation:
+            return explanation
+    return []

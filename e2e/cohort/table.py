@@ -1,27 +1,47 @@
-"""A cohort: a table of labelled slides, read by an explicit column map and checked row by row."""
+"""Read a label table into slides by an explicit column map, and check it row by row."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 
-from e2e.errors import UserError, format_list
+from e2e.errors import UserError
 from e2e.files import read_text
 from e2e.slides import Slide
+
+NUM_EXAMPLES = 3
+"""Ids that are named of many slides with the same problem."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One row of the table, or one slide of a store, that cannot be used as it is."""
+    """One row of a table, or one slide of a store, that cannot be used."""
 
     slide: str
-    where: str
+    """Id of the slide; empty if the row has none."""
+    source: str
+    """The table, split file or store that has the problem."""
     problem: str
+    """What is wrong, in a few words."""
+    line: int | None = None
+    """Line of the table, from 1; None if the problem is not in one line."""
+    group: str = ""
+    """What many slides with this kind of problem have in common; empty: ``problem`` itself."""
+
+    @property
+    def summary(self) -> str:
+        """The text under which identical problems are counted."""
+        return self.group or self.problem
+
+    @property
+    def where(self) -> str:
+        """The source, with the line if there is one."""
+        return self.source if self.line is None else f"{self.source} line {self.line}"
 
     def __str__(self) -> str:
         return f"{self.slide or '(no slide id)'}: {self.problem} ({self.where})"
@@ -36,87 +56,210 @@ def read_table(
     slide_suffix: str = "",
     slide_separator: str | None = None,
 ) -> tuple[list[Slide], list[Problem]]:
-    """Read a label table (.csv, .tsv); ids and values stay strings, matched exactly.
+    """Read the slides of a label table.
 
-    A word of a target may be blank: what that means is the task's to say.
+    Ids and cells stay text and are compared exactly. A target cell may be blank: the task decides
+    what that means.
 
-    Args:
-        path: the table.
-        columns: our word -> the table's column, for ``slide``, ``case``, ``split`` and ``centre``;
-            without ``case`` every row is a case of its own.
-        targets: the columns that the task reads.
-        split_names: the table's word -> train, val or test.
-        slide_suffix: taken off the end of each slide id, such as ``.pt`` or ``.svs``.
-        slide_separator: between the ids of a row with several slides; each is a slide of the
-            row's case, with its label and split.
+    Parameters
+    ----------
+    path
+        The table, .csv or .tsv.
+    columns
+        ``slide``, ``case``, ``split`` or ``centre`` -> name of the table's column. Without ``case``
+        every row is a case.
+    targets
+        Names of the columns that the task reads.
+    split_names
+        The table's name of a split -> train, val or test.
+    slide_suffix
+        Removed from the end of each slide id, for example ``.svs``.
+    slide_separator
+        Separates several slide ids in one cell. Each becomes a slide with the case, labels and
+        split of the row.
 
-    Returns:
-        The slides, and the rows, or slides of a row, that are duplicate, contradictory or without
-        an id or split. Of a slide whose rows contradict each other none counts.
+    Returns
+    -------
+    slides : list of Slide
+        The slides that can be used, in the order of the table.
+    problems : list of Problem
+        Rows, or single slides of a row, that are duplicate, contradict another row, or have no id
+        or no valid split. A slide with contradicting rows is not used at all.
 
-    Raises:
-        UserError: no such table, or a column is missing.
+    Raises
+    ------
+    UserError
+        The table does not exist, cannot be read or lacks a column.
     """
     path = Path(path)
-    wanted = {role: column for role, column in columns.items() if column is not None}
-    table = _read_columns(path, [*wanted.values(), *targets])
-    known_splits = split_names if "split" in wanted else {"": ""}
-    slides: dict[str, Slide] = {}
-    torn: set[str] = set()
-    problems: list[Problem] = []
-    for number, row in zip(table.index, table.to_dict("records"), strict=True):
-        where = f"{path.name} line {number + 1}"
-        own = {role: row[column] for role, column in wanted.items()}
-        ids = slide_ids(own["slide"], slide_suffix, slide_separator)
-        for place, slide_id in enumerate(ids):
-            slide = Slide(
-                id=slide_id,
-                case=own.get("case", own["slide"].removesuffix(slide_suffix)),
-                split=own.get("split", ""),
-                target={name: row[name] for name in targets},
-                centre=own.get("centre", ""),
-            )
-            fault = _row_fault(slide, known_splits)
-            if fault or slide_id in ids[:place]:
-                problems.append(Problem(slide_id, where, fault or "named twice in its row"))
-                continue
-            slide = replace(slide, split=known_splits[slide.split])
-            known = slides.setdefault(slide_id, slide)
-            if known is not slide:
-                kind = "duplicate row" if known == slide else "contradicts an earlier row"
-                problems.append(Problem(slide_id, where, kind))
-            if known != slide:
-                torn.add(slide_id)
-    return [slide for slide in slides.values() if slide.id not in torn], problems
+    used_columns = {role: column for role, column in columns.items() if column is not None}
+    targets = list(targets)
+    table = _read_columns(path, [*used_columns.values(), *targets])
+    valid_splits = split_names if "split" in used_columns else {"": ""}
+    rows = [
+        (
+            int(number) + 1,
+            _parse_row(row, used_columns, targets, slide_suffix, slide_separator),
+        )
+        for number, row in zip(table.index, table.to_dict("records"), strict=True)
+    ]
+    return _check_rows(rows, valid_splits, path.name)
+
+
+def summarise_problems(problems: Sequence[Problem]) -> list[str]:
+    """Return one line for all slides that have the same problem.
+
+    Parameters
+    ----------
+    problems
+        The problems, one for each row or slide.
+
+    Returns
+    -------
+    list of str
+        For example ``72 slides (s1, s2, s3, ...): not in any store (label table)``.
+    """
+    groups: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault((problem.summary, problem.source), []).append(problem)
+    return [_summarise_group(group) for group in groups.values()]
+
+
+def _summarise_group(group: Sequence[Problem]) -> str:
+    first = group[0]
+    if len(group) == 1:
+        return f"{first.slide or '(no slide id)'}: {first.summary} ({first.where})"
+    where = first.source
+    if first.line is not None:
+        lines = dict.fromkeys(str(p.line) for p in group)
+        where += f" line{'s' if len(lines) > 1 else ''} {_list_examples([*lines])}"
+    slides = [p.slide for p in group if p.slide]
+    examples = f" ({_list_examples(slides)})" if slides else ""
+    return f"{len(group)} slides{examples}: {first.summary} ({where})"
+
+
+def _list_examples(words: Sequence[str]) -> str:
+    return ", ".join([*words[:NUM_EXAMPLES], *(["..."] if len(words) > NUM_EXAMPLES else [])])
 
 
 def join_words(words: Iterable[str]) -> str:
-    """What the slides of a case say: each word once, without blanks, such as ``0+2``."""
+    """Return the different non-empty words, sorted and joined by ``+``: for example ``0+2``."""
     return "+".join(sorted({*words} - {""}))
 
 
-def slide_ids(cell: str, suffix: str, separator: str | None) -> list[str]:
-    """The ids that a table's cell names, one unless there is a ``separator``; each without ``suffix``."""
+def split_slide_ids(cell: str, suffix: str, separator: str | None) -> list[str]:
+    """Return the slide ids in a cell of a table.
+
+    Parameters
+    ----------
+    cell
+        The text of the cell.
+    suffix
+        Removed from the end of each id.
+    separator
+        Separates several ids; None if the cell is one id.
+
+    Returns
+    -------
+    list of str
+        The ids without surrounding blanks; an empty string where there is nothing between two
+        separators.
+    """
     parts = cell.split(separator) if separator else [cell]
     return [part.strip().removesuffix(suffix) for part in parts]
 
 
-def _row_fault(slide: Slide, split_names: Mapping[str, str]) -> str | None:
+def _parse_row(
+    row: Mapping[Hashable, str],
+    columns: Mapping[str, str],
+    targets: Sequence[str],
+    suffix: str,
+    separator: str | None,
+) -> list[Slide]:
+    """Return the slides that a row names, with the split as the table writes it."""
+    cells = {role: row[column] for role, column in columns.items()}
+    case = cells.get("case", cells["slide"].removesuffix(suffix))
+    target = {name: row[name] for name in targets}
+    return [
+        Slide(slide_id, case, cells.get("split", ""), target, cells.get("centre", ""))
+        for slide_id in split_slide_ids(cells["slide"], suffix, separator)
+    ]
+
+
+def _check_rows(
+    rows: Sequence[tuple[int, Sequence[Slide]]], valid_splits: Mapping[str, str], source: str
+) -> tuple[list[Slide], list[Problem]]:
+    """Return the slides that can be used, and the problems of the rows: (line, slides of the row)."""
+    slides: dict[str, Slide] = {}
+    contradicting: set[str] = set()
+    problems: list[Problem] = []
+    for line, row_slides in rows:
+        for position, slide in enumerate(row_slides):
+            fault = _find_row_fault(slide, valid_splits, row_slides[:position])
+            if fault is not None:
+                problems.append(Problem(slide.id, source, fault, line))
+                continue
+            slide = replace(slide, split=valid_splits[slide.split])
+            first = slides.setdefault(slide.id, slide)
+            if first is not slide:
+                kind = "duplicate row" if first == slide else "contradicts an earlier row"
+                problems.append(Problem(slide.id, source, kind, line))
+            if first != slide:
+                contradicting.add(slide.id)
+    return [slide for slide in slides.values() if slide.id not in contradicting], problems
+
+
+def _find_row_fault(
+    slide: Slide, split_names: Mapping[str, str], earlier_in_row: Sequence[Slide]
+) -> str | None:
     if not slide.id or not slide.case:
         return "empty slide or case id"
     if slide.split not in split_names:
-        return f"split '{slide.split}' is none of {', '.join(split_names)}"
+        return f"split '{slide.split}' is not one of {', '.join(split_names)}"
+    if any(slide.id == other.id for other in earlier_in_row):
+        return "listed twice in its row"
     return None
 
 
 def _read_columns(path: Path, names: list[str]) -> pd.DataFrame:
+    """Return the named columns as text, indexed by line number minus one, without empty rows."""
+    table = _parse_table(path)
+    columns = table.iloc[0].tolist()
+    table = table.iloc[1:].set_axis(columns, axis=1)
+    missing = sorted(set(names) - set(columns))
+    if missing:
+        remedy = (
+            "set data.columns.case=, data.columns.slide=, data.columns.split= or the task's column"
+            " to the names that the table uses"
+        )
+        if ";" in columns[0]:  # as spreadsheets write where the comma is decimal
+            remedy = "its cells are separated by ';': save it with commas"
+        raise UserError(
+            f"{path} lacks column(s) {', '.join(missing)}\n"
+            f"  it has: {', '.join(columns)}\n  {remedy}"
+        )
+    if repeated := sorted({name for name in names if columns.count(name) > 1}):
+        raise UserError(
+            f"{path} has the column(s) {', '.join(repeated)} more than once\n"
+            "  remove or rename all but one"
+        )
+    if table.empty:
+        raise UserError(
+            f"{path} has no rows below its header ({', '.join(columns)})\n"
+            "  add a row for each slide"
+        )
+    return table.loc[:, list(dict.fromkeys(names))]
+
+
+def _parse_table(path: Path) -> pd.DataFrame:
+    """Return all cells as text without surrounding blanks; the first row is the header."""
     if not path.is_file():
         raise UserError(f"no label table at {path}\n  set data.labels=FILE.csv")
     text = read_text(path)
     separator = "\t" if path.suffix in {".tsv", ".tab"} else ","
     try:
-        # The header is read as a row: pandas would call the second of two columns label.1, and take
-        # the first for an index where a comma ends each line.
+        # The header is read as a row: pandas would rename the second of two equal columns to
+        # label.1, and use the first column as an index where a comma ends each line.
         table = pd.read_csv(
             io.StringIO(text.lstrip("\r\n")),
             sep=separator,
@@ -126,29 +269,9 @@ def _read_columns(path: Path, names: list[str]) -> pd.DataFrame:
             skip_blank_lines=False,  # so that a row's number is that of its line
         )
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise UserError(f"{path} is no readable table: {str(error).strip()}") from error
+        raise UserError(f"{path} is not a readable table: {str(error).strip()}") from error
     table = table.fillna("").apply(lambda column: column.str.strip())
     table = table.loc[(table != "").any(axis=1)]
     if table.empty:
-        raise UserError(f"{path} is empty")
-    columns = table.iloc[0].tolist()
-    table = table.iloc[1:].set_axis(columns, axis=1)
-    missing = sorted(set(names) - set(columns))
-    if missing:
-        remedy = (
-            "name the table's own columns: data.columns.case=, .slide=, .split=, the task's column"
-        )
-        if ";" in columns[0]:  # as spreadsheets write where the comma is decimal
-            remedy = "its cells are separated by ';': save it with commas"
-        raise UserError(
-            f"{path} lacks column(s) {', '.join(missing)}\n"
-            f"  it has: {', '.join(columns)}\n  {remedy}"
-        )
-    if twice := sorted({name for name in names if columns.count(name) > 1}):
-        raise UserError(
-            f"{path} has the column(s) {', '.join(twice)} more than once\n"
-            "  take out all but one, or give each a name of its own"
-        )
-    if table.empty:
-        raise UserError(f"{path} has no rows\n{format_list(columns)}")
-    return table.loc[:, list(dict.fromkeys(names))]
+        raise UserError(f"{path} is empty\n  add a header and a row for each slide")
+    return table

@@ -1,4 +1,4 @@
-"""Every encoder of this package, registered by import of its modules."""
+"""All encoders of this package; importing it registers them."""
 
 from e2e.registry import import_siblings
 

@@ -1,9 +1,12 @@
-"""The contract a patch encoder obeys."""
+"""The interface of a patch encoder.
+
+Shape letters: n patches, H and W their sides in pixels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +17,27 @@ from e2e.registry import Registry
 
 
 class Encoder(nn.Module):
-    """``forward(pixels (n,3,H,W)) -> (n, dim)``; in eval mode each row depends on its patch alone.
+    """Base class of encoders: ``encoder(pixels (n,3,H,W)) -> features (n, dim)``.
 
-    Pixels are uint8, or float in 0..1; the encoder normalises them by the mean and standard
-    deviation its weights were trained with.
+    In eval mode each row depends on its patch only. Pixels are uint8, or float in 0..1; the encoder
+    normalises them with the mean and standard deviation that its weights were trained with.
+
+    Parameters
+    ----------
+    mean, std : Sequence of float
+        Mean and standard deviation of the training images for red, green and blue, in 0..1.
     """
 
     dim: int
-    given = False
-    """Whether a bag's rows are features already, (n, dim), and nothing is left to encode."""
+    """Width of the features."""
+    input_kind: Literal["pixels", "features"] = "pixels"
+    """What ``forward`` takes: patches (n,3,H,W), or features (n, dim) that it returns as they are."""
 
     pretrained: bool
-    """Whether the weights were trained: decides the default BatchNorm policy."""
+    """Whether the weights are pretrained, which determines the default BatchNorm policy."""
 
     memory_format = torch.channels_last
-    """In which the network gets its images: faster for convolutions, no matter to a ViT."""
+    """Memory format of the images given to the network: faster for convolutions, irrelevant to a ViT."""
 
     mean: Tensor
     std: Tensor
@@ -39,30 +48,41 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """See the class."""
-        most = 1 if pixels.is_floating_point() else 255
-        scale, shift = 1 / (most * self.std), -self.mean / self.std
-        by_rows = pixels.device.type == "cpu" and not pixels.requires_grad
-        if by_rows and pixels.is_contiguous(memory_format=torch.channels_last):
-            normal = _scaled_rows(pixels, scale, shift)
+        """Return the features (n, dim).
+
+        Parameters
+        ----------
+        pixels : Tensor of shape (n, 3, H, W)
+            uint8, or float in 0..1. Not modified.
+        """
+        white = 1 if pixels.is_floating_point() else 255
+        scale, shift = 1 / (white * self.std), -self.mean / self.std
+        can_be_row_wise = pixels.device.type == "cpu" and not pixels.requires_grad
+        if can_be_row_wise and pixels.is_contiguous(memory_format=torch.channels_last):
+            images = _normalised_rows(pixels, scale, shift)
         else:
-            normal = torch.addcmul(shift, pixels.to(scale.dtype), scale)
-        return self.features(normal.contiguous(memory_format=self.memory_format))
+            images = torch.addcmul(shift, pixels.to(scale.dtype), scale)
+        return self.features(images.contiguous(memory_format=self.memory_format))
 
     def features(self, images: Tensor) -> Tensor:
-        """(n,3,H,W) normalised -> (n, dim)."""
+        """Return the features (n, dim) of normalised images (n,3,H,W)."""
         raise NotImplementedError
 
     def layers(self, *, coarse: bool = False) -> list[list[str]]:
-        """Names of all parameters, layer by layer from the pixels up, each exactly once.
+        """Return the names of all parameters by layer, from the pixels up, each name exactly once.
 
-        Layer-wise decay of the learning rate goes by these; freezing by the ``coarse`` ones,
-        whole stages. By default the encoder is one layer.
+        The default is a single layer.
+
+        Parameters
+        ----------
+        coarse : bool
+            Whole stages, which are what ``freeze`` counts; otherwise the layers of layer-wise
+            learning-rate decay.
         """
         return [[name for name, _ in self.named_parameters()]]
 
-    def undecayed(self) -> set[str]:
-        """Names of parameters without weight decay, besides the vectors and scalars."""
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters without weight decay, in addition to vectors and scalars."""
         return set()
 
     @property
@@ -71,28 +91,33 @@ class Encoder(nn.Module):
         return None
 
     def checkpoint_blocks(self) -> None:
-        """Keep only the inputs of the network's blocks for the backward, where it knows how to.
+        """Enable activation checkpointing of the network's blocks.
 
-        Raises:
-            UserError: it does not.
+        Raises
+        ------
+        UserError
+            The network does not support it.
         """
         raise UserError(
-            f"engine.checkpoint_blocks=true: {type(self).__name__} has no checkpointing of its own"
+            f"engine.checkpoint_blocks=true: {type(self).__name__} has no activation checkpointing\n"
+            "  set engine.checkpoint_blocks=false"
         )
 
     def freeze(self, stages: int) -> None:
-        """Take the first ``stages`` coarse layers out of the training for good.
+        """Freeze the first ``stages`` coarse layers.
 
-        They get no gradient and, as nothing before them needs one either, keep no activations.
+        They get no gradient and, as nothing before them needs one, store no activations.
 
-        Raises:
-            UserError: there would be nothing left to train.
+        Raises
+        ------
+        UserError
+            Nothing would be left to train.
         """
         layers = self.layers(coarse=True)
         if not 0 <= stages < len(layers):
             raise UserError(
-                f"encoder.freeze must be 0 to {len(layers) - 1}, found {stages}: the encoder has "
-                f"{len(layers)} stages\n  to train none of them: optim.train_encoder=false"
+                f"encoder.freeze={stages} must be 0 to {len(layers) - 1}: the encoder has "
+                f"{len(layers)} stages\n  to freeze all of them set optim.train_encoder=false"
             )
         frozen = {name for layer in layers[:stages] for name in layer}
         for name, parameter in self.named_parameters():
@@ -100,14 +125,14 @@ class Encoder(nn.Module):
                 parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
-        """As usual, but a part that has parameters and learns none of them stays in eval mode.
+        """Set the training mode, but keep modules in eval mode if all of their parameters are frozen.
 
-        So a frozen stage has no dropout, and its BatchNorm uses running statistics and keeps them.
+        So a frozen stage has no dropout, and its BatchNorm uses and keeps its running statistics.
         """
         super().train(mode)
         for module in self.modules() if mode else ():
-            learns = [parameter.requires_grad for parameter in module.parameters()]
-            if learns and not any(learns):
+            is_trained = [parameter.requires_grad for parameter in module.parameters()]
+            if is_trained and not any(is_trained):
                 module.eval()
         return self
 
@@ -115,18 +140,18 @@ class Encoder(nn.Module):
 _NORMALISED = Slabs()
 
 
-def _scaled_rows(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``pixels * scale + shift`` (n,3,H,W), channels last in memory, patch by patch.
+def _normalised_rows(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return ``pixels * scale + shift`` (n,3,H,W), channels last in memory, computed patch by patch.
 
-    A row of a patch is one long vector then, and a patch stays in the cache: several times as
-    fast as three channels at a time over all patches.
+    A row of pixels is one long vector then, and a patch fits into the cache: several times as fast as
+    three channels at a time over all patches.
     """
     count, channels, height, width = pixels.shape
     scales, shifts = (v.flatten().repeat(width) for v in (scale, shift))
-    found = _NORMALISED.take((count, height, width * channels), scale.dtype)
-    for rows, out in zip(pixels.permute(0, 2, 3, 1).flatten(2), found, strict=True):
+    images = _NORMALISED.take((count, height, width * channels), scale.dtype)
+    for rows, out in zip(pixels.permute(0, 2, 3, 1).flatten(2), images, strict=True):
         out.copy_(rows).mul_(scales).add_(shifts)
-    return found.view(count, height, width, channels).permute(0, 3, 1, 2)
+    return images.view(count, height, width, channels).permute(0, 3, 1, 2)
 
 
 ENCODERS: Registry[Encoder] = Registry("encoder")

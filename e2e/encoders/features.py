@@ -1,4 +1,4 @@
-"""No encoder at all: the two-stage mode, whose bags hold features that another program made."""
+"""No encoder: the two-stage mode, whose bags hold features that were extracted before."""
 
 from __future__ import annotations
 
@@ -10,28 +10,34 @@ from e2e.errors import UserError
 
 @ENCODERS.register("features")
 class Features(Encoder):
-    """What stands for the encoder when ``data.features`` are read: it has no weights.
+    """Takes the place of the encoder when ``data.features`` are read; it has no weights.
 
-    Args:
-        dim: width of the features; 0: that of the cohort's, which the run fills in.
+    Parameters
+    ----------
+    dim : int
+        Width of the features; 0: that of the cohort's features, which the run fills in.
 
-    Raises:
-        UserError: no width.
+    Raises
+    ------
+    UserError
+        ``dim`` is below 1.
     """
 
-    given = True
+    input_kind = "features"
     pretrained = False
 
     def __init__(self, *, dim: int = 0) -> None:
         super().__init__([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
         if dim < 1:
-            raise UserError("the width of the features is not known: give encoder.dim")
+            raise UserError(
+                f"encoder.dim={dim} must be 1 or more\n  set encoder.dim to the width of the features"
+            )
         self.dim = dim
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(n, dim) as they are."""
+        """Return the features (n, dim) as they are."""
         return pixels
 
     def layers(self, *, coarse: bool = False) -> list[list[str]]:
-        """None."""
+        """Return no layers."""
         return []

@@ -1,13 +1,13 @@
-"""Foundation encoders of pathology, by name: networks of timm's with arguments of their own.
+"""Foundation encoders of pathology by name: timm networks with the arguments of each model.
 
-Arguments, statistics and licences are those of the models' cards. The weights are their owners':
-they come from the hub after its terms are accepted there, or from a file (``encoder.weights``).
+Arguments, statistics and licences are those of the model cards. The weights belong to their owners: they
+are downloaded from the hub after you accept its terms there, or loaded from a file
+(``encoder.weights``).
 """
 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -23,8 +23,9 @@ from timm.models import load_state_dict, load_state_dict_from_hf
 from torch import Tensor, nn
 
 from e2e.encoders.base import ENCODERS, Encoder
+from e2e.encoders.foundation_keys import from_coca, from_swin, from_transformers
 from e2e.encoders.lora import add_lora
-from e2e.encoders.timm import TimmEncoder, notice_offline, resampled
+from e2e.encoders.timm import TimmEncoder, detect_offline, resampled
 from e2e.errors import UserError, format_list
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -33,40 +34,50 @@ BIOPTIMUS = (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-NO_COMMERCE = "CC-BY-NC-ND 4.0, on request"
-Keys = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+NON_COMMERCIAL = "CC-BY-NC-ND 4.0, on request"
+
+ConvertKeys = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""A published state dict -> the same with timm's keys."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of an encoder."""
+    """What defines a foundation encoder."""
 
     width: int
-    """D of its features."""
+    """Width D of its features."""
     network: str
-    """timm's name."""
+    """timm's name of the network."""
     source: str
-    """Of the weights: a model of the Hugging Face hub, or an address."""
+    """Where the weights are: a model of the Hugging Face hub, or a URL."""
     licence: str
+    """Licence of the weights."""
     statistics: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
     """Mean and standard deviation of its training images, in 0..1."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Of the network, besides timm's own."""
-    mean_too: bool = False
-    """A feature is the class token and the mean of the patches' tokens, not the first alone."""
+    """Arguments of the network, in addition to timm's defaults."""
+    append_mean: bool = False
+    """Whether a feature is the class token followed by the mean of the patch tokens."""
     pool: Callable[[], nn.Module] | None = None
-    """Makes of all tokens (n, tokens, E) the feature (n, width); it becomes the network's ``query_pool``."""
-    keys: Keys = dict
-    """The published state dict -> the same under timm's keys."""
+    """Builds a pooling of all tokens, (n, tokens, E) -> (n, width), as ``query_pool`` of the network."""
+    convert_keys: ConvertKeys = dict
+    """Converts the published state dict to timm's keys."""
     input_px: int = 224
-    """Side of the patches it was trained on; another one resamples its position embeddings."""
+    """Side of its training patches in pixels; for others the position embeddings are resampled."""
 
 
 class ConvStem(PatchEmbed):
-    """CTransPath's patches of 4 x 4 pixels: two strided convolutions of 3 x 3, one of 1 x 1.
+    """The patch embedding of CTransPath, 4 x 4 pixels: two strided 3 x 3 convolutions and one of 1 x 1.
 
     Source: Wang et al. 2022, "Transformer-based unsupervised contrastive learning for
     histopathological image classification", Medical Image Analysis 81, section 3.2.
+
+    Parameters
+    ----------
+    embed_dim : int
+        Width of the tokens.
+    **options
+        See timm's ``PatchEmbed``.
     """
 
     def __init__(self, *, embed_dim: int, **options: Any) -> None:
@@ -91,12 +102,16 @@ class QueryPool(nn.Module):
         q = W_q LN(query) + b_q,   k_n = W_k LN(t_n) + b_k,   v_n = W_v LN(t_n) + b_v
 
     Source: Yu et al. 2022, "CoCa: Contrastive Captioners are Image-Text Foundation Models", section 3.2,
-    arXiv:2205.01917; as CONCH has it, with a LayerNorm behind it (Lu et al. 2024, Nature Medicine 30).
+    arXiv:2205.01917; followed by a LayerNorm as in CONCH (Lu et al. 2024, Nature Medicine 30).
 
-    Args:
-        context: width of the tokens.
-        dim: E, of the query and the feature.
-        heads: H, which divides E.
+    Parameters
+    ----------
+    context : int
+        Width of the tokens.
+    dim : int
+        Width E of the query and the feature.
+    heads : int
+        Number of attention heads H, a divisor of E.
     """
 
     def __init__(self, context: int, dim: int, heads: int) -> None:
@@ -110,7 +125,7 @@ class QueryPool(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(n, tokens, context) -> (n, dim)."""
+        """Return the feature (n, dim) of tokens (n, tokens, context)."""
         normal = self.norm_key(tokens)
         query = self.query(self.norm_query(self.token)).expand(len(tokens), 1, -1)
         three = (
@@ -122,16 +137,38 @@ class QueryPool(nn.Module):
 
 
 class FoundationEncoder(TimmEncoder):
-    """An encoder of :data:`FOUNDATION`: (n,3,H,W) -> (n, width), the class token unless it says else.
+    """An encoder of :data:`FOUNDATION`: (n,3,H,W) -> (n, width).
 
-    Args:
-        name: in :data:`FOUNDATION` or :data:`ALIASES`.
-        pretrained: fetch the weights from the hub, or take them from its cache.
-        weights: load this file instead (.bin, .pt, .pth or .safetensors), as it is published.
-        drop_path, img_size, freeze, lora_rank, lora_alpha, lora_targets: see :class:`TimmEncoder`.
+    Features are the class token, unless the encoder's :class:`Card` defines them otherwise.
 
-    Raises:
-        UserError: the weights cannot be had, or do not fit; the encoder cannot be built here.
+    Parameters
+    ----------
+    name : str
+        A name in :data:`FOUNDATION` or :data:`ALIASES`.
+    pretrained : bool
+        Load the weights from the hub or its cache.
+    weights : str | None
+        Load this file instead (.bin, .pt, .pth or .safetensors), as published.
+    drop_path : float | None
+        Stochastic depth rate; None: timm's default.
+    img_size : int | None
+        Side of the patches in pixels, to which the position embeddings are resampled; None: that of the
+        training patches.
+    freeze : int
+        Freeze the first stages, which keep their weights and stay in eval mode: the patch embedding is the
+        first, each block another.
+    lora_rank : int
+        Rank of low-rank adapters (LoRA), which are trained while the weights stay frozen; 0: none.
+    lora_alpha : float | None
+        The adapters are scaled with lora_alpha / lora_rank; None: with 1.
+    lora_targets : list of str | None
+        The linear layers that are adapted, by name or its last parts (``qkv``, ``mlp.fc1``); None: those of
+        the attention.
+
+    Raises
+    ------
+    UserError
+        The weights are not available or do not fit, or the encoder cannot be built.
     """
 
     def __init__(
@@ -150,13 +187,14 @@ class FoundationEncoder(TimmEncoder):
         name = ALIASES.get(name, name)
         card = _card(name)
         Encoder.__init__(self, *card.statistics)
-        self.model, self.cut, self.channels_last = name, False, False
+        self.model, self.is_truncated, self.channels_last = name, False, False
         self.pretrained = pretrained or weights is not None
-        self.dim, self.mean_too = card.width, card.mean_too
+        self.dim, self.append_mean = card.width, card.append_mean
+        self.has_query_pool = card.pool is not None
         self.net = timm.create_model(
             card.network,
             num_classes=0,
-            global_pool="" if card.mean_too or card.pool else None,
+            global_pool="" if card.append_mean or card.pool else None,
             img_size=img_size or card.input_px,
             drop_path_rate=drop_path,
             **card.arguments,
@@ -164,44 +202,47 @@ class FoundationEncoder(TimmEncoder):
         if card.pool:
             self.net.query_pool = card.pool()
         if self.pretrained:
-            _load(self, card, weights)
+            _load_weights(self, card, weights)
         if freeze:
             self.freeze(freeze)
         if lora_rank:
             add_lora(self.net, rank=lora_rank, alpha=lora_alpha, targets=lora_targets)
 
     def features(self, images: Tensor) -> Tensor:
-        """See :class:`Encoder`."""
-        self._check_size(images)
-        found = self.net(images)
-        if hasattr(self.net, "query_pool"):
-            return self.net.query_pool(found)  # pyright: ignore[reportCallIssue]
-        if not self.mean_too:
-            return found
-        patches = found[:, self.net.num_prefix_tokens :]  # pyright: ignore[reportArgumentType]
-        return torch.cat([found[:, 0], patches.mean(1)], dim=1)
+        """See :class:`~e2e.encoders.base.Encoder`."""
+        self._check_image_size(images)
+        output = self.net(images)
+        if self.has_query_pool:
+            return self.net.query_pool(output)  # pyright: ignore[reportCallIssue]
+        if not self.append_mean:
+            return output
+        patch_tokens = output[:, self.net.num_prefix_tokens :]  # pyright: ignore[reportArgumentType]
+        return torch.cat([output[:, 0], patch_tokens.mean(1)], dim=1)
 
 
 def _card(name: str) -> Card:
-    if name in ABSENT:
+    """Return the card of an encoder; UserError where there is none."""
+    if name in UNSUPPORTED:
         raise UserError(
-            f"the encoder '{name}' cannot be built here: {ABSENT[name]}\n"
+            f"encoder '{name}' is not supported: {UNSUPPORTED[name]}\n"
             "  extract its features with TRIDENT, and set data.features to their folder"
         )
     if name not in FOUNDATION:
-        raise UserError(f"the encoder '{name.split('.')[0]}' comes without a tag behind its name")
+        raise UserError(
+            f"encoder '{name}': foundation encoders have no tags\n  set encoder.name={name.split('.')[0]}"
+        )
     return FOUNDATION[name]
 
 
-def _load(encoder: FoundationEncoder, card: Card, weights: str | None) -> None:
-    """Load a file or what the hub has; every key must be there, and no other."""
+def _load_weights(encoder: FoundationEncoder, card: Card, weights: str | None) -> None:
+    """Load a file, or the weights of the hub; the keys must be exactly those of the network."""
     net = encoder.net
-    found = card.keys(_from_file(weights) if weights else _from_hub(encoder.model, card))
-    wanted = net.state_dict()
-    if "pos_embed" in found and "pos_embed" in wanted:
-        found["pos_embed"] = resampled(found["pos_embed"], wanted["pos_embed"], net)
+    published = _state_from_file(weights) if weights else _state_from_hub(encoder.model, card)
+    state, expected = card.convert_keys(published), net.state_dict()
+    if "pos_embed" in state and "pos_embed" in expected:
+        state["pos_embed"] = resampled(state["pos_embed"], expected["pos_embed"], net)
     try:
-        net.load_state_dict(found)
+        net.load_state_dict(state)
     except RuntimeError as error:
         faults = [line.strip() for line in str(error).splitlines()[1:]]
         raise UserError(
@@ -210,12 +251,13 @@ def _load(encoder: FoundationEncoder, card: Card, weights: str | None) -> None:
         ) from error
 
 
-def _from_file(weights: str) -> dict[str, Tensor]:
+def _state_from_file(weights: str) -> dict[str, Tensor]:
+    """Return the state dict in a file; UserError where there is none."""
     if not Path(weights).is_file():
-        raise UserError(f"no weights at {weights}\n  set encoder.weights to a file")
+        raise UserError(f"no weights at {weights}\n  set encoder.weights to an existing file")
     try:
         return load_state_dict(weights, use_ema=False, weights_only=True)
-    except Exception as error:  # what is no pickle may raise anything when read as one
+    except Exception as error:  # a file that is not a pickle may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{weights} cannot be read as weights: {reason}\n"
@@ -223,105 +265,23 @@ def _from_file(weights: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _from_hub(name: str, card: Card) -> dict[str, Tensor]:
-    place = card.source if "://" in card.source else f"https://huggingface.co/{card.source}"
-    reason = "they are not on the hub as a model"
+def _state_from_hub(name: str, card: Card) -> dict[str, Tensor]:
+    """Return the state dict of the hub; UserError where it is not available."""
+    url = card.source if "://" in card.source else f"https://huggingface.co/{card.source}"
+    reason = "they are not a model of the hub"
     if "://" not in card.source:
-        notice_offline()
+        detect_offline()
         try:
             return load_state_dict_from_hf(card.source, weights_only=True)
         except (OSError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
     raise UserError(
         f"no pretrained weights for '{name}': {reason}\n"
-        f"  get them from {place} (licence: {card.licence}), then either\n"
-        "  log in with `hf auth login` where there is a network, or put the file anywhere and set\n"
+        f"  get them from {url} (licence: {card.licence}), then either\n"
+        "  log in with `hf auth login` where there is a network, or download the file and set\n"
         "  encoder.weights=FILE (pytorch_model.bin, model.safetensors or .pth)"
     )
 
-
-# --- keys of published files ---
-
-
-def _from_swin(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """CTransPath's: a Swin of timm before 0.9, which halved a stage's map at its end."""
-
-    def key(name: str) -> str:
-        return re.sub(
-            r"^layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", name
-        )
-
-    buffers = ("attn_mask", "relative_position_index")  # made anew
-    return {key(name): value for name, value in found.items() if not name.endswith(buffers)}
-
-
-_COCA = {
-    "visual.trunk.": "",
-    "visual.attn_pool_contrast.query": "query_pool.token",
-    "visual.attn_pool_contrast.attn.q_proj_weight": "query_pool.query.weight",
-    "visual.attn_pool_contrast.attn.k_proj_weight": "query_pool.key.weight",
-    "visual.attn_pool_contrast.attn.v_proj_weight": "query_pool.value.weight",
-    "visual.attn_pool_contrast.attn.out_proj.": "query_pool.merge.",
-    "visual.attn_pool_contrast.ln_q.": "query_pool.norm_query.",
-    "visual.attn_pool_contrast.ln_k.": "query_pool.norm_key.",
-    "visual.ln_contrast.": "query_pool.norm.",
-}
-"""Beginning of a key in CONCH's file -> the same here."""
-
-
-def _from_coca(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """CONCH's: of the image tower the trunk and the contrastive pooler, before its last projection."""
-    made: dict[str, Tensor] = {}
-    for name, value in found.items():
-        if name == "visual.attn_pool_contrast.attn.in_proj_bias":
-            parts = zip(("query", "key", "value"), value.chunk(3), strict=True)
-            made |= {f"query_pool.{part}.bias": bias for part, bias in parts}
-        elif start := next((key for key in _COCA if name.startswith(key)), None):
-            made[_COCA[start] + name.removeprefix(start)] = value
-        elif not name.startswith(_OTHER_COCA):
-            made[name] = value  # nothing of CONCH's: it will not fit, and the message says so
-    return made
-
-
-_OTHER_COCA = ("text.", "text_decoder.", "logit_scale", "visual.proj_contrast",
-               "visual.attn_pool_caption.", "visual.ln_caption.")  # fmt: skip
-"""What CONCH's file has besides: its text side, and its captions'."""
-
-_TRANSFORMERS = [
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^encoder\.layer\.", "blocks."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
-    (r"^layernorm\.", "norm."),
-]
-
-
-def _from_transformers(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of transformers' ViTModel and Dinov2Model, which keep query, key and value apart."""
-    plain: dict[str, Tensor] = {}
-    for name, value in found.items():
-        if name.startswith("pooler.") or name == "embeddings.mask_token":
-            continue
-        for pattern, ours in _TRANSFORMERS:
-            name = re.sub(pattern, ours, name)
-        plain[name] = value
-    made = {name: value for name, value in plain.items() if ".attention.attention." not in name}
-    for name in plain:
-        if ".attention.attention.query." in name:
-            parts = [
-                plain[name.replace(".query.", f".{part}.")] for part in ("query", "key", "value")
-            ]
-            made[name.replace(".attention.attention.query.", ".attn.qkv.")] = torch.cat(parts)
-    return made
-
-
-# --- the encoders ---
 
 _SWIGLU = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "init_values": 1e-5}
 _VIRCHOW = {"mlp_ratio": 5.3375, **_SWIGLU}
@@ -332,14 +292,14 @@ FOUNDATION: dict[str, Card] = {
         1024,
         "vit_large_patch16_224",
         "MahmoodLab/UNI",
-        NO_COMMERCE,
+        NON_COMMERCIAL,
         arguments={"init_values": 1e-5},
     ),
     "uni2": Card(
         1536,
         "vit_giant_patch14_224",
         "MahmoodLab/UNI2-h",
-        NO_COMMERCE,
+        NON_COMMERCIAL,
         arguments={
             "depth": 24,
             "num_heads": 24,
@@ -354,10 +314,10 @@ FOUNDATION: dict[str, Card] = {
         512,
         "vit_base_patch16_224",
         "MahmoodLab/CONCH",
-        NO_COMMERCE,
+        NON_COMMERCIAL,
         CLIP,
         pool=functools.partial(QueryPool, 768, 512, 8),
-        keys=_from_coca,
+        convert_keys=from_coca,
         input_px=448,
     ),
     "virchow": Card(
@@ -366,15 +326,15 @@ FOUNDATION: dict[str, Card] = {
         "paige-ai/Virchow",
         "Apache 2.0, on request",
         arguments=_VIRCHOW,
-        mean_too=True,
+        append_mean=True,
     ),
     "virchow2": Card(
         2560,
         "vit_huge_patch14_224",
         "paige-ai/Virchow2",
-        NO_COMMERCE,
+        NON_COMMERCIAL,
         arguments={"reg_tokens": 4, **_VIRCHOW},
-        mean_too=True,
+        append_mean=True,
     ),
     "gigapath": Card(
         1536,
@@ -394,7 +354,7 @@ FOUNDATION: dict[str, Card] = {
         1536,
         "vit_giant_patch14_reg4_dinov2",
         "bioptimus/H-optimus-1",
-        NO_COMMERCE,
+        NON_COMMERCIAL,
         BIOPTIMUS,
     ),
     "phikon": Card(
@@ -402,7 +362,7 @@ FOUNDATION: dict[str, Card] = {
         "vit_base_patch16_224",
         "owkin/phikon",
         "Owkin's, not commercial",
-        keys=_from_transformers,
+        convert_keys=from_transformers,
     ),
     "phikon2": Card(
         1024,
@@ -410,7 +370,7 @@ FOUNDATION: dict[str, Card] = {
         "owkin/phikon-v2",
         "Owkin's, not commercial",
         arguments={"init_values": 1.0},
-        keys=_from_transformers,
+        convert_keys=from_transformers,
     ),
     "ctranspath": Card(
         768,
@@ -418,7 +378,7 @@ FOUNDATION: dict[str, Card] = {
         "https://github.com/Xiyue-Wang/TransPath",
         "GPL 3.0",
         arguments={"embed_layer": ConvStem},
-        keys=_from_swin,
+        convert_keys=from_swin,
     ),
     **{
         f"lunits{px}": Card(
@@ -442,7 +402,7 @@ FOUNDATION: dict[str, Card] = {
         for px in (8, 16)
     },
 }
-"""Name -> card. No underscore in a name, so that ``e2e_<encoder>_<head>`` can have it."""
+"""Name -> card. Names have no underscore, so that they work in ``e2e_<encoder>_<head>``."""
 
 ALIASES = {
     "uni_v1": "uni",
@@ -452,17 +412,17 @@ ALIASES = {
     "lunit-vits8": "lunits8",
     **{f"kaiko-vit{size}{px}": f"kaiko{size}{px}" for size in "sb" for px in (8, 16)},
 }
-"""What TRIDENT calls them."""
+"""Name in TRIDENT -> name here."""
 
-ABSENT = {
-    "conch_v15": "its network is published as code of its own",
-    "musk": "its network is published as code of its own",
-    "hibou_l": "its network is published as code of its own",
+UNSUPPORTED = {
+    "conch_v15": "its network is not in timm",
+    "musk": "its network is not in timm",
+    "hibou_l": "its network is not in timm",
 }
-"""Name -> why there is no such encoder here."""
+"""Name -> why the encoder is not supported."""
 
-# A family and no names of the registry's own: tests over these would build billions of weights.
-ENCODERS.add_family(
-    lambda: [*FOUNDATION, *ALIASES, *ABSENT],
+# As a library, not one by one: tests over the registered names would build billions of weights.
+ENCODERS.register_library(
+    lambda: [*FOUNDATION, *ALIASES, *UNSUPPORTED],
     lambda name: functools.partial(FoundationEncoder, name),
 )

@@ -1,4 +1,4 @@
-"""Encoders from timm: ``r18`` and ``r50`` as the ABMILX project cuts them, and any timm name."""
+"""Encoders from timm: ``r18`` and ``r50`` truncated as in the ABMILX project, and any timm name."""
 
 from __future__ import annotations
 
@@ -26,27 +26,40 @@ from e2e.errors import OneRankError, UserError, format_list
 
 
 class TimmEncoder(Encoder):
-    """A timm network without its classifier, its last feature map averaged over space.
+    """A timm network without its classifier; its last feature map is averaged over space.
 
-    Args:
-        model: timm's name.
-        pretrained: load the weights timm names for it (from the hub or its cache).
-        weights: load this file instead (.pt, .pth or .safetensors; a state dict with timm's keys).
-        stage: end after this feature stage (timm's ``out_indices`` entry, counted from 0), so that
-            later stages are never built; None keeps the whole network and its own pooling.
-        drop_path: stochastic depth rate, where the network has it; None leaves timm's default.
-        img_size: side in pixels of the patches, for a network that is built for one (a ViT: its
-            position embeddings are resampled); None leaves timm's.
-        freeze: the first so many stages keep their weights and stay in eval mode. Stages are
-            timm's coarse ones: of a convolutional network or a Swin the stem is the first, each
-            resolution another; of a ViT the patch embedding is the first, each block another.
-        lora_rank: over 0: the weights stay as they are, and low-rank adapters of this rank learn.
-        lora_alpha: the adapters' part is weighed with lora_alpha / lora_rank; None: with 1.
-        lora_targets: the linear layers that are adapted, by name or its end (``qkv``, ``mlp.fc1``);
-            None: those of the attention.
+    Parameters
+    ----------
+    model : str
+        timm's name.
+    pretrained : bool
+        Load the weights that timm lists for it, from the hub or its cache.
+    weights : str | None
+        Load this file instead (.pt, .pth or .safetensors: a state dict with timm's keys).
+    stage : int | None
+        End after this feature stage (timm's ``out_indices`` entry, counted from 0), so that later stages are
+        never built; None keeps the whole network and its own pooling.
+    drop_path : float | None
+        Stochastic depth rate, for networks that have it; None: timm's default.
+    img_size : int | None
+        Side of the patches in pixels, for a network built for one size (of a ViT the position embeddings
+        are resampled); None: timm's default.
+    freeze : int
+        Freeze the first stages, which keep their weights and stay in eval mode. Stages are timm's coarse
+        groups: of a convolutional network or a Swin the stem is the first, each resolution another; of a ViT
+        the patch embedding is the first, each block another.
+    lora_rank : int
+        Rank of low-rank adapters (LoRA), which are trained while the weights stay frozen; 0: none.
+    lora_alpha : float | None
+        The adapters are scaled with lora_alpha / lora_rank; None: with 1.
+    lora_targets : list of str | None
+        The linear layers that are adapted, by name or its last parts (``qkv``, ``mlp.fc1``); None: those of
+        the attention.
 
-    Raises:
-        UserError: the weights cannot be had, or do not fit; the network lacks what an option needs.
+    Raises
+    ------
+    UserError
+        The weights are not available or do not fit, or the network does not support an option.
     """
 
     def __init__(
@@ -69,137 +82,153 @@ class TimmEncoder(Encoder):
         super().__init__(config["mean"], config["std"])
         self.net = net
         self.model = model
-        self.cut = stage is not None
+        self.is_truncated = stage is not None
         self.pretrained = pretrained or weights is not None
-        self.channels_last = self.cut and getattr(net, "output_fmt", "NCHW") == "NHWC"
-        self.dim = net.feature_info.channels()[-1] if self.cut else net.head_hidden_size  # pyright: ignore
+        self.channels_last = self.is_truncated and getattr(net, "output_fmt", "NCHW") == "NHWC"
+        self.dim = net.feature_info.channels()[-1] if self.is_truncated else net.head_hidden_size  # pyright: ignore
         if weights is not None:
             load_weights(self, Path(weights))
         elif not pretrained:
-            _open_residuals(net)
+            _enable_residual_branches(net)
         if freeze:
             self.freeze(freeze)
         if lora_rank:
             add_lora(self.net, rank=lora_rank, alpha=lora_alpha, targets=lora_targets)
 
     def checkpoint_blocks(self) -> None:
-        """See :class:`Encoder`; timm's own checkpointing, which is non-reentrant."""
+        """Enable timm's own checkpointing, which is non-reentrant; UserError where there is none."""
         try:
             self.net.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
         except (AttributeError, AssertionError) as error:
             raise UserError(
-                f"engine.checkpoint_blocks=true: timm has no checkpointing for {self.model}"
+                f"engine.checkpoint_blocks=true: timm has no checkpointing for {self.model}\n"
+                "  set engine.checkpoint_blocks=false"
             ) from error
 
     def features(self, images: Tensor) -> Tensor:
-        """See :class:`Encoder`."""
-        self._check_size(images)
-        if self.cut:
+        """See :class:`~e2e.encoders.base.Encoder`."""
+        self._check_image_size(images)
+        if self.is_truncated:
             space = (1, 2) if self.channels_last else (2, 3)
             return self.net(images)[-1].mean(dim=space)
         return self.net(images)
 
     def layers(self, *, coarse: bool = False) -> list[list[str]]:
-        """As timm groups them, or one a module in their order where timm does not."""
-        whole, names = self._whole()
-        ours = ((names(name), f"net.{name}") for name, _ in self.net.named_parameters())
-        if not hasattr(whole, "group_matcher"):
+        """Return timm's groups of parameters, or one group for each module where timm has none."""
+        network, original_name = self._untruncated()
+        names = ((original_name(name), f"net.{name}") for name, _ in self.net.named_parameters())
+        if not hasattr(network, "group_matcher"):
             modules: dict[str, list[str]] = {}
-            for name, own in ours:
-                modules.setdefault(_top_module(name), []).append(own)
+            for timm_name, name in names:
+                modules.setdefault(_top_module(timm_name), []).append(name)
             return list(modules.values())
-        matcher = whole.group_matcher(coarse=coarse)  # pyright: ignore[reportCallIssue]
-        groups = group_with_matcher(ours, matcher, return_values=True)
+        matcher = network.group_matcher(coarse=coarse)  # pyright: ignore[reportCallIssue]
+        groups = group_with_matcher(names, matcher, return_values=True)
         return [groups[number] for number in sorted(groups)]
 
-    def undecayed(self) -> set[str]:
-        """What timm names: position embeddings, class tokens and the like."""
-        whole, names = self._whole()
-        patterns = whole.no_weight_decay() if hasattr(whole, "no_weight_decay") else ()  # pyright: ignore
+    def no_weight_decay(self) -> set[str]:
+        """Return what timm lists: position embeddings, class tokens and the like."""
+        network, original_name = self._untruncated()
+        patterns = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()  # pyright: ignore
         return {
             f"net.{name}"
             for name, _ in self.net.named_parameters()
-            if any(fnmatch.fnmatchcase(names(name), pattern) for pattern in patterns)
+            if any(fnmatch.fnmatchcase(original_name(name), pattern) for pattern in patterns)
         }
 
-    def _whole(self) -> tuple[nn.Module, Callable[[str], str]]:
-        """The network before it was cut (without weights), and its names for those of ``net``."""
-        if not self.cut or hasattr(self.net, "group_matcher"):
+    def _untruncated(self) -> tuple[nn.Module, Callable[[str], str]]:
+        """Return the network before truncation (without weights), and a map from names in ``net`` to its."""
+        if not self.is_truncated or hasattr(self.net, "group_matcher"):
             return self.net, lambda name: name
         with torch.device("meta"):
-            whole = timm.create_model(self.model)
+            network = timm.create_model(self.model)
         inside = {
             f"{name}_{child}": f"{name}.{child}"
-            for name, module in whole.named_children()
+            for name, module in network.named_children()
             for child, _ in module.named_children()
-        }  # timm joins the two when it cuts a network
-        known = {name for name, _ in whole.named_children()}
+        }  # timm joins the two when it truncates a network
+        children = {name for name, _ in network.named_children()}
 
         def original(name: str) -> str:
             first, dot, rest = name.partition(".")
-            if first not in known and first == "model":  # the cut network holds the whole one
+            if first not in children and first == "model":  # the truncated network wraps the other
                 return rest
-            return (first if first in known else inside.get(first, first)) + dot + rest
+            return (first if first in children else inside.get(first, first)) + dot + rest
 
-        return whole, original
+        return network, original
 
     @property
     def required_size(self) -> int | None:
-        """See :class:`Encoder`."""
-        network = getattr(self.net, "model", self.net)  # timm wraps a network that is cut short
-        embed = getattr(network, "patch_embed", None)
-        sides = getattr(embed, "img_size", None)
-        return sides[0] if sides and getattr(embed, "strict_img_size", False) else None
+        """Return the only side of patches in pixels that the network accepts; None: it accepts any."""
+        sides = self._required_sides()
+        return sides[0] if sides else None
 
-    def _check_size(self, images: Tensor) -> None:
-        inner = getattr(self.net, "model", self.net)  # of a ViT that was cut
-        embed = getattr(inner, "patch_embed", None)
+    def _required_sides(self) -> tuple[int, int] | None:
+        """Return the height and width that a network with strict sizes was built for, otherwise None."""
+        network = getattr(self.net, "model", self.net)  # timm wraps a truncated ViT
+        embed = getattr(network, "patch_embed", None)
         if not getattr(embed, "strict_img_size", False):
-            return
-        found, side = tuple(images.shape[-2:]), getattr(embed, "img_size", None)
-        if side is not None and found != tuple(side):
+            return None
+        sides = getattr(embed, "img_size", None)
+        return tuple(sides) if sides else None
+
+    def _check_image_size(self, images: Tensor) -> None:
+        """Raise OneRankError unless the network accepts images of this size."""
+        size, sides = tuple(images.shape[-2:]), self._required_sides()
+        if sides is not None and size != sides:
             raise OneRankError(
-                f"the encoder '{self.model}' is built for patches of {side[0]} x {side[1]} pixels, "
-                f"found {found[0]} x {found[1]}\n"
-                f"  set encoder.img_size={found[0]}, or bag.size={side[0]}"
+                f"the encoder '{self.model}' is built for patches of {sides[0]} x {sides[1]} pixels, "
+                f"found {size[0]} x {size[1]}\n"
+                f"  set encoder.img_size={size[0]}, or bag.size={sides[0]}"
             )
 
 
 def load_weights(encoder: TimmEncoder, path: Path) -> None:
-    """Load a state dict of the encoder's whole network into what the encoder has of it.
+    """Load a state dict of the full network, as far as the encoder has its layers.
 
-    Keys of the stages and the classifier that it does without are left out; any other key that is
-    missing, unknown or of another shape is an error, but a ViT's position embedding is resampled.
+    Keys of the stages and the classifier that the encoder lacks are ignored. The position embedding of a ViT
+    is resampled.
+
+    Parameters
+    ----------
+    encoder : TimmEncoder
+        Modified in place.
+    path : Path
+        A state dict with timm's keys, saved with ``torch.save`` or as safetensors.
+
+    Raises
+    ------
+    UserError
+        The file cannot be read; or any other key is missing, unknown or of another shape.
     """
     net = encoder.net
-    found = _read_weights(path)
-    wanted = net.state_dict()
-    whole, original = encoder._whole()
-    if not encoder.cut:
+    expected = net.state_dict()
+    network, original_name = encoder._untruncated()
+    if not encoder.is_truncated:
         with torch.device("meta"):
-            whole = timm.create_model(encoder.model)
-    names = {original(key): key for key in wanted}
-    found = {names.get(key, key): value for key, value in found.items()}
-    for key in wanted:
-        if key.endswith("pos_embed") and key in found:
-            found[key] = resampled(found[key], wanted[key], net)
-    missing = [k for k in wanted if k not in found and not k.endswith("num_batches_tracked")]
-    unknown = [k for k in found if k not in wanted and k not in whole.state_dict()]
+            network = timm.create_model(encoder.model)
+    names = {original_name(key): key for key in expected}
+    weights = {names.get(key, key): value for key, value in _read_weights(path).items()}
+    for key in expected:
+        if key.endswith("pos_embed") and key in weights:
+            weights[key] = resampled(weights[key], expected[key], net)
+    missing = [k for k in expected if k not in weights and not k.endswith("num_batches_tracked")]
+    unknown = [k for k in weights if k not in expected and k not in network.state_dict()]
     shapes = [
-        f"{k}: {tuple(found[k].shape)} in the file, {tuple(wanted[k].shape)} in the encoder"
-        for k in wanted
-        if k in found and found[k].shape != wanted[k].shape
+        f"{k}: {tuple(weights[k].shape)} in the file, {tuple(expected[k].shape)} in the encoder"
+        for k in expected
+        if k in weights and weights[k].shape != expected[k].shape
     ]
     faults = [f"missing: {k}" for k in missing] + [f"unknown: {k}" for k in unknown] + shapes
     if faults:
         raise UserError(f"{path} does not fit the encoder '{encoder.model}'\n{format_list(faults)}")
-    net.load_state_dict({k: found.get(k, wanted[k]) for k in wanted})
+    net.load_state_dict({k: weights.get(k, expected[k]) for k in expected})
 
 
-def _open_residuals(net: nn.Module) -> None:
+def _enable_residual_branches(net: nn.Module) -> None:
     """Start every residual branch with its last norm at 1, as torchvision does; timm starts it at 0.
 
-    At 0 the branches are closed, and a small run from random weights is spent on opening them.
+    At 0 the branches contribute nothing, and a short training from random weights only learns to use them.
     """
     for block in net.modules():
         if hasattr(block, "zero_init_last"):
@@ -208,62 +237,77 @@ def _open_residuals(net: nn.Module) -> None:
                     nn.init.ones_(norm.weight)
 
 
-def resampled(table: Tensor, wanted: Tensor, net: nn.Module) -> Tensor:
-    """A ViT's position embedding (1, tokens, dim) for another number of patches, as timm does it."""
+def resampled(table: Tensor, expected: Tensor, net: nn.Module) -> Tensor:
+    """Return the position embedding of a ViT, resampled by timm to the shape of ``expected``.
+
+    Parameters
+    ----------
+    table : Tensor of shape (1, tokens, dim)
+        Any other tensor is returned as it is.
+    expected : Tensor of shape (1, other tokens, dim)
+        The network's own embedding.
+    net : nn.Module
+        The network, truncated or not.
+    """
     vit = getattr(net, "model", net)
     grid = getattr(getattr(vit, "patch_embed", None), "grid_size", None)
-    if table.shape == wanted.shape or grid is None or table.ndim != 3:
+    if table.shape == expected.shape or grid is None or table.ndim != 3:
         return table
-    prefix = wanted.shape[1] - math.prod(grid)
+    prefix = expected.shape[1] - math.prod(grid)
     if math.isqrt(table.shape[1] - prefix) ** 2 != table.shape[1] - prefix:
-        return table  # of no square: it will not fit, and the message says so
+        return table  # not a square: it will not fit, which is reported later
     return resample_abs_pos_embed(table, list(grid), num_prefix_tokens=prefix)
 
 
 def _top_module(name: str) -> str:
-    """``stages.1.conv.weight`` -> ``stages.1``, ``head.norm.bias`` -> ``head``."""
+    """Return ``stages.1`` for ``stages.1.conv.weight``, and ``head`` for ``head.norm.bias``."""
     parts = name.split(".")
     return ".".join(parts[: 2 if parts[1:] and parts[1].isdigit() else 1])
 
 
 def _create(model: str, options: dict[str, Any], *, from_hub: bool) -> nn.Module:
-    given: dict[str, Any] = {"num_classes": 0}
+    """Build the network; UserError where it does not support an option."""
+    arguments: dict[str, Any] = {"num_classes": 0}
     if options["stage"] is not None:
-        given = {"features_only": True, "out_indices": (options["stage"],)}
+        arguments = {"features_only": True, "out_indices": (options["stage"],)}
     if options["drop_path"] is not None:
-        given["drop_path_rate"] = options["drop_path"]
+        arguments["drop_path_rate"] = options["drop_path"]
     if options["img_size"] is not None:
-        given["img_size"] = options["img_size"]
+        arguments["img_size"] = options["img_size"]
     try:
-        net = _from_hub(model, given) if from_hub else timm.create_model(model, **given)
+        net = (
+            _create_pretrained(model, arguments)
+            if from_hub
+            else timm.create_model(model, **arguments)
+        )
     except (TypeError, IndexError, AssertionError) as error:
         shown = ", ".join(f"encoder.{k}={v}" for k, v in options.items() if v is not None)
         hint = ""
         if "img_size" in str(error):
-            hint = "\n  this network takes patches of any size: leave encoder.img_size out"
+            hint = "\n  this network accepts patches of any size: remove encoder.img_size"
         raise UserError(
             f"encoder '{model}' cannot be built with {shown or 'these options'}: {error}{hint}"
         ) from error
     ends = getattr(net, "_stage_out_idx", None)
-    if options["stage"] is not None and ends:  # EfficientNets are cut with all later stages on
+    if options["stage"] is not None and ends:  # timm keeps all later stages of EfficientNets
         net.blocks = net.blocks[: max(ends)]  # pyright: ignore[reportIndexIssue]
     return net
 
 
-def _from_hub(model: str, options: dict[str, Any]) -> nn.Module:
-    notice_offline()
+def _create_pretrained(model: str, options: dict[str, Any]) -> nn.Module:
+    detect_offline()
     try:
         return timm.create_model(model, pretrained=True, **options)
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"no pretrained weights for '{model}': {str(error).splitlines()[0][:200]}\n"
-            "  without a network: encoder.weights=FILE with a timm state dict,"
+            "  without a network set encoder.weights=FILE to a timm state dict,"
             " or encoder.pretrained=false to start from random weights"
         ) from error
 
 
-def notice_offline() -> None:
-    """Without a way to the hub, look into its cache at once instead of after a minute of retries."""
+def detect_offline() -> None:
+    """Use only the cache of the hub if the hub cannot be reached, instead of retrying for a minute."""
     host = urlsplit(hub.ENDPOINT).hostname
     if host is None or urllib.request.getproxies():
         return
@@ -274,24 +318,28 @@ def notice_offline() -> None:
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the state dict in a file; UserError where there is none."""
     if not path.is_file():
-        raise UserError(f"no weights at {path}\n  set encoder.weights to a file")
+        raise UserError(f"no weights at {path}\n  set encoder.weights to an existing file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no pickle may raise anything when read as one
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that is not a pickle may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path} cannot be read as weights: {reason}\n"
-            "  a state dict is needed, saved with torch.save or as safetensors"
+            "  the file must be a state dict, saved with torch.save or as safetensors"
         ) from error
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise UserError(f"{path} holds no state dict (name -> tensor)")
-    return found
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise UserError(
+            f"{path} holds no state dict (name -> tensor)\n"
+            "  save model.state_dict() alone, and set encoder.weights to that file"
+        )
+    return weights
 
 
-# Cut after the third residual stage (stride 16): 256-d and 1024-d, spec of the ABMILX paper
+# Truncated after the third residual stage (stride 16), of width 256 and 1024, as in the ABMILX project
 # (arXiv 2506.02408), whose r50 runs use the second torchvision weights.
 for _name, _model in (
     ("r18", "resnet18.tv_in1k"),
@@ -299,4 +347,6 @@ for _name, _model in (
     ("r50v2", "resnet50.tv2_in1k"),
 ):
     ENCODERS.register(_name)(functools.partial(TimmEncoder, _model, stage=3))
-ENCODERS.add_family(lambda: timm.list_models(), lambda model: functools.partial(TimmEncoder, model))
+ENCODERS.register_library(
+    lambda: timm.list_models(), lambda model: functools.partial(TimmEncoder, model)
+)

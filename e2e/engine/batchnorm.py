@@ -1,10 +1,10 @@
-"""What BatchNorm does when a bag is encoded in chunks: the three policies, and folding.
+"""How BatchNorm works when a bag is encoded in chunks: three policies, and folding.
 
-``frozen``: running statistics, never changed; folded into the convolutions where that is exact.
-``chunk``: in training each chunk is normalised by its own statistics; the running ones are moved once a
-step by the pooled moments of all chunks on all ranks. ``sync``: the statistics of all patches of a step on
-all ranks; each rank must encode its patches in one piece, because statistics over a whole bag
-cannot be had in the memory of a chunk.
+``frozen``: running statistics, which never change; folded into the convolutions where that is exact.
+``chunk``: in training each chunk is normalised by its own statistics, and the running statistics move once
+per step by the pooled moments of all chunks on all ranks. ``sync``: the statistics of all patches of a step
+on all ranks; each rank must then encode its patches in a single chunk, because statistics over a full bag
+cannot be computed in the memory of one chunk.
 """
 
 from __future__ import annotations
@@ -21,23 +21,28 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from e2e.errors import UserError
 
 ChunkContext = Callable[[int, bool], AbstractContextManager[None]]
-"""``around(rows, again)``: the context to encode a chunk in. ``rows`` is its weight in the
-statistics, ``again`` says that it is the second pass over it."""
-AllReduce = Callable[[Tensor], Tensor]
-"""Sum over ranks, differentiable."""
+"""``chunk_context(num_rows, is_second_pass)``: the context to encode a chunk in. ``num_rows`` is the chunk's
+weight in the statistics, 0 for a chunk that does not count."""
+DifferentiableSum = Callable[[Tensor], Tensor]
+"""Returns the sum over ranks, with a gradient."""
 
 
 class FrozenBatchNorm:
-    """Running statistics as they are; also how every policy evaluates.
+    """Running statistics that never change; also how every policy evaluates.
 
-    Args:
-        fold: put the scale and shift of a BatchNorm into the convolution before it, once a step
-            and in its dtype. Gradients reach the convolution and the BatchNorm through that product,
-            so they are those of the unfolded network up to rounding.
+    Parameters
+    ----------
+    encoder
+        The network whose BatchNorm modules the policy governs.
+    fold
+        Whether the scale and shift of a BatchNorm are folded into the convolution before it, once per
+        step and in its dtype. Gradients reach the convolution and the BatchNorm through that product,
+        so they are those of the unfolded network up to rounding.
     """
 
     name = "frozen"
-    one_piece = False
+    """Value of the setting ``engine.batch_norm``."""
+    single_chunk = False
     """Whether a rank must encode all its patches of a step in one chunk."""
 
     def __init__(self, encoder: nn.Module, *, fold: bool = True) -> None:
@@ -51,38 +56,59 @@ class FrozenBatchNorm:
         self._pairs: list[tuple[nn.Module, _BatchNorm]] | None = None
 
     def prepare(self) -> None:
-        """After the model went into training mode: set the BatchNorms' own mode."""
+        """Set the mode of the BatchNorms, after the model went into training mode."""
         for module in self.modules:
             module.eval()
 
-    def training(self, total: AllReduce | None) -> ChunkContext:
-        """Once a training step. ``total`` is needed by ``sync`` alone."""
+    def training(self, differentiable_sum: DifferentiableSum | None) -> ChunkContext:
+        """Return the context for the chunks of one training step.
+
+        Parameters
+        ----------
+        differentiable_sum
+            Sums over ranks, for ``sync``; None for one process.
+        """
         return self.evaluating()
 
     def evaluating(self) -> ChunkContext:
-        """Once a batch of evaluation."""
+        """Return the context for the chunks of one batch of evaluation."""
         if not self.fold or not self.modules:
-            return _plain
+            return _no_context
         if self._pairs is None:
             self._pairs = foldable_pairs(self.encoder)
         folded = [(conv, norm, *fold_into(conv, norm)) for conv, norm in self._pairs]
 
-        def around(rows: int, again: bool) -> AbstractContextManager[None]:
+        def chunk_context(num_rows: int, is_second_pass: bool) -> AbstractContextManager[None]:
             return _folded(folded)
 
-        return around
+        return chunk_context
 
-    def commit(self, total: Callable[[Tensor], None], good: Tensor) -> None:
-        """After a step, which was ``good`` (0-d bool) or skipped; ``total`` sums over ranks in place."""
+    def commit(self, all_reduce_sum: Callable[[Tensor], None], good: Tensor) -> None:
+        """Update the running statistics after a step.
+
+        Parameters
+        ----------
+        all_reduce_sum
+            Sums a tensor over ranks in place.
+        good
+            0-d bool: False where the step was skipped and nothing may change.
+        """
 
 
 class ChunkBatchNorm(FrozenBatchNorm):
-    """Statistics of each chunk, merged into the running ones once a step.
+    """Statistics of each chunk, merged into the running ones once per step.
 
-    While a chunk is encoded, the running statistics are swapped for scratch buffers which a
+    While a chunk is encoded, the running statistics are swapped for scratch buffers, which a
     momentum of 1 makes equal to the chunk's own. The second pass over the chunk swaps too, so it
-    cannot touch the running ones either. A BatchNorm that a frozen part of the encoder holds in
+    cannot change the running ones either. A BatchNorm that a frozen part of the encoder holds in
     eval mode is left alone.
+
+    Parameters
+    ----------
+    encoder
+        The network whose BatchNorm modules the policy governs.
+    fold
+        Whether BatchNorms are folded in evaluation; see :class:`FrozenBatchNorm`.
     """
 
     name = "chunk"
@@ -90,61 +116,65 @@ class ChunkBatchNorm(FrozenBatchNorm):
     def __init__(self, encoder: nn.Module, *, fold: bool = True) -> None:
         super().__init__(encoder, fold=fold)
         self._sums: list[Tensor] = []
-        self._rows = 0.0
+        self._num_rows = 0.0
 
     def prepare(self) -> None:
-        """See the base class: the encoder's own mode stands."""
+        """Leave the modules in the encoder's mode."""
 
-    def training(self, total: AllReduce | None) -> ChunkContext:
-        """See the base class."""
-        return lambda rows, again: self._collect(0 if again else rows)
+    def training(self, differentiable_sum: DifferentiableSum | None) -> ChunkContext:
+        """See :meth:`FrozenBatchNorm.training`."""
+        return self._collect_statistics
 
     @property
-    def _live(self) -> list[_BatchNorm]:
+    def _training_modules(self) -> list[_BatchNorm]:
         return [module for module in self.modules if module.training]
 
     @contextmanager
-    def _collect(self, rows: int) -> Iterator[None]:
-        modules = self._live
+    def _collect_statistics(self, num_rows: int, is_second_pass: bool) -> Iterator[None]:
+        modules = self._training_modules
         momenta = [module.momentum for module in modules]
-        running = [_running(module) for module in modules]
+        running = [_running_buffers(module) for module in modules]
         for module, buffers in zip(modules, running, strict=True):
             module.momentum = 1.0
-            _set_running(module, [torch.zeros_like(buffer) for buffer in buffers])
+            _set_running_buffers(module, [torch.zeros_like(buffer) for buffer in buffers])
         try:
             yield
-            if rows:
-                seen = [_running(module) for module in modules]
-                self._add(rows, [(mean.double(), var.double()) for mean, var, _ in seen])
+            if num_rows and not is_second_pass:
+                statistics = [_running_buffers(module) for module in modules]
+                moments = [(mean.double(), var.double()) for mean, var, _ in statistics]
+                self._add_moments(num_rows, moments)
         finally:
             for module, momentum, buffers in zip(modules, momenta, running, strict=True):
                 module.momentum = momentum
-                _set_running(module, buffers)
+                _set_running_buffers(module, buffers)
 
-    def _add(self, rows: int, moments: list[tuple[Tensor, Tensor]]) -> None:
-        flat = [part * rows for mean, var in moments for part in (mean, var + mean * mean)]
+    def _add_moments(self, num_rows: int, moments: list[tuple[Tensor, Tensor]]) -> None:
+        flat = [part * num_rows for mean, var in moments for part in (mean, var + mean * mean)]
         if self._sums:
             torch._foreach_add_(self._sums, flat)  # pyright: ignore[reportPrivateImportUsage]
         else:
             self._sums = flat
-        self._rows += rows
+        self._num_rows += num_rows
 
     @torch.no_grad()
-    def commit(self, total: Callable[[Tensor], None], good: Tensor) -> None:
-        """Move the running statistics by the pooled moments of all chunks on all ranks."""
-        modules = self._live
+    def commit(self, all_reduce_sum: Callable[[Tensor], None], good: Tensor) -> None:
+        """Move the running statistics by the pooled moments of all chunks on all ranks.
+
+        See :meth:`FrozenBatchNorm.commit`.
+        """
+        modules = self._training_modules
         if not modules:
             return
-        shapes = [buffer for module in modules for buffer in _running(module)[:2]]
+        shapes = [buffer for module in modules for buffer in _running_buffers(module)[:2]]
         sums = self._sums or [torch.zeros_like(shape, dtype=torch.float64) for shape in shapes]
-        flat = torch.cat([*sums, sums[0].new_tensor([self._rows])])
-        total(flat)
-        self._sums, self._rows = [], 0.0
+        flat = torch.cat([*sums, sums[0].new_tensor([self._num_rows])])
+        all_reduce_sum(flat)
+        self._sums, self._num_rows = [], 0.0
         good = good & (flat[-1] > 0)
         moments = iter((flat[:-1] / flat[-1]).split([len(shape) for shape in shapes]))
         for module in modules:
             mean, square = next(moments), next(moments)
-            running_mean, running_var, count = _running(module)
+            running_mean, running_var, count = _running_buffers(module)
             # Without a momentum PyTorch takes the mean over all steps.
             momentum = module.momentum
             if momentum is None:
@@ -156,31 +186,37 @@ class ChunkBatchNorm(FrozenBatchNorm):
 
 
 class SyncBatchNorm(ChunkBatchNorm):
-    """Statistics of all patches of a step, over all ranks; each rank encodes one piece."""
+    """Statistics of all patches of a step, over all ranks; each rank encodes a single chunk.
+
+    Parameters
+    ----------
+    encoder
+        The network whose BatchNorm modules the policy governs.
+    fold
+        Whether BatchNorms are folded in evaluation; see :class:`FrozenBatchNorm`.
+    """
 
     name = "sync"
-    one_piece = True
+    single_chunk = True
 
-    def training(self, total: AllReduce | None) -> ChunkContext:
-        """See the base class."""
-
-        def around(rows: int, again: bool) -> AbstractContextManager[None]:
-            return self._over_ranks(rows, total or (lambda tensor: tensor))
-
-        return around
+    def training(self, differentiable_sum: DifferentiableSum | None) -> ChunkContext:
+        """See :meth:`FrozenBatchNorm.training`."""
+        return partial(self._normalise_over_ranks, differentiable_sum or _same_tensor)
 
     @contextmanager
-    def _over_ranks(self, rows: int, total: AllReduce) -> Iterator[None]:
-        modules = self._live
-        seen: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
+    def _normalise_over_ranks(
+        self, differentiable_sum: DifferentiableSum, num_rows: int, is_second_pass: bool
+    ) -> Iterator[None]:
+        modules = self._training_modules
+        moments: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
         for module in modules:
             vars(module)["forward"] = partial(
-                _normalise_over_ranks, module, bool(rows), total, seen
+                _forward_over_ranks, module, bool(num_rows), differentiable_sum, moments
             )
         try:
             yield
-            if rows:
-                self._add(rows, [seen[module] for module in modules])
+            if num_rows:
+                self._add_moments(num_rows, [moments[module] for module in modules])
         finally:
             for module in modules:
                 del vars(module)["forward"]
@@ -189,13 +225,24 @@ class SyncBatchNorm(ChunkBatchNorm):
 POLICIES: Mapping[str, type[FrozenBatchNorm]] = {
     policy.name: policy for policy in (FrozenBatchNorm, ChunkBatchNorm, SyncBatchNorm)
 }
+"""Value of ``engine.batch_norm`` -> its class."""
 
 
 def foldable_pairs(encoder: nn.Module) -> list[tuple[nn.Module, _BatchNorm]]:
-    """The convolutions whose output goes to a BatchNorm and nowhere else, with that BatchNorm.
+    """Return the convolutions whose output goes to a BatchNorm and nowhere else, with that BatchNorm.
 
-    Found by watching a copy at work, and believed only when the copy, folded, gives the same
-    features in float64 with random statistics. Otherwise none.
+    They are found by running a copy of the encoder on two images, and accepted only if the folded
+    copy gives the same features in float64 with random statistics.
+
+    Parameters
+    ----------
+    encoder
+        Left unchanged.
+
+    Returns
+    -------
+    list of (convolution, BatchNorm)
+        Modules of ``encoder``; empty where folding would not be exact.
     """
     probe = copy.deepcopy(encoder).to("cpu", torch.float64).eval()
     names = {module: name for name, module in probe.named_modules()}
@@ -206,7 +253,7 @@ def foldable_pairs(encoder: nn.Module) -> list[tuple[nn.Module, _BatchNorm]]:
                 if tensor is not None:
                     tensor.data.uniform_(0.5, 1.5, generator=generator)
     images = torch.rand(2, 3, 64, 64, generator=generator, dtype=torch.float64)
-    pairs = _watch(probe, images)
+    pairs = _trace_pairs(probe, images)
     if not pairs:
         return []
     with torch.no_grad():
@@ -215,13 +262,21 @@ def foldable_pairs(encoder: nn.Module) -> list[tuple[nn.Module, _BatchNorm]]:
             folded = probe(images)
     if not torch.allclose(plain, folded, rtol=1e-9, atol=1e-12):
         return []
-    real = dict(encoder.named_modules())
-    found = [(real[names[conv]], real[names[norm]]) for conv, norm in pairs]
-    return [(conv, norm) for conv, norm in found if isinstance(norm, _BatchNorm)]
+    modules = dict(encoder.named_modules())
+    originals = [(modules[names[conv]], modules[names[norm]]) for conv, norm in pairs]
+    return [(conv, norm) for conv, norm in originals if isinstance(norm, _BatchNorm)]
 
 
 def fold_into(conv: nn.Module, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that does what ``conv`` and ``norm`` (eval) do together."""
+    """Return weight and bias of the convolution that equals ``conv`` followed by ``norm`` in eval mode.
+
+    Parameters
+    ----------
+    conv
+        A 2-D convolution, with or without a bias.
+    norm
+        A BatchNorm with running statistics, weight and bias.
+    """
     assert norm.running_mean is not None
     assert norm.running_var is not None
     weight, bias = conv.weight, conv.bias
@@ -232,31 +287,31 @@ def fold_into(conv: nn.Module, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _watch(encoder: nn.Module, images: Tensor) -> list[tuple[nn.Module, _BatchNorm]]:
-    """Pairs in which the BatchNorm gets the very tensor that the convolution made."""
-    made: dict[int, nn.Module] = {}
-    alive: list[Tensor] = []
+def _trace_pairs(encoder: nn.Module, images: Tensor) -> list[tuple[nn.Module, _BatchNorm]]:
+    """Return pairs in which the BatchNorm gets the very tensor that the convolution returned."""
+    conv_of_output: dict[int, nn.Module] = {}
+    outputs: list[Tensor] = []
     pairs: list[tuple[nn.Module, _BatchNorm]] = []
 
-    def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        made[id(output)] = module
-        alive.append(output)  # so that no other tensor gets its id
+    def after_conv(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        conv_of_output[id(output)] = module
+        outputs.append(output)  # stays alive, so that no other tensor gets its id
 
-    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        conv = made.get(id(inputs[0]))
+    def before_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        conv = conv_of_output.get(id(inputs[0]))
         if conv is not None and isinstance(module, _BatchNorm):
             pairs.append((conv, module))
 
     hooks = []
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d):
-            hooks.append(module.register_forward_hook(after))
+            hooks.append(module.register_forward_hook(after_conv))
         elif isinstance(module, _BatchNorm) and module.track_running_stats and module.affine:
-            hooks.append(module.register_forward_pre_hook(before))
+            hooks.append(module.register_forward_pre_hook(before_norm))
     try:
         encoder(images)
     except (RuntimeError, AssertionError, ValueError, UserError):
-        # An encoder that wants images of another size stays as it is.
+        # An encoder that needs images of another size is not folded.
         return []
     finally:
         for hook in hooks:
@@ -267,24 +322,29 @@ def _watch(encoder: nn.Module, images: Tensor) -> list[tuple[nn.Module, _BatchNo
 
 @contextmanager
 def _folded(folded: list[tuple[nn.Module, _BatchNorm, Tensor, Tensor]]) -> Iterator[None]:
-    """Inside, the convolutions have the given weights and biases and the BatchNorms pass on."""
-    own = [dict(conv._parameters) for conv, *_ in folded]
+    """Use the folded weights and biases in the convolutions, and skip the BatchNorms, inside the block."""
+    saved = [dict(conv._parameters) for conv, *_ in folded]
     for conv, norm, weight, bias in folded:
         conv._parameters.update(weight=weight, bias=bias)  # pyright: ignore[reportArgumentType]
-        vars(norm)["forward"] = partial(_rest, norm)
+        vars(norm)["forward"] = partial(_after_normalising, norm)
     try:
         yield
     finally:
-        for (conv, norm, *_), parameters in zip(folded, own, strict=True):
+        for (conv, norm, *_), parameters in zip(folded, saved, strict=True):
             conv._parameters.update(parameters)
             del vars(norm)["forward"]
 
 
-def _plain(rows: int, again: bool) -> AbstractContextManager[None]:
+def _no_context(num_rows: int, is_second_pass: bool) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def _rest(module: _BatchNorm, x: Tensor) -> Tensor:
+def _same_tensor(tensor: Tensor) -> Tensor:
+    """The sum over one rank."""
+    return tensor
+
+
+def _after_normalising(module: _BatchNorm, x: Tensor) -> Tensor:
     """What a BatchNorm does after normalising: nothing, or timm's dropout and activation."""
     for name in ("drop", "act"):
         step = getattr(module, name, None)
@@ -292,42 +352,43 @@ def _rest(module: _BatchNorm, x: Tensor) -> Tensor:
     return x
 
 
-def _normalise_over_ranks(
+def _forward_over_ranks(
     module: _BatchNorm,
     counts: bool,
-    total: AllReduce,
-    seen: dict[_BatchNorm, tuple[Tensor, Tensor]],
+    differentiable_sum: DifferentiableSum,
+    moments: dict[_BatchNorm, tuple[Tensor, Tensor]],
     x: Tensor,
 ) -> Tensor:
+    """Normalise ``x`` by the statistics of all ranks, and store them in ``moments``."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     size = float(x.numel() // x.shape[1]) if counts else 0.0
     dims = [d for d in range(x.ndim) if d != 1]
     shape = [1, -1] + [1] * (x.ndim - 2)
-    # About the running mean: squares of large means would leave nothing of the variance.
-    near, _, _ = _running(module)
-    away = wide - near.view(shape)
-    sums = torch.cat([away.sum(dims), away.square().sum(dims)]) * float(counts)
-    totals = total(torch.cat([sums, sums.new_tensor([size])]))
+    # About the running mean: squares of large means would cancel out the variance.
+    center, _, _ = _running_buffers(module)
+    centered = wide - center.view(shape)
+    sums = torch.cat([centered.sum(dims), centered.square().sum(dims)]) * float(counts)
+    totals = differentiable_sum(torch.cat([sums, sums.new_tensor([size])]))
     shift, square = (totals[:-1] / totals[-1]).chunk(2)
     variance = (square - shift**2).clamp_min(0)
-    mean = shift + near
+    mean = shift + center
     # As in PyTorch: the running variance is the unbiased one.
     unbiased = variance.detach() * totals[-1].detach() / (totals[-1].detach() - 1).clamp_min(1)
-    seen[module] = mean.detach().double(), unbiased.double()
+    moments[module] = mean.detach().double(), unbiased.double()
     scale = torch.rsqrt(variance + module.eps)
     if module.weight is not None:
         scale = scale * module.weight
     y = (wide - mean.view(shape)) * scale.view(shape)
     if module.bias is not None:
         y = y + module.bias.view(shape)
-    return _rest(module, y.to(x.dtype))
+    return _after_normalising(module, y.to(x.dtype))
 
 
-def _running(module: _BatchNorm) -> list[Tensor]:
+def _running_buffers(module: _BatchNorm) -> list[Tensor]:
     """Running mean, running variance and count of batches."""
     buffers = (module.running_mean, module.running_var, module.num_batches_tracked)
     return [buffer for buffer in buffers if buffer is not None]
 
 
-def _set_running(module: _BatchNorm, buffers: list[Tensor]) -> None:
+def _set_running_buffers(module: _BatchNorm, buffers: list[Tensor]) -> None:
     module.running_mean, module.running_var, module.num_batches_tracked = buffers

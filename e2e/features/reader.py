@@ -47,6 +47,10 @@ class FeatureReader(SlideReader, Protocol):
         """
         ...
 
+    def first_rows(self, slide: str, rows: int) -> NDArray[Any]:
+        """Return at most the first `rows` features of a slide, (n, D)."""
+        ...
+
 
 def open_features(path: str | os.PathLike[str]) -> FeatureFiles:
     """Open the features of slides; the format is recognised by the content.

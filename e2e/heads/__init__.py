@@ -1,4 +1,4 @@
-"""Every head of this package, registered by import of its modules."""
+"""All heads of this package; importing it registers them."""
 
 from e2e.registry import import_siblings
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from e2e.heads.base import HEADS, Head, HeadOutput, clear_padding
+from e2e.heads.base import HEADS, Head, HeadOutput, clear_padding, resolve_mask
 from e2e.heads.layers import AttentionMLP, attention_pool, projection, xavier_init
 
 
@@ -20,20 +20,43 @@ class ABMIL(Head):
     Source: Ilse, Tomczak and Welling 2018, "Attention-based Deep Multiple Instance Learning",
     eq. 7-9, arXiv:1802.04712.
 
-    Differs from the published code: the LayerNorm before the projection (``norm``); the projection
-    and its dropout as in CLAM (arXiv:2004.09666), where the paper trains a
-    small CNN; w has no bias, because the softmax cancels it; Xavier-normal weights; any number of
-    outputs instead of one Bernoulli probability.
+    Differences from the published code: a LayerNorm before the projection (``norm``); the projection and
+    its dropout are those of CLAM (arXiv:2004.09666), where the paper trains a small CNN; w has no bias,
+    because the softmax cancels it; Xavier-normal weights; any number of outputs instead of one Bernoulli
+    probability.
 
-    Args:
-        in_dim: width D of the encoder's features.
-        num_outputs: C, given by the task.
-        embed_dim: width E after the projection.
-        attn_dim: hidden width of the attention MLP.
-        gated: eq. 9 instead of eq. 8.
-        dropout: probability, applied to the projected features.
-        act: activation of the projection (gelu, relu, silu, tanh, none).
-        norm: LayerNorm on the features, as ABMILX does (arXiv:2506.02408).
+    Parameters
+    ----------
+    in_dim : int
+        Width D of the features.
+    num_outputs : int
+        Number of outputs C, set by the task.
+    embed_dim : int
+        Width E after the projection.
+    attn_dim : int
+        Hidden width of the attention MLP.
+    gated : bool
+        Gated attention (eq. 9) instead of eq. 8.
+    dropout : float
+        Dropout probability of the projected features.
+    act : str
+        Activation after the projection: ``gelu``, ``relu``, ``silu``, ``tanh`` or ``none``.
+    norm : bool
+        Apply a LayerNorm to the features first, as ABMILX does (arXiv:2506.02408).
+
+    Raises
+    ------
+    UserError
+        A width is below 1, or ``act`` is unknown.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from e2e.heads.abmil import ABMIL
+    >>> head = ABMIL(1024, 2)
+    >>> output = head(torch.randn(1, 500, 1024))
+    >>> output.logits.shape, output.attention().shape
+    (torch.Size([1, 2]), torch.Size([1, 1, 500]))
     """
 
     def __init__(
@@ -54,17 +77,26 @@ class ABMIL(Head):
         self.classify = nn.Linear(embed_dim, num_outputs)
         xavier_init(self)
 
-    def forward(self, features: Tensor, mask: Tensor, coords: Tensor | None = None) -> HeadOutput:
+    def forward(
+        self, features: Tensor, mask: Tensor | None = None, coords: Tensor | None = None
+    ) -> HeadOutput:
         """Pool each bag into one vector and classify it.
 
-        Args:
-            features: (B, N, D) floating point.
-            mask: (B, N) bool, True where the patch is real.
-            coords: unused.
+        Parameters
+        ----------
+        features : Tensor of shape (B, N, D)
+            Floating point.
+        mask : Tensor of shape (B, N), optional
+            bool, True for real patches; None: all are real.
+        coords : Tensor of shape (B, N, 2), optional
+            Unused.
 
-        Returns:
-            logits (B, C) and one attention map: attention_logits (B, 1, N).
+        Returns
+        -------
+        HeadOutput
+            logits (B, C), and attention_logits (B, 1, N) with one map.
         """
+        mask = resolve_mask(features, mask)
         x_BNE = self.project(clear_padding(features, mask))
         score_B1N = self.score(x_BNE).transpose(1, 2)
         slide_B1E, logits_B1N = attention_pool(score_B1N, mask, x_BNE.unsqueeze(1))

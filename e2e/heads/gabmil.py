@@ -1,4 +1,4 @@
-"""gABMIL: ABMIL with the gate and a wider attention MLP, as a name of its own."""
+"""gABMIL: ABMIL with gated attention and a wider attention MLP."""
 
 from __future__ import annotations
 
@@ -8,23 +8,31 @@ from e2e.heads.base import HEADS
 
 @HEADS.register("gabmil")
 class GABMIL(ABMIL):
-    """:class:`~e2e.heads.abmil.ABMIL` by eq. 9, the gated attention, of hidden width 384.
+    """Gated attention pooling with a hidden width of 384: :class:`~e2e.heads.abmil.ABMIL` by its eq. 9.
 
-    Source: Ilse, Tomczak and Welling 2018, eq. 9, arXiv:1802.04712; the name and the width are
-    those of the ABMILX project's "gabmil" (Tang et al. 2025, arXiv:2506.02408).
+    Source: Ilse, Tomczak and Welling 2018, eq. 9, arXiv:1802.04712. Name and width are those of
+    "gabmil" in the ABMILX project (Tang et al. 2025, arXiv:2506.02408).
 
-    Differs from the published code: there the LayerNorm is lost by mistake whatever is asked for
-    (``norm=False`` is what it runs); here it is on as in ``abmil``, so that the two names differ
-    by their attention alone.
+    Difference from the published code: there the LayerNorm is lost by mistake, whatever the option
+    (``norm=False`` is what it runs). Here it is on by default as in ``abmil``, so that the two names
+    differ in their attention only.
 
-    Args:
-        in_dim: width D of the encoder's features.
-        num_outputs: C, given by the task.
-        embed_dim: width E after the projection.
-        attn_dim: hidden width of the attention MLP.
-        dropout: probability, applied to the projected features.
-        act: activation of the projection (gelu, relu, silu, tanh, none).
-        norm: LayerNorm on the features.
+    Parameters
+    ----------
+    in_dim : int
+        Width D of the features.
+    num_outputs : int
+        Number of outputs C, set by the task.
+    embed_dim : int
+        Width E after the projection.
+    attn_dim : int
+        Hidden width of the attention MLP.
+    dropout : float
+        Dropout probability of the projected features.
+    act : str
+        Activation after the projection: ``gelu``, ``relu``, ``silu``, ``tanh`` or ``none``.
+    norm : bool
+        Apply a LayerNorm to the features first.
     """
 
     def __init__(

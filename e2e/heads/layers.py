@@ -1,4 +1,4 @@
-"""The pieces that several heads are made of: projection, attention MLP, attention pooling."""
+"""Layers shared by several heads: projection, attention MLP, attention pooling."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from e2e.errors import UserError
-from e2e.registry import suggest
+from e2e.heads.base import mask_logits
+from e2e.registry import did_you_mean
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
@@ -15,13 +16,39 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "none": nn.Identity,
 }
+"""Value of the option ``act`` -> module."""
 
 
 def activation(name: str) -> nn.Module:
-    """The activation called ``name``; UserError with the nearest name when unknown."""
+    """Return the activation called ``name``.
+
+    Raises
+    ------
+    UserError
+        There is none; the message has the nearest name.
+    """
     if name not in ACTIVATIONS:
-        raise UserError(f"unknown activation '{name}'{suggest(name, ACTIVATIONS)}")
+        raise UserError(f"unknown activation '{name}'{did_you_mean(name, ACTIVATIONS)}")
     return ACTIVATIONS[name]()
+
+
+def check_heads(head: str, embed_dim: int, heads: int) -> None:
+    """Raise UserError unless ``heads`` divides ``embed_dim``.
+
+    Parameters
+    ----------
+    head : str
+        Registered name of the head, for the message.
+    embed_dim : int
+        Width that is split over the attention heads.
+    heads : int
+        Number of attention heads.
+    """
+    if heads < 1 or embed_dim % heads:
+        raise UserError(
+            f"{head}: head.heads={heads} does not divide head.embed_dim={embed_dim}\n"
+            f"  set head.heads to one of {[h for h in range(1, 65) if embed_dim % h == 0]}"
+        )
 
 
 def projection(
@@ -33,41 +60,64 @@ def projection(
     norm: bool,
     bias: bool = True,
 ) -> nn.Sequential:
-    """(..., in_dim) -> (..., embed_dim): [LayerNorm] -> Linear -> act -> Dropout, patch by patch.
+    """Return [LayerNorm] -> Linear -> activation -> Dropout, (..., in_dim) -> (..., embed_dim).
 
-    Args:
-        in_dim: width of the encoder's features.
-        embed_dim: width after the projection; None keeps the features (no Linear, no act).
-        act: a key of ``ACTIVATIONS``.
-        dropout: probability.
-        norm: whether a LayerNorm comes first.
-        bias: of the Linear and the LayerNorm.
+    Parameters
+    ----------
+    in_dim : int
+        Width of the features.
+    embed_dim : int | None
+        Width after the projection; None keeps the features (no Linear, no activation).
+    act : str
+        A key of ``ACTIVATIONS``.
+    dropout : float
+        Dropout probability.
+    norm : bool
+        Whether to start with a LayerNorm.
+    bias : bool
+        Whether the Linear and the LayerNorm have a bias.
 
-    Raises:
-        UserError: the activation is unknown.
+    Raises
+    ------
+    UserError
+        The activation is unknown, or ``embed_dim`` is below 1.
     """
     layers: list[nn.Module] = [nn.LayerNorm(in_dim, bias=bias)] if norm else []
     if embed_dim is not None:
         if embed_dim < 1:
-            raise UserError(f"a head's embed_dim must be at least 1, found {embed_dim}")
+            raise UserError(f"head.embed_dim={embed_dim} must be 1 or more")
         layers += [nn.Linear(in_dim, embed_dim, bias=bias), activation(act)]
     return nn.Sequential(*layers, nn.Dropout(dropout))
 
 
 class AttentionMLP(nn.Module):
-    """One score, or ``maps`` scores, for each patch by itself: (..., dim) -> (..., maps).
+    """One or more scores for each patch, independent of the others: (..., dim) -> (..., maps).
 
     Plain: w . act(V x). Gated (Ilse et al. 2018, eq. 9): w . (act(V x) * sigmoid(U x)).
 
-    Args:
-        dim: width of x.
-        hidden: width of V x.
-        maps: attention maps.
-        act: a key of ``ACTIVATIONS``.
-        gated: whether the sigmoid gate is there.
-        bias: of V and U.
-        score_bias: of w. A softmax over patches cancels it: its gradient is zero.
-        dropout: probability, on each branch.
+    Parameters
+    ----------
+    dim : int
+        Width of x.
+    hidden : int
+        Width of V x.
+    maps : int
+        Number of attention maps.
+    act : str
+        A key of ``ACTIVATIONS``.
+    gated : bool
+        Whether to use the sigmoid gate.
+    bias : bool
+        Whether V and U have a bias.
+    score_bias : bool
+        Whether w has a bias. A softmax over patches cancels it: its gradient is zero.
+    dropout : float
+        Dropout probability on each branch.
+
+    Raises
+    ------
+    UserError
+        ``hidden`` is below 1, or ``act`` is unknown.
     """
 
     def __init__(
@@ -84,7 +134,7 @@ class AttentionMLP(nn.Module):
     ) -> None:
         super().__init__()
         if hidden < 1:
-            raise UserError(f"a head's attn_dim must be at least 1, found {hidden}")
+            raise UserError(f"head.attn_dim={hidden} must be 1 or more")
         self.value = nn.Sequential(
             nn.Linear(dim, hidden, bias=bias), activation(act), nn.Dropout(dropout)
         )
@@ -96,32 +146,36 @@ class AttentionMLP(nn.Module):
         self.score = nn.Linear(hidden, maps, bias=score_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., maps), raw: no softmax."""
+        """Return the scores (..., maps) of x (..., dim), without a softmax."""
         hidden = self.value(x)
         return self.score(hidden if self.gate is None else hidden * self.gate(x))
 
 
 def attention_pool(score_BAN: Tensor, mask: Tensor, x_BANE: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted mean of the real patches, map by map.
+    """Return the attention-weighted mean of the real patches for each map, and the attention logits.
 
-    Args:
-        score_BAN: raw scores; what they are on padding does not matter unless it is NaN.
-        mask: (B, N) bool, True where the patch is real.
-        x_BANE: (B, A, N, E), what is averaged; finite on padding.
+    Parameters
+    ----------
+    score_BAN : Tensor of shape (B, A, N)
+        Scores before the softmax; their values on padding do not matter unless they are NaN.
+    mask : Tensor of shape (B, N)
+        bool, True for real patches.
+    x_BANE : Tensor of shape (B, A, N, E)
+        What is averaged; finite on padding.
 
-    Returns:
-        (B, A, E) in the dtype of ``x_BANE``, and the (B, A, N) attention logits, -inf on padding,
-        in float32 (float64 for float64 scores).
+    Returns
+    -------
+    tuple of Tensor
+        (B, A, E) in the dtype of ``x_BANE``, and the attention logits (B, A, N) of
+        :func:`e2e.heads.base.mask_logits`.
     """
-    # float32: in fp16 a 20,000-patch softmax underflows to all-zero attention.
-    exact = score_BAN.to(torch.promote_types(score_BAN.dtype, torch.float32))
-    logits_BAN = exact.masked_fill(~mask.unsqueeze(1), float("-inf"))
+    logits_BAN = mask_logits(score_BAN, mask)
     weight_BAN = logits_BAN.softmax(dim=-1).to(x_BANE.dtype)
     return torch.einsum("ban,bane->bae", weight_BAN, x_BANE), logits_BAN
 
 
 def xavier_init(module: nn.Module) -> None:
-    """Xavier-normal weights and zero biases for every Linear inside ``module``."""
+    """Draw the weights of every Linear inside ``module`` Xavier-normal, and set the biases to zero."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_normal_(layer.weight)

@@ -1,34 +1,40 @@
-"""Mean pooling: every patch counts the same."""
+"""Mean pooling: all patches have the same weight."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from e2e.heads.base import HEADS, Head, HeadOutput, clear_padding, mask_logits
+from e2e.heads.base import HEADS, Head, HeadOutput, clear_padding, mask_logits, resolve_mask
 from e2e.heads.layers import projection, xavier_init
 
 
 @HEADS.register("mean")
 class MeanMIL(Head):
-    """logits = mean_n W_c h_n = W_c mean_n h_n, with h_n = Dropout(act(W [LN] x_n)).
+    """Mean pooling: logits = mean_n W_c h_n = W_c mean_n h_n, with h_n = Dropout(act(W [LN] x_n)).
 
     Source: the instance-space mean of Wang et al. 2018, "Revisiting Multiple Instance Neural
-    Networks" (mi-Net with the mean), arXiv:1610.02501, in the form that MIL code
-    for slides gives as "MeanMIL": one hidden layer, a linear patch classifier, the mean of its
-    outputs.
+    Networks" (mi-Net with the mean), arXiv:1610.02501, in the form known as "MeanMIL" in MIL code for
+    slides: one hidden layer, a linear patch classifier, the mean of its outputs.
 
-    Choices: the mean is over logits, not over probabilities, so a task may mean by its outputs
-    what it likes; the mean and the linear map commute, so features are averaged first (N times
-    less work). The mean is over real patches alone.
+    The mean is over logits, not over probabilities, so the outputs can mean anything to the task. Mean and
+    linear map commute, so features are averaged first (N times less work). The mean is over real patches
+    only.
 
-    Args:
-        in_dim: width D of the encoder's features.
-        num_outputs: C, given by the task.
-        embed_dim: width after the projection; None classifies the features as they are
-            (a linear probe on the mean feature; ``act`` then has no effect).
-        dropout: probability, applied to the projected features.
-        act: activation of the projection (gelu, relu, silu, tanh, none).
-        norm: LayerNorm on the features.
+    Parameters
+    ----------
+    in_dim : int
+        Width D of the features.
+    num_outputs : int
+        Number of outputs C, set by the task.
+    embed_dim : int | None
+        Width after the projection; None classifies the features as they are (a linear probe on the mean
+        feature; ``act`` has no effect then).
+    dropout : float
+        Dropout probability of the projected features.
+    act : str
+        Activation after the projection: ``gelu``, ``relu``, ``silu``, ``tanh`` or ``none``.
+    norm : bool
+        Apply a LayerNorm to the features first.
     """
 
     def __init__(
@@ -46,18 +52,27 @@ class MeanMIL(Head):
         self.classify = nn.Linear(embed_dim or in_dim, num_outputs)
         xavier_init(self)
 
-    def forward(self, features: Tensor, mask: Tensor, coords: Tensor | None = None) -> HeadOutput:
+    def forward(
+        self, features: Tensor, mask: Tensor | None = None, coords: Tensor | None = None
+    ) -> HeadOutput:
         """Average each bag's patches and classify the average.
 
-        Args:
-            features: (B, N, D) floating point.
-            mask: (B, N) bool, True where the patch is real.
-            coords: unused.
+        Parameters
+        ----------
+        features : Tensor of shape (B, N, D)
+            Floating point.
+        mask : Tensor of shape (B, N), optional
+            bool, True for real patches; None: all are real.
+        coords : Tensor of shape (B, N, 2), optional
+            Unused.
 
-        Returns:
+        Returns
+        -------
+        HeadOutput
             logits (B, C) and a uniform attention_logits (B, 1, N): 0 on real patches, -inf on
-            padding, so that a heatmap exists and says what this head does.
+            padding, so that its heatmap shows what this head does.
         """
+        mask = resolve_mask(features, mask)
         x_BNE = self.project(clear_padding(features, mask))
         count_B1 = mask.sum(dim=1, keepdim=True)
         slide_BE = clear_padding(x_BNE, mask).sum(dim=1) / count_B1

@@ -1,13 +1,12 @@
-"""MHA: one learned query attends to the patches through several heads."""
+"""MHA: multi-head attention of one learned query to the patches."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from e2e.errors import UserError
-from e2e.heads.base import HEADS, Head, HeadOutput, clear_padding
-from e2e.heads.layers import attention_pool, projection
+from e2e.heads.base import HEADS, Head, HeadOutput, clear_padding, resolve_mask
+from e2e.heads.layers import attention_pool, check_heads, projection
 
 
 @HEADS.register("mha")
@@ -19,31 +18,40 @@ class MHA(Head):
         z_j    = sum_n softmax_n(a_n) (W_v h_n + b_v)_j
         logits = W_c LN(Dropout(W_o concat_j z_j + b_o))     no residual
 
-    One query costs H N numbers of attention, so the logits are written out, not fused away.
+    With one query the attention has only H N numbers, so the logits are materialised and returned.
 
     Source: the "mha" model of AEM, Zhang et al. 2024, "AEM: Attention Entropy Maximization for
     Multiple Instance Learning based Whole Slide Image Classification", arXiv:2406.15303; the
     attention is that of Vaswani et al. 2017, eq. 1, arXiv:1706.03762.
 
-    The start is the published one: q from N(0, 1e-6^2) and PyTorch's defaults for the rest. What
-    looks at the patches at first is therefore b_q; with zero biases the attention would start flat
-    and W_k would get next to no gradient. b_k moves all scores of a head alike, so its gradient is
-    zero; it is kept because the published model has it.
+    Weights start as published: q from N(0, 1e-6^2), the others by PyTorch's defaults. The initial attention
+    therefore comes from b_q; with zero biases it would start uniform, and W_k would get almost no
+    gradient. b_k shifts all scores of a head equally, so its gradient is zero; it is kept because the
+    published model has it.
 
-    Args:
-        in_dim: width D of the encoder's features.
-        num_outputs: C, given by the task.
-        embed_dim: width E after the projection. Published: 128 for 384 features, else half of
-            them (256 for 512, 384 for 768, 512 for 1,024).
-        heads: H, which divides E.
-        dropout: probability, applied to the pooled vector.
-        act: activation of the projection (gelu, relu, silu, tanh, none).
+    Parameters
+    ----------
+    in_dim : int
+        Width D of the features.
+    num_outputs : int
+        Number of outputs C, set by the task.
+    embed_dim : int
+        Width E after the projection. Published: 128 for features of width 384, otherwise half the width of
+        the features (256 for 512, 384 for 768, 512 for 1,024).
+    heads : int
+        Number of attention heads H, a divisor of E.
+    dropout : float
+        Dropout probability of the pooled vector.
+    act : str
+        Activation after the projection: ``gelu``, ``relu``, ``silu``, ``tanh`` or ``none``.
 
-    Raises:
-        UserError: ``heads`` does not divide ``embed_dim``, or ``act`` is unknown.
+    Raises
+    ------
+    UserError
+        ``heads`` does not divide ``embed_dim``, or ``act`` is unknown.
     """
 
-    zero_gradient = ("key.bias",)
+    zero_gradient_parameters = ("key.bias",)
 
     def __init__(
         self,
@@ -56,11 +64,7 @@ class MHA(Head):
         act: str = "relu",
     ) -> None:
         super().__init__()
-        if heads < 1 or embed_dim % heads:
-            raise UserError(
-                f"mha cannot split embed_dim={embed_dim} into heads={heads}\n"
-                f"  choose heads among {[h for h in range(1, 65) if embed_dim % h == 0]}"
-            )
+        check_heads("mha", embed_dim, heads)
         self.heads = heads
         self.project = projection(in_dim, embed_dim, act=act, dropout=0.0, norm=False, bias=False)
         self.token = nn.Parameter(torch.empty(embed_dim))
@@ -73,17 +77,26 @@ class MHA(Head):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.classify = nn.Linear(embed_dim, num_outputs)
 
-    def forward(self, features: Tensor, mask: Tensor, coords: Tensor | None = None) -> HeadOutput:
+    def forward(
+        self, features: Tensor, mask: Tensor | None = None, coords: Tensor | None = None
+    ) -> HeadOutput:
         """Pool each bag head by head, merge the heads and classify the result.
 
-        Args:
-            features: (B, N, D) floating point.
-            mask: (B, N) bool, True where the patch is real.
-            coords: unused.
+        Parameters
+        ----------
+        features : Tensor of shape (B, N, D)
+            Floating point.
+        mask : Tensor of shape (B, N), optional
+            bool, True for real patches; None: all are real.
+        coords : Tensor of shape (B, N, 2), optional
+            Unused.
 
-        Returns:
-            logits (B, C) and one attention map a head: attention_logits (B, H, N).
+        Returns
+        -------
+        HeadOutput
+            logits (B, C), and attention_logits (B, H, N) with one map for each head.
         """
+        mask = resolve_mask(features, mask)
         x_BNE = self.project(clear_padding(features, mask))
         query_Hd = self.query(self.token).unflatten(-1, (self.heads, -1))
         key_BNHd = self.key(x_BNE).unflatten(-1, (self.heads, -1))

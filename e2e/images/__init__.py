@@ -1,1 +1,1 @@
-"""JPEG decoding and augmentation on the device."""
+"""Images: JPEG decoding and augmentation of patches on their device."""

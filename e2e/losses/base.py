@@ -1,4 +1,7 @@
-"""The contract a regulariser obeys: an extra loss that goes with any head."""
+"""The interface of a regulariser: an extra loss that can be added to any head.
+
+Shape letters: B bags, A attention maps, N patches.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,21 @@ from e2e.registry import Registry
 
 @dataclass(frozen=True)
 class Weight:
-    """The weight of a loss over the course of a training.
+    """The weight of a loss over the course of training.
 
-    Args:
-        peak: the weight itself.
-        schedule: ``constant``, or ``cosine``: half a cosine from ``peak`` to 0 at the end.
-        warmup: share of the training over which it first rises from 0, as a factor on the above.
+    Parameters
+    ----------
+    peak : float
+        The weight itself.
+    schedule : str
+        ``constant``, or ``cosine``: half a cosine from ``peak`` to 0 at the end.
+    warmup : float
+        Fraction of the training over which a factor on the above rises linearly from 0 to 1.
 
-    Raises:
-        UserError: a value out of range.
+    Raises
+    ------
+    UserError
+        A value is out of range.
     """
 
     peak: float
@@ -32,66 +41,74 @@ class Weight:
 
     def __post_init__(self) -> None:
         if not 0 <= self.peak < math.inf:
-            raise UserError(f"weight of a loss: must be at least 0 and finite, found {self.peak}")
+            raise UserError(
+                f"the weight of a loss must be a finite number of at least 0, found {self.peak}"
+            )
         if self.schedule not in ("constant", "cosine"):
             raise UserError(
-                f"schedule of a loss: must be constant or cosine, found '{self.schedule}'"
+                f"the schedule of a loss must be constant or cosine, found '{self.schedule}'"
             )
         if not 0 <= self.warmup < 1:
-            raise UserError(f"warmup of a loss: must be in [0, 1), found {self.warmup}")
+            raise UserError(f"the warmup of a loss must be in [0, 1), found {self.warmup}")
 
     def at(self, progress: float) -> float:
-        """The weight when this share of the training, 0 to 1, is done."""
+        """Return the weight at ``progress``, the completed fraction of the training in 0..1."""
         rise = min(1.0, progress / self.warmup) if self.warmup else 1.0
         fall = (1 + math.cos(math.pi * progress)) / 2 if self.schedule == "cosine" else 1.0
         return self.peak * rise * fall
 
 
 class Regulariser(nn.Module):
-    """``forward(output, target, coords) -> (B,)``: an extra loss of each bag, in at least float32.
+    """Base class of regularisers: ``forward(output, target, coords) -> (B,)``, in at least float32.
 
-    It has no parameters. State (a bank, a queue) is buffers, which are saved with the run; it may
-    read them in ``forward`` and moves them on in ``after_step`` alone. What an output has for
-    padding is told by its ``attention_logits``, which are -inf there.
+    A regulariser has no parameters. Its state (a bank, a queue) is buffers, saved with the run, which
+    ``forward`` may read and only ``after_step`` changes. Padding is where ``attention_logits`` are -inf.
 
     Constructor: keyword-only options, among them ``weight``, ``schedule`` and ``warmup``, which make
-    :attr:`weight`; a weight of 0 leaves the regulariser out of the run. Its registered name is its
-    section of the settings.
+    :attr:`weight`; a weight of 0 disables the regulariser. Its registered name is the name of its section in
+    the settings.
     """
 
     weight: Weight
+    """The weight of the loss."""
 
     needs_coords = False
-    """Whether it cannot do without the coords of a training slide."""
+    """Whether training slides must have ``coords``."""
 
     def forward(self, output: HeadOutput, target: Tensor, coords: Tensor | None) -> Tensor:
-        """(B,) for the B bags of ``output``.
+        """Return the loss of each bag, (B,).
 
-        Args:
-            output: of the head.
-            target: (B,) or (B, ...) what the task made of the labels.
-            coords: (B,N,2) level-0 pixels; None where nobody knows them.
+        Parameters
+        ----------
+        output : HeadOutput
+            Output of the head.
+        target : Tensor of shape (B,) or (B, ...)
+            Targets of the task.
+        coords : Tensor of shape (B, N, 2) | None
+            Level-0 pixels; None if unknown.
         """
         raise NotImplementedError
 
     def check(self, output: HeadOutput) -> None:
-        """UserError where a head with outputs like this one (with their graph) cannot be regularised so."""
+        """Raise UserError if a head with an output like this one (with its graph) cannot be regularised."""
 
     def after_step(self, good: Tensor) -> None:
-        """As :meth:`e2e.heads.base.Head.after_step`."""
+        """See :meth:`e2e.heads.base.Head.after_step`."""
 
 
 REGULARISERS: Registry[Regulariser] = Registry("regulariser")
 
 
 def log_attention(output: HeadOutput) -> tuple[Tensor, Tensor]:
-    """(B,A,N) log attention, 0 on padding, and the mask (B,A,N) of what is real.
+    """Return the log attention (B, A, N), 0 on padding, and a mask (B, A, N) of the real patches.
 
-    Raises:
-        ValueError: the head has no attention.
+    Raises
+    ------
+    ValueError
+        The head has no attention.
     """
     if output.attention_logits is None:
         raise ValueError("the head has no attention")
-    real = output.attention_logits > -math.inf
+    is_real = output.attention_logits > -math.inf
     logs = output.attention_logits.log_softmax(dim=-1)
-    return torch.where(real, logs, 0.0), real
+    return torch.where(is_real, logs, 0.0), is_real

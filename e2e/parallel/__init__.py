@@ -1,5 +1,7 @@
-"""Where training runs: one process, or many under DDP, FSDP2 or DeepSpeed, behind one face.
-The only user of ``torch.distributed``."""
+"""Where training runs: one process, or several under DDP, FSDP2 or DeepSpeed, behind one interface.
+
+This package is the only user of ``torch.distributed``.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,40 @@ from e2e.parallel.base import Strategy as Strategy
 from e2e.parallel.ddp import DDP as DDP
 
 STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed")
+"""Values of the setting ``engine.strategy``."""
 TIMEOUT = 1800.0
 """Seconds; longer than any rank computes between two collectives."""
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto``: this process's GPU when there is one, else the CPU; UserError where it is not here."""
+    """Return the device of this process.
+
+    Parameters
+    ----------
+    name
+        ``cpu``; ``cuda`` (under ``torchrun`` the GPU numbered ``LOCAL_RANK``) or ``cuda:N``; or ``auto``:
+        ``cuda`` if PyTorch sees a GPU, otherwise ``cpu``.
+
+    Returns
+    -------
+    torch.device
+        A CUDA device is also made the current one.
+
+    Raises
+    ------
+    UserError
+        The name is unknown, or PyTorch sees no CUDA device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind = name.partition(":")[0]
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"the device '{name}' is not to be had here\n  choose auto, cpu or cuda")
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"engine.device={name}: unknown device\n  Use auto, cpu, cuda or cuda:N.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"engine.device={name}: PyTorch sees no CUDA device (torch.cuda.is_available() is False).\n"
+            "  Use engine.device=cpu, or check the driver and CUDA_VISIBLE_DEVICES."
+        )
     device = torch.device(name)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
@@ -42,12 +67,29 @@ def build_strategy(
     deepspeed: Path | None = None,
     timeout: float = TIMEOUT,
 ) -> Strategy:
-    """The strategy called ``name``.
+    """Build a strategy by its name.
 
-    Args:
-        name: ``auto``: DDP under ``torchrun`` with more than one process, else a single process.
-        deepspeed: JSON file of ``deepspeed``, such as configs/deepspeed/zero2.json.
-        timeout: seconds after which a rank that does not answer is taken for lost.
+    Parameters
+    ----------
+    device
+        The device of this process; see :func:`pick_device`.
+    name
+        One of :data:`STRATEGIES`. ``auto`` and ``ddp`` give DDP if ``WORLD_SIZE`` is above 1 (as
+        ``torchrun`` sets it), otherwise a single process.
+    deepspeed
+        Path of DeepSpeed's JSON file, such as configs/deepspeed/zero2.json.
+    timeout
+        Seconds after which a rank that does not answer counts as lost.
+
+    Returns
+    -------
+    Strategy
+        Not set up yet; see :meth:`Strategy.setup`.
+
+    Raises
+    ------
+    UserError
+        DeepSpeed was requested without its configuration file.
     """
     if name == "fsdp":
         from e2e.parallel.fsdp import FSDP2
@@ -58,7 +100,8 @@ def build_strategy(
 
         if deepspeed is None:
             raise UserError(
-                "DeepSpeed needs its configuration file, such as configs/deepspeed/zero2.json"
+                "engine.strategy=deepspeed needs DeepSpeed's configuration file\n"
+                "  Set engine.deepspeed=configs/deepspeed/zero2.json."
             )
         return DeepSpeed(device, deepspeed, timeout=timeout)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -67,7 +110,15 @@ def build_strategy(
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """``auto``: bfloat16 on a GPU that has it, else none; ``bf16``, ``tf32`` and ``fp32`` as they say."""
+    """Return the dtype for autocast, or None for float32.
+
+    Parameters
+    ----------
+    precision
+        ``bf16``: bfloat16. ``auto``: bfloat16 on a GPU that supports it. ``tf32`` or ``fp32``: None.
+    device
+        Where the model runs.
+    """
     if precision == "bf16":
         return torch.bfloat16
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -81,6 +132,11 @@ def float32_precision(precision: str) -> Iterator[None]:
     PyTorch has two interfaces to this (``allow_tf32`` and ``fp32_precision``) and raises an error where
     they disagree, for example in ``torch.export``. Both are set inside the block and restored after it.
     On the CPU, products are computed in full float32.
+
+    Parameters
+    ----------
+    precision
+        The setting ``engine.precision``.
     """
     backends: Any = torch.backends
     on_gpu = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)

@@ -1,4 +1,4 @@
-"""FSDP2: every rank keeps a piece of each parameter, gradient and optimiser slot."""
+"""FSDP2: every rank keeps a shard of each parameter, gradient and optimiser slot."""
 
 from __future__ import annotations
 
@@ -10,20 +10,28 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from e2e.parallel.base import MakeOptimizer, Tensors, lay_out_plainly
+from e2e.parallel.base import MakeOptimizer, Tensors, make_parameters_contiguous
 from e2e.parallel.ddp import DistributedStrategy
 
 
 class FSDP2(DistributedStrategy):
-    """Sharded at the root alone: one all-gather before the forward, one reduce-scatter after backward.
+    """Fully sharded data parallel, sharded at the root only.
 
-    So ranks may cut their bags into different numbers of chunks: a collective per block would hang.
-    What it saves is the optimiser's state, the average and the gradients' resting place; within a
-    step each rank holds the whole weights and gradients.
+    There is one all-gather before the forward and one reduce-scatter after the backward, so ranks may cut
+    their bags into different numbers of chunks; a collective for each block would hang. It saves memory for
+    the optimiser's state, the moving average and the gradients between steps; within a step each rank
+    holds all weights and gradients.
+
+    Parameters
+    ----------
+    device
+        The device of this process.
+    timeout
+        Seconds after which a rank that does not answer counts as lost.
     """
 
     def _wrap(self, make_optimizer: MakeOptimizer) -> None:
-        lay_out_plainly(self.model)
+        make_parameters_contiguous(self.model)
         sharded = fully_shard(self.model, reshard_after_forward=False)
         sharded.set_gradient_divide_factor(1.0)  # the sum over ranks, not the mean
         sharded.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
@@ -31,47 +39,47 @@ class FSDP2(DistributedStrategy):
         self.optimizer = make_optimizer(self.model)
 
     def _gradient_norm(self, gradients: list[Tensor]) -> Tensor:
-        square = super()._gradient_norm([self._piece(g) for g in gradients]).square()
+        square = super()._gradient_norm([self._shard_of(g) for g in gradients]).square()
         dist.all_reduce(square)
         return square.sqrt()
 
-    def _update(self, good: Tensor) -> None:
+    def _update_weights(self, good: Tensor) -> None:
         if bool(good):
             self.optimizer.step()
 
-    def shards(self) -> Tensors:
-        """See :class:`Strategy`."""
+    def shards(self, module: nn.Module | None = None) -> Tensors:
+        """See :meth:`Strategy.shards`."""
         if isinstance(self.model, FSDPModule):
             self.model.reshard()
-        return super().shards()
+        return super().shards(module)
 
-    def _piece(self, value: Tensor) -> Tensor:
+    def _shard_of(self, value: Tensor) -> Tensor:
         value = value.detach()
         return value.to_local() if isinstance(value, DTensor) else value
 
     def full_tensors(self, shards: Mapping[str, Tensor]) -> Tensors:
-        """See :class:`Strategy`."""
+        """See :meth:`Strategy.full_tensors`."""
         live = self.model.state_dict(keep_vars=True)
-        found: Tensors = {}
-        for name, piece in shards.items():
-            full = _like(live[name], piece)
+        tensors: Tensors = {}
+        for name, shard in shards.items():
+            full = _distributed_like(live[name], shard)
             full = full.full_tensor() if isinstance(full, DTensor) else full
             if self.is_leader:
-                found[name] = full.detach().to("cpu", copy=True)
-        return found
+                tensors[name] = full.detach().to("cpu", copy=True)
+        return tensors
 
-    def _cut(self, like: Tensor, value: Tensor) -> Tensor:
+    def _cut_shard(self, like: Tensor, value: Tensor) -> Tensor:
         if not isinstance(like, DTensor):
-            return super()._cut(like, value)
+            return super()._cut_shard(like, value)
         value = value.to(self.device, like.dtype).contiguous()
         full = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
         return full.to_local().clone()
 
-    def _slot_of(self, parameter: nn.Parameter, piece: Tensor) -> Tensor:
-        return _like(parameter.detach(), piece)
+    def _slot_like(self, parameter: nn.Parameter, shard: Tensor) -> Tensor:
+        return _distributed_like(parameter.detach(), shard)
 
     @contextmanager
-    def _gathered(self) -> Iterator[None]:
+    def _gather_parameters(self) -> Iterator[None]:
         if not isinstance(self.model, FSDPModule):
             yield
             return
@@ -82,10 +90,10 @@ class FSDP2(DistributedStrategy):
             self.model.reshard()
 
 
-def _like(like: Tensor, piece: Tensor) -> Tensor:
-    """The tensor of ``like``'s full shape that is made of each rank's ``piece``."""
+def _distributed_like(like: Tensor, shard: Tensor) -> Tensor:
+    """Return the tensor, distributed as ``like`` is, of which each rank has a ``shard``."""
     if not isinstance(like, DTensor):
-        return piece
+        return shard
     return DTensor.from_local(
-        piece, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+        shard, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
     )

@@ -1,108 +1,39 @@
-"""Predictions for whole slides, their metrics with intervals, and the files that hold them."""
+"""Metrics of a run's predictions with confidence intervals, and the files that hold them."""
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
-from e2e.bags.loader import full_bag
-from e2e.bags.prefetch import prefetch
-from e2e.bags.readers import PixelRowReader, RowReader
 from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.cohort.folds import tcga_sites
 from e2e.engine.model import MILModel
 from e2e.errors import UserError
-from e2e.files import write_atomically, write_json
-from e2e.heads.base import HeadOutput
+from e2e.files import write_json
 from e2e.log import Screen
-from e2e.losses.base import log_attention
 from e2e.metrics.bootstrap import by_group, case_weights, confidence_interval
 from e2e.metrics.figures import write_figures
-from e2e.metrics.values import Array
 from e2e.parallel import Strategy
-from e2e.reports.heatmap import draw_heatmap, patch_scores
-from e2e.tasks.base import Numbers, Task
+from e2e.reports.heatmap import heatmap_writer
+from e2e.reports.predictions import (
+    OnSlide,
+    Prediction,
+    predict,
+    to_arrays,
+    write_predictions,
+)
+from e2e.tasks.base import Task
 from e2e.training.checkpoint import check_weights, load_checkpoint, select_prefix
 
 Metrics = dict[str, dict[str, float | None]]
-Draw = Callable[[LabelledSlide, HeadOutput, list[float]], None]
-UNKNOWN = "unknown"
-"""The centre of slides for which the label table names none, where it does for others."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says of one slide."""
-
-    case: str
-    slide: str
-    split: str
-    values: list[float]
-    """The numbers of :meth:`e2e.tasks.base.Task.predict`."""
-    target: Numbers
-    """What the task made of the label; NaN where there is none."""
-    entropy: float | None = None
-    """Of the attention, from 0 (one patch) to 1 (uniform); None for a head without."""
-    centre: str = ""
-    """As the label table has it; empty where it does not say."""
-
-
-@torch.no_grad()
-def predict(
-    model: MILModel,
-    items: Sequence[LabelledSlide],
-    *,
-    task: Task,
-    view: BagSpec,
-    strategy: Strategy,
-    screen: Screen,
-    draw: Draw | None = None,
-) -> list[Prediction]:
-    """All patches of each slide, streamed through the encoder; each slide once over all ranks.
-
-    ``draw`` is called for each slide on the rank that has it, with its output and prediction.
-    """
-    model.eval()
-    ours: list[Prediction] = []
-    share = items[strategy.rank :: strategy.world_size]
-    bags = ((full_bag(item, view, model.chunk), item) for item in share)
-    for done, (bag, item) in enumerate(prefetch(bags, strategy.device)):
-        output = model(bag, strategy.device)[0]
-        values = task.predict(output.logits)[0].cpu().double().tolist()
-        slide = item.slide
-        said = (slide.case, slide.id, slide.split, values, task.numbers(item.target))
-        ours.append(Prediction(*said, attention_entropy(output), slide.centre))
-        if draw is not None:
-            draw(item, output, values)
-        screen.step(done + 1, len(share), f"slides evaluated ({slide.split or 'new'})")
-    screen.pause()
-    everyone = [p for per_rank in strategy.gather_objects(ours) for p in per_rank]
-    return sorted(everyone, key=lambda p: (p.split, p.slide))
-
-
-def attention_entropy(output: HeadOutput) -> float | None:
-    """Entropy of a slide's attention over log N, its maximum; mean over maps. 1 for one patch."""
-    if output.attention_logits is None:
-        return None
-    if output.attention_logits.shape[-1] == 1:
-        return 1.0
-    logs, _ = log_attention(output)
-    entropy = -(logs.exp() * logs).sum(dim=-1) / math.log(logs.shape[-1])
-    return float(entropy.mean())
+"""Metric -> ``value``, ``low`` and ``high``."""
+UNKNOWN_CENTRE = "unknown"
+"""Centre of slides for which the label table names none, where it does for others."""
 
 
 def score(predictions: Sequence[Prediction], task: Task, *, draws: int, seed: int = 0) -> Metrics:
-    """Metric -> value with its 95 % percentile interval over ``draws`` resamples of the cases."""
+    """Return each metric with its 95 % percentile interval over ``draws`` resamples of the cases."""
     return score_centres(predictions, task, [], draws=draws, seed=seed)[0]
 
 
@@ -114,23 +45,28 @@ def score_centres(
     draws: int,
     seed: int = 0,
 ) -> tuple[Metrics, dict[str, dict[str, Any]]]:
-    """:func:`score`, and the same centre by centre, under the same resamples.
+    """Return the metrics of all slides, and of each centre under the same resamples.
 
-    Args:
-        centres: of each prediction; or nothing, and nothing comes of it.
+    Parameters
+    ----------
+    centres
+        The centre of each prediction; empty: there are no results by centre.
 
-    Returns:
-        The metrics; centre -> ``slides``, ``cases`` and the metrics.
+    Returns
+    -------
+    metrics
+        See :func:`score`.
+    by_centre
+        Centre -> ``slides`` and ``cases`` (counts) and its metrics.
     """
-    cases, arrays = [p.case for p in predictions], arrays_of(predictions)
+    cases, arrays = [prediction.case for prediction in predictions], to_arrays(predictions)
     weights = case_weights(cases, draws, seed)
-    whole = {
-        name: confidence_interval(values) for name, values in task.metrics(*arrays, weights).items()
-    }
+    values_of = task.metrics(*arrays, weights)
+    metrics = {name: confidence_interval(values) for name, values in values_of.items()}
     if not centres:
-        return whole, {}
+        return metrics, {}
     groups = by_group(task.metrics, *arrays, weights, groups=centres, cases=cases)
-    return whole, {
+    by_centre = {
         centre: {
             "slides": group.bags,
             "cases": group.cases,
@@ -138,65 +74,45 @@ def score_centres(
         }
         for centre, group in groups.items()
     }
+    return metrics, by_centre
 
 
 def centres_of(predictions: Sequence[Prediction]) -> list[str]:
-    """The centre of each, where there are two or more; else nothing.
+    """Return the centre of each prediction; empty if there are fewer than two centres.
 
-    That of the label table, ``unknown`` where it has none; or if it has none of all, and all cases are
-    TCGA barcodes, the one of these.
+    The label table names it (``unknown`` where it does not); if it names none at all and all cases are
+    TCGA barcodes, they do.
     """
-    if any(p.centre for p in predictions):
-        found = [p.centre or UNKNOWN for p in predictions]
+    if any(prediction.centre for prediction in predictions):
+        centres = [prediction.centre or UNKNOWN_CENTRE for prediction in predictions]
     else:
         try:
-            sites = tcga_sites(p.case for p in predictions)
+            sites = tcga_sites(prediction.case for prediction in predictions)
         except UserError:
             return []
-        found = [sites[p.case] for p in predictions]
-    return found if len(set(found)) > 1 else []
-
-
-def arrays_of(predictions: Sequence[Prediction]) -> tuple[Array, Array]:
-    """Predictions and targets, a row each."""
-    values, targets = ([p.values for p in predictions], [p.target for p in predictions])
-    return np.array(values, np.float64), np.array(targets, np.float64)
-
-
-def write_predictions(predictions: Sequence[Prediction], task: Task, path: Path) -> None:
-    """predictions.csv: case, slide, split, centre (where the table names them), the label (where there is
-    one), what is predicted, and how widely the head looked (:func:`attention_entropy`)."""
-    rows: list[dict[str, Any]] = []
-    placed = any(p.centre for p in predictions)
-    for p in predictions:
-        row: dict[str, Any] = {"case": p.case, "slide": p.slide, "split": p.split}
-        row |= {"centre": p.centre} if placed else {}
-        row |= zip(task.label_columns, task.words(p.target), strict=True)
-        row |= zip(task.prediction_columns, p.values, strict=True)
-        row["attention_entropy"] = p.entropy
-        rows.append(row)
-    write_atomically(path, pd.DataFrame(rows).to_csv(index=False).encode())
+        centres = [sites[prediction.case] for prediction in predictions]
+    return centres if len(set(centres)) > 1 else []
 
 
 def metric_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows for the screen: a row a metric, a column a split and kind of weights."""
+    """Return header and rows for the screen: one row a metric, one column a split and kind of weights."""
     columns = {
-        f"{split} ({name})": report[split][name]
+        f"{split} ({weights})": report[split][weights]
         for split in ("val", "test")
-        for name in ("model", "ema")
-        if name in report.get(split, {})
+        for weights in ("model", "ema")
+        if weights in report.get(split, {})
     }
-
-    def text(metric: Mapping[str, float | None]) -> str:
-        if metric["value"] is None:
-            return "undefined"
-        if metric["low"] is None:
-            return f"{metric['value']:.3f}"
-        return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
-
     names = next(iter(columns.values()), {})
-    rows = [[name, *(text(metrics[name]) for metrics in columns.values())] for name in names]
+    rows = [[name, *(_as_text(metrics[name]) for metrics in columns.values())] for name in names]
     return ["metric", *columns], rows
+
+
+def _as_text(metric: Mapping[str, float | None]) -> str:
+    if metric["value"] is None:
+        return "undefined"
+    if metric["low"] is None:
+        return f"{metric['value']:.3f}"
+    return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"
 
 
 def evaluate_run(
@@ -214,115 +130,85 @@ def evaluate_run(
     strategy: Strategy,
     screen: Screen,
 ) -> dict[str, Any]:
-    """Judge a run's best epoch on validation and test, and write what it says.
+    """Evaluate the selected epoch of a run on validation and test, and write the results to ``out``.
 
-    Writes to ``out``: predictions.csv and heatmaps/ by the ``selected`` weights (``model`` or
-    ``ema``), of the test split figures/ too; metrics.json for both, and for the selected ones also
-    centre by centre. Returns the content of metrics.json.
+    metrics.json holds the metrics of both kinds of weights, ``model`` and ``ema``; predictions.csv, and
+    for the test split heatmaps/, figures/ and metrics by centre, are those of the ``selected`` weights.
+
+    Parameters
+    ----------
+    best
+        Checkpoint of the selected epoch.
+    chosen_on
+        Split on which the epoch was selected.
+    draws
+        Bootstrap resamples of the cases.
+    heatmaps
+        Maximum number of test slides to draw; None: all.
+
+    Returns
+    -------
+    dict
+        The content of metrics.json.
     """
-    strategy.barrier()  # for the rank that writes it
+    strategy.barrier()  # until the leader has written the checkpoint
     tensors, state = load_checkpoint(best)
     report: dict[str, Any] = {"epoch": state["best_epoch"] + 1, "selected_weights": selected}
     report["chosen_on"] = chosen_on
-    kept: list[Prediction] = []
+    selected_predictions: list[Prediction] = []
     for name in ("model", "ema"):
         weights = select_prefix(name, tensors)
         if not weights:
             continue
         check_weights(strategy.shapes, weights, best)
-        told = task.of(name)
+        task_for_weights, is_selected = task.for_weights(name), name == selected
         for split in ("val", "test"):
-            chosen = [item for item in items if item.slide.split == split]
-            if not chosen:
+            slides = [item for item in items if item.slide.split == split]
+            if not slides:
                 continue
-            draw = None
-            if name == selected and split == "test":
-                drawn = [item for item in chosen[:heatmaps] if item.record.coords is not None]
-                draw = heatmap_drawer(told, view.reader, out / "heatmaps", drawn)
-                if len(drawn) < len(chosen[:heatmaps]):
-                    screen.say("no heatmap of slides without coords; see the setting data.coords")
+            on_slide = None
+            if is_selected and split == "test":
+                folder = out / "heatmaps"
+                on_slide = _draw_heatmaps(task_for_weights, view, slides[:heatmaps], folder, screen)
             with strategy.full_parameters(strategy.shard(weights)):
-                found = predict(
+                predictions = predict(
                     model,
-                    chosen,
-                    task=told,
+                    slides,
+                    task=task_for_weights,
                     view=view,
                     strategy=strategy,
                     screen=screen,
-                    draw=draw,
+                    on_slide=on_slide,
                 )
-            kept += found if name == selected else []
-            centres = centres_of(found) if name == selected else []
-            own = report.setdefault(split, {"slides": len(chosen)})
-            own[name], by_centre = score_centres(found, told, centres, draws=draws)
+            centres = centres_of(predictions) if is_selected else []
+            metrics, by_centre = score_centres(predictions, task_for_weights, centres, draws=draws)
+            results = report.setdefault(split, {"slides": len(slides)})
+            results[name] = metrics
             if by_centre:
-                own["centres"] = by_centre
+                results["centres"] = by_centre
+            if is_selected:
+                selected_predictions += predictions
     if strategy.is_leader:
-        write_predictions(kept, task.of(selected), out / "predictions.csv")
-        tested = [p for p in kept if p.split == "test"]
-        if tested:
-            write_figures(task.of(selected).figures(*arrays_of(tested)), out / "figures")
-        write_json(out / "metrics.json", report)  # the last: a run that has it is done
-    title = f"epoch {report['epoch']}, chosen on {chosen_on} by {selected}"
+        _write_results(selected_predictions, task.for_weights(selected), report, out)
+    title = f"epoch {report['epoch']}, selected on {chosen_on} by {selected}"
     screen.table(title, *metric_table(report))
     return report
 
 
-def patch_attention(
-    model: MILModel,
-    items: Sequence[LabelledSlide],
-    task: Task,
-    view: BagSpec,
-    strategy: Strategy,
-    screen: Screen,
-) -> dict[str, Tensor]:
-    """Slide -> (N,) float32 what the head makes of all patches of its first store; on every rank.
-
-    Raises:
-        UserError: the head weighs no patches.
-    """
-    found: dict[str, Tensor] = {}
-
-    def collect(item: LabelledSlide, output: HeadOutput, values: list[float]) -> None:
-        scores = _scores_of(task, output, values)
-        if scores is None:
-            raise UserError(
-                "the head has no attention and no instance scores to draw patches by\n"
-                "  choose another head, or another sampler.name"
-            )
-        found[item.slide.id] = torch.from_numpy(scores).float()
-
-    predict(model, items, task=task, view=view, strategy=strategy, screen=screen, draw=collect)
-    return {
-        slide: v for per_rank in strategy.gather_objects(found) for slide, v in per_rank.items()
-    }
+def _draw_heatmaps(
+    task: Task, view: BagSpec, slides: Sequence[LabelledSlide], folder: Path, screen: Screen
+) -> OnSlide:
+    with_coords = [item for item in slides if item.record.coords is not None]
+    if len(with_coords) < len(slides):
+        screen.say("no heatmaps of slides without coordinates; see the setting data.coords")
+    return heatmap_writer(task, view.reader, folder, with_coords)
 
 
-def _scores_of(
-    task: Task, output: HeadOutput, predicted: Sequence[float]
-) -> NDArray[np.float64] | None:
-    alone = functools.partial(task.of_patches, predicted=predicted)
-    return patch_scores(output, task.shown(predicted)[0], alone)
-
-
-def heatmap_drawer(
-    task: Task, reader: RowReader, folder: Path, chosen: Sequence[LabelledSlide]
-) -> Draw:
-    """A ``draw`` for :func:`predict` that writes a heatmap of each slide in ``chosen``.
-
-    Of features there are no patches to show: the scores stand alone.
-    """
-    decoder = reader.decoder if isinstance(reader, PixelRowReader) else None
-    folder.mkdir(parents=True, exist_ok=True)
-    wanted = {item.slide.id for item in chosen}
-
-    def draw(item: LabelledSlide, output: HeadOutput, values: list[float]) -> None:
-        if item.slide.id not in wanted or (scores := _scores_of(task, output, values)) is None:
-            return
-        words = zip(task.label_columns, task.words(task.numbers(item.target)), strict=True)
-        label = ", ".join(f"{column} {word}" for column, word in words if word)
-        name = item.slide.id.replace("/", "_")  # an id of a table is no way out of the folder
-        caption = f"{item.slide.id}   predicted {task.shown(values)[1]}   {label}".rstrip()
-        draw_heatmap(item, scores, decoder=decoder, caption=caption, path=folder / name)
-
-    return draw
+def _write_results(
+    predictions: Sequence[Prediction], task: Task, report: Mapping[str, Any], out: Path
+) -> None:
+    write_predictions(predictions, task, out / "predictions.csv")
+    test = [prediction for prediction in predictions if prediction.split == "test"]
+    if test:
+        write_figures(task.figures(*to_arrays(test)), out / "figures")
+    write_json(out / "metrics.json", report)  # last: a run that has it is done

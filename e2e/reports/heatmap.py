@@ -1,10 +1,11 @@
-"""Attention over a slide: a picture and a table, on the very coordinates of the store."""
+"""Heatmaps: the scores of a slide's patches as a picture and a table."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -15,41 +16,87 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from e2e.bags.readers import RowReader
 from e2e.bags.spec import LabelledSlide
-from e2e.cohort.cases import CaseStore
+from e2e.cohort.cases import CaseReader
 from e2e.errors import DamagedDataError
 from e2e.files import write_atomically
 from e2e.heads.base import HeadOutput
 from e2e.images.decode import Decoder, UndecodableError
 from e2e.store.records import PatchReader, SlideRecord
+from e2e.tasks.base import Task
 
-SIDE = 768  # px of the longer side of each panel
-GROUND = 245  # grey where the slide has no patch
-PATCH = 200  # grey of a patch whose pixels are not at hand
+PANEL_PX = 768
+"""Longer side of each panel."""
+BACKGROUND = 245
+"""Grey level where the slide has no patch."""
+NO_PIXELS = 200
+"""Grey level of patches whose pixels are not available, as of features."""
+OVERLAY = 0.55
+"""Opacity of the scores over the tissue."""
+
+
+def heatmap_writer(
+    task: Task, reader: RowReader, folder: Path, items: Sequence[LabelledSlide]
+) -> Callable[[LabelledSlide, HeadOutput, list[float]], None]:
+    """Return a function that writes a heatmap of each slide of ``items`` when it is predicted.
+
+    It is the ``on_slide`` of :func:`e2e.reports.predictions.predict`. From features there are no pixels:
+    the scores stand on grey.
+    """
+    decoder = reader.decoder
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = {item.slide.id for item in items}
+
+    def write(item: LabelledSlide, output: HeadOutput, values: list[float]) -> None:
+        if item.slide.id not in ids:
+            return
+        scores = scores_of_prediction(output, task, values)
+        if scores is None:
+            return
+        words = zip(
+            task.label_columns, task.format_labels(task.target_values(item.target)), strict=True
+        )
+        label = ", ".join(f"{column} {word}" for column, word in words if word)
+        name = item.slide.id.replace("/", "_")  # an id must not lead out of the folder
+        caption = f"{item.slide.id}   predicted {task.heatmap_output(values)[1]}   {label}".rstrip()
+        draw_heatmap(item, scores, decoder=decoder, caption=caption, path=folder / name)
+
+    return write
+
+
+def scores_of_prediction(
+    output: HeadOutput, task: Task, predicted: Sequence[float]
+) -> NDArray[np.float64] | None:
+    """Return :func:`patch_scores` for the output that a slide's prediction shows."""
+    shown, _ = task.heatmap_output(predicted)
+    return patch_scores(output, shown, partial(task.patch_predictions, predicted=predicted))
 
 
 def patch_scores(
-    output: HeadOutput, shown: int, alone: Callable[[Tensor], Tensor]
+    output: HeadOutput, shown: int, score_instances: Callable[[Tensor], Tensor]
 ) -> NDArray[np.float64] | None:
-    """(N,) what one slide's patches weigh.
+    """Return the (N,) scores of one slide's patches; None if the head has none.
 
-    Attention averaged over maps, or that of the output ``shown`` where each output has a map; of a head
-    without attention what each patch says by itself; None when it has neither. Where the head says so,
-    its instance scores of ``shown`` as they are, attention or not.
+    These are the instance scores of the output ``shown`` where the head says so; else the attention,
+    averaged over maps, or that of ``shown`` where each output has a map; else ``score_instances`` of the
+    instance scores.
 
-    Args:
-        alone: (N, C) instance logits -> (N,); see :meth:`e2e.tasks.base.Task.of_patches`.
+    Parameters
+    ----------
+    score_instances
+        (N, C) instance logits -> (N,); see :meth:`e2e.tasks.base.Task.patch_predictions`.
     """
     attention, logits = output.attention(), output.instance_logits
     if output.show_scores and logits is not None:
-        found = logits[0, :, shown]
+        scores = logits[0, :, shown]
     elif attention is not None:
-        found = attention[0, shown] if output.class_maps else attention[0].mean(dim=0)
+        scores = attention[0, shown] if output.class_maps else attention[0].mean(dim=0)
     elif logits is not None:
-        found = alone(logits[0].float())
+        scores = score_instances(logits[0].float())
     else:
         return None
-    return found.double().cpu().numpy()
+    return scores.double().cpu().numpy()
 
 
 def draw_heatmap(
@@ -60,85 +107,98 @@ def draw_heatmap(
     caption: str,
     path: Path,
 ) -> None:
-    """Write ``path``.png (the slide from its patches, beside it the scores over it) and ``.csv``.
+    """Write ``path``.png (the slide, and beside it the scores over it) and ``path``.csv.
 
-    Colours are percentile ranks within the slide, because raw attention is often one hot patch on
-    a field of near zeros; where patches overlap it is their mean. Without a decoder there is no slide to
-    show. The table holds each patch's slide (of a case there may be several), its x, y and side there
-    (level-0 px), the raw score and its percentile.
+    Colours are percentile ranks within the slide, because raw attention is often one hot patch among
+    near zeros; where patches overlap they show the mean. The table has, for each patch, its slide, the
+    x, y and side in level-0 pixels, the raw score and its percentile.
 
-    Raises:
-        DamagedDataError: a patch cannot be read; names it.
+    Parameters
+    ----------
+    scores
+        (N,), one for each patch.
+    decoder
+        None: there are no pixels to show.
+    path
+        Of the files, without suffix.
+
+    Raises
+    ------
+    DamagedDataError
+        A patch cannot be read; the message names it.
     """
     record = item.record
     ranks = percentile_ranks(scores)
-    mean = _mean(record, ranks)
-    heat = colormaps["turbo"](np.nan_to_num(mean))[..., :3] * 255
-    covered = np.isfinite(mean)[..., None]
+    mean_rank = _mean_over_patches(record, ranks)
+    colours = colormaps["turbo"](np.nan_to_num(mean_rank))[..., :3] * 255
+    covered = np.isfinite(mean_rank)[..., None]
     if decoder is None:
-        tissue = np.where(covered, PATCH, GROUND).astype(np.uint8).repeat(3, axis=2)
+        tissue = np.where(covered, NO_PIXELS, BACKGROUND).astype(np.uint8).repeat(3, axis=2)
     else:
         tissue = _mosaic(item, record, decoder)
-    blend = np.where(covered, 0.45 * tissue + 0.55 * heat, tissue).astype(np.uint8)
-    write_atomically(path.with_name(path.name + ".png"), _panels(tissue, blend, caption))
-    slides, places = item.slide.id, record.require_coords()
-    if isinstance(item.store, CaseStore):
-        slides, places = item.store.origins()
+    blend = np.where(covered, (1 - OVERLAY) * tissue + OVERLAY * colours, tissue).astype(np.uint8)
+    write_atomically(path.with_name(f"{path.name}.png"), _panels(tissue, blend, caption))
+    slides, coords = item.slide.id, record.require_coords()
+    if isinstance(item.reader, CaseReader):
+        slides, coords = item.reader.origins()
     table = pd.DataFrame(
         {
             "slide": slides,
-            "x": places[:, 0],
-            "y": places[:, 1],
+            "x": coords[:, 0],
+            "y": coords[:, 1],
             "side": round(record.level0_px, 2),
             "score": scores,
             "percentile": np.round(100 * ranks, 2),
         }
     )
-    write_atomically(path.with_name(path.name + ".csv"), table.to_csv(index=False).encode())
+    write_atomically(path.with_name(f"{path.name}.csv"), table.to_csv(index=False).encode())
 
 
 def percentile_ranks(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Rank of each score within its slide, 0 to 1; ties share the mean; equal scores are 0.5."""
+    """Return the rank of each score, from 0 to 1; ties share their mean rank, a single score has 0.5."""
+    if len(scores) == 1:
+        return np.full(1, 0.5)
     _, which, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    middle = last - (counts - 1) / 2 - 1
-    return middle[which] / max(1, len(scores) - 1) if len(scores) > 1 else np.full(1, 0.5)
+    last_rank = np.cumsum(counts) - 1
+    mean_rank = last_rank - (counts - 1) / 2
+    return mean_rank[which] / (len(scores) - 1)
 
 
-def _geometry(record: SlideRecord) -> tuple[NDArray[np.int64], int, tuple[int, int]]:
-    """Upper left corner of each patch on the picture, a patch's side there, (height, width)."""
-    side = record.level0_px or _spacing(record.require_coords())
-    low = record.require_coords().min(axis=0)
-    extent = record.require_coords().max(axis=0) - low + side
-    scale = SIDE / max(extent)
-    # Up, so that neighbours never leave a line of ground between them; but not by a rounding error.
-    cell = max(1, math.ceil(side * scale - 1e-6))
-    corners = np.round((record.require_coords() - low) * scale).astype(np.int64)
-    height, width = (int(corners[:, axis].max()) + cell for axis in (1, 0))
-    return corners, cell, (height, width)
+def _layout(record: SlideRecord) -> tuple[NDArray[np.int64], int, tuple[int, int]]:
+    """Upper left corner of each patch in the panel, side of a patch there, (height, width)."""
+    coords = record.require_coords()
+    side = record.level0_px or _grid_step(coords)
+    low = coords.min(axis=0)
+    extent = coords.max(axis=0) - low + side
+    scale = PANEL_PX / max(extent)
+    # Rounded up, so that no line of background is left between neighbours; but not by a rounding error.
+    side_px = max(1, math.ceil(side * scale - 1e-6))
+    corners = np.round((coords - low) * scale).astype(np.int64)
+    height, width = (int(corners[:, axis].max()) + side_px for axis in (1, 0))
+    return corners, side_px, (height, width)
 
 
-def _spacing(places: NDArray[np.int32]) -> float:
-    """The smallest step between columns or rows of patches, where nobody says how large they are."""
-    steps = [np.diff(np.unique(places[:, axis])) for axis in (0, 1)]
+def _grid_step(coords: NDArray[np.int32]) -> float:
+    """The smallest step between columns or rows of patches, for records without the patches' side."""
+    steps = [np.diff(np.unique(coords[:, axis])) for axis in (0, 1)]
     return float(min((step.min() for step in steps if len(step)), default=1))
 
 
-def _mean(record: SlideRecord, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(height, width) mean of the patches that lie there; NaN where none does."""
-    corners, cell, shape = _geometry(record)
-    total, patches = np.zeros(shape), np.zeros(shape)
+def _mean_over_patches(record: SlideRecord, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(height, width) mean of the values of the patches at each pixel; NaN where there is no patch."""
+    corners, side, shape = _layout(record)
+    total, count = np.zeros(shape), np.zeros(shape)
     for (x, y), value in zip(corners, values, strict=True):
-        total[y : y + cell, x : x + cell] += value
-        patches[y : y + cell, x : x + cell] += 1
-    return np.divide(total, patches, out=np.full(shape, np.nan), where=patches > 0)
+        total[y : y + side, x : x + side] += value
+        count[y : y + side, x : x + side] += 1
+    return np.divide(total, count, out=np.full(shape, np.nan), where=count > 0)
 
 
 def _mosaic(item: LabelledSlide, record: SlideRecord, decoder: Decoder) -> NDArray[np.uint8]:
-    """The slide put together from its own patches."""
-    corners, cell, shape = _geometry(record)
-    picture = np.full((*shape, 3), GROUND, np.uint8)
-    store = cast(PatchReader, item.store)
+    """The slide assembled from its patches."""
+    corners, side, shape = _layout(record)
+    picture = np.full((*shape, 3), BACKGROUND, np.uint8)
+    store = cast(PatchReader, item.reader)
     for start in range(0, record.num_patches, 256):
         rows = range(start, min(start + 256, record.num_patches))
         jpegs = store.read(item.slide.id, rows)
@@ -151,8 +211,8 @@ def _mosaic(item: LabelledSlide, record: SlideRecord, decoder: Decoder) -> NDArr
             ) from error
         for row, image in zip(rows, images, strict=True):
             x, y = corners[row]
-            small = Image.fromarray(image).resize((cell, cell), Image.Resampling.BOX)
-            picture[y : y + cell, x : x + cell] = np.asarray(small)
+            small = Image.fromarray(image).resize((side, side), Image.Resampling.BOX)
+            picture[y : y + side, x : x + side] = np.asarray(small)
     return picture
 
 

@@ -13,7 +13,7 @@ from e2e.files import write_json
 from e2e.log import Screen
 from e2e.metrics.bootstrap import bootstrap_p, case_weights, confidence_interval, delong
 from e2e.metrics.values import LOWER_IS_BETTER
-from e2e.registry import suggest
+from e2e.registry import did_you_mean
 from e2e.runs.saved import SavedPredictions, read_predictions
 from e2e.settings.cli import compare_parser
 
@@ -60,7 +60,7 @@ def compare(
     found = [run.task.metrics(run.predicted, run.targets, weights) for run in (a, b)]
     metric = metric or a.task.monitor
     if any(metric not in values for values in found):
-        raise UserError(f"no metric '{metric}'{suggest(metric, list(found[0]))}")
+        raise UserError(f"no metric '{metric}'{did_you_mean(metric, list(found[0]))}")
     if a.task.fitted_reference(metric) != b.task.fitted_reference(metric):
         raise UserError(
             f"'{metric}' of the runs is not the same measure: its times, or its weights for censored cases, "

@@ -14,17 +14,17 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from e2e.cohort.folds import case_strata, held_out, make_folds
-from e2e.cohort.load import read_folds
-from e2e.cohort.split_files import fold_table, read_cells
+from e2e.cohort.folds import case_strata, make_folds, stratified_test_sets
+from e2e.cohort.load import read_cohort_folds
+from e2e.cohort.split_files import fold_table, read_text_table
 from e2e.cohort.splits import group_numbers
-from e2e.cohort.table import read_table
+from e2e.cohort.table import read_table, summarise_problems
 from e2e.errors import UserError, describe_interrupt, format_list
 from e2e.files import create_folder, write_atomically, write_json
 from e2e.metrics.bootstrap import case_weights, confidence_interval
 from e2e.metrics.values import Array
 from e2e.runs.many import is_done, train_all, write_plan
-from e2e.runs.parts import REGISTRIES, build_task
+from e2e.runs.parts import REGISTRIES, build_task, cohort_spec
 from e2e.runs.saved import SavedPredictions, read_predictions
 from e2e.settings.arguments import common_settings
 from e2e.settings.cli import crossval_parser
@@ -149,7 +149,7 @@ def make_plan(
         There are no folds, or none of that name, or rows of the label table are unusable.
     """
     path = _fold_file(settings, out, num_folds)
-    folds = read_folds(settings.data, path)
+    folds = read_cohort_folds(cohort_spec(settings.data), path)
     unknown = [name for name in only if name not in folds]
     if unknown:
         raise UserError(f"{path} has no fold {', '.join(unknown)}\n  it has: {', '.join(folds)}")
@@ -204,16 +204,17 @@ def make_fold_table(settings: Settings, num_folds: int) -> bytes:
     )
     if problems and data.unmatched == "error":
         raise UserError(
-            f"{data.labels} has {len(problems)} unusable row(s)\n{format_list(problems)}\n"
+            f"{data.labels} has {len(problems)} unusable row(s)\n"
+            f"{format_list(summarise_problems(problems))}\n"
             "  correct or remove them, or set data.unmatched=drop to leave them out"
         )
     strata = case_strata(group_numbers(slides, targets[0]), targets[0])
     seed = settings.run.seed
-    tests = held_out(strata, num_folds, seed=seed)
+    tests = stratified_test_sets(strata, num_folds, seed=seed)
     folds = make_folds(strata, tests, val=data.cut.val or DEFAULT_VAL, seed=seed)
     case_column = data.columns.case or data.columns.slide
-    cells = read_cells(Path(data.labels))
-    return fold_table(cells, case_column, {str(k): fold for k, fold in enumerate(folds)})
+    table = read_text_table(Path(data.labels))
+    return fold_table(table, case_column, {str(k): fold for k, fold in enumerate(folds)})
 
 
 def train_trials(plan: Plan, slots: Sequence[str], report: Callable[[str], None]) -> None:
@@ -279,8 +280,8 @@ def summarise(predictions: Mapping[Trial, SavedPredictions], *, draws: int) -> l
     """Return one row for each metric.
 
     ``all_folds`` is the mean over seeds of the metric on the pooled test slides of all folds, where the
-    models' outputs are on one scale (:attr:`e2e.tasks.base.Task.pools`); otherwise of the mean over folds.
-    Its interval is over cases, with the same resamples for all seeds.
+    models' outputs are on one scale (:attr:`e2e.tasks.base.Task.can_pool_folds`); otherwise of the mean
+    over folds. Its interval is over cases, with the same resamples for all seeds.
     """
     by_run = [_evaluate([run], np.ones((1, len(run.slides)))) for run in predictions.values()]
     runs_of_seed: dict[int, list[SavedPredictions]] = {}
@@ -298,7 +299,7 @@ def summarise(predictions: Mapping[Trial, SavedPredictions], *, draws: int) -> l
 
 def _evaluate_all_folds(runs: Sequence[SavedPredictions], draws: int) -> Mapping[str, Array]:
     weights = case_weights([case for run in runs for case in run.cases], draws, seed=0)
-    if runs[0].task.pools:
+    if runs[0].task.can_pool_folds:
         return _evaluate(runs, weights)
     ends = np.cumsum([len(run.slides) for run in runs])[:-1]
     weights_of_run = zip(runs, np.split(weights, ends, axis=1), strict=True)

@@ -100,7 +100,7 @@ def write_evaluation(
         task=parts.task,
         view=parts.view,
         selected=selected_weights(settings.optim, settings.select),
-        chosen_on=PROTOCOLS[settings.run.protocol].chosen_on,
+        chosen_on=PROTOCOLS[settings.run.protocol].selection_split,
         draws=settings.run.bootstrap,
         heatmaps=settings.run.heatmaps,
         out=out,

@@ -36,7 +36,7 @@ from e2e.parallel import (
     float32_precision,
     pick_device,
 )
-from e2e.registry import suggest
+from e2e.registry import did_you_mean
 from e2e.runs.feature_folder import FeatureFolder, magnification, slide_file
 from e2e.runs.processes import needs_ranks, run_ranks
 from e2e.settings.cli import extract_parser
@@ -288,7 +288,7 @@ def encoder_options(encoder: str, texts: Iterable[str]) -> dict[str, Any]:
         if not equals or section != "encoder" or not name:
             raise UserError(f"'{text}' is not an option; write encoder.key=value")
         if name not in accepted:
-            raise UserError(f"unknown option 'encoder.{name}'{suggest(name, accepted)}")
+            raise UserError(f"unknown option 'encoder.{name}'{did_you_mean(name, accepted)}")
         try:
             options[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
@@ -376,7 +376,7 @@ def _readable_slides(stores: Sequence[PatchReader]) -> tuple[list[LabelledSlide]
         for slide in store.slides:
             if slide in items:
                 raise UserError(
-                    f"slide '{slide}' is in {items[slide].store.path} and in {store.path}"
+                    f"slide '{slide}' is in {items[slide].reader.path} and in {store.path}"
                 )
             item = LabelledSlide(Slide(slide, case=slide, split="", target={}), store, no_target)
             try:
@@ -395,7 +395,7 @@ def _build_encoder(name: str, options: Mapping[str, Any]) -> Encoder:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         encoder = ENCODERS.build(name, **options)
-    if encoder.given:
+    if encoder.input_kind == "features":
         raise UserError(
             f"the encoder '{name}' reads features and computes none\n  name a network, such as r50 or uni"
         )
@@ -403,7 +403,7 @@ def _build_encoder(name: str, options: Mapping[str, Any]) -> Encoder:
 
 
 def _feature_folder(item: LabelledSlide, out: Path, encoder: str) -> FeatureFolder:
-    record, overlap = item.record, int(item.store.recipe.get("overlap", 0))
+    record, overlap = item.record, int(item.reader.recipe.get("overlap", 0))
     return FeatureFolder(out, magnification(record.mpp), record.patch_px, overlap, encoder)
 
 

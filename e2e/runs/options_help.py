@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from e2e.errors import UserError
-from e2e.registry import Registry, suggest
+from e2e.registry import Registry, did_you_mean
 from e2e.settings.cli import settings_help
 from e2e.settings.schema import SECTIONS
 
@@ -50,7 +50,7 @@ def describe_topic(topic: str, registries: Mapping[str, Registry[Any]]) -> str:
         if lines:
             return "\n".join(lines)
     topics = [*SECTIONS, *(key for key in registries if key != "losses"), *losses.names()]
-    raise UserError(f"--help {topic}: no such topic{suggest(topic, topics)}")
+    raise UserError(f"--help {topic}: no such topic{did_you_mean(topic, topics)}")
 
 
 def describe_plugin(registry: Registry[Any], name: str, *, section: str) -> str:

@@ -18,21 +18,23 @@ import e2e.encoders
 import e2e.heads
 import e2e.losses
 import e2e.tasks  # noqa: F401  (each import registers its plug-ins)
-from e2e.bags.cache import FeatureRowReader, PixelCache
+from e2e.bags.cache import PixelCache
 from e2e.bags.loader import TrainingLoader, subset_slides
-from e2e.bags.readers import PixelRowReader
+from e2e.bags.readers import FeatureRowReader, PixelRowReader
 from e2e.bags.sampler import SAMPLERS
 from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.cohort.features import describe_features
 from e2e.cohort.load import load_cohort
-from e2e.cohort.splits import AS_PUBLISHED, HONEST, Protocol
+from e2e.cohort.spec import CohortSpec
+from e2e.cohort.splits import AS_PUBLISHED, HONEST, SplitProtocol
 from e2e.cohort.table import Problem
 from e2e.encoders.base import ENCODERS
 from e2e.engine.model import MILModel
 from e2e.errors import UserError
 from e2e.heads.base import HEADS, Head
 from e2e.images.augment import AUGMENTS
-from e2e.images.decode import build_decoder, decoder_threads
+from e2e.images.decode import build_decoder
+from e2e.images.threads import decoder_threads
 from e2e.log import Screen
 from e2e.losses.base import REGULARISERS, Regulariser
 from e2e.memory import free_memory
@@ -66,7 +68,7 @@ def build_task(plugin: Plugin) -> Task:
 
 def on_features(settings: Settings) -> bool:
     """Whether the run reads frozen features (the two-stage mode), and not patches."""
-    return bool(getattr(ENCODERS.factory(settings.encoder.name), "given", False))
+    return ENCODERS.plugin_class(settings.encoder.name).input_kind == "features"
 
 
 def build_model(
@@ -107,7 +109,7 @@ def build_model(
     model = MILModel(
         encoder,
         head,
-        chunk=sys.maxsize if encoder.given else engine.chunk,
+        chunk=sys.maxsize if encoder.input_kind == "features" else engine.chunk,
         batch_norm=policy,
         # Not where weights may lie in pieces; a compiled encoder fuses by itself; blocks that are
         # checkpointed are encoded again when the folded weights are gone.
@@ -121,7 +123,7 @@ def build_model(
         verify=engine.verify,
         regularisers=regularisers,
     )
-    if engine.compile and not encoder.given:
+    if engine.compile and encoder.input_kind == "pixels":
         _check_graphs(engine, device)
         model.compile(cuda_graphs=engine.cuda_graphs)
     return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -251,30 +253,25 @@ def build_loader(
 ) -> TrainingLoader:
     """The bags of the training slides; ``view`` is that of evaluation."""
     engine, bag = settings.engine, settings.bag
-    sight = view.reader
-    if isinstance(sight, PixelRowReader):
-        sight = replace(
-            sight,
-            augment=AUGMENTS.build(settings.augment.name, bag.size, **settings.augment.options),
-            keep=None if engine.keep == "none" else engine.keep,
-        )
+    augment = AUGMENTS.build(settings.augment.name, bag.size, **settings.augment.options)
+    keep = None if engine.keep == "none" else engine.keep
     return TrainingLoader(
         items=items,
-        view=BagSpec(
-            sight,
+        spec=BagSpec(
+            view.reader.for_training(augment, keep),
             seed=settings.run.seed,
             bag_size=bag.patches,
             sampler=SAMPLERS.build(settings.sampler.name, **settings.sampler.options),
             shares=tuple(bag.shares),
-            copies=bag.copies,
+            fill_with_copies=bag.copies,
             shared_crops=bag.shared_crops,
         ),
         bags=settings.optim.bags,
         chunk=engine.chunk,
         shard_over={"slide": None, "bag": 0, "auto": engine.shard_over}[engine.shard],
-        full=engine.compile,
-        one_piece=model.batch_norm.one_piece,
-        whole=model.encoder.given,
+        fixed_size_chunks=engine.compile,
+        single_chunk_per_rank=model.batch_norm.single_chunk,
+        single_chunk_per_bag=model.encoder.input_kind == "features",
         groups=[task.group(item.target) for item in items] if settings.optim.balance else None,
     )
 
@@ -284,9 +281,9 @@ def build_validation(
 ) -> tuple[list[LabelledSlide], BagSpec]:
     """What the epochs are compared on: slides of validation, and what is seen of them each time."""
     select, seed = settings.select, settings.run.seed
-    cache = (
-        PixelCache(parse_bytes(select.cache)) if isinstance(view.reader, PixelRowReader) else None
-    )
+    cache = None
+    if view.reader.input_kind == "pixels":
+        cache = PixelCache(parse_bytes(select.cache))
     seen = replace(view, seed=seed, bag_size=select.patches, cache=cache)
     return subset_slides(items, select.slides, group=task.group, seed=seed), seen
 
@@ -319,7 +316,7 @@ def build_schedule(
         validate_every=select.every,
         patience=select.patience,
         min_epochs=select.min_epochs,
-        selected=selected_weights(optim, select),
+        selected_weights=selected_weights(optim, select),
         save_every=save_every,
         max_bad_steps=max_bad_steps,
         rescore=rescore,
@@ -359,7 +356,7 @@ def prepare(
     *,
     run: Path | None,
     problems_file: Path | None,
-    protocol: Protocol | None = None,
+    protocol: SplitProtocol | None = None,
 ) -> Parts:
     """Load the cohort, fit the task and build the model.
 
@@ -389,27 +386,66 @@ def prepare(
     )
 
 
+def cohort_spec(data: Data, *, name: str = "") -> CohortSpec:
+    """Return what is needed to load the cohort that the settings describe.
+
+    Parameters
+    ----------
+    data
+        The settings of the cohort.
+    name
+        Name of the cohort, for messages.
+
+    Returns
+    -------
+    CohortSpec
+        For :func:`e2e.cohort.load.load_cohort`.
+    """
+    return CohortSpec(
+        name=name,
+        labels=data.labels,
+        slide_column=data.columns.slide,
+        case_column=data.columns.case,
+        split_column=data.columns.split,
+        centre_column=data.columns.centre,
+        split_names=data.splits,
+        slide_suffix=data.slide_suffix,
+        slide_separator=data.slide_separator,
+        split_file=data.split_file,
+        fold=data.fold,
+        val_share=data.cut.val,
+        test_share=data.cut.test,
+        stores=tuple(data.stores),
+        scales=tuple(map(tuple, data.scales)),
+        features=tuple(data.features),
+        coords=data.coords,
+        unit="case" if data.unit == "case" else "slide",
+        unmatched="drop" if data.unmatched == "drop" else "error",
+        source=data.source,
+        pack_options=data.pack,
+    )
+
+
 def load_slides(
     settings: Settings,
     task: Task,
     *,
     features: bool,
     problems_file: Path | None,
-    protocol: Protocol,
+    protocol: SplitProtocol,
 ) -> tuple[list[LabelledSlide], list[Problem]]:
     """The cohort as :func:`e2e.cohort.load.load_cohort` has it.
 
     Raises:
         UserError: see there; or an update has too few bags for the task.
     """
-    if task.whole_update and settings.optim.bags < 2:
+    if task.loss_couples_bags and settings.optim.bags < 2:
         raise UserError(
             "the task's loss compares the bags of an update: optim.bags must be 2 or more, found 1"
         )
     return load_cohort(
-        settings.data,
+        cohort_spec(settings.data, name=settings.names.get("datasets", "")),
         task,
-        name=settings.names.get("datasets", ""),
         seed=settings.run.seed,
         size=settings.bag.size,
         problems_file=problems_file,
@@ -420,7 +456,7 @@ def load_slides(
 
 def fit_task(settings: Settings, task: Task, items: Sequence[LabelledSlide]) -> None:
     """Fit the task to the slides that the run's protocol has; UserError where nothing can be learned."""
-    splits = PROTOCOLS[settings.run.protocol].fitted_to
+    splits = PROTOCOLS[settings.run.protocol].fit_splits
     learned = [item for item in items if item.slide.split in splits]
     task.fit([item.target for item in learned], [item.slide.case for item in learned])
 
@@ -449,7 +485,7 @@ def make_parts(
     width = features["width"] if features else None
     model = build_model(settings, task, device, trained=trained, width=width)
     for item in items if model.head.needs_coords else []:
-        view.check_places(item)
+        view.check_coords(item)
     return Parts(task, items, view, model, problems, features)
 
 
@@ -461,5 +497,5 @@ def check_training(settings: Settings, parts: Parts, device: torch.device, world
     loader.check(world_size, settings.optim.epochs)
     if any(regulariser.needs_coords for regulariser in model.regularisers):
         for item in train:
-            parts.view.check_places(item)
+            parts.view.check_coords(item)
     check_losses(model, parts.task, train[0].target, device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,14 @@ from torch import Tensor
 
 from e2e.bags.spec import LabelledSlide
 from e2e.cohort.features import check_values, describe_features
-from e2e.cohort.load import open_feature_readers
+from e2e.cohort.readers import open_feature_readers
 from e2e.errors import PARTLY_DONE, describe_interrupt
 from e2e.files import create_folder
 from e2e.log import Screen
 from e2e.parallel import Strategy, pick_device
-from e2e.reports.evaluate import Prediction, heatmap_drawer, write_predictions
-from e2e.reports.evaluate import predict as predict_slides
+from e2e.reports.heatmap import heatmap_writer
+from e2e.reports.predictions import Prediction, write_predictions
+from e2e.reports.predictions import predict as predict_slides
 from e2e.runs.folder import BEST, check_same_features, load_task
 from e2e.runs.parts import (
     REGISTRIES,
@@ -98,11 +98,10 @@ def _predict(
     screen = Screen(is_leader=True)
     create_folder(out)
     selected = selected_weights(settings.optim, settings.select)
-    task = load_task(settings.task.name, settings.task.options, folder).of(selected)
+    task = load_task(settings.task.name, settings.task.options, folder).for_weights(selected)
     packed = None
     if on_features(settings):
-        data = replace(settings.data, features=[str(slides)])
-        items = unlabelled_slides(open_feature_readers(data), task)
+        items = unlabelled_slides(open_feature_readers([str(slides)]), task)
     else:
         packed = pack_like_training(settings, slides, out, mpp_override, workers, screen)
         items = unlabelled_slides([PatchStore(out / "slides.lmdb")], task)
@@ -166,10 +165,10 @@ def predict_items(
     strategy.setup(parts.model, None, clip=None)
     check_weights(strategy.shapes, selected, folder / BEST)
     strategy.load(selected)
-    draw = None
+    on_slide = None
     if heatmaps is not None:
         with_coords = [item for item in items if item.record.coords is not None]
-        draw = heatmap_drawer(task, parts.view.reader, heatmaps, with_coords)
+        on_slide = heatmap_writer(task, parts.view.reader, heatmaps, with_coords)
     return predict_slides(
         parts.model,
         items,
@@ -177,7 +176,7 @@ def predict_items(
         view=parts.view,
         strategy=strategy,
         screen=screen,
-        draw=draw,
+        on_slide=on_slide,
     )
 
 

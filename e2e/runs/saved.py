@@ -46,7 +46,7 @@ def read_predictions(folder: Path, split: str) -> SavedPredictions:
     """
     settings = saved_settings(folder, [], REGISTRIES)
     selected = selected_weights(settings.optim, settings.select)
-    task = load_task(settings.task.name, settings.task.options, folder).of(selected)
+    task = load_task(settings.task.name, settings.task.options, folder).for_weights(selected)
     path = folder / "predictions.csv"
     table = _read_table(path, folder)
     outputs, labels = [*task.prediction_columns], [*task.label_columns]
@@ -63,7 +63,7 @@ def read_predictions(folder: Path, split: str) -> SavedPredictions:
         raise UserError(f"{path} has slides twice:\n{format_list(duplicates)}")
     try:
         predicted = rows[outputs].to_numpy(np.float64)
-        targets = np.array([task.read(row) for row in rows[labels].to_numpy()], np.float64)
+        targets = np.array([task.parse_labels(row) for row in rows[labels].to_numpy()], np.float64)
     except ValueError as error:
         raise UserError(
             f"{path} has a prediction or label that is not a number: {error}"

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from e2e.bags.readers import PixelRowReader
 from e2e.bags.spec import LabelledSlide
 from e2e.cohort.features import check_values
 from e2e.engine.model import MILModel
@@ -19,8 +18,9 @@ from e2e.errors import describe_interrupt
 from e2e.files import write_json
 from e2e.log import TRACKERS, MetricsLog, Screen, clock
 from e2e.parallel import Strategy
-from e2e.reports.evaluate import arrays_of, patch_attention, score
-from e2e.reports.evaluate import predict as predict_slides
+from e2e.reports.evaluate import score
+from e2e.reports.predictions import predict as predict_slides
+from e2e.reports.predictions import score_patches, to_arrays
 from e2e.runs.evaluate import problems_file, write_evaluation
 from e2e.runs.folder import BEST, TASK, check_is_new, locked, write_inputs
 from e2e.runs.options_help import describe_topic
@@ -137,7 +137,7 @@ def _check_evaluation_features(parts: Parts, strategy: Strategy, screen: Screen)
 def _facts(settings: Settings, items: list[LabelledSlide]) -> dict[str, str]:
     """What must be the same on all ranks, as short texts."""
     cohort = [
-        (item.slide, item.store.num_patches(item.slide.id), item.target.tolist()) for item in items
+        (item.slide, item.reader.num_patches(item.slide.id), item.target.tolist()) for item in items
     ]
     digest = hashlib.sha256(repr(cohort).encode()).hexdigest()[:12]
     return {"torch": torch.__version__, "cohort": digest, **flatten_settings(settings)}
@@ -180,7 +180,7 @@ def _build_trainer(
 ) -> Trainer:
     task, train_slides = parts.task, parts.of_split("train")
     loader = build_loader(settings, train_slides, parts.view, model=parts.model, task=task)
-    val_slides = parts.of_split(PROTOCOLS[settings.run.protocol].chosen_on)
+    val_slides = parts.of_split(PROTOCOLS[settings.run.protocol].selection_split)
     val_slides, val_view = build_validation(settings, val_slides, parts.view, task)
 
     def validate(model: MILModel) -> dict[str, float | None]:
@@ -189,8 +189,8 @@ def _build_trainer(
         )
         return {name: m["value"] for name, m in score(predictions, task, draws=0).items()}
 
-    def score_patches(model: MILModel) -> dict[str, Tensor]:
-        return patch_attention(model, train_slides, task, parts.view, strategy, screen)
+    def score_training_patches(model: MILModel) -> dict[str, Tensor]:
+        return score_patches(model, train_slides, task, parts.view, strategy, screen)
 
     return Trainer(
         parts.model,
@@ -205,7 +205,7 @@ def _build_trainer(
             rescore=settings.bag.rescore,
         ),
         validate=validate,
-        score_patches=score_patches if loader.view.sampler.uses_scores else None,
+        score_patches=score_training_patches if loader.spec.sampler.uses_scores else None,
         folder=folder,
         log=log,
         screen=screen,
@@ -231,7 +231,7 @@ def _fit_task_to_predictions(
             strategy=strategy,
             screen=screen,
         )
-    parts.task.fit_to_predictions(selected, *arrays_of(predictions), [p.case for p in predictions])
+    parts.task.fit_to_predictions(selected, *to_arrays(predictions), [p.case for p in predictions])
     if strategy.is_leader:
         write_json(folder / TASK, parts.task.state())
 
@@ -246,7 +246,7 @@ def _print_summary(screen: Screen, settings: Settings, parts: Parts, strategy: S
         )
     for split in ("train", "val", "test"):
         slides = parts.of_split(split)
-        patches = sum(item.store.num_patches(item.slide.id) for item in slides)
+        patches = sum(item.reader.num_patches(item.slide.id) for item in slides)
         screen.say(
             f"{split:5}  {len(slides)} {settings.data.unit}s, {patches:,} patches: "
             f"{parts.task.describe([item.target for item in slides])}"
@@ -256,13 +256,12 @@ def _print_summary(screen: Screen, settings: Settings, parts: Parts, strategy: S
     devices = f"{strategy.world_size} x {strategy.device} ({type(strategy).__name__})"
     bags = f"{settings.optim.bags} bags an update of {settings.bag.patches or 'all'} patches"
     precision = model.autocast or torch.float32
-    if isinstance(reader, PixelRowReader):
+    if reader.input_kind == "pixels":
         trainable = _millions(model.encoder, trainable=True)
         screen.say(
             f"{settings.encoder.name} ({encoder_size} M parameters, {trainable} M trainable) + "
             f"{settings.head.name} ({head_size} M) on {devices}; {bags}, chunks of {model.chunk}; "
-            f"BatchNorm {model.batch_norm.name}, {precision}; JPEG {reader.decoder.name} "
-            f"{reader.decoder.note}".rstrip()
+            f"BatchNorm {model.batch_norm.name}, {precision}; {reader.describe()}"
         )
     else:
         screen.say(

@@ -59,7 +59,7 @@ class TrainedRun:
             )
         selected = selected_weights(self.settings.optim, self.settings.select)
         plugin = self.settings.task
-        self.task = load_task(plugin.name, plugin.options, folder).of(selected)
+        self.task = load_task(plugin.name, plugin.options, folder).for_weights(selected)
 
     def predict(
         self, source: Source | list[Source], *, device: str = "auto", workers: int = 1

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from e2e.errors import UserError
-from e2e.registry import suggest
+from e2e.registry import did_you_mean
 from e2e.settings.schema import SECTIONS
 
 OVERRIDE = "section.key=value"
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of one command of ``e2e``; mistakes are user errors that suggest the nearest name.
+    """The parser of one command of ``e2e``; mistakes are user errors that did_you_mean the nearest name.
 
     Parameters
     ----------
@@ -71,7 +71,9 @@ class CommandParser(argparse.ArgumentParser):
             if option is None:
                 self.error(f"unexpected argument '{unknown[0]}'")
             option = option.partition("=")[0]
-            self.error(f"unknown option '{option}'{suggest(option, self._option_string_actions)}")
+            self.error(
+                f"unknown option '{option}'{did_you_mean(option, self._option_string_actions)}"
+            )
         return args
 
     def error(self, message: str) -> NoReturn:

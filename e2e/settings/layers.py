@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from e2e.errors import UserError
-from e2e.registry import Registry, suggest
+from e2e.registry import Registry, did_you_mean
 from e2e.settings.configs import config_folder, config_names, find_config
 from e2e.settings.schema import SECTIONS, Plugin, Settings, require
 
@@ -184,7 +184,9 @@ def _merge_trees(
     for number, (source, layer) in enumerate(layers):
         for section, values in layer.items():
             if section not in schema:
-                raise UserError(f"{source}: unknown section '{section}'{suggest(section, schema)}")
+                raise UserError(
+                    f"{source}: unknown section '{section}'{did_you_mean(section, schema)}"
+                )
             if not isinstance(values, dict):
                 raise UserError(f"{source}: section '{section}' must hold keys, found {values!r}")
             if section in plugins:
@@ -225,7 +227,7 @@ def _reject_unknown_keys(values: dict[str, Any], schema: Any, path: str, source:
         if name in MOVED:
             raise UserError(f"{source}: {name} is now {MOVED[name]}")
         if key not in fields:
-            raise UserError(f"{source}: unknown setting '{name}'{suggest(str(key), fields)}")
+            raise UserError(f"{source}: unknown setting '{name}'{did_you_mean(str(key), fields)}")
         if fields[key].type in (bool, "bool") and str(value).isdigit():
             raise UserError(f"{source}: setting {name} must be true or false, found {value!r}")
         # OmegaConf accepts nested lists where single values belong.
@@ -276,7 +278,7 @@ def _config_layer(kind: str, name: str) -> Layer:
     path = find_config(name) if is_file else config_folder() / kind / f"{name}.yaml"
     if not path.is_file():
         raise UserError(
-            f"no {kind} '{name}'{suggest(name, config_names(kind))}\n  or give the path of a YAML file"
+            f"no {kind} '{name}'{did_you_mean(name, config_names(kind))}\n  or give the path of a YAML file"
         )
     return _read_yaml(path)
 
@@ -308,7 +310,7 @@ def split_model_name(name: str, heads: Sequence[str] = ()) -> tuple[str, str]:
     if len(parts) != 3 or parts[0] != "e2e" or not all(parts):
         names = [*config_names("models"), *heads]
         raise UserError(
-            f"no model '{name}'{suggest(name, names)}\n  or e2e_<encoder>_<head>, such as e2e_r18_abmil;"
+            f"no model '{name}'{did_you_mean(name, names)}\n  or e2e_<encoder>_<head>, such as e2e_r18_abmil;"
             " a head alone is trained on frozen features"
         )
     return parts[1], parts[2]

@@ -1,4 +1,4 @@
-"""Every task of this package, registered by import of its modules."""
+"""All tasks of this package; importing it registers them."""
 
 from e2e.registry import import_siblings
 

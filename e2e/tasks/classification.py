@@ -1,4 +1,4 @@
-"""Slide classification: one of C classes."""
+"""Slide classification: one of K classes."""
 
 from __future__ import annotations
 
@@ -15,31 +15,54 @@ from torch import Tensor
 from e2e.errors import UserError
 from e2e.metrics.figures import Figure, classification_figures
 from e2e.metrics.values import Array, Values, classification_metrics
-from e2e.tasks.base import TASKS, Numbers, Task, check_at_least, check_choice, choose_monitor
+from e2e.tasks.base import (
+    TASKS,
+    Numbers,
+    Task,
+    TaskExample,
+    check_at_least,
+    check_choice,
+    choose_monitor,
+)
 
 NO_LABEL = -1
+"""The target of a slide without a label."""
 
 
 @TASKS.register("classification")
 class Classification(Task):
-    """Softmax cross-entropy over C classes, for a bag of class y with probability p_y::
+    """Softmax cross-entropy over K classes.
+
+    The loss of a bag of class y, predicted with probability p_y, is::
 
         w_y (1 - p_y)^gamma (-log p_y)
 
     Source of the focal factor: Lin et al. 2017, "Focal Loss for Dense Object Detection", eq. 5,
-    arXiv:1708.02002; with ``label_smoothing`` it weighs the smoothed cross-entropy.
+    arXiv:1708.02002. With ``label_smoothing`` it weights the smoothed cross-entropy.
 
-    Args:
-        classes: the table's words, in the order of the outputs; two or more.
-        column: the table's column.
-        label_smoothing: in [0, 1).
-        class_weights: none, or balanced: w_y = n / (C n_y) for n_y of n training slides, so that
-            every class weighs the same and a training slide 1 in the mean.
-        focal_gamma: gamma; 0: no focal factor.
-        monitor: metric that selects the epoch; empty: AUC for two classes, else balanced accuracy.
+    Parameters
+    ----------
+    classes : list of str
+        The classes as written in the label table, in the order of the outputs; at least two.
+    column : str
+        Column of the label table that holds the class.
+    label_smoothing : float
+        Label smoothing, in [0, 1).
+    class_weights : str
+        ``none``, or ``balanced``: w_y = n / (K n_y), where n_y of the n training slides are of class y,
+        so that all classes have the same total weight and the mean weight of a training slide is 1.
+    focal_gamma : float
+        Exponent gamma of the focal factor; 0 disables it.
+    monitor : str
+        Metric that selects the epoch. Empty: ``auc`` for two classes, else ``balanced_accuracy``.
+
+    Raises
+    ------
+    UserError
+        An option is out of range.
     """
 
-    tie_break = "log_loss"
+    tie_break_metric = "log_loss"
 
     def __init__(
         self,
@@ -52,12 +75,11 @@ class Classification(Task):
         monitor: str = "",
     ) -> None:
         if len(set(classes)) != len(classes) or len(classes) < 2:
-            raise UserError(
-                f"task.classes needs two or more different words, found {list(classes)}"
-            )
+            raise UserError(f"task.classes={list(classes)} must name two or more different classes")
         if not 0 <= label_smoothing < 1:
-            raise UserError(f"task.label_smoothing must be in [0, 1), found {label_smoothing}")
+            raise UserError(f"task.label_smoothing={label_smoothing:g} must be in [0, 1)")
         self.columns = (column,)
+        self.classes = tuple(classes)
         self.output_names = tuple(classes)
         self.prediction_columns = tuple(f"prob_{name}" for name in classes)
         self.num_outputs = len(classes)
@@ -66,76 +88,107 @@ class Classification(Task):
         self.focal_gamma = check_at_least("focal_gamma", focal_gamma, 0)
         self.weights = [1.0] * len(classes)
         default = "auc" if len(classes) == 2 else "balanced_accuracy"
-        tried = self.metrics(np.eye(2, len(classes)), np.arange(2.0), np.ones((1, 2)))
-        self.monitor = choose_monitor(monitor, default, tried)
+        metrics = self.metrics(np.eye(2, len(classes)), np.arange(2.0), np.ones((1, 2)))
+        self.monitor = choose_monitor(monitor, default, metrics)
 
-    def encode(self, words: Mapping[str, str]) -> Tensor:
-        """Class number, int64; -1 for an empty word."""
-        word = words[self.columns[0]]
-        if not word:
+    @classmethod
+    def examples(cls) -> list[TaskExample]:
+        """See :class:`~e2e.tasks.base.Task`."""
+        classes = ["low", "middle", "high"]
+        rows = [{"label": name} for name in classes * 3]
+        extras = {"class_weights": "balanced", "focal_gamma": 2.0, "label_smoothing": 0.1}
+        two = [row for row in rows if row["label"] != "middle"]
+        return [
+            TaskExample({"classes": classes}, rows),
+            TaskExample({"classes": classes, **extras}, rows),
+            TaskExample({"classes": ["low", "high"]}, two),
+        ]
+
+    def encode(self, cells: Mapping[str, str]) -> Tensor:
+        """Return the class number, int64; -1 for an empty cell.
+
+        Raises
+        ------
+        UserError
+            The cell is not one of the classes.
+        """
+        label = cells[self.columns[0]]
+        if not label:
             return torch.tensor(NO_LABEL)
-        if word not in self.output_names:
+        if label not in self.output_names:
             raise UserError(
-                f"label '{word}' in column '{self.columns[0]}' is none of task.classes: "
-                f"{', '.join(self.output_names)}{self._hint(word)}"
+                f"label '{label}' in column '{self.columns[0]}' is not one of task.classes: "
+                f"{', '.join(self.output_names)}{self._decimal_hint(label)}"
             )
-        return torch.tensor(self.output_names.index(word))
+        return torch.tensor(self.output_names.index(label))
 
-    def _hint(self, word: str) -> str:
-        if word.removesuffix(".0") in self.output_names:
-            return " (numbers with a point: a table with blanks was saved so; save it as text)"
-        return ""
+    def _decimal_hint(self, label: str) -> str:
+        if label.removesuffix(".0") not in self.output_names:
+            return ""
+        return (
+            "\n  a column of whole numbers with empty cells was saved as decimals;"
+            " save it as text, without '.0'"
+        )
 
     def fit(self, targets: Sequence[Tensor], cases: Sequence[str]) -> None:
-        """The classes' weights; UserError where only one class is there to learn from."""
+        """Compute the class weights.
+
+        Raises
+        ------
+        UserError
+            Fewer than two classes have training slides, or one without any needs a weight.
+        """
         counts = self._counts(targets)
-        absent = [name for name, n in zip(self.output_names, counts, strict=True) if not n]
-        if len(absent) > self.num_classes - 2:
-            alone = [name for name in self.output_names if name not in absent]
-            said = [
-                f"all training slides have {self.columns[0]}={name}: one class alone teaches nothing"
-                for name in alone
-            ]
+        pairs = list(zip(self.output_names, counts, strict=True))
+        empty = [name for name, count in pairs if not count]
+        if len(empty) > self.num_classes - 2:
+            present = [f"{self.columns[0]}={name}" for name, count in pairs if count]
+            problem = (
+                f"all training slides have {present[0]}"
+                if present
+                else "no training slide has a label"
+            )
             raise UserError(
-                f"{''.join(said) or 'no training slide has a label'}\n"
-                f"  they are of one class at most ({self.describe(targets)}):"
-                " there is nothing to tell apart\n"
-                "  look at the label table and its splits: data.columns.split, data.split_file, data.cut"
+                f"{problem}: training needs slides of two or more classes\n"
+                f"  training slides: {self.describe(targets)}\n"
+                "  check the label table and its splits: data.columns.split, data.split_file, data.cut"
             )
         if self.class_weights == "balanced":
-            if absent:
+            if empty:
                 raise UserError(
-                    f"no training slide is of class {', '.join(absent)}, so task.class_weights=balanced "
-                    "has no weight for it\n  set it to none, or take the class out of task.classes"
+                    f"no training slide is of class {', '.join(empty)}, so task.class_weights=balanced "
+                    "has no weight for it\n"
+                    "  set task.class_weights=none, or remove the class from task.classes"
                 )
             self.weights = (counts.sum() / (self.num_classes * counts)).tolist()
 
     @property
     def num_classes(self) -> int:
-        """Classes, whatever the number of outputs."""
+        """K, which differs from the number of outputs in ordinal grading."""
         return len(self.output_names)
 
     def _counts(self, targets: Sequence[Tensor]) -> NDArray[np.int64]:
+        """(K,) the number of targets of each class."""
         numbers = [int(target) for target in targets if self.is_labelled(target)]
         return np.bincount(np.array(numbers, np.int64), minlength=self.num_classes)
 
     def state(self) -> dict[str, Any]:
-        """The weight of each class."""
+        """Return the weight of each class."""
         return {"class_weights": dict(zip(self.output_names, self.weights, strict=True))}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """See :class:`Task`."""
+        """See :class:`~e2e.tasks.base.Task`."""
         self.weights = [float(state["class_weights"][name]) for name in self.output_names]
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """See :class:`Task`; 0 where the class is not known."""
+        """See :class:`~e2e.tasks.base.Task`; 0 for a missing class."""
         weights = logits.new_tensor(self.weights, dtype=torch.float32)
         number = target.nan_to_num(nan=NO_LABEL).long().clamp_min(0)
-        return self._cost(logits.float(), target) * weights[number]
+        return self._unweighted_loss(logits.float(), target) * weights[number]
 
-    def _cost(self, logits: Tensor, target: Tensor) -> Tensor:
-        """(B,) without the classes' weights."""
-        cost = F.cross_entropy(
+    def _unweighted_loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """(B,) the loss without the class weights."""
+        loss = F.cross_entropy(
             logits,
             target,
             label_smoothing=self.label_smoothing,
@@ -143,73 +196,75 @@ class Classification(Task):
             reduction="none",
         )
         if self.focal_gamma:
-            own = target.clamp_min(0).unsqueeze(1)
-            missed = -torch.expm1(logits.log_softmax(dim=-1).gather(1, own).squeeze(1))
-            # Not 0, where the slope of a power under 1 has no end.
-            cost = cost * missed.clamp_min(1e-8) ** self.focal_gamma
-        return cost
+            column = target.clamp_min(0).unsqueeze(1)
+            missed = -torch.expm1(logits.log_softmax(dim=-1).gather(1, column).squeeze(1))
+            # Not 0, where a power below 1 has an infinite slope.
+            loss = loss * missed.clamp_min(1e-8) ** self.focal_gamma
+        return loss
 
     def predict(self, logits: Tensor) -> Tensor:
-        """(B, C) probabilities."""
+        """Return the class probabilities, (B, K)."""
         return logits.float().softmax(dim=-1)
 
     def metrics(self, predicted: Array, targets: Array, weights: Array) -> Values:
         """See :mod:`e2e.metrics.values`."""
-        known = np.isfinite(targets)
-        chances, labels = predicted[known], targets[known].astype(np.int64)
+        is_labelled = np.isfinite(targets)
+        probabilities, labels = predicted[is_labelled], targets[is_labelled].astype(np.int64)
         return classification_metrics(
-            chances, labels, weights[:, known], decided=self._decide(chances)
+            probabilities, labels, weights[:, is_labelled], decided=self._decide(probabilities)
         )
 
     def figures(self, predicted: Array, targets: Array) -> list[Figure]:
         """See :func:`e2e.metrics.figures.classification_figures`."""
-        known = np.isfinite(targets)
-        chances, labels = predicted[known], targets[known].astype(np.int64)
-        return classification_figures(chances, labels, self.output_names, self._decide(chances))
+        is_labelled = np.isfinite(targets)
+        probabilities, labels = predicted[is_labelled], targets[is_labelled].astype(np.int64)
+        decided = self._decide(probabilities)
+        return classification_figures(probabilities, labels, self.output_names, decided)
 
     def _decide(self, probabilities: Array) -> NDArray[np.int64]:
-        """(n,) the class that is predicted."""
+        """(n,) the predicted class."""
         return probabilities.argmax(axis=1)
 
-    def numbers(self, target: Tensor) -> Numbers:
-        """Class number; NaN without a label."""
+    def target_values(self, target: Tensor) -> Numbers:
+        """Return the class number; NaN without a label."""
         return float(target) if self.is_labelled(target) else math.nan
 
-    def words(self, numbers: Numbers) -> list[str]:
-        """The class in the table's word."""
-        assert isinstance(numbers, float)
-        return ["" if math.isnan(numbers) else self.output_names[int(numbers)]]
+    def format_labels(self, values: Numbers) -> list[str]:
+        """Return the class as written in the label table."""
+        assert isinstance(values, float)
+        return ["" if math.isnan(values) else self.output_names[int(values)]]
 
-    def read(self, words: Sequence[str]) -> Numbers:
-        """See :class:`Task`; UserError for a word that is no class."""
-        return self.numbers(self.encode({self.columns[0]: words[0]}))
+    def parse_labels(self, cells: Sequence[str]) -> Numbers:
+        """See :class:`~e2e.tasks.base.Task`; UserError for a cell that is not a class."""
+        return self.target_values(self.encode({self.columns[0]: cells[0]}))
 
-    def shown(self, predicted: Sequence[float]) -> tuple[int, str]:
-        """The class that is predicted."""
-        top = self._top(predicted)
-        return self._output_of(top), f"{self.output_names[top]} ({predicted[top]:.2f})"
+    def heatmap_output(self, predicted: Sequence[float]) -> tuple[int, str]:
+        """Return the predicted class and its probability."""
+        number = self._predicted_class(predicted)
+        caption = f"{self.output_names[number]} ({predicted[number]:.2f})"
+        return self._output_of_class(number), caption
 
-    def of_patches(self, logits: Tensor, predicted: Sequence[float]) -> Tensor:
-        """The probability of the class that is predicted."""
-        return self.predict(logits)[:, self._top(predicted)]
+    def patch_predictions(self, logits: Tensor, predicted: Sequence[float]) -> Tensor:
+        """Return the probability of the predicted class."""
+        return self.predict(logits)[:, self._predicted_class(predicted)]
 
-    def _top(self, predicted: Sequence[float]) -> int:
+    def _predicted_class(self, predicted: Sequence[float]) -> int:
         return int(self._decide(np.array([predicted]))[0])
 
-    def _output_of(self, number: int) -> int:
-        """The output that speaks for a class."""
+    def _output_of_class(self, number: int) -> int:
+        """The output that is evidence for a class."""
         return number
 
     def group(self, target: Tensor) -> int:
-        """Its class; -1 where that is not known."""
+        """Return the class number; -1 where it is missing."""
         return int(target) if self.is_labelled(target) else NO_LABEL
 
-    def kinds(self, target: Tensor) -> list[str]:
-        """Its class."""
+    def categories(self, target: Tensor) -> list[str]:
+        """Return the class, as ``column=class``."""
         number = self.group(target)
         return [] if number == NO_LABEL else [f"{self.columns[0]}={self.output_names[number]}"]
 
     def describe(self, targets: Sequence[Tensor]) -> str:
-        """Count of each class."""
+        """Return the count of each class."""
         counts = zip(self._counts(targets), self.output_names, strict=True)
         return ", ".join(f"'{name}' {n}" for n, name in counts)

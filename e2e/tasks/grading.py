@@ -1,4 +1,4 @@
-"""Grades: classes in an order, learned as classes or as the thresholds between them."""
+"""Grading: ordered classes, learned as classes or as the thresholds between them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from e2e.errors import UserError
 from e2e.metrics.values import Array
-from e2e.tasks.base import TASKS, check_choice
+from e2e.tasks.base import TASKS, TaskExample, check_choice
 from e2e.tasks.classification import Classification
 
 LOSSES = ("ce", "coral", "corn")
@@ -21,35 +21,48 @@ LOSSES = ("ce", "coral", "corn")
 
 @TASKS.register("grading")
 class Grading(Classification):
-    """Grades 0 to C - 1; the epoch is chosen by the quadratic weighted kappa.
+    """Ordered grades 0 to K - 1, evaluated by the quadratic weighted kappa.
 
-    ``ce`` learns them as classes. The others have C - 1 outputs o_k, one for each threshold between
-    two grades, and are rank-consistent: P(y > k) never rises with k. For a bag of grade y::
+    ``ce`` learns the grades as classes. ``coral`` and ``corn`` have K - 1 outputs o_k, one for each
+    threshold between two grades, and are rank-consistent: P(y > k) never increases with k. For a bag of
+    grade y::
 
         coral   P(y > k) = sigmoid(o_0 - sum_{j=1..k} softplus(o_j))
                 loss = -sum_k ( [y > k] log P(y > k) + [y <= k] log P(y <= k) )
         corn    P(y > k | y > k - 1) = sigmoid(o_k);  P(y > k) = prod_{j<=k} sigmoid(o_j)
                 loss = -sum_{k <= y} ( [y > k] log sigmoid(o_k) + [y = k] log(1 - sigmoid(o_k)) )
 
-    The predicted grade counts the thresholds with P(y > k) > 1/2.
+    The predicted grade is the number of thresholds with P(y > k) > 1/2.
 
-    Sources: CORAL of Cao, Mirjalili & Raschka 2020, arXiv:1901.07884; CORN of Shi, Cao & Raschka
-    2021, arXiv:2111.08851. CORAL differs: there all thresholds share the last
-    layer's weights, and only their biases are learned. A head here makes its own last layer, so the
-    order is had from steps that cannot be negative; steps that do not depend on the slide are the
-    paper's model. CORN differs: its sum is not divided by the number of conditional examples; so it
-    is the negative log-likelihood of the grade.
+    Sources: CORAL, Cao, Mirjalili & Raschka 2020, arXiv:1901.07884; CORN, Shi, Cao & Raschka 2021,
+    arXiv:2111.08851. CORAL differs from the paper, where all thresholds share the weights of the last
+    layer and only their biases are learned. Here the head has its own last layer, so the order comes
+    from steps that cannot be negative; with steps that do not depend on the slide it is the paper's
+    model. CORN differs in that the sum is not divided by the number of conditional examples, which
+    makes it the negative log-likelihood of the grade.
 
-    The ABMILX recipe (arXiv:2506.02408) trains PANDA's ISUP grades with cross-entropy and reports
-    accuracy; set ``monitor=balanced_accuracy`` to select as it does.
+    The ABMILX recipe (arXiv:2506.02408) trains on PANDA's ISUP grades with cross-entropy and reports
+    accuracy; set ``monitor=balanced_accuracy`` to select epochs as it does.
 
-    Args:
-        classes: the table's words, from the lowest grade to the highest.
-        column: the table's column.
-        loss: ce, coral or corn.
-        label_smoothing: in [0, 1), with ``ce``.
-        class_weights: none or balanced; see :class:`Classification`.
-        monitor: metric that selects the epoch.
+    Parameters
+    ----------
+    classes : list of str
+        The grades as written in the label table, from the lowest to the highest.
+    column : str
+        Column of the label table that holds the grade.
+    loss : str
+        ``ce`` (cross-entropy of classes), or thresholds: ``coral`` or ``corn``.
+    label_smoothing : float
+        Label smoothing of ``ce``, in [0, 1).
+    class_weights : str
+        ``none``, or ``balanced``: each grade has the same total weight; see :class:`Classification`.
+    monitor : str
+        Metric that selects the epoch.
+
+    Raises
+    ------
+    UserError
+        An option is out of range.
     """
 
     def __init__(
@@ -72,34 +85,45 @@ class Grading(Classification):
             monitor=monitor,
         )
         if self.ordinal and label_smoothing:
-            raise UserError(f"task.label_smoothing goes with task.loss=ce, not with {loss}")
+            raise UserError(
+                f"task.label_smoothing={label_smoothing:g} does not apply to task.loss={loss}\n"
+                "  set task.loss=ce, or task.label_smoothing=0"
+            )
         self.num_outputs -= self.ordinal
 
-    def encode(self, words: Mapping[str, str]) -> Tensor:
-        """Class number as classes have it; of thresholds a float32 grade, NaN for an empty word.
+    @classmethod
+    def examples(cls) -> list[TaskExample]:
+        """See :class:`~e2e.tasks.base.Task`."""
+        grades = ["low", "middle", "high"]
+        rows = [{"label": name} for name in grades * 3]
+        variants = ({}, {"loss": "coral"}, {"loss": "corn", "class_weights": "balanced"})
+        return [TaskExample({"classes": grades, **options}, rows) for options in variants]
 
-        No output speaks for the slide's own grade then, so the target is no class number for a head
-        that asks for one.
+    def encode(self, cells: Mapping[str, str]) -> Tensor:
+        """Return the class number; for ``coral`` and ``corn`` a float32 grade, NaN for an empty cell.
+
+        Their outputs are thresholds and no output belongs to a grade, so the target must not pass for a
+        class number in heads that use one.
         """
-        number = super().encode(words)
+        number = super().encode(cells)
         if not self.ordinal:
             return number
         return number.float() if self.is_labelled(number) else torch.tensor(math.nan)
 
-    def _cost(self, logits: Tensor, target: Tensor) -> Tensor:
+    def _unweighted_loss(self, logits: Tensor, target: Tensor) -> Tensor:
         if not self.ordinal:
-            return super()._cost(logits, target)
+            return super()._unweighted_loss(logits, target)
         grade = target.unsqueeze(1)
         threshold = torch.arange(self.num_outputs, device=logits.device)
         levels = logits if self.conditional else ordered_levels(logits)
-        cost = F.binary_cross_entropy_with_logits(
+        loss = F.binary_cross_entropy_with_logits(
             levels, (grade > threshold).float(), reduction="none"
         )
         counts = grade >= threshold if self.conditional else grade.isfinite()
-        return torch.where(counts, cost, 0.0).sum(dim=1)
+        return torch.where(counts, loss, 0.0).sum(dim=1)
 
     def predict(self, logits: Tensor) -> Tensor:
-        """(B, C) probabilities of the grades."""
+        """Return the probabilities of the grades, (B, K)."""
         if not self.ordinal:
             return super().predict(logits)
         if self.conditional:
@@ -113,11 +137,11 @@ class Grading(Classification):
             return super()._decide(probabilities)
         return (probabilities.cumsum(axis=1)[:, :-1] < 0.5).sum(axis=1)
 
-    def _output_of(self, number: int) -> int:
+    def _output_of_class(self, number: int) -> int:
         return max(0, number - 1) if self.ordinal else number
 
 
 def ordered_levels(outputs: Tensor) -> Tensor:
-    """(B, K) any numbers -> (B, K) logits that never rise along K."""
+    """Return logits that never increase along the last dimension, (B, K) for any (B, K) numbers."""
     first, steps = outputs[:, :1], F.softplus(outputs[:, 1:])
     return torch.cat([first, first - steps.cumsum(dim=1)], dim=1)

@@ -14,74 +14,109 @@ from torch import Tensor
 from e2e.errors import UserError
 from e2e.metrics.figures import Figure, regression_figures
 from e2e.metrics.values import Array, Values, regression_metrics
-from e2e.tasks.base import TASKS, Task, check_choice, choose_monitor
+from e2e.tasks.base import TASKS, Task, TaskExample, check_choice, choose_monitor
 
 LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
 
 
 @TASKS.register("regression")
 class Regression(Task):
-    """One output z; the prediction is mean + sd z, of mean and standard deviation in training.
+    """One output z; the prediction is mean + sd z, with mean and standard deviation of the training slides.
 
-    The loss is taken of (target - mean) / sd, so that rates and ``huber``'s bend (at 1) do not
-    depend on the unit.
+    The loss is that of z against (target - mean) / sd, so that learning rates and the threshold of
+    ``huber`` (1) do not depend on the unit.
 
-    Args:
-        column: the table's column of numbers.
-        loss: mse, mae or huber.
-        monitor: metric that selects the epoch.
+    Parameters
+    ----------
+    column : str
+        Column of the label table that holds the number.
+    loss : str
+        Loss on the standardised number: ``mse``, ``mae`` or ``huber``.
+    monitor : str
+        Metric that selects the epoch.
+
+    Raises
+    ------
+    UserError
+        An option is out of range.
     """
 
     num_outputs = 1
     prediction_columns = ("predicted",)
-    tie_break = "mae"
+    tie_break_metric = "mae"
 
     def __init__(self, *, column: str = "label", loss: str = "mse", monitor: str = "rmse") -> None:
         self.columns = self.output_names = (column,)
-        self._cost = LOSSES[check_choice("loss", loss, tuple(LOSSES))]
+        self._elementwise_loss = LOSSES[check_choice("loss", loss, tuple(LOSSES))]
         names = regression_metrics(np.zeros(0), np.zeros(0), np.ones((1, 0)))
         self.monitor = choose_monitor(monitor, "rmse", names)
         self.mean, self.sd = 0.0, 1.0
 
-    def encode(self, words: Mapping[str, str]) -> Tensor:
-        """The number, float64."""
-        word = words[self.columns[0]]
+    @classmethod
+    def examples(cls) -> list[TaskExample]:
+        """See :class:`~e2e.tasks.base.Task`."""
+        rows = [{"label": number} for number in ("1.5", "-2", "3e2", "0", "7", "11")]
+        return [TaskExample({}, rows), TaskExample({"loss": "huber"}, rows)]
+
+    def encode(self, cells: Mapping[str, str]) -> Tensor:
+        """Return the number, float64; NaN for an empty cell.
+
+        Raises
+        ------
+        UserError
+            The cell is not a finite number.
+        """
+        cell = cells[self.columns[0]]
         try:
-            number = float(word) if word else math.nan
-            if word and not math.isfinite(number):
-                raise ValueError(word)
+            number = float(cell) if cell else math.nan
+            if cell and not math.isfinite(number):
+                raise ValueError(cell)
         except ValueError:
-            hint = " (write decimals with a point)" if "," in word else ""
-            raise UserError(f"'{word}' in column '{self.columns[0]}' is no number{hint}") from None
+            hint = "\n  write decimals with a point" if "," in cell else ""
+            raise UserError(
+                f"'{cell}' in column '{self.columns[0]}' is not a number{hint}"
+            ) from None
         return torch.tensor(number, dtype=torch.float64)
 
     def fit(self, targets: Sequence[Tensor], cases: Sequence[str]) -> None:
-        """Mean and standard deviation."""
-        known = np.array([float(target) for target in targets if self.is_labelled(target)])
-        if len(set(known)) < 2:  # the deviation of equal numbers may be a rounding error
+        """Compute mean and standard deviation.
+
+        Raises
+        ------
+        UserError
+            The training slides have fewer than two different numbers.
+        """
+        numbers = self._labelled(targets)
+        if len(set(numbers)) < 2:  # the deviation of equal numbers may be a rounding error
             raise UserError(
-                f"the training slides have {len(set(known))} different number(s) in column "
-                f"'{self.columns[0]}', so there is nothing to learn"
+                f"column '{self.columns[0]}' has {len(set(numbers))} different number(s) on the training "
+                "slides: training needs two or more\n  check task.column and the splits"
             )
-        self.mean, self.sd = float(known.mean()), float(known.std())
+        self.mean, self.sd = float(numbers.mean()), float(numbers.std())
+
+    def _labelled(self, targets: Sequence[Tensor]) -> Array:
+        """The numbers that are not missing."""
+        return np.array([float(target) for target in targets if self.is_labelled(target)])
 
     def state(self) -> dict[str, Any]:
-        """Mean and standard deviation."""
+        """Return mean and standard deviation."""
         return {"mean": self.mean, "sd": self.sd}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """See :class:`Task`."""
+        """See :class:`~e2e.tasks.base.Task`."""
         self.mean, self.sd = float(state["mean"]), float(state["sd"])
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """See :class:`Task`; 0 where there is no number."""
+        """See :class:`~e2e.tasks.base.Task`; 0 for a missing number."""
         scaled = ((target - self.mean) / self.sd).float()
-        known = scaled.isfinite()
-        cost = self._cost(logits[:, 0].float(), torch.where(known, scaled, 0.0), reduction="none")
-        return torch.where(known, cost, 0.0)
+        is_labelled = scaled.isfinite()
+        loss = self._elementwise_loss(
+            logits[:, 0].float(), torch.where(is_labelled, scaled, 0.0), reduction="none"
+        )
+        return torch.where(is_labelled, loss, 0.0)
 
     def predict(self, logits: Tensor) -> Tensor:
-        """(B, 1) the number, float64: a large mean leaves few digits in single precision."""
+        """Return the number, (B, 1) float64: beside a large mean float32 would leave few digits."""
         return self.mean + self.sd * logits.double()
 
     def metrics(self, predicted: Array, targets: Array, weights: Array) -> Values:
@@ -90,21 +125,21 @@ class Regression(Task):
 
     def figures(self, predicted: Array, targets: Array) -> list[Figure]:
         """See :func:`e2e.metrics.figures.regression_figures`."""
-        known = np.isfinite(targets)
-        return regression_figures(predicted[known, 0], targets[known], self.columns[0])
+        is_labelled = np.isfinite(targets)
+        return regression_figures(predicted[is_labelled, 0], targets[is_labelled], self.columns[0])
 
-    def shown(self, predicted: Sequence[float]) -> tuple[int, str]:
-        """The number."""
+    def heatmap_output(self, predicted: Sequence[float]) -> tuple[int, str]:
+        """Return the one output and the predicted number."""
         return 0, f"{predicted[0]:.4g}"
 
     def group(self, target: Tensor) -> int:
-        """All alike."""
+        """Return 0: all slides are of one group."""
         return 0
 
     def describe(self, targets: Sequence[Tensor]) -> str:
-        """Mean, standard deviation and range."""
-        known = np.array([float(target) for target in targets if self.is_labelled(target)])
-        if not len(known):
+        """Return mean, standard deviation and range."""
+        numbers = self._labelled(targets)
+        if not len(numbers):
             return "no label"
-        ends = f"{known.min():.4g} to {known.max():.4g}"
-        return f"{known.mean():.4g} +- {known.std():.4g}, {ends}"
+        ends = f"{numbers.min():.4g} to {numbers.max():.4g}"
+        return f"{numbers.mean():.4g} +- {numbers.std():.4g}, {ends}"

@@ -1,7 +1,7 @@
-"""Checkpoints: one safetensors file each, written whole or not at all; no pickle.
+"""Checkpoints: one safetensors file each, written completely or not at all, without pickle.
 
 Tensors are named ``model.*``, ``ema.*`` and ``optimizer.<parameter>.<slot>``; counters and scores
-are JSON in the file's metadata. Weights, average and counters are free of the strategy.
+are JSON in the file's metadata. Nothing in it depends on the strategy that trained the model.
 """
 
 from __future__ import annotations
@@ -23,13 +23,48 @@ Tensors = dict[str, Tensor]
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write ``tensors`` and ``state`` (JSON values)."""
+    """Write a checkpoint; the one before it stays until the new one is complete.
+
+    Parameters
+    ----------
+    path
+        The safetensors file.
+    tensors
+        On any device.
+    state
+        JSON values.
+
+    Raises
+    ------
+    UserError
+        The disk is full, or the file cannot be written.
+    """
     packed = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     write_atomically(path, save(packed, {"state": json.dumps(state)}))
 
 
 def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """What :func:`save_checkpoint` wrote; DamagedDataError when the file is not whole."""
+    """Read what :func:`save_checkpoint` wrote.
+
+    Parameters
+    ----------
+    path
+        The safetensors file.
+
+    Returns
+    -------
+    tensors
+        On the CPU.
+    state
+        JSON values.
+
+    Raises
+    ------
+    UserError
+        There is no such file.
+    DamagedDataError
+        The file is damaged, or not a checkpoint.
+    """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
@@ -37,30 +72,45 @@ def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
             state = json.loads((file.metadata() or {})["state"])
             return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise DamagedDataError(f"{path} is no checkpoint of this program: {error}") from error
+        raise DamagedDataError(f"{path} is not a checkpoint of this program: {error}") from error
 
 
 def add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
-    """Names with ``prefix.`` before them."""
+    """Return the tensors with ``prefix.`` before their names."""
     return {f"{prefix}.{name}": value for name, value in tensors.items()}
 
 
 def select_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:
-    """The tensors under ``prefix.``, without it."""
+    """Return the tensors whose names start with ``prefix.``, under the rest of their names."""
     start = f"{prefix}."
     return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
 
 
 def check_weights(
-    wanted: Mapping[str, torch.Size], weights: Mapping[str, Tensor], source: Path
+    shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor], source: Path
 ) -> None:
-    """UserError naming what of ``weights`` does not fit a model of the ``wanted`` shapes."""
-    faults = [f"missing: {k}" for k in wanted.keys() - weights.keys()]
-    faults += [f"unknown: {k}" for k in weights.keys() - wanted.keys()]
+    """Check that weights fit a model.
+
+    Parameters
+    ----------
+    shapes
+        Name -> shape of each tensor in the model; see :attr:`e2e.parallel.base.Strategy.shapes`.
+    weights
+        Name -> full tensor.
+    source
+        The file they come from, for the message.
+
+    Raises
+    ------
+    UserError
+        Tensors are missing, unknown or of another shape; lists them.
+    """
+    faults = [f"missing: {k}" for k in shapes.keys() - weights.keys()]
+    faults += [f"unknown: {k}" for k in weights.keys() - shapes.keys()]
     faults += [
-        f"{k}: {tuple(weights[k].shape)} in the file, {tuple(wanted[k])} in the model"
-        for k in wanted.keys() & weights.keys()
-        if weights[k].shape != wanted[k]
+        f"{k}: {tuple(weights[k].shape)} in the file, {tuple(shapes[k])} in the model"
+        for k in shapes.keys() & weights.keys()
+        if weights[k].shape != shapes[k]
     ]
     if faults:
         raise UserError(f"{source} does not fit the model\n{format_list(sorted(faults))}")

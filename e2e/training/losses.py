@@ -1,4 +1,4 @@
-"""The loss of an update: task, head and regularisers, over all ranks."""
+"""The loss of an update, over all ranks: task, head and regularisers; and what heads remember of it."""
 
 from __future__ import annotations
 
@@ -19,99 +19,138 @@ from e2e.tasks.base import Task
 
 
 def bag_losses(strategy: Strategy, bag: Bag, task: Task, progress: float = 0.0) -> Tensor:
-    """(B,) weighted loss of each of this rank's bags: task, head and regularisers together.
+    """Return the weighted loss of each of this rank's bags: task, head and regularisers together.
 
-    Of a task that compares the bags of an update (``whole_update``) each bag has an equal part.
+    The gradient of the sum over bags and ranks, divided by the number of bags on all ranks, is that of
+    the update; a mean of the ranks' means would be wrong on ragged batches. For a task that compares the
+    bags of an update (``loss_couples_bags``) each bag has an equal part. The head is also shown the outputs
+    (:meth:`e2e.heads.base.Head.record_bags`).
 
-    The gradient of the sum over bags and ranks, over the number of bags on all ranks, is the
-    update's: a mean of ranks' means would be wrong on ragged batches. ``progress`` is the share of
-    the training that is done, by which regularisers are weighted.
+    Parameters
+    ----------
+    strategy
+        That of the training; its model is called on the bag.
+    bag
+        This rank's bags of the update.
+    task
+        Gives the loss of the logits.
+    progress
+        Fraction of the training that is done, 0 to 1, which regularisers are weighted by.
+
+    Returns
+    -------
+    Tensor
+        (B,).
     """
     outputs = strategy.module(bag, strategy.device, strategy)
     target, weight = bag.target.to(strategy.device), bag.weight.to(strategy.device)
     logits = torch.cat([output.logits for output in outputs])
     ends = list(accumulate(len(output.logits) for output in outputs))
-    single = _no_single_bags if task.whole_update else task.loss
+    loss_of_bag = _no_loss_of_single_bags if task.loss_couples_bags else task.loss
     extra = [
-        _extra(strategy.model, output, target[start:stop], single, bag.coords[start:stop], progress)
+        _extra_losses(
+            strategy.model,
+            output,
+            target[start:stop],
+            loss_of_bag,
+            bag.coords[start:stop],
+            progress,
+        )
         for output, start, stop in zip(outputs, [0, *ends], ends, strict=False)
     ]
     with torch.no_grad():
         head: Head = strategy.model.head  # pyright: ignore[reportAssignmentType]
-        head.remember(outputs, target, partial(_rows_of_update, strategy, bag))
-    if task.whole_update:
-        return _part_of_update(strategy, bag, logits, task) + torch.cat(extra) * weight
+        head.record_bags(outputs, target, partial(_gather_update, strategy, bag))
+    if task.loss_couples_bags:
+        return _parts_of_update_loss(strategy, bag, logits, task) + torch.cat(extra) * weight
     return (task.loss(logits, target) + torch.cat(extra)) * weight
 
 
 def check_losses(model: MILModel, task: Task, target: Tensor, device: torch.device) -> None:
-    """UserError where the head's own loss, or a regulariser, cannot take what the task makes of a label.
+    """Check that the head's own loss and the regularisers work with the task's targets.
 
-    On two patches of zeros and before any step, so that nobody waits for the first to be told.
+    It is computed on two patches of zeros, so that a mistake shows up before the first step.
+
+    Parameters
+    ----------
+    model
+        Its head is put into training mode.
+    task
+        Gives the loss of the logits.
+    target
+        The target of one bag, as the task makes it of a label.
+    device
+        That of the model.
+
+    Raises
+    ------
+    UserError
+        A loss does not accept the target.
     """
-    single = _no_single_bags if task.whole_update else task.loss
-    places = torch.tensor([[0, 0], [256, 0]], device=device)
+    loss_of_bag = _no_loss_of_single_bags if task.loss_couples_bags else task.loss
+    coords = torch.tensor([[0, 0], [256, 0]], device=device)
     features = torch.zeros(1, 2, model.encoder.dim, device=device)
     with torch.no_grad(), torch.random.fork_rng([]):
-        output = model.head.train()(features, features[..., 0] == 0, places[None])
-        _extra(model, output, target[None].to(device), single, [places], 0.0)
+        output = model.head.train()(features, features[..., 0] == 0, coords[None])
+        _extra_losses(model, output, target[None].to(device), loss_of_bag, [coords], 0.0)
 
 
-def _part_of_update(strategy: Strategy, bag: Bag, logits: Tensor, task: Task) -> Tensor:
-    """(B,) equal parts of this rank's 1/world_size of a loss that sees all bags of the update.
+def _parts_of_update_loss(strategy: Strategy, bag: Bag, logits: Tensor, task: Task) -> Tensor:
+    """Return (B,) equal parts of this rank's 1/world_size of a loss that sees all bags of the update.
 
-    Every rank gathers the logits of all, has the same loss of them, and sends to its own rows their
-    gradient of it (:meth:`Strategy.gather_rows`). A bag that several ranks have, each with its share
-    of the weight, is one again before the loss; one of weight 0 is none. The ranks tell each other
-    which bags they have: the host waits for that once an update.
+    Every rank gathers the logits of all, computes the same loss of them, and sends their gradient to
+    its own rows (:meth:`Strategy.gather_rows`). A bag that several ranks have, each with its fraction
+    of the weight, is merged before the loss; one of weight 0 does not count. Ranks exchange which bags
+    they have, which the host waits for once per update.
     """
-    told = strategy.gather_objects((bag.seeds, bag.weight, bag.target))
-    rows = strategy.gather_rows(logits.float(), [len(seeds) for seeds, _, _ in told])
-    keys = [seed for seeds, _, _ in told for seed in seeds]
-    bags = list(dict.fromkeys(keys))
-    merge = torch.zeros(len(bags), len(keys))
-    merge[[bags.index(key) for key in keys], range(len(keys))] = torch.cat([w for _, w, _ in told])
-    target = torch.cat([t for _, _, t in told])[[keys.index(key) for key in bags]]
+    bags_of_ranks = strategy.gather_objects((bag.seeds, bag.weight, bag.target))
+    rows = strategy.gather_rows(logits.float(), [len(seeds) for seeds, _, _ in bags_of_ranks])
+    row_seeds = [seed for seeds, _, _ in bags_of_ranks for seed in seeds]
+    bag_seeds = list(dict.fromkeys(row_seeds))
+    merge = torch.zeros(len(bag_seeds), len(row_seeds))
+    weights = torch.cat([rank_weights for _, rank_weights, _ in bags_of_ranks])
+    merge[[bag_seeds.index(seed) for seed in row_seeds], range(len(row_seeds))] = weights
+    targets = torch.cat([rank_targets for _, _, rank_targets in bags_of_ranks])
+    target = targets[[row_seeds.index(seed) for seed in bag_seeds]]
     losses = task.loss(merge.to(rows.device) @ rows, target.to(rows.device))
     return (losses.sum() / (strategy.world_size * len(bag))).expand(len(bag))
 
 
-def _rows_of_update(strategy: Strategy, bag: Bag, rows: Sequence[Tensor]) -> list[Tensor]:
-    """See :data:`e2e.heads.base.OfUpdate`: each bag once, in the order of the seeds."""
-    told = strategy.gather_objects((bag.seeds, bag.weight, [part.cpu() for part in rows]))
-    found = {
+def _gather_update(strategy: Strategy, bag: Bag, rows: Sequence[Tensor]) -> list[Tensor]:
+    """See :data:`e2e.heads.base.GatherBags`: each bag once, in the order of the seeds."""
+    rows_of_ranks = strategy.gather_objects((bag.seeds, bag.weight, [part.cpu() for part in rows]))
+    rows_of_bag = {
         seed: [part[number] for part in parts]
-        for seeds, weights, parts in told
+        for seeds, weights, parts in rows_of_ranks
         for number, seed in enumerate(seeds)
         if weights[number] > 0
     }
-    ordered = zip(*(found[seed] for seed in sorted(found)), strict=True)
-    return [torch.stack(part).to(strategy.device) for part in ordered]
+    columns = zip(*(rows_of_bag[seed] for seed in sorted(rows_of_bag)), strict=True)
+    return [torch.stack(column).to(strategy.device) for column in columns]
 
 
-def _no_single_bags(logits: Tensor, target: Tensor) -> Tensor:
+def _no_loss_of_single_bags(logits: Tensor, target: Tensor) -> Tensor:
     raise UserError(
-        "the head's own loss takes the task's loss of single bags, and this task's compares all bags "
-        "of an update\n  give that part of the head the weight 0 where it has one "
-        "(head.aux_weight), or choose another head or task.loss"
+        "the head's own loss needs the task's loss of single bags, but this task's loss compares all bags "
+        "of an update\n  Set head.aux_weight=0 where the head has it, or choose another head or task.loss."
     )
 
 
-def _extra(
+def _extra_losses(
     model: nn.Module,
     output: HeadOutput,
     target: Tensor,
-    loss: BagLoss,
-    places: Sequence[Tensor | None],
+    loss_of_bag: BagLoss,
+    bag_coords: Sequence[Tensor | None],
     progress: float,
 ) -> Tensor:
-    """(B,) what head and regularisers add to the loss of the B bags of ``output``."""
+    """Return (B,) what head and regularisers add to the loss of the B bags of ``output``."""
     head: Head = model.head  # pyright: ignore[reportAssignmentType]
     zero = output.logits.new_zeros(len(output.logits), dtype=torch.float32)
-    own = head.aux_loss(output, target, loss)
-    added = zero if own is None else zero + own
+    head_loss = head.aux_loss(output, target, loss_of_bag)
+    extra = zero if head_loss is None else zero + head_loss
     regularisers: Iterable[Regulariser] = model.regularisers  # pyright: ignore[reportAssignmentType]
-    coords = pad_coords(places, zero.device) if model.regularisers else None
+    coords = pad_coords(bag_coords, zero.device) if model.regularisers else None
     for regulariser in regularisers:
-        added = added + regulariser.weight.at(progress) * regulariser(output, target, coords)
-    return added
+        extra = extra + regulariser.weight.at(progress) * regulariser(output, target, coords)
+    return extra

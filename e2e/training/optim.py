@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from e2e.encoders.base import Encoder
+from e2e.parallel.base import move_averages
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
     "sgd": partial(torch.optim.SGD, momentum=0.9),
 }
-"""AdamW decays the weights beside the gradient's step; the others add the decay to the gradient (L2)."""
+"""Name -> constructor. AdamW decouples weight decay from the gradient; the others add it to it (L2)."""
 
 SCHEDULES = ("cosine", "constant")
+"""Names of learning-rate schedules; see :func:`learning_rate`."""
 
 
 def build_optimizer(
@@ -30,29 +32,38 @@ def build_optimizer(
     layer_decay: float = 1.0,
     name: str = "adamw",
 ) -> torch.optim.Optimizer:
-    """An optimiser over what ``model`` trains, in groups that each know their share of the rate.
+    """Build the optimiser of the model's trained parameters, in groups with a learning rate each.
 
-    A group's ``lr_scale`` is its rate over the head's: the trainer sets ``lr`` to the schedule's
-    rate times that. Vectors and scalars (biases, norms, ABMILX's alpha) are not decayed, nor what
-    the encoder names. The groups follow from the parameters' names and shapes alone, so they are
-    the same on every rank and under FSDP2.
+    A group's ``lr_scale`` is its learning rate divided by the head's: the trainer sets ``lr`` to the
+    schedule's rate times that. Vectors and scalars (biases, norms, ABMILX's alpha) have no weight decay, nor
+    do the parameters that the encoder names. The groups depend on names and shapes of the parameters only, so
+    they are the same on every rank and under FSDP2.
 
-    Args:
-        model: its ``encoder``, if it has one, says how deep each parameter lies.
-        lr: of the head, and of the encoder unless said otherwise.
-        encoder_lr: of the encoder's last layer; None: ``lr``.
-        layer_decay: each layer of the encoder learns at this fraction of the one above it.
-        name: of :data:`OPTIMIZERS`.
+    Parameters
+    ----------
+    model
+        If its ``encoder`` is an :class:`~e2e.encoders.base.Encoder`, that gives the layer of each parameter.
+    lr
+        Learning rate of the head, and of the encoder unless ``encoder_lr`` is given.
+    weight_decay
+        For matrices and kernels.
+    encoder_lr
+        Learning rate of the encoder's last layer; None for ``lr``.
+    layer_decay
+        Learning rate of each layer of the encoder divided by that of the layer above it.
+    name
+        A key of :data:`OPTIMIZERS`.
     """
     scales = learning_rate_scales(
         model, encoder=1.0 if encoder_lr is None else encoder_lr / lr, layer_decay=layer_decay
     )
-    undecayed = _undecayed(model)
+    encoder = _encoder_of(model)
+    undecayed = set() if encoder is None else {f"encoder.{n}" for n in encoder.no_weight_decay()}
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
-            free = parameter.ndim < 2 or parameter.numel() == 1 or key in undecayed
-            groups.setdefault((scales[key], free), []).append(parameter)
+            no_decay = parameter.ndim < 2 or parameter.numel() == 1 or key in undecayed
+            groups.setdefault((scales[key], no_decay), []).append(parameter)
     # FSDP2 has no fused SGD: "aten._fused_sgd_ does not have a sharding strategy" (PyTorch 2.14).
     fused = name != "sgd" and _has_fused_kernel(model)
     return OPTIMIZERS[name](
@@ -61,9 +72,9 @@ def build_optimizer(
                 "params": parameters,
                 "lr": lr * scale,
                 "lr_scale": scale,
-                "weight_decay": 0.0 if free else weight_decay,
+                "weight_decay": 0.0 if no_decay else weight_decay,
             }
-            for (scale, free), parameters in groups.items()
+            for (scale, no_decay), parameters in groups.items()
         ],
         lr=lr,
         fused=fused,
@@ -74,26 +85,40 @@ def build_optimizer(
 def learning_rate_scales(
     model: nn.Module, *, encoder: float, layer_decay: float
 ) -> dict[str, float]:
-    """Parameter name -> its learning rate over the head's.
+    """Return the learning rate of each parameter divided by the head's.
 
     The encoder's last layer has ``encoder``, each layer below it ``layer_decay`` times the one
     above (Clark et al. 2020, arXiv 2003.10555; BEiT, arXiv 2106.08254).
+
+    Parameters
+    ----------
+    model
+        Parameters outside its encoder have 1.
+    encoder
+        For the encoder's last layer.
+    layer_decay
+        Factor from one layer to the one below.
+
+    Returns
+    -------
+    dict
+        Name of the parameter -> factor.
     """
     scales = {name: 1.0 for name, _ in model.named_parameters()}
-    part = getattr(model, "encoder", None)
-    if isinstance(part, Encoder):
-        for depth, names in enumerate(reversed(part.layers())):
+    network = _encoder_of(model)
+    if network is not None:
+        for depth, names in enumerate(reversed(network.layers())):
             scales |= {f"encoder.{name}": encoder * layer_decay**depth for name in names}
     return scales
 
 
-def _undecayed(model: nn.Module) -> set[str]:
-    part = getattr(model, "encoder", None)
-    return {f"encoder.{n}" for n in part.undecayed()} if isinstance(part, Encoder) else set()
+def _encoder_of(model: nn.Module) -> Encoder | None:
+    encoder = dict(model.named_children()).get("encoder")
+    return encoder if isinstance(encoder, Encoder) else None
 
 
 def _has_fused_kernel(model: nn.Module) -> bool:
-    """Whether one kernel does a whole step; else it takes a few over lists of tensors."""
+    """Whether one kernel does a full step; otherwise it takes several over lists of tensors."""
     return all(
         parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point()
         for parameter in model.parameters()
@@ -109,12 +134,24 @@ def learning_rate(
     final: float = 0.0,
     schedule: str = "cosine",
 ) -> float:
-    """Linear warm-up over ``warmup`` steps; then a cosine to ``final`` at the last of ``steps``, or ``peak``.
+    """Return the learning rate of a step: linear warm-up, then a cosine or a constant.
 
-    A function of the 0-based step alone: there is no schedule state to save.
+    It depends on the step only, so there is no schedule state to save.
 
-    Args:
-        schedule: of :data:`SCHEDULES`.
+    Parameters
+    ----------
+    step
+        From 0.
+    peak
+        Highest rate.
+    warmup
+        Steps of linear warm-up.
+    steps
+        Number of steps in all.
+    final
+        Rate of a cosine's last step.
+    schedule
+        One of :data:`SCHEDULES`: half a cosine from ``peak`` to ``final``, or ``peak`` throughout.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -125,30 +162,35 @@ def learning_rate(
 
 
 class MovingAverage:
-    """Exponential moving average of parameters and float buffers, moved once an optimiser step.
+    """Exponential moving average of parameters and float buffers, moved once per optimiser step.
 
-    The decay warms up as min(decay, (1 + t) / (10 + t)): a fixed 0.9999 over 100 steps would still
-    be the start weights.
+    The decay warms up as min(decay, (1 + t) / (10 + t)): with a fixed 0.9999, the average after 100 steps
+    would still be the initial weights.
 
-    Args:
-        state: names -> tensors to be averaged; a rank may give its pieces of them.
+    Parameters
+    ----------
+    state
+        Name -> tensor to average; a rank may pass its shards.
+    decay
+        Weight of the old average, 0 to 1.
     """
 
     def __init__(self, state: Mapping[str, Tensor], decay: float) -> None:
         self.decay = decay
         self.state = {name: value.detach().clone() for name, value in state.items()}
 
-    @torch.no_grad()
     def update(self, state: Mapping[str, Tensor], step: int, good: Tensor) -> None:
-        """Move towards ``state`` after optimiser step number ``step`` (0-based), if it was ``good``.
+        """Move the average towards ``state`` after an optimiser step.
 
-        ``good`` is a 0-d bool on the device, so that the host need not wait for it.
+        Parameters
+        ----------
+        state
+            Name -> tensor, as in the constructor.
+        step
+            Number of the step, from 0.
+        good
+            0-d bool on the device, so that the host need not wait for it. False: the step was skipped, and
+            nothing moves.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
-        floats = [name for name, value in state.items() if value.is_floating_point()]
-        for name in state.keys() - set(floats):
-            self.state[name].copy_(state[name])
-        ours = [self.state[name] for name in floats]
-        moves = torch._foreach_sub([state[name] for name in floats], ours)  # pyright: ignore
-        torch._foreach_mul_(moves, (1 - decay) * good.to(torch.float32))  # pyright: ignore
-        torch._foreach_add_(ours, moves)  # pyright: ignore
+        move_averages(self.state, state, decay, good)

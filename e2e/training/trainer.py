@@ -1,4 +1,4 @@
-"""The loop: updates, validation, the best epoch, early stopping, checkpoints."""
+"""The training loop: updates, validation, the best epoch, early stopping, checkpoints."""
 
 from __future__ import annotations
 
@@ -34,85 +34,121 @@ from e2e.training.losses import bag_losses
 from e2e.training.optim import MovingAverage, build_optimizer, learning_rate
 
 LAST = "last.safetensors"
-"""In a run's folder: where it stopped."""
-MUCH_WAITING = 0.05
-"""Share of the time spent waiting for pixels from which on the screen says so."""
+"""File in a run's folder: the state to resume from."""
+NOTABLE_WAITING = 0.05
+"""Fraction of the time spent waiting for pixels from which on the progress line shows it."""
 
 Validate = Callable[[MILModel], dict[str, float | None]]
+"""Evaluates the model on the validation split: metric -> value, None where undefined."""
 ScorePatches = Callable[[MILModel], dict[str, Tensor]]
-"""Slide -> (N,) what each patch of a training slide is worth to the model."""
+"""Slide -> (N,) the model's score of each patch of a training slide."""
 
 
 @dataclass
 class Progress:
-    """The counters of a run; with the weights, all that a stopped run needs to go on."""
+    """The counters of a run; with the weights, all that a stopped run needs to continue."""
 
     epoch: int = 0
+    """Number of the current epoch, from 0."""
     update: int = 0
     """Updates done in this epoch."""
     step: int = 0
     """Optimiser steps done in all."""
     loss_sum: float = 0.0
-    """Of this epoch's good updates."""
+    """Sum of the losses of this epoch's good updates."""
     losses: int = 0
-    """How many those are."""
+    """Number of this epoch's good updates."""
     best: tuple[float, float] | None = None
     """The :meth:`e2e.tasks.base.Task.selection_key` of the best validation."""
     best_epoch: int | None = None
+    """Number of the best epoch, from 0."""
     stale: int = 0
     """Validations since the best one."""
     finished: bool = False
+    """Whether training is over."""
     bad_steps: int = 0
     """Steps that were skipped because loss or gradient was not finite."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast; the fields are the settings of the same names."""
+    """How long and how fast to train; most fields are the settings of the same names."""
 
     lr: float
+    """Peak learning rate of the head."""
     weight_decay: float
+    """Weight decay of matrices and kernels."""
     epochs: int
+    """Most epochs."""
     warmup_epochs: float
+    """Epochs of linear warm-up of the learning rate."""
     clip: float | None
+    """Largest joint L2 norm of the gradients; None for no limit."""
     ema: float
+    """Decay of the moving average of the weights; 0 for none."""
     validate_every: int
+    """Epochs between two validations."""
     patience: int | None
+    """Validations without improvement after which training stops; None for no early stopping."""
     min_epochs: int
-    selected: str
+    """Epochs before training may stop early."""
+    selected_weights: str
     """Whose validation selects the epoch: ``model`` or ``ema``."""
     save_every: int
+    """Steps between two checkpoints within an epoch; 0 for none."""
     encoder_lr: float | None = None
+    """Peak learning rate of the encoder's last layer; None for ``lr``."""
     layer_decay: float = 1.0
+    """Layer-wise learning-rate decay factor of the encoder."""
     optimizer: str = "adamw"
+    """A key of :data:`e2e.training.optim.OPTIMIZERS`."""
     schedule: str = "cosine"
+    """One of :data:`e2e.training.optim.SCHEDULES`."""
     max_bad_steps: int = 10
+    """Skipped steps after which training fails."""
     rescore: int = 1
     """Epochs between two scorings of the patches."""
 
 
 @dataclass(frozen=True)
 class _Step:
-    """An update that is on its way; its figures are read when the next one is on its way too."""
+    """An update that was started; its metrics are read once the next one has been started too."""
 
     number: int
-    """Steps done, this one among them."""
+    """Steps done, including this one."""
     epoch: int
     lr: float
     slides: tuple[str, ...]
-    figures: Callable[[], list[float]]
+    metrics: Callable[[], list[float]]
     """Mean loss over all bags, patches on all ranks, gradient norm, whether it was good; then the
-    loss of each own bag."""
+    loss of each of this rank's bags."""
 
 
 class Trainer:
     """One training run of one model.
 
-    Args:
-        model: on the strategy's device.
-        validate: metrics of the model as it is, on the validation split.
-        score_patches: for a sampler that draws by scores; None for others.
-        folder: where best.safetensors and last.safetensors are written.
+    Parameters
+    ----------
+    model
+        On the strategy's device.
+    task
+        Gives the loss and the key that selects the best epoch.
+    loader
+        The updates of each epoch.
+    strategy
+        Not set up yet; the trainer does it.
+    schedule
+        How long and how fast to train.
+    validate
+        Evaluates the model as it is on the validation split.
+    score_patches
+        For a sampler that draws by scores; None for others.
+    folder
+        Where best.safetensors and last.safetensors are written.
+    log
+        Gets the metrics of each step and validation.
+    screen
+        Gets progress and messages.
     """
 
     def __init__(
@@ -155,7 +191,18 @@ class Trainer:
         )
 
     def fit(self) -> Progress:
-        """Train to the last epoch, or until validation has not improved for long enough."""
+        """Train to the last epoch, or until validation has not improved for long enough.
+
+        Returns
+        -------
+        Progress
+            The final counters.
+
+        Raises
+        ------
+        UserError
+            Training diverged.
+        """
         bags = self._bags()
         while not self.progress.finished:
             self._train_epoch(bags)
@@ -171,14 +218,20 @@ class Trainer:
                 losses=0,
                 finished=last or self._should_stop(epoch + 1),
             )
-            if self._wants_scores(epoch + 1) and not self.progress.finished:
-                self._score()
-                bags = self._bags()  # those that were begun go by the scores before
+            if self._should_score(epoch + 1) and not self.progress.finished:
+                self._update_patch_scores()
+                bags = self._bags()  # those that were started used the scores before
             self._save("last")
         return self.progress
 
     def resume(self) -> None:
-        """Go on from last.safetensors; a run stopped before its first one starts again."""
+        """Load last.safetensors; a run that was stopped before its first one starts from the beginning.
+
+        Raises
+        ------
+        UserError
+            The checkpoint does not fit the model, or patch scores are missing.
+        """
         path = self.folder / LAST
         if path.exists():
             tensors, state = load_checkpoint(path)
@@ -193,84 +246,83 @@ class Trainer:
                 self.average.state = self.strategy.shard(select_prefix("ema", tensors))
         if self.strategy.is_leader:
             self.log.forget_after(self.progress.step)
-        self._load_scores()
+        self._load_patch_scores()
 
     def _bags(self) -> Iterator[tuple[Bag, int]]:
-        """All updates to come; an epoch's first bag is made while the one before ends."""
-        where = {"rank": self.strategy.rank, "world_size": self.strategy.world_size}
+        """All updates to come; an epoch's first bag is prepared while the epoch before it ends."""
+        ranks = {"rank": self.strategy.rank, "world_size": self.strategy.world_size}
         start, first = self.progress.epoch, self.progress.update
         epochs = (
-            self.loader.epoch(epoch, first=first if epoch == start else 0, **where)
+            self.loader.epoch(epoch, first=first if epoch == start else 0, **ranks)
             for epoch in range(start, self.schedule.epochs)
         )
         return prefetch(chain.from_iterable(epochs), self.strategy.device, self._waiting)
 
     def _train_epoch(self, bags: Iterator[tuple[Bag, int]]) -> None:
         self.model.train()
-        total = self.loader.updates()
+        num_updates = self.loader.updates()
         self._started, self._patches, self._waiting.seconds = time.monotonic(), 0, 0.0
-        before: _Step | None = None
-        for bag, count in islice(bags, total - self.progress.update):
-            step = self._update(bag, count, total)
-            self._read(before)
-            before = step
+        previous: _Step | None = None
+        for bag, num_bags in islice(bags, num_updates - self.progress.update):
+            step = self._update(bag, num_bags, num_updates)
+            self._report_step(previous)
+            previous = step
             progress, every = self.progress, self.schedule.save_every
-            if every and progress.step % every == 0 and progress.update < total:
-                self._read(before)
-                before = None
+            if every and progress.step % every == 0 and progress.update < num_updates:
+                self._report_step(previous)
+                previous = None
                 self._save("last")
-        self._read(before)
+        self._report_step(previous)
         self.screen.pause()
 
-    def _update(self, bag: Bag, count: int, total: int) -> _Step:
-        """Start one optimiser step on ``count`` slides over all ranks, ``total`` steps an epoch."""
+    def _update(self, bag: Bag, num_bags: int, num_updates: int) -> _Step:
+        """Start one optimiser step on ``num_bags`` bags over all ranks, in an epoch of ``num_updates``."""
         strategy, progress = self.strategy, self.progress
-        lr = self._set_learning_rate(total)
+        lr = self._set_learning_rate(num_updates)
         losses = bag_losses(
-            strategy, bag, self.task, progress.step / (self.schedule.epochs * total)
+            strategy, bag, self.task, progress.step / (self.schedule.epochs * num_updates)
         )
-        loss = losses.sum() / count
+        loss = losses.sum() / num_bags
         strategy.backward(loss)
         norm, good = strategy.step()
-        self.model.batch_norm.commit(strategy.all_reduce_sum, good)
-        for module in (self.model.head, *self.model.regularisers):
-            module.after_step(good)  # pyright: ignore[reportCallIssue]
+        self.model.after_step(strategy, good)
         if self.average is not None:
             self.average.update(strategy.shards(), progress.step, good)
-        rows = sum(chunk.stop - chunk.start for chunk in bag.chunks if chunk.counts)
-        told = torch.stack([loss.detach().double(), loss.new_tensor(rows, dtype=torch.float64)])
-        strategy.all_reduce_sum(told)
+        num_patches = sum(chunk.stop - chunk.start for chunk in bag.chunks if chunk.counts)
+        loss_and_patches = torch.stack(
+            [loss.detach().double(), loss.new_tensor(num_patches, dtype=torch.float64)]
+        )
+        strategy.all_reduce_sum(loss_and_patches)
         progress.update += 1
         progress.step += 1
-        figures = torch.cat([told, norm.view(1), good.view(1), losses.detach()])
+        metrics = torch.cat([loss_and_patches, norm.view(1), good.view(1), losses.detach()])
         return _Step(
-            progress.step,
-            progress.epoch,
-            lr,
-            bag.slides,
-            to_host(figures),
+            number=progress.step,
+            epoch=progress.epoch,
+            lr=lr,
+            slides=bag.slides,
+            metrics=to_host(metrics),
         )
 
-    def _read(self, step: _Step | None) -> None:
-        """Take in the figures of a step, tell them, and look after a bad one."""
+    def _report_step(self, step: _Step | None) -> None:
+        """Read the metrics of a step, show and log them, and report a bad one."""
         if step is None:
             return
-        loss, rows, norm, good, *losses = step.figures()
-        self._patches += rows
+        loss, num_patches, norm, good, *losses = step.metrics()
+        self._patches += num_patches
         seconds = max(1e-9, time.monotonic() - self._started)
         rate, waiting = self._patches / seconds, self._waiting.seconds / seconds
         if good:
             self.progress.loss_sum += loss
             self.progress.losses += 1
         else:
-            self._count_bad(step, losses, norm)
-        total = self.schedule.epochs * self.loader.updates()
+            self._report_bad_step(step, losses, norm)
         self.screen.step(
             step.number,
-            total,
+            self.schedule.epochs * self.loader.updates(),
             f"epoch {step.epoch + 1}/{self.schedule.epochs}  loss {loss:.4f}  lr {step.lr:.2e}  "
             f"{rate:,.0f} patches/s"
-            + (f"  waiting {waiting:.0%}" if waiting > MUCH_WAITING else ""),
+            + (f"  waiting {waiting:.0%}" if waiting > NOTABLE_WAITING else ""),
         )
         if self.strategy.is_leader:
             self.log.write(
@@ -284,28 +336,29 @@ class Trainer:
                 waiting=round(waiting, 4),
             )
 
-    def _count_bad(self, step: _Step, losses: list[float], norm: float) -> None:
-        """Every rank comes here for the same step: say which slides, stop when it is too much."""
-        guilty = [s for s, v in zip(step.slides, losses, strict=True) if not math.isfinite(v)]
-        found = [s for per_rank in self.strategy.gather_objects(guilty) for s in per_rank]
-        every = [s for per_rank in self.strategy.gather_objects(step.slides) for s in per_rank]
-        whose = "loss not finite" if found else f"gradient norm {norm}, every loss finite"
-        said = f"step {step.number} skipped: {whose}\n{format_list(sorted(set(found or every)))}"
+    def _report_bad_step(self, step: _Step, losses: list[float], norm: float) -> None:
+        """Name the slides; every rank comes here for the same step. UserError after too many."""
+        bad_slides = [s for s, v in zip(step.slides, losses, strict=True) if not math.isfinite(v)]
+        bad_slides = list(chain.from_iterable(self.strategy.gather_objects(bad_slides)))
+        slides = list(chain.from_iterable(self.strategy.gather_objects(step.slides)))
+        cause = "loss not finite" if bad_slides else f"gradient norm {norm}, every loss finite"
+        names = format_list(sorted(set(bad_slides or slides)))
+        message = f"step {step.number} skipped: {cause}\n{names}"
         self.progress.bad_steps += 1
         if self.progress.bad_steps < self.schedule.max_bad_steps:
-            self.screen.say(said)
+            self.screen.say(message)
             return
         raise UserError(
-            f"training diverged: {self.progress.bad_steps} bad steps (engine.max_bad_steps), the last:\n"
-            f"{said}\n  lower optim.lr, set optim.clip, or look at these slides; then start anew"
+            f"training diverged: {self.progress.bad_steps} skipped steps (engine.max_bad_steps), the last:\n"
+            f"{message}\n  Lower optim.lr, set optim.clip, or check these slides; then train from the start."
         )
 
-    def _set_learning_rate(self, updates: int) -> float:
+    def _set_learning_rate(self, num_updates: int) -> float:
         lr = learning_rate(
             self.progress.step,
             peak=self.schedule.lr,
-            warmup=round(self.schedule.warmup_epochs * updates),
-            steps=self.schedule.epochs * updates,
+            warmup=round(self.schedule.warmup_epochs * num_updates),
+            steps=self.schedule.epochs * num_updates,
             schedule=self.schedule.schedule,
         )
         for group in self.strategy.optimizer.param_groups:
@@ -313,80 +366,83 @@ class Trainer:
         return lr
 
     def _validate(self) -> None:
-        """Judge weights and their average on the validation split; keep the best epoch."""
+        """Evaluate weights and their average on the validation split; save the best epoch."""
         self._check_finite()
-        found = {}
-        for name, shards in self._weights().items():
+        metrics = {}
+        for name, shards in self._weight_sets().items():
             with self.strategy.full_parameters(shards):
-                found[name] = self.validate(self.model)
+                metrics[name] = self.validate(self.model)
         progress = self.progress
-        selected = self.task.selection_key(found[self.schedule.selected])
-        if progress.best is None or selected > progress.best:
-            progress.best, progress.best_epoch, progress.stale = selected, progress.epoch, 0
+        selection_key = self.task.selection_key(metrics[self.schedule.selected_weights])
+        if progress.best is None or selection_key > progress.best:
+            progress.best, progress.best_epoch, progress.stale = selection_key, progress.epoch, 0
             self._save("best")
         else:
             progress.stale += 1
         loss = progress.loss_sum / progress.losses if progress.losses else None  # all were bad
-        shown = "  ".join(f"{k} {_text(v[self.task.monitor])}" for k, v in found.items())
+        monitor = self.task.monitor
+        shown = "  ".join(f"{k} {_format_value(v[monitor])}" for k, v in metrics.items())
         mark = "  *" if progress.stale == 0 else ""
         self.screen.say(
-            f"epoch {progress.epoch + 1:3d}  loss {_text(loss, 4)}  val {self.task.monitor}: {shown}{mark}"
+            f"epoch {progress.epoch + 1:3d}  loss {_format_value(loss, 4)}  val {monitor}: {shown}{mark}"
         )
         if self.strategy.is_leader:
-            self.log.write(step=progress.step, epoch=progress.epoch, train_loss=loss, val=found)
+            self.log.write(step=progress.step, epoch=progress.epoch, train_loss=loss, val=metrics)
 
-    def _wants_scores(self, epoch: int) -> bool:
+    def _should_score(self, epoch: int) -> bool:
         return self.score_patches is not None and epoch % self.schedule.rescore == 0
 
-    def _score(self) -> None:
-        """What the patches are worth from here on, by the selected weights; stored."""
+    def _update_patch_scores(self) -> None:
+        """Score the patches by the selected weights, store the scores and draw by them from here on."""
         assert self.score_patches is not None
-        with self.strategy.full_parameters(self._weights()[self.schedule.selected]):
-            found = self.score_patches(self.model)
-        wrong = [slide for slide, scores in sorted(found.items()) if not scores.isfinite().all()]
-        if wrong:
+        shards = self._weight_sets()[self.schedule.selected_weights]
+        with self.strategy.full_parameters(shards):
+            scores = self.score_patches(self.model)
+        bad_slides = [slide for slide, s in sorted(scores.items()) if not s.isfinite().all()]
+        if bad_slides:
             raise UserError(
-                f"patches cannot be drawn by scores that are not finite\n{format_list(wrong)}"
+                f"patches cannot be drawn by scores that are not finite\n{format_list(bad_slides)}"
             )
         if self.strategy.is_leader:
-            write_atomically(self._scores_file(self.progress.epoch), safetensors.torch.save(found))
-            # The one before stays: a run that is stopped before its checkpoint still needs it.
-            self._scores_file(self.progress.epoch - 2 * self.schedule.rescore).unlink(
+            write_atomically(self._scores_path(self.progress.epoch), safetensors.torch.save(scores))
+            # The one before it stays: a run that is stopped before its checkpoint still needs it.
+            self._scores_path(self.progress.epoch - 2 * self.schedule.rescore).unlink(
                 missing_ok=True
             )
-        self._use(found)
+        self._draw_by(scores)
 
-    def _load_scores(self) -> None:
-        """Those that the stopped run drew by."""
-        scored = self.progress.epoch // self.schedule.rescore * self.schedule.rescore
-        if self.score_patches is None or not scored or self.progress.finished:
+    def _load_patch_scores(self) -> None:
+        """Load the scores that the stopped run drew by."""
+        scored_epoch = self.progress.epoch // self.schedule.rescore * self.schedule.rescore
+        if self.score_patches is None or not scored_epoch or self.progress.finished:
             return
-        file = self._scores_file(scored)
-        if not file.is_file():
+        path = self._scores_path(scored_epoch)
+        if not path.is_file():
             raise UserError(
-                f"cannot go on without {file}, by which patches were drawn\n  start anew"
+                f"cannot resume without {path}, which holds the scores that patches were drawn by\n"
+                "  Train from the start."
             )
-        self._use(safetensors.torch.load_file(file))
+        self._draw_by(safetensors.torch.load_file(path))
 
-    def _scores_file(self, epoch: int) -> Path:
+    def _scores_path(self, epoch: int) -> Path:
         return self.folder / f"patch_scores_{epoch}.safetensors"
 
-    def _use(self, scores: Tensors) -> None:
-        view = replace(self.loader.view, scores={k: v.numpy() for k, v in scores.items()})
-        self.loader = replace(self.loader, view=view)
+    def _draw_by(self, scores: Tensors) -> None:
+        spec = replace(self.loader.spec, scores={k: v.numpy() for k, v in scores.items()})
+        self.loader = replace(self.loader, spec=spec)
 
     def _check_finite(self) -> None:
-        """UserError, on all ranks, when the last step made weights that are not finite."""
+        """UserError, on all ranks, if the last step made weights that are not finite."""
         values = [v for v in self.strategy.shards().values() if v.is_floating_point()]
-        bad = torch.stack([~value.isfinite().all() for value in values]).sum().double()
-        self.strategy.all_reduce_sum(bad)
-        if bad:
+        num_bad = torch.stack([~value.isfinite().all() for value in values]).sum().double()
+        self.strategy.all_reduce_sum(num_bad)
+        if num_bad:
             raise UserError(
                 f"training diverged: weights are not finite after epoch {self.progress.epoch + 1}\n"
-                "  lower optim.lr or set optim.clip, and start anew"
+                "  Lower optim.lr or set optim.clip; then train from the start."
             )
 
-    def _weights(self) -> dict[str, Tensors | None]:
+    def _weight_sets(self) -> dict[str, Tensors | None]:
         """What is evaluated and saved: the model's own weights (None), and their average."""
         average = {} if self.average is None else {"ema": self.average.state}
         return {"model": None, **average}
@@ -398,11 +454,11 @@ class Trainer:
         return self.progress.stale >= patience
 
     def _save(self, name: str) -> None:
-        """Every rank gives its pieces; the one that leads writes them."""
+        """Write a checkpoint; every rank contributes its shards, the leader writes."""
         tensors: Tensors = {}
-        for kind, shards in self._weights().items():
-            whole = self.strategy.full_tensors(self.strategy.shards() if shards is None else shards)
-            tensors |= add_prefix(kind, whole)
+        for kind, shards in self._weight_sets().items():
+            shards = self.strategy.shards() if shards is None else shards
+            tensors |= add_prefix(kind, self.strategy.full_tensors(shards))
         if name == "last":
             tensors |= add_prefix("optimizer", self.strategy.optimizer_tensors())
         if self.strategy.is_leader:
@@ -410,7 +466,18 @@ class Trainer:
 
 
 def to_host(values: Tensor) -> Callable[[], list[float]]:
-    """Start copying to the host; the function that is returned waits for it."""
+    """Start copying a tensor to the host.
+
+    Parameters
+    ----------
+    values
+        1-d, on any device.
+
+    Returns
+    -------
+    Callable
+        Waits for the copy and returns the values.
+    """
     if values.device.type != "cuda":
         return values.tolist
     copied, done = values.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -423,5 +490,5 @@ def to_host(values: Tensor) -> Callable[[], list[float]]:
     return read
 
 
-def _text(value: float | None, digits: int = 3) -> str:
+def _format_value(value: float | None, digits: int = 3) -> str:
     return "undefined" if value is None else f"{value:.{digits}f}"

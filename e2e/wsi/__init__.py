@@ -1,1 +1,1 @@
-"""Whole slides: reading, tissue, grids."""
+"""Whole-slide images: reading them, finding tissue, cutting them into patches."""

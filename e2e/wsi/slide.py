@@ -1,4 +1,4 @@
-"""Whole slides through OpenSlide: RGB patches and overviews, um per pixel, damage reported."""
+"""Read whole-slide images with OpenSlide: RGB patches, overviews and micrometres per pixel."""
 
 from __future__ import annotations
 
@@ -19,27 +19,30 @@ SUFFIXES = (
     *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".vms", ".vmu"),
     *(".scn", ".svslide", ".bif", ".dcm", ".czi"),
 )
-"""What OpenSlide 4 reads, by file name."""
+"""File names of the formats that OpenSlide 4 reads."""
 
 PLAUSIBLE_MPP = (0.02, 20.0)
-"""um/px at level 0. TIFF writers leave 72 dpi (353 um/px) where they know nothing better."""
+"""Range of um/px at level 0. TIFF writers put 72 dpi (353 um/px) if they do not know the resolution."""
 
 LEVEL_SLACK = 1.01
-"""Pyramid levels are rounded to whole pixels: a level of 4.016 serves a wish of 4."""
+"""Pyramid levels are rounded to whole pixels: a level of 4.016 is used for a downsample of 4."""
 
 BLOCK_PX = 2048
-"""Side of what an overview reads at once: slides without a pyramid must not fill the memory."""
+"""Side of the blocks an overview is read in, so that slides without a pyramid do not fill the memory."""
 
 
 class WholeSlide:
-    """One slide file, opened when first needed and once in each process.
+    """A slide file, opened when first needed, once in each process.
 
-    May be pickled and carried over a fork: only the file name travels. After an error
-    OpenSlide's own handle is dead, so it is dropped and the next call opens a new one.
+    It can be pickled and used after a fork: only the file name is carried over. After an error the
+    handle of OpenSlide is unusable, so it is dropped and the next call opens a new one.
 
-    Args:
-        path: the slide's file (for MIRAX and Hamamatsu VMS the index file beside the data).
-        mpp: um per level-0 pixel, instead of what the file says.
+    Parameters
+    ----------
+    path
+        The slide's file (for MIRAX and Hamamatsu VMS the index file beside the data).
+    mpp
+        Micrometres per level-0 pixel, in place of what the file says.
     """
 
     def __init__(self, path: Path, *, mpp: float | None = None) -> None:
@@ -55,44 +58,76 @@ class WholeSlide:
 
     @property
     def width(self) -> int:
-        """Level-0 pixels."""
+        """Width in level-0 pixels."""
         return self._open().dimensions[0]
 
     @property
     def height(self) -> int:
-        """Level-0 pixels."""
+        """Height in level-0 pixels."""
         return self._open().dimensions[1]
 
     @property
     def mpp(self) -> float:
-        """um per level-0 pixel: the override, or what the file says.
+        """Micrometres per level-0 pixel: the override, or what the file says.
 
-        Raises:
-            UserError: the file does not say, or cannot be believed.
+        Raises
+        ------
+        UserError
+            The file does not say, or its value is implausible.
         """
         return self._mpp if self._mpp is not None else _stated_mpp(self._open(), self.path)
 
     def read_patch(self, x: int, y: int, level0_px: float, patch_px: int) -> NDArray[np.uint8]:
-        """The square at (x, y), ``level0_px`` level-0 pixels wide, as (patch_px, patch_px, 3) RGB.
+        """Read a square patch.
 
-        Read from the coarsest level that is no coarser than wanted, then reduced with an
-        antialiasing filter. What lies outside the slide or was never scanned is white.
+        It is read from the coarsest level that is fine enough, then reduced with an antialiasing
+        filter. What is outside the slide or was not scanned is white.
 
-        Raises:
-            DamagedDataError: OpenSlide cannot read the place.
+        Parameters
+        ----------
+        x, y
+            Upper left corner in level-0 pixels.
+        level0_px
+            Side in level-0 pixels.
+        patch_px
+            Side of the result in pixels.
+
+        Returns
+        -------
+        ndarray of uint8
+            (patch_px, patch_px, 3) RGB.
+
+        Raises
+        ------
+        DamagedDataError
+            OpenSlide cannot read the patch.
         """
         return np.asarray(self._region(x, y, level0_px, level0_px, (patch_px, patch_px)))
 
     def overview(self, max_side: int) -> tuple[NDArray[np.uint8], float]:
-        """The whole slide, its longer side at most ``max_side`` pixels, never magnified.
+        """Read the whole slide at a low resolution; it is never magnified.
 
-        Returns:
-            (H, W, 3) uint8 and the level-0 pixels an overview pixel stands for, along both axes.
+        Parameters
+        ----------
+        max_side
+            Maximum of the longer side in pixels.
+
+        Returns
+        -------
+        image : ndarray of uint8
+            (H, W, 3) RGB.
+        scale : float
+            Level-0 pixels per pixel of the overview, along both axes.
+
+        Raises
+        ------
+        DamagedDataError
+            OpenSlide cannot read a part of the slide.
         """
         scale = max(1.0, max(self.width, self.height) / max_side)
         width, height = math.ceil(self.width / scale), math.ceil(self.height / scale)
         image = np.full((height, width, 3), 255, np.uint8)
-        step = max(1, int(BLOCK_PX * self._downsample(scale)[1] / scale))
+        step = max(1, int(BLOCK_PX * self._pick_level(scale)[1] / scale))
         for top in range(0, height, step):
             for left in range(0, width, step):
                 size = min(step, width - left), min(step, height - top)
@@ -103,7 +138,7 @@ class WholeSlide:
         return image, scale
 
     def close(self) -> None:
-        """Release the file; the next call opens it again."""
+        """Close the file; the next call opens it again."""
         if self._handle is not None and self._pid == os.getpid():
             self._handle.close()
         self._handle = None
@@ -112,27 +147,27 @@ class WholeSlide:
         return {"path": self.path, "_mpp": self._mpp, "_handle": None, "_pid": 0}
 
     def _open(self) -> openslide.OpenSlide:
-        # A handle from before a fork shares its file offset with the parent: both read rubbish.
+        # A handle opened before a fork shares its file offset with the parent, so both read garbage.
         if self._handle is None or self._pid != os.getpid():
-            self._handle, self._pid = _open(self.path), os.getpid()
+            self._handle, self._pid = _open_handle(self.path), os.getpid()
         return self._handle
 
-    def _downsample(self, wanted: float) -> tuple[int, float]:
-        """The level to read for ``wanted`` level-0 pixels a pixel, and its own downsample."""
+    def _pick_level(self, downsample: float) -> tuple[int, float]:
+        """Return the level to read for ``downsample`` level-0 pixels per pixel, and its downsample."""
         levels = self._open().level_downsamples
-        level = max(i for i, d in enumerate(levels) if i == 0 or d <= wanted * LEVEL_SLACK)
+        level = max(i for i, d in enumerate(levels) if i == 0 or d <= downsample * LEVEL_SLACK)
         return level, levels[level]
 
     def _region(
         self, x: int, y: int, width: float, height: float, size: tuple[int, int]
     ) -> Image.Image:
-        """The box at (x, y), ``width`` x ``height`` level-0 pixels, as RGB of ``size`` (w, h)."""
-        level, downsample = self._downsample(min(width / size[0], height / size[1]))
-        # Within a thousandth of a pixel of a whole number nothing is gained by resampling.
+        """Read the box at (x, y), ``width`` x ``height`` level-0 pixels, as RGB of ``size`` (w, h)."""
+        level, downsample = self._pick_level(min(width / size[0], height / size[1]))
+        # Within a thousandth of a pixel of a whole number, resampling would change nothing.
         box = round(width / downsample, 3), round(height / downsample, 3)
-        whole = math.ceil(box[0]), math.ceil(box[1])
+        read_size = math.ceil(box[0]), math.ceil(box[1])
         try:
-            rgba = self._open().read_region((int(x), int(y)), level, whole)
+            rgba = self._open().read_region((int(x), int(y)), level, read_size)
         except openslide.OpenSlideError as error:
             self.close()
             raise DamagedDataError(
@@ -146,55 +181,68 @@ class WholeSlide:
 
 
 def find_slides(folder: Path) -> list[Path]:
-    """All slides under ``folder``, sorted by path; links to folders are followed.
+    """Find all slides in a folder and the folders below; links to folders are followed.
 
-    Files are told by their suffix. The files of one DICOM series are one slide: the first by name.
+    Slides are recognised by the suffix of the file. The files of one DICOM series are one slide, the
+    first by name.
 
-    Raises:
-        UserError: no such folder, no slide in it, or two files with one slide id.
+    Parameters
+    ----------
+    folder
+        The folder.
+
+    Returns
+    -------
+    list of Path
+        The files, sorted by path.
+
+    Raises
+    ------
+    UserError
+        There is no such folder, no slide in it, or two files have the same slide id.
     """
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: --slides wants the folder that holds the slides")
-    paths = _one_per_series(_walk(folder))
+        raise UserError(f"no folder {folder}\n  set --slides to the folder of the slides")
+    paths = _one_per_series(_list_slide_files(folder))
     if not paths:
         raise UserError(
-            f"no slide in {folder} or the folders below\n"
+            f"no slide in {folder} or the folders below it\n"
             f"  looked for: {' '.join(SUFFIXES)}\n"
-            "  folders of JPEG or PNG patches are read with --patches"
+            "  if it has JPEG or PNG patches, use --patches in place of --slides"
         )
     by_id: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
         by_id[path.stem].append(path)
-    twice = [f"{slide}: {', '.join(map(str, p))}" for slide, p in by_id.items() if len(p) > 1]
-    if twice:
+    repeated = [f"{slide}: {', '.join(map(str, p))}" for slide, p in by_id.items() if len(p) > 1]
+    if repeated:
         raise UserError(
-            f"{len(twice)} slide ids (file names without suffix) are taken by more than one file "
-            f"under {folder}; rename or remove one of each\n{format_list(twice)}"
+            f"{len(repeated)} slide ids (file names without suffix) belong to more than one file in "
+            f"{folder}\n{format_list(repeated)}\n  rename or remove one of each"
         )
     return paths
 
 
-def _walk(folder: Path) -> list[Path]:
-    found: list[Path] = []
-    seen: set[str] = set()
+def _list_slide_files(folder: Path) -> list[Path]:
+    paths: list[Path] = []
+    visited: set[str] = set()
     for root, folders, files in os.walk(folder, followlinks=True):
-        # A link that leads back up would be walked for ever.
+        # A link to a folder above would be followed for ever.
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         real = os.path.realpath(root)
-        if real in seen:
+        if real in visited:
             folders.clear()
             continue
-        seen.add(real)
-        # "._slide.svs" is what macOS leaves on foreign disks, not a slide.
+        visited.add(real)
+        # "._slide.svs" is a file that macOS leaves on other disks, not a slide.
         names = (f for f in files if not f.startswith(".") and f.lower().endswith(SUFFIXES))
-        found += [Path(root, name) for name in names]
-    return sorted(found)
+        paths += [Path(root, name) for name in names]
+    return sorted(paths)
 
 
 def _one_per_series(paths: list[Path]) -> list[Path]:
     """Drop the further files of a DICOM series; a file that does not open stays, to be reported."""
     series: set[str] = set()
-    kept = []
+    slides = []
     for path in paths:
         if path.suffix.lower() == ".dcm":
             try:
@@ -205,20 +253,20 @@ def _one_per_series(paths: list[Path]) -> list[Path]:
             if uid in series:
                 continue
             series.add(uid)
-        kept.append(path)
-    return kept
+        slides.append(path)
+    return slides
 
 
-def _open(path: Path) -> openslide.OpenSlide:
+def _open_handle(path: Path) -> openslide.OpenSlide:
     if not path.is_file():
         raise DamagedDataError(f"slide '{path.stem}': no file {path}")
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
         raise DamagedDataError(
-            f"slide '{path.stem}' is in no format that OpenSlide knows: {path}\n"
-            f"  it reads {' '.join(SUFFIXES)}; a plain JPEG or PNG must first become a tiled TIFF, "
-            "and folders of patches are read with --patches"
+            f"slide '{path.stem}' has a format that OpenSlide does not know: {path}\n"
+            f"  it reads {' '.join(SUFFIXES)}; convert a plain JPEG or PNG to a tiled TIFF first, or use "
+            "--patches for folders of patches"
         ) from error
     except openslide.OpenSlideError as error:
         raise DamagedDataError(
@@ -227,7 +275,7 @@ def _open(path: Path) -> openslide.OpenSlide:
 
 
 def _on_white(rgba: Image.Image) -> Image.Image:
-    """RGB of an RGBA region, transparent parts white."""
+    """Return an RGBA region as RGB, with transparent parts white."""
     if rgba.getchannel("A").getextrema() == (255, 255):
         return rgba.convert("RGB")
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -235,42 +283,42 @@ def _on_white(rgba: Image.Image) -> Image.Image:
 
 
 def _stated_mpp(handle: openslide.OpenSlide, path: Path) -> float:
-    """um per level-0 pixel from the scanner's entry, or from the TIFF resolution tags."""
+    """Return um per level-0 pixel from the scanner's entry, or from the TIFF resolution tags."""
     properties = handle.properties
     remedy = (
-        f"give it with --mpp-override CSV (columns slide,mpp; here '{path.stem},<um per pixel>')"
+        f"set it with --mpp-override FILE.csv (columns slide,mpp; row '{path.stem},<um per pixel>')"
     )
-    stated = _numbers(properties, "openslide.mpp-x", "openslide.mpp-y")
+    stated = _read_numbers(properties, "openslide.mpp-x", "openslide.mpp-y")
     if stated is None:
-        resolution = _numbers(properties, "tiff.XResolution", "tiff.YResolution")
+        resolution = _read_numbers(properties, "tiff.XResolution", "tiff.YResolution")
         unit_um = {"inch": 25_400.0, "centimeter": 10_000.0}.get(
             properties.get("tiff.ResolutionUnit", "")
         )
         if resolution is None or unit_um is None:
             objective = properties.get("openslide.objective-power")
             hint = f" (its objective is {objective}x)" if objective else ""
-            raise UserError(f"slide '{path.stem}' does not say its um per pixel{hint}; {remedy}")
+            raise UserError(f"slide '{path.stem}' does not say its um per pixel{hint}\n  {remedy}")
         stated = unit_um / resolution[0], unit_um / resolution[1]
     x, y = stated
     if not all(PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1] for mpp in stated):
         raise UserError(
-            f"slide '{path.stem}' says {x:g} x {y:g} um per pixel, which no slide scanner has; "
-            f"{remedy}"
+            f"slide '{path.stem}' says {x:g} x {y:g} um per pixel, which is implausible for a slide "
+            f"scanner\n  {remedy}"
         )
     if max(x, y) > 1.1 * min(x, y):
         raise UserError(
-            f"slide '{path.stem}' says {x:g} um per pixel across and {y:g} down: pixels of a slide "
-            f"are square, so one is wrong; {remedy}"
+            f"slide '{path.stem}' says {x:g} um per pixel horizontally and {y:g} vertically, but pixels of "
+            f"a slide are square\n  {remedy}"
         )
     return math.sqrt(x * y)
 
 
-def _numbers(properties: Mapping[str, str], *names: str) -> tuple[float, float] | None:
-    """Two positive finite numbers from OpenSlide's text properties; None where one is missing."""
-    found = []
+def _read_numbers(properties: Mapping[str, str], *names: str) -> tuple[float, float] | None:
+    """Return two positive finite numbers from OpenSlide's text properties; None if one is missing."""
+    numbers = []
     for name in names:
         try:
-            found.append(float(properties[name]))
+            numbers.append(float(properties[name]))
         except (KeyError, ValueError):
             return None
-    return (found[0], found[1]) if all(0 < n < math.inf for n in found) else None
+    return (numbers[0], numbers[1]) if all(0 < n < math.inf for n in numbers) else None

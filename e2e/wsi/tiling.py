@@ -1,4 +1,4 @@
-"""How a slide is cut into patches: pure arithmetic in which um per pixel is the truth."""
+"""Cut a slide into patches of a given size in micrometres per pixel; pure arithmetic."""
 
 from __future__ import annotations
 
@@ -13,51 +13,66 @@ from numpy.typing import NDArray
 
 from e2e.errors import UserError
 
-FINER = 1.1
-"""A slide may be this much coarser than wanted: scanners' 20x lies between 0.45 and 0.55 um/px."""
+MAX_MAGNIFICATION = 1.1
+"""A slide may be coarser than the patches by this factor: 20x of scanners is 0.45 to 0.55 um/px."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How slides are cut. Raises UserError where a value makes no sense."""
+    """How slides are cut into patches.
+
+    Raises
+    ------
+    UserError
+        A value is out of range.
+    """
 
     mpp: float = 0.5
-    """um per pixel of the stored patches."""
+    """Micrometres per pixel of the stored patches."""
     patch_px: int = 256
-    """Side of a stored patch in its own pixels."""
+    """Side of a stored patch in pixels."""
     overlap: int = 0
-    """Pixels of the stored patch that neighbours share."""
+    """Pixels of a stored patch that it shares with its neighbour."""
     tissue: float = 0.25
-    """Least fraction of a patch that is tissue; 0 takes every place of the grid."""
+    """Minimum tissue fraction of a patch; 0 takes all patches of the grid."""
 
     def __post_init__(self) -> None:
         if not 0 < self.mpp < math.inf:
-            raise UserError(f"mpp is um per pixel, more than 0, not {self.mpp}")
+            raise UserError(f"mpp must be micrometres per pixel, more than 0, not {self.mpp}")
         if not 16 <= self.patch_px <= 8192:
-            raise UserError(f"patch size is 16 to 8192 pixels, not {self.patch_px}")
+            raise UserError(f"patch size must be 16 to 8192 pixels, not {self.patch_px}")
         if not 0 <= self.overlap <= 0.9 * self.patch_px:
             raise UserError(
-                f"overlap is in pixels of the patch, 0 to {int(0.9 * self.patch_px)} "
+                f"overlap must be in pixels of the patch, 0 to {int(0.9 * self.patch_px)} "
                 f"for a patch of {self.patch_px}, not {self.overlap}"
             )
         if not 0 <= self.tissue <= 1:
-            raise UserError(f"tissue is a fraction of the patch from 0 to 1, not {self.tissue}")
+            raise UserError(
+                f"tissue must be a fraction of the patch from 0 to 1, not {self.tissue}"
+            )
 
     def recipe(self) -> dict[str, Any]:
-        """The part of a store's recipe that says how slides were cut; JSON values."""
+        """Return the part of a store's recipe that says how slides were cut; JSON values."""
         return asdict(self)
 
     @classmethod
     def from_recipe(cls, recipe: Mapping[str, Any]) -> Tiling:
-        """The tiling of a store, to cut a new slide in the same way.
+        """Return the tiling of a store, to cut a new slide in the same way.
 
-        Raises:
-            UserError: the store's patches were not cut from slides by this program.
+        Parameters
+        ----------
+        recipe
+            The recipe of the store.
+
+        Raises
+        ------
+        UserError
+            The patches of the store were not cut from slides by this program.
         """
         if recipe.get("source") != "slides":
             raise UserError(
-                "the store was not cut by a grid of this program "
-                f"(its source is '{recipe.get('source')}'), so new slides cannot be cut like it\n"
+                "the patches of the store were not cut from slides by this program "
+                f"(its source is '{recipe.get('source')}'), so new slides cannot be cut like them\n"
                 "  pack the new slides yourself, in the way the training store was made"
             )
         return cls(
@@ -68,15 +83,22 @@ class Tiling:
         )
 
     def level0_px(self, slide_mpp: float) -> float:
-        """Side of a patch in level-0 pixels of a slide with ``slide_mpp`` um per pixel.
+        """Return the side of a patch in level-0 pixels of a slide.
 
-        Raises:
-            UserError: the slide is coarser than wanted, so that patches would show made-up detail.
+        Parameters
+        ----------
+        slide_mpp
+            Micrometres per level-0 pixel of the slide.
+
+        Raises
+        ------
+        UserError
+            The slide is coarser than the patches, which would have to be magnified.
         """
-        if slide_mpp > self.mpp * FINER:
+        if slide_mpp > self.mpp * MAX_MAGNIFICATION:
             raise UserError(
-                f"the slide has {slide_mpp:g} um per pixel, coarser than the {self.mpp:g} "
-                "asked for: its patches would have to be magnified; ask for a coarser --mpp"
+                f"the slide has {slide_mpp:g} um per pixel, coarser than --mpp {self.mpp:g}, so its patches"
+                f" would have to be magnified\n  use --mpp {slide_mpp:g} or more, or leave the slide out"
             )
         return self.patch_px * self.mpp / slide_mpp
 
@@ -89,21 +111,33 @@ def grid(
     slide_mpp: float,
     tiling: Tiling,
 ) -> NDArray[np.int32]:
-    """Upper left corners of the patches that stand on tissue.
+    """Return the upper left corners of the patches with enough tissue.
 
-    The grid starts at the slide's corner. A patch that would hang over the right or lower edge is
-    left out, unless the slide is smaller than a patch: then there is one, at 0.
+    The grid starts at the slide's corner. A patch that would reach over the right or lower edge is
+    left out. A slide smaller than a patch has one patch, at 0.
 
-    Args:
-        mask: (h, w) True on tissue; cut off at the slide's edge, or reaching a little over it.
-        mask_scale: level-0 pixels per mask pixel.
-        width: of the slide at level 0.
-        height: of the slide at level 0.
-        slide_mpp: um per level-0 pixel.
-        tiling: how to cut.
+    Parameters
+    ----------
+    mask
+        (h, w), True on tissue; it ends at the slide's edge or a little beyond.
+    mask_scale
+        Level-0 pixels per mask pixel.
+    width, height
+        Size of the slide in level-0 pixels.
+    slide_mpp
+        Micrometres per level-0 pixel.
+    tiling
+        How to cut.
 
-    Returns:
-        (N, 2) int32 x, y in level-0 pixels, row by row.
+    Returns
+    -------
+    ndarray of int32
+        (N, 2) x, y in level-0 pixels, row by row.
+
+    Raises
+    ------
+    UserError
+        The slide is coarser than the patches.
     """
     side = tiling.level0_px(slide_mpp)
     stride = side * (1 - tiling.overlap / tiling.patch_px)
@@ -122,10 +156,28 @@ def tissue_fraction(
     width: int,
     height: int,
 ) -> NDArray[np.float64]:
-    """(len(ys), len(xs)) fraction of tissue in each patch, of its part inside the slide.
+    """Return the tissue fraction of each patch, of its part inside the slide.
 
-    Exact for patches that cut through mask pixels: the summed area table of a mask is linear
+    Exact also for patches that cut through mask pixels: the summed-area table of a mask is linear
     between its points.
+
+    Parameters
+    ----------
+    mask
+        (h, w), True on tissue.
+    mask_scale
+        Level-0 pixels per mask pixel.
+    xs, ys
+        Left edges of the columns of patches and upper edges of the rows, in level-0 pixels.
+    side
+        Side of a patch in level-0 pixels.
+    width, height
+        Size of the slide in level-0 pixels.
+
+    Returns
+    -------
+    ndarray of float64
+        (len(ys), len(xs)) fractions from 0 to 1.
     """
     table = np.pad(mask.astype(np.float64).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
     right, low = np.minimum(xs + side, width), np.minimum(ys + side, height)
@@ -135,13 +187,13 @@ def tissue_fraction(
 
 
 def _positions(length: int, side: float, stride: float) -> NDArray[np.int64]:
-    """Whole-pixel positions along one axis; each rounded down on its own, so no error adds up."""
+    """Return whole-pixel positions along one axis; each is rounded down alone, so no error adds up."""
     count = 1 if length < side else math.floor((length - side) / stride + 1e-9) + 1
     return np.floor(np.arange(count) * stride + 1e-9).astype(np.int64)
 
 
 def _between(table: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Rows of ``table`` at fractional indices; beyond the last row, the last row."""
+    """Return the rows of ``table`` at fractional indices; the last row beyond it."""
     at = np.minimum(at, len(table) - 1)
     row = np.minimum(at.astype(np.int64), max(len(table) - 2, 0))
     part = (at - row)[:, None]
@@ -151,15 +203,28 @@ def _between(table: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.
 def coords_from_names(
     stems: Sequence[str], slide: str, patch_px: int
 ) -> tuple[NDArray[np.int32], float]:
-    """Places of a slide's patches as their file names tell them.
+    """Return the coords of patches from their file names.
 
-    Names count when each holds exactly two whole numbers beside the slide's id, x before y, and
-    no two patches share a place. Numbers that fill a range without gaps are columns and rows of a
-    grid. Otherwise the places are made up: a square of patches side by side, in the names' order.
+    Names are used if each has exactly two whole numbers besides the slide's id, x before y, and no two
+    patches have the same. Numbers that fill a range without gaps are columns and rows of a grid.
+    Otherwise the coords are invented: a square of patches side by side, in the order of the names.
 
-    Returns:
-        coords (N, 2) int32 in level-0 pixels and the side of a patch there: the distance between
-        neighbours where that is more than ``patch_px``, else ``patch_px``.
+    Parameters
+    ----------
+    stems
+        File names of the patches without suffix.
+    slide
+        Id of the slide, which is removed from the names.
+    patch_px
+        Side of the patches in pixels.
+
+    Returns
+    -------
+    coords : ndarray of int32
+        (N, 2) x, y in level-0 pixels.
+    side : float
+        Side of a patch in level-0 pixels: the distance between neighbours if that is more than
+        ``patch_px``, else ``patch_px``.
     """
     numbers = [re.findall(r"\d+", stem.replace(slide, "", 1)) for stem in stems]
     if all(len(n) == 2 and max(map(len, n)) <= 7 for n in numbers):
@@ -173,5 +238,5 @@ def coords_from_names(
             return coords.astype(np.int32), float(side)
     index = np.arange(len(stems))
     columns = max(1, math.isqrt(len(stems)))
-    places = np.stack([index % columns, index // columns], axis=1) * patch_px
-    return places.astype(np.int32), float(patch_px)
+    coords = np.stack([index % columns, index // columns], axis=1) * patch_px
+    return coords.astype(np.int32), float(patch_px)

@@ -54,7 +54,7 @@ def test_epochs_have_different_orders(groups):
 
 
 @given(groups=labels, bags=sizes, seed=numbers, epoch=numbers)
-def test_balance_keeps_the_number_of_draws_and_repeats_itself(groups, bags, seed, epoch):
+def test_balancing_keeps_the_number_of_draws_and_is_reproducible(groups, bags, seed, epoch):
     plan = plan_epoch(len(groups), bags, seed=seed, epoch=epoch, groups=groups)
     assert sum(map(len, plan)) == len(groups)
     assert all(len(update) == bags for update in plan[:-1])
@@ -63,7 +63,7 @@ def test_balance_keeps_the_number_of_draws_and_repeats_itself(groups, bags, seed
 
 
 @given(groups=labels, seed=numbers, epoch=numbers)
-def test_an_epoch_draws_groups_equally_often_and_the_slides_of_each_evenly(groups, seed, epoch):
+def test_an_epoch_draws_groups_and_the_slides_of_each_equally_often(groups, seed, epoch):
     drawn = Counter(epochs(groups, seed, epoch, 1))
     per_group = [sum(drawn[slide] for slide in of_group(groups, g)) for g in set(groups)]
     assert spread(per_group) <= 1
@@ -72,7 +72,7 @@ def test_an_epoch_draws_groups_equally_often_and_the_slides_of_each_evenly(group
 
 
 @given(groups=labels, seed=numbers, number=st.integers(1, 12))
-def test_so_do_all_epochs_together(groups, seed, number):
+def test_all_epochs_together_draw_groups_and_slides_equally_often(groups, seed, number):
     drawn = Counter(epochs(groups, seed, 0, number))
     per_group = [sum(drawn[slide] for slide in of_group(groups, g)) for g in set(groups)]
     assert spread(per_group) <= 1
@@ -81,13 +81,13 @@ def test_so_do_all_epochs_together(groups, seed, number):
 
 
 @given(groups=labels, seed=numbers, first=st.integers(0, 50))
-def test_every_slide_is_seen_over_epochs(groups, seed, first):
+def test_every_slide_is_drawn_over_the_epochs(groups, seed, first):
     fewest = len(groups) // len(set(groups))  # draws of a group in an epoch
     needed = -(-max(Counter(groups).values()) // fewest)
     assert set(epochs(groups, seed, first, needed)) == set(range(len(groups)))
 
 
-def test_whom_a_large_group_leaves_out_comes_in_the_next_epoch():
+def test_slides_left_out_of_an_epoch_come_in_the_next():
     groups = [0] * 30 + [1] * 10  # 20 draws each: 10 of the first group are left out
     left = set(range(40)) - set(epochs(groups, 5, 7, 1))
     assert len(left) == 10
@@ -95,7 +95,7 @@ def test_whom_a_large_group_leaves_out_comes_in_the_next_epoch():
 
 
 @given(groups=labels, bags=sizes, seed=numbers, epoch=numbers)
-def test_every_update_holds_the_groups_as_evenly_as_can_be(groups, bags, seed, epoch):
+def test_every_update_holds_the_groups_as_evenly_as_possible(groups, bags, seed, epoch):
     for update in plan_epoch(len(groups), bags, seed=seed, epoch=epoch, groups=groups):
         held = Counter(groups[slide] for slide in update)
         assert spread([held[group] for group in set(groups)]) <= 1
@@ -113,7 +113,7 @@ def test_every_update_of_two_or_more_has_an_event(events, bags, seed, epoch):
 
 
 @given(groups=labels, bags=sizes, seed=numbers, epoch=numbers)
-def test_a_slide_is_twice_in_an_update_only_if_its_group_forces_it(groups, bags, seed, epoch):
+def test_a_slide_is_twice_in_an_update_only_if_its_group_is_too_small(groups, bags, seed, epoch):
     for update in plan_epoch(len(groups), bags, seed=seed, epoch=epoch, groups=groups):
         held = Counter(groups[slide] for slide in update)
         for slide, times in Counter(update).items():
@@ -121,7 +121,7 @@ def test_a_slide_is_twice_in_an_update_only_if_its_group_forces_it(groups, bags,
             assert times <= -(-held[groups[slide]] // members)
 
 
-def test_slides_that_share_epochs_meet_in_other_updates():
+def test_slides_share_updates_with_other_slides_in_each_epoch():
     groups = [0] * 12 + [1] * 12
     met = Counter(
         frozenset(update)
@@ -142,8 +142,10 @@ def test_which_slide_of_a_group_comes_first_is_uniform():
 
 
 @pytest.mark.parametrize("groups", [[0, 1], [0] * 6, []])
-def test_there_is_one_group_a_slide(groups):
-    with pytest.raises(ValueError, match=f"{len(groups)} groups for 5 slides"):
+def test_each_slide_has_one_group(groups):
+    with pytest.raises(
+        ValueError, match=f"groups has {len(groups)} entries, expected one for each of 5 slides"
+    ):
         plan_epoch(5, 2, seed=0, epoch=0, groups=groups)
 
 
@@ -151,5 +153,5 @@ def test_no_slides_make_no_updates():
     assert plan_epoch(0, 2, seed=0, epoch=0, groups=[]) == []
 
 
-def test_turns_count_how_often_a_slide_came_before():
+def test_repeats_count_how_often_a_slide_was_drawn_before():
     assert repeat_counts([[3, 1], [3, 3], [2]]) == [[0, 0], [1, 2], [0]]

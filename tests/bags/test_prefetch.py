@@ -1,4 +1,4 @@
-"""The stream: the same pixels, made before they are asked for, never more of them than is said."""
+"""Prefetching: the same pixels, read before they are requested, never more chunks than stated."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from e2e.bags.bag import Bag, Chunk
 from e2e.bags.prefetch import AHEAD, PrefetchedPixels, WaitTime, prefetch
 from e2e.errors import DamagedDataError
 from e2e.images.augment import Augment
-from e2e.images.decode import decoder_threads
+from e2e.images.threads import decoder_threads
 from tests.helpers.bags import bag_of, items  # noqa: F401  (a fixture)
 
 CPU = torch.device("cpu")
 
 
 class Source:
-    """A pixel source that remembers what it was asked for; row n is a patch of value n."""
+    """A pixel source that records its requests; row n is a patch of value n."""
 
     def __init__(self, broken: int | None = None) -> None:
         self.broken = broken
-        self.made: list[tuple[int, int]] = []
-        self.kept: set[tuple[int, int]] = set()
+        self.requests: list[tuple[int, int]] = []
+        self.to_reread: set[tuple[int, int]] = set()
         self.changed = threading.Condition()
 
-    def __call__(self, start, stop, device, *, again=False):
+    def __call__(self, start, stop, device, *, will_be_reread=False):
         with self.changed:
-            self.made.append((start, stop))
-            if again:
-                self.kept.add((start, stop))
+            self.requests.append((start, stop))
+            if will_be_reread:
+                self.to_reread.add((start, stop))
             self.changed.notify_all()
         if start == self.broken:
             raise DamagedDataError(f"patch {start} is broken")
         return torch.arange(start, stop).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
 
     def forget(self, start, stop):
-        self.kept.discard((start, stop))
+        self.to_reread.discard((start, stop))
 
     def wait_for(self, span):
         with self.changed:
-            assert self.changed.wait_for(lambda: span in self.made, timeout=60)
+            assert self.changed.wait_for(lambda: span in self.requests, timeout=60)
 
 
 def bag(source, chunks: int, name: str = "s") -> Bag:
@@ -65,48 +65,48 @@ def bag(source, chunks: int, name: str = "s") -> Bag:
     )
 
 
-def step(bag: Bag, kept: int) -> list[torch.Tensor]:
-    """Ask as the engine does: the last ``kept`` chunks once, the others a second time backwards."""
-    twice = bag.chunks[: len(bag.chunks) - kept]
-    seen = [bag.pixels(c.start, c.stop, CPU, again=c in twice) for c in bag.chunks]
-    return seen + [bag.pixels(c.start, c.stop, CPU) for c in reversed(twice)]
+def step(bag: Bag, num_once: int) -> list[torch.Tensor]:
+    """Request as the engine does: the last ``num_once`` chunks once, the others a second time backwards."""
+    twice = bag.chunks[: len(bag.chunks) - num_once]
+    chunk_pixels = [bag.pixels(c.start, c.stop, CPU, will_be_reread=c in twice) for c in bag.chunks]
+    return chunk_pixels + [bag.pixels(c.start, c.stop, CPU) for c in reversed(twice)]
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=4))
-def test_every_chunk_is_made_as_often_as_it_is_asked_for_and_is_the_sources_own(plans):
+def test_every_chunk_is_read_as_often_as_requested_with_the_pixels_of_the_source(plans):
     sources = [Source() for _ in plans]
-    bags = [(bag(s, n), kept) for s, (n, kept) in zip(sources, plans, strict=True)]
-    for one, kept in prefetch(bags, CPU):
-        kept = min(kept, len(one.chunks))
-        seen = step(one, kept)
-        twice = one.chunks[: len(one.chunks) - kept]
-        asked = [*one.chunks, *reversed(twice)]
-        for chunk, pixels in zip(asked, seen, strict=True):
+    bags = [(bag(s, n), num_once) for s, (n, num_once) in zip(sources, plans, strict=True)]
+    for one, num_once in prefetch(bags, CPU):
+        num_once = min(num_once, len(one.chunks))
+        answers = step(one, num_once)
+        twice = one.chunks[: len(one.chunks) - num_once]
+        requested = [*one.chunks, *reversed(twice)]
+        for chunk, pixels in zip(requested, answers, strict=True):
             assert pixels[:, 0, 0, 0].tolist() == [*range(chunk.start, chunk.stop)]
-    for source, (n, kept) in zip(sources, plans, strict=True):
-        assert len(source.made) == n + n - min(kept, n)
-        assert source.kept == set()  # nothing is held longer than it is wanted
+    for source, (n, num_once) in zip(sources, plans, strict=True):
+        assert len(source.requests) == n + n - min(num_once, n)
+        assert source.to_reread == set()  # nothing is kept longer than needed
 
 
 @given(st.integers(1, 12), st.integers(0, 12))
-def test_no_more_than_the_stated_chunks_are_made_before_they_are_asked_for(chunks, kept):
+def test_no_more_than_the_stated_chunks_are_read_ahead(chunks, num_once):
     first, second = Source(), Source()
-    asked = 0
+    requested = 0
     for one, _ in prefetch([(bag(first, chunks), 0), (bag(second, 3), 0)], CPU):
-        twice = one.chunks[: max(0, len(one.chunks) - kept)]
+        twice = one.chunks[: max(0, len(one.chunks) - num_once)]
         passes = [(c, c in twice) for c in one.chunks] + [(c, False) for c in reversed(twice)]
-        for chunk, again in passes:
-            one.pixels(chunk.start, chunk.stop, CPU, again=again)
-            asked += 1
-            assert len(first.made) + len(second.made) <= asked + AHEAD
+        for chunk, will_be_reread in passes:
+            one.pixels(chunk.start, chunk.stop, CPU, will_be_reread=will_be_reread)
+            requested += 1
+            assert len(first.requests) + len(second.requests) <= requested + AHEAD
 
 
-def test_the_second_pass_and_the_next_bag_begin_before_they_are_asked_for():
+def test_the_second_pass_and_the_next_bag_are_read_ahead():
     first, second = Source(), Source()
     (one, _), (_, _) = prefetch([(bag(first, 4), 0), (bag(second, 1), 0)], CPU)
     for chunk in one.chunks:
-        one.pixels(chunk.start, chunk.stop, CPU, again=True)
-    first.made.remove((6, 8))
+        one.pixels(chunk.start, chunk.stop, CPU, will_be_reread=True)
+    first.requests.remove((6, 8))
     first.wait_for((6, 8))  # the last chunk again: the backward will want it
     for chunk in reversed(one.chunks[1:]):
         one.pixels(chunk.start, chunk.stop, CPU)
@@ -114,7 +114,7 @@ def test_the_second_pass_and_the_next_bag_begin_before_they_are_asked_for():
     second.wait_for((0, 2))  # though a chunk of the first bag is yet to be asked for
 
 
-def test_a_fault_in_the_background_is_raised_to_the_one_who_asks_for_that_chunk():
+def test_an_error_in_the_background_is_raised_by_the_request_for_that_chunk():
     (one, _), (two, _) = prefetch([(bag(Source(broken=2), 3), 0), (bag(Source(), 1), 0)], CPU)
     one.pixels(0, 2, CPU)
     with pytest.raises(DamagedDataError, match="patch 2 is broken"):
@@ -123,20 +123,20 @@ def test_a_fault_in_the_background_is_raised_to_the_one_who_asks_for_that_chunk(
     assert two.pixels(0, 2, CPU).shape == (2, 3, 1, 1)
 
 
-def test_rows_that_are_no_chunk_are_made_on_the_spot():
+def test_rows_that_are_not_a_chunk_are_read_when_requested():
     source = Source()
     pixels = PrefetchedPixels(source, bag(source, 3).chunks, CPU, WaitTime())
     assert pixels(1, 5, CPU)[:, 0, 0, 0].tolist() == [1, 2, 3, 4]
-    assert source.made == [(1, 5)]
+    assert source.requests == [(1, 5)]
 
 
 def test_time_spent_waiting_is_counted():
     gate, waiting = threading.Event(), WaitTime()
 
     class Slow(Source):
-        def __call__(self, start, stop, device, *, again=False):
+        def __call__(self, start, stop, device, *, will_be_reread=False):
             assert gate.wait(60)
-            return super().__call__(start, stop, device, again=again)
+            return super().__call__(start, stop, device, will_be_reread=will_be_reread)
 
     ((one, _),) = prefetch([(bag(Slow(), 1), 0)], CPU, waiting)
     opener = threading.Timer(0.05, gate.set)
@@ -150,10 +150,10 @@ def test_stored_pixels_are_the_same_ahead_of_time(items, keep):  # noqa: F811
     plain = bag_of(items[:3], augment=Augment(crop=0.3), keep=keep)
     expected = [plain.pixels(c.start, c.stop, CPU) for c in plain.chunks]
     ((streamed, _),) = prefetch([(replace(plain), 0)], CPU)
-    seen = step(streamed, kept=1)
-    for pixels, chunk in zip(seen, [*expected, *reversed(expected[:-1])], strict=True):
+    answers = step(streamed, num_once=1)
+    for pixels, chunk in zip(answers, [*expected, *reversed(expected[:-1])], strict=True):
         assert torch.equal(pixels, chunk)
-    assert plain.pixels._kept == {}
+    assert plain.pixels._cache == {}
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -181,7 +181,7 @@ def children() -> set[str]:
     return {number for text in lists for number in text.split()}
 
 
-def test_a_forked_process_makes_pixels_too(items):  # noqa: F811
+def test_a_forked_process_prefetches_too(items):  # noqa: F811
     ((one, _),) = prefetch([(bag_of(items), 0)], CPU)
     one.pixels(one.chunks[0].start, one.chunks[0].stop, CPU)  # the threads are there now
     child = os.fork()

@@ -34,8 +34,8 @@ def test_patches_are_drawn_without_replacement(slide, count, size, seed):
 
 @given(slide=names, count=st.integers(1, 300))
 def test_all_patches_are_all_of_them(slide, count):
-    whole = sample_patches(slide, count, None, seed=0, epoch=0)
-    np.testing.assert_array_equal(whole, np.arange(count))
+    indices = sample_patches(slide, count, None, seed=0, epoch=0)
+    np.testing.assert_array_equal(indices, np.arange(count))
 
 
 def test_draws_differ_by_seed_epoch_and_slide():
@@ -59,7 +59,7 @@ def test_nothing_to_draw_is_an_error(count, size):
         sample_patches("a", count, size, seed=0, epoch=0)
 
 
-def test_what_recorded_runs_drew_is_drawn_again():
+def test_draws_of_recorded_runs_are_reproduced():
     assert mix_seed(1, 2, "a") == 4869288256290416682
     assert sample_patches("slide", 1000, 8, seed=1, epoch=2).tolist() == [
         482,
@@ -86,11 +86,11 @@ def test_mixing_does_not_run_parts_together():
 
 
 @given(seeds=seed_arrays, cut=st.integers(0, 60), draw=st.integers(0, 20))
-def test_a_draw_is_free_of_how_the_seeds_are_cut(seeds, cut, draw):
-    whole = uniform(seeds, draw)
-    assert ((whole >= 0) & (whole < 1)).all()
+def test_a_draw_does_not_depend_on_how_the_seeds_are_cut(seeds, cut, draw):
+    at_once = uniform(seeds, draw)
+    assert ((at_once >= 0) & (at_once < 1)).all()
     pieces = [uniform(seeds[:cut], draw), uniform(seeds[cut:], draw)]
-    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+    np.testing.assert_array_equal(np.concatenate(pieces), at_once)
 
 
 @given(
@@ -102,15 +102,15 @@ def test_a_patch_keeps_its_seed_whatever_else_is_in_the_bag(seed, indices, data)
     every = np.array(indices)
     seeds = patch_seeds(seed, every)
     assert seeds.dtype == np.uint64
-    chosen = data.draw(st.lists(st.integers(0, len(indices) - 1), min_size=1, max_size=5))
-    np.testing.assert_array_equal(patch_seeds(seed, every[chosen]), seeds[chosen])
+    rows = data.draw(st.lists(st.integers(0, len(indices) - 1), min_size=1, max_size=5))
+    np.testing.assert_array_equal(patch_seeds(seed, every[rows]), seeds[rows])
 
 
 def test_splitmix_gives_its_published_numbers():
     # Vigna's splitmix64.c from state 1234567: the first outputs, whose upper 53 bits are used.
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    found = [float(uniform(np.array([1234567], np.uint64), draw)[0]) for draw in range(3)]
-    assert found == [(value >> 11) * 2.0**-53 for value in expected]
+    draws = [float(uniform(np.array([1234567], np.uint64), draw)[0]) for draw in range(3)]
+    assert draws == [(value >> 11) * 2.0**-53 for value in expected]
 
 
 def test_draws_of_a_slides_patches_are_uniform_and_independent():
@@ -177,15 +177,15 @@ def test_a_short_bag_is_all_of_the_slide(name, count, more):
 
 
 @every_sampler
-def test_a_samplers_draws_differ_by_seed_epoch_slide_scale_and_turn(name):
+def test_a_samplers_draws_differ_by_seed_epoch_slide_scale_and_repeat(name):
     sampler, values = SAMPLERS.build(name), slide_of(10_000)
 
     def draw(slide="a", seed=0, epoch=0, **which):
         drawn = sampler.choose(slide, 10_000, 8, seed=seed, epoch=epoch, **which, **values)
         return tuple(drawn.tolist())
 
-    others = [draw(slide="b"), draw(seed=1), draw(epoch=1), draw(scale=1), draw(turn=1)]
-    assert len({draw(), *others, draw(scale=1, turn=1)}) == 7
+    others = [draw(slide="b"), draw(seed=1), draw(epoch=1), draw(scale=1), draw(repeat=1)]
+    assert len({draw(), *others, draw(scale=1, repeat=1)}) == 7
 
 
 @every_sampler
@@ -200,25 +200,25 @@ def test_a_sampler_refuses_a_slide_it_cannot_draw_from(name):
 @every_sampler
 @pytest.mark.parametrize("size", [3, 20])
 @pytest.mark.parametrize(
-    ("what", "value", "found"),
+    ("what", "value", "message"),
     [
-        ("scores", np.zeros(9), r"\(9,\), its patches ask for \(10,\)"),
-        ("scores", np.zeros((10, 1)), r"\(10, 1\), its patches ask for \(10,\)"),
-        ("coords", np.zeros((11, 2)), r"\(11, 2\), its patches ask for \(10, 2\)"),
+        ("scores", np.zeros(9), r"\(9,\), expected \(10,\) for its patches"),
+        ("scores", np.zeros((10, 1)), r"\(10, 1\), expected \(10,\) for its patches"),
+        ("coords", np.zeros((11, 2)), r"\(11, 2\), expected \(10, 2\) for its patches"),
         (
             "scores",
             [0.0] * 8 + [np.nan, np.inf],
-            "2 of 10 patches are not finite, first of patch 8",
+            "2 of 10 patches are not finite, first patch 8",
         ),
         (
             "coords",
             [[0, -np.inf]] + [[0, 0]] * 9,
-            "1 of 10 patches are not finite, first of patch 0",
+            "1 of 10 patches are not finite, first patch 0",
         ),
     ],
 )
-def test_wrong_scores_and_coords_are_refused_with_the_slides_name(name, size, what, value, found):
-    with pytest.raises(UserError, match=f"^slide 'a7': {what} .*{found}"):
+def test_wrong_scores_and_coords_are_refused_with_the_slides_name(name, size, what, value, message):
+    with pytest.raises(UserError, match=f"^slide 'a7': {what} .*{message}"):
         SAMPLERS.build(name).choose(
             "a7", 10, size, seed=0, epoch=0, **(slide_of(10) | {what: value})
         )
@@ -228,8 +228,8 @@ def test_wrong_scores_and_coords_are_refused_with_the_slides_name(name, size, wh
     ("name", "options", "message"),
     [
         ("regions", {"grid": 0}, "grid must be at least 1, got 0"),
-        ("attention", {"top": 1.1}, "top must lie between 0 and 1, got 1.1"),
-        ("attention", {"top": float("nan")}, "top must lie between 0 and 1, got nan"),
+        ("attention", {"top": 1.1}, "top must be between 0 and 1, got 1.1"),
+        ("attention", {"top": float("nan")}, "top must be between 0 and 1, got nan"),
         ("strata", {"grid": 2}, "sampler 'strata' has no option 'grid'"),
     ],
 )
@@ -260,12 +260,12 @@ def test_strata_draw_every_patch_equally_often_though_intervals_are_of_one_and_t
 
 # regions
 
-places = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=120).map(
-    lambda xy: np.array(xy, np.float64)
-)
+positions = st.lists(
+    st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=120
+).map(lambda xy: np.array(xy, np.float64))
 
 
-@given(coords=places, grid=st.integers(1, 6))
+@given(coords=positions, grid=st.integers(1, 6))
 def test_regions_hold_equally_many_patches_and_lie_side_by_side(coords, grid):
     region = equal_regions(coords, grid)
     held = np.bincount(region, minlength=grid**2)
@@ -283,7 +283,7 @@ def test_regions_hold_equally_many_patches_and_lie_side_by_side(coords, grid):
 
 
 @given(count=st.integers(2, 120), grid=st.integers(1, 6), seed=numbers, data=st.data())
-def test_regions_are_drawn_from_as_evenly_as_can_be(count, grid, seed, data):
+def test_regions_are_drawn_from_as_evenly_as_possible(count, grid, seed, data):
     size = data.draw(st.integers(1, count))
     coords = slide_of(count, seed)["coords"]
     drawn = SAMPLERS.build("regions", grid=grid).choose(
@@ -303,7 +303,7 @@ def test_regions_need_coords():
         SAMPLERS.build("regions").choose("a", 10, 4, seed=0, epoch=0)
 
 
-def test_samplers_say_what_they_use():
+def test_samplers_declare_what_they_use():
     uses = {name: SAMPLERS.build(name) for name in SAMPLERS.names()}
     assert [name for name, sampler in uses.items() if sampler.uses_coords] == ["regions"]
     assert [name for name, sampler in uses.items() if sampler.uses_scores] == ["attention"]
@@ -370,13 +370,13 @@ def test_a_slide_without_scores_is_drawn_at_random(count, size, seed, epoch):
     seed=numbers,
 )
 def test_a_short_bag_is_filled_with_copies_behind_its_own_patches(indices, size, seed):
-    own = np.array(indices)
-    padded = pad_with_copies(own, size, slide="a", seed=seed, epoch=0)
+    drawn = np.array(indices)
+    padded = pad_with_copies(drawn, size, slide="a", seed=seed, epoch=0)
     assert padded.dtype == np.int64
-    assert len(padded) == max(len(own), size or 0)
-    np.testing.assert_array_equal(padded[: len(own)], own)
+    assert len(padded) == max(len(drawn), size or 0)
+    np.testing.assert_array_equal(padded[: len(drawn)], drawn)
     assert set(padded.tolist()) == set(indices)
-    again = pad_with_copies(own, size, slide="a", seed=seed, epoch=0)
+    again = pad_with_copies(drawn, size, slide="a", seed=seed, epoch=0)
     np.testing.assert_array_equal(padded, again)
 
 
@@ -387,15 +387,15 @@ def test_copies_are_uniform_with_replacement():
     assert 0 < np.abs(counts - 400).max() < 5 * 19.5
 
 
-def test_copies_differ_by_seed_epoch_slide_scale_and_turn():
+def test_copies_differ_by_seed_epoch_slide_scale_and_repeat():
     def draw(slide="a", seed=0, epoch=0, **which):
         padded = pad_with_copies(np.arange(9), 60, slide=slide, seed=seed, epoch=epoch, **which)
         return tuple(padded.tolist())
 
-    assert len({draw(), draw("b"), draw(seed=1), draw(epoch=1), draw(scale=1), draw(turn=1)}) == 6
+    assert len({draw(), draw("b"), draw(seed=1), draw(epoch=1), draw(scale=1), draw(repeat=1)}) == 6
 
 
-def test_nothing_cannot_be_copied():
+def test_copies_of_an_empty_bag_are_refused():
     with pytest.raises(ValueError, match="slide 'a' has no patches"):
         pad_with_copies(np.arange(0), 4, slide="a", seed=0, epoch=0)
 
@@ -410,7 +410,7 @@ shares_of_scales = st.lists(
 
 
 @pytest.mark.parametrize("published", [(96, 32), (384, 128), (86, 42), (692, 76)])
-def test_the_published_quotas_are_had_by_giving_them(published):
+def test_the_published_quotas_are_reproduced_by_giving_them_as_shares(published):
     assert scale_quotas(sum(published), published, (10**5, 10**5)) == published
 
 
@@ -429,12 +429,12 @@ def test_quotas_by_hand():
 def test_quotas_sum_to_the_bag_by_the_largest_remainder(bag, shares):
     quotas = scale_quotas(bag, shares, [bag] * len(shares))
     assert sum(quotas) == bag
-    whole = [Fraction(str(share)) for share in shares]
-    exact = [bag * share / sum(whole) for share in whole]
+    fractions = [Fraction(str(share)) for share in shares]
+    exact = [bag * share / sum(fractions) for share in fractions]
     raised = []
-    for quota, wanted in zip(quotas, exact, strict=True):
-        assert quota in (int(wanted), int(wanted) + 1)
-        raised.append((wanted % 1, quota > wanted))
+    for quota, exact_quota in zip(quotas, exact, strict=True):
+        assert quota in (int(exact_quota), int(exact_quota) + 1)
+        raised.append((exact_quota % 1, quota > exact_quota))
     for i, (remainder, up) in enumerate(raised):
         for other, other_up in raised[i + 1 :]:
             if up != other_up:  # the larger remainder is raised, of equal ones the first
@@ -442,7 +442,7 @@ def test_quotas_sum_to_the_bag_by_the_largest_remainder(bag, shares):
 
 
 @given(bag=st.integers(1, 500), shares=shares_of_scales, data=st.data())
-def test_a_scale_gives_no_more_than_it_has_and_no_other_stands_in(bag, shares, data):
+def test_a_scale_gives_no_more_than_it_has_and_no_other_scale_fills_in(bag, shares, data):
     counts = [data.draw(st.integers(0, 300)) for _ in shares]
     full = scale_quotas(bag, shares, [bag] * len(shares))
     short = scale_quotas(bag, shares, counts)
@@ -451,12 +451,12 @@ def test_a_scale_gives_no_more_than_it_has_and_no_other_stands_in(bag, shares, d
 
 @pytest.mark.parametrize("bag", [8, None])
 @pytest.mark.parametrize("share", [0, -1.0, float("nan"), float("inf")])
-def test_a_share_that_is_none_is_refused(bag, share):
+def test_an_invalid_share_is_refused(bag, share):
     with pytest.raises(UserError, match="shares of scales must be finite and above 0"):
         scale_quotas(bag, (1, share), (9, 9))
 
 
-def test_scales_and_shares_go_together():
+def test_there_is_one_share_for_each_scale():
     with pytest.raises(ValueError, match="1 shares for 2 scales"):
         scale_quotas(8, (1,), (9, 9))
     with pytest.raises(ValueError, match="bag_size must be at least 1, got 0"):

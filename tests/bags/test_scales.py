@@ -14,12 +14,13 @@ from e2e.bags.loader import TrainingLoader, full_bag, label_slides
 from e2e.bags.readers import PixelRowReader
 from e2e.bags.sampler import SAMPLERS, sample_patches
 from e2e.bags.spec import BagSpec, LabelledSlide
-from e2e.cohort.load import load_cohort, open_patch_readers
-from e2e.cohort.match import check_sides, match_scales
+from e2e.cohort.load import load_cohort
+from e2e.cohort.match import check_patch_sizes, match_scales
+from e2e.cohort.readers import open_patch_readers
 from e2e.errors import DamagedDataError, UserError
 from e2e.images.augment import Augment
 from e2e.images.decode import build_decoder
-from e2e.runs.parts import build_task
+from e2e.runs.parts import build_task, cohort_spec
 from e2e.settings.schema import Columns, Data, Plugin
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore, StoreWriter
@@ -38,17 +39,17 @@ def slides_of(counts) -> list[Slide]:
 @pytest.fixture
 def items(tmp_path):
     stores = [write_store(tmp_path / f"{n}.lmdb", c) for n, c in (("main", MAIN), ("sub", SUB))]
-    found, problems = match_scales(slides_of(MAIN), [stores[1:]])
+    matched, problems = match_scales(slides_of(MAIN), [stores[1:]])
     assert problems == []
-    both = {slide: [stores[0], *more] for slide, more in found.items()}
+    both = {slide: [stores[0], *others] for slide, others in matched.items()}
     return label_slides(slides_of(MAIN), both, lambda words: torch.tensor(int(words["label"])))
 
 
 def bag(items, epoch=1, **options):
-    view = BagSpec(
+    spec = BagSpec(
         PixelRowReader(DECODER, augment=options.pop("augment", None)), **({"seed": 5} | options)
     )
-    loader = TrainingLoader(items, view, bags=len(items), chunk=16)
+    loader = TrainingLoader(items, spec, bags=len(items), chunk=16)
     return next(loader.epoch(epoch, rank=0, world_size=1))[0]
 
 
@@ -57,25 +58,25 @@ def rows_of(bag, slide: str):
 
 
 def test_a_bag_takes_its_share_from_each_magnification(items):
-    found = bag(items, bag_size=16, shares=(3, 1))
+    both = bag(items, bag_size=16, shares=(3, 1))
     for slide, main, sub in (("a", 12, 4), ("b", 12, 4), ("c", 9, 2)):
-        assert [len(part) for part in rows_of(found, slide)] == [main, sub]
-        assert [part.store.path.stem for part in rows_of(found, slide)] == ["main", "sub"]
-    assert dict(zip(found.slides, found.sizes, strict=True)) == {"a": 16, "b": 16, "c": 11}
-    place = found.slides.index("a")
-    main, sub = rows_of(found, "a")
+        assert [len(part) for part in rows_of(both, slide)] == [main, sub]
+        assert [part.reader.path.stem for part in rows_of(both, slide)] == ["main", "sub"]
+    assert dict(zip(both.slides, both.sizes, strict=True)) == {"a": 16, "b": 16, "c": 11}
+    place = both.slides.index("a")
+    main, sub = rows_of(both, "a")
     expected = np.concatenate(
         [record("a", 40).coords[main.indices], record("a", 10).coords[sub.indices]]
     )
-    np.testing.assert_array_equal(found.coords[place], expected)
-    start = found.offsets[place]
-    seen = found.pixels(start, start + 16, CPU).permute(0, 2, 3, 1)
+    np.testing.assert_array_equal(both.coords[place], expected)
+    start = both.offsets[place]
+    pixels = both.pixels(start, start + 16, CPU).permute(0, 2, 3, 1)
     jpegs = [patches("a", 40)[i] for i in main.indices] + [patches("a", 10)[i] for i in sub.indices]
-    np.testing.assert_array_equal(seen, pixels_of(jpegs))
+    np.testing.assert_array_equal(pixels, pixels_of(jpegs))
 
 
-def test_one_magnification_is_as_if_there_were_no_other(items):
-    alone = [replace(item, more=()) for item in items]
+def test_one_magnification_does_not_depend_on_the_others(items):
+    alone = [replace(item, other_scales=()) for item in items]
     one, two = bag(items, bag_size=7), bag(alone, bag_size=7)
     assert torch.equal(one.pixels(0, 21, CPU), two.pixels(0, 21, CPU))
     assert one.seeds == two.seeds
@@ -89,36 +90,36 @@ def test_the_same_patch_number_looks_different_at_each_magnification(items):
     assert set(main.seeds()).isdisjoint(sub.seeds())
 
 
-def test_evaluation_sees_the_first_magnification_alone(items):
-    view = BagSpec(PixelRowReader(DECODER))
-    assert full_bag(items[0], view, 64).num_patches == 40
+def test_evaluation_reads_the_first_magnification_alone(items):
+    spec = BagSpec(PixelRowReader(DECODER))
+    assert full_bag(items[0], spec, 64).num_patches == 40
 
 
-def test_short_bags_are_short_or_filled_with_copies_if_asked(items):
+def test_short_bags_are_short_or_filled_with_copies_on_request(items):
     assert bag(items, bag_size=16, shares=(3, 1)).num_patches == 43
-    filled = bag(items, bag_size=16, shares=(3, 1), copies=True)
+    filled = bag(items, bag_size=16, shares=(3, 1), fill_with_copies=True)
     assert filled.sizes == [16, 16, 16]
     main, sub = rows_of(filled, "c")
     assert sorted(set(main.indices)) == list(range(9))
     assert (len(main), len(sub)) == (12, 4)
 
 
-def test_neighbours_share_a_crop_if_asked_and_nothing_else(items):
+def test_neighbours_share_a_crop_on_request_and_nothing_else(items):
     augment = Augment(24, flip="none", crop=0.2)
     one, two = (bag(items, bag_size=8, augment=augment, shared_crops=n) for n in (4, 0))
-    shared = np.concatenate([part.shared for part in one.pixels._rows])
+    shared = np.concatenate([part.crop_seeds for part in one.pixels._rows])
     assert [len(set(group)) for group in np.split(shared, 4)] == [1, 1, 1, 1]
     assert len(set(shared)) == 4
     assert not torch.equal(one.pixels(0, 24, CPU), two.pixels(0, 24, CPU))
     later = bag(items, 2, bag_size=8, augment=augment, shared_crops=4)
-    assert set(shared).isdisjoint(np.concatenate([part.shared for part in later.pixels._rows]))
+    assert set(shared).isdisjoint(np.concatenate([part.crop_seeds for part in later.pixels._rows]))
     halves = torch.cat([one.pixels(0, 11, CPU), one.pixels(11, 24, CPU)])
     torch.testing.assert_close(halves, one.pixels(0, 24, CPU))
 
 
-def test_blue_and_red_are_swapped_if_asked(items):
-    view = BagSpec(PixelRowReader(DECODER, bgr=True))
-    plain, swapped = (full_bag(items[0], v, 64) for v in (BagSpec(PixelRowReader(DECODER)), view))
+def test_blue_and_red_are_swapped_on_request(items):
+    spec = BagSpec(PixelRowReader(DECODER, bgr=True))
+    plain, swapped = (full_bag(items[0], v, 64) for v in (BagSpec(PixelRowReader(DECODER)), spec))
     assert torch.equal(swapped.pixels(0, 40, CPU), plain.pixels(0, 40, CPU).flip(1))
 
 
@@ -129,8 +130,8 @@ def test_labels_come_in_turn_and_a_slide_that_comes_again_shows_other_patches(tm
         LabelledSlide(Slide(s, s, "train", {}), store, torch.tensor(int(n == 0)))
         for n, s in enumerate(counts)
     ]
-    view = BagSpec(PixelRowReader(DECODER, augment=Augment(crop=0.5)), seed=1, bag_size=6)
-    loader = TrainingLoader(items, view, bags=2, chunk=6, groups=[int(i.target) for i in items])
+    spec = BagSpec(PixelRowReader(DECODER, augment=Augment(crop=0.5)), seed=1, bag_size=6)
+    loader = TrainingLoader(items, spec, bags=2, chunk=6, groups=[int(i.target) for i in items])
     bags = [bag for bag, _ in loader.epoch(0, rank=0, world_size=1)]
     assert loader.updates() == len(bags) == 4
     resumed = [bag for bag, _ in loader.epoch(0, rank=0, world_size=1, first=2)]
@@ -150,25 +151,25 @@ def test_labels_come_in_turn_and_a_slide_that_comes_again_shows_other_patches(tm
 def test_scores_decide_which_patches_of_the_first_magnification_are_drawn(items):
     scores = {"a": np.arange(40, dtype=np.float32)}
     sampler = SAMPLERS.build("attention", top=1.0)
-    found = bag(items, bag_size=16, shares=(3, 1), sampler=sampler, scores=scores)
-    main, sub = rows_of(found, "a")
+    both = bag(items, bag_size=16, shares=(3, 1), sampler=sampler, scores=scores)
+    main, sub = rows_of(both, "a")
     assert main.indices.tolist() == list(range(28, 40))
     unscored = bag(items, bag_size=16, shares=(3, 1), sampler=SAMPLERS.build("random"))
     np.testing.assert_array_equal(sub.indices, rows_of(unscored, "a")[1].indices)
-    np.testing.assert_array_equal(rows_of(found, "b")[0].indices, rows_of(unscored, "b")[0].indices)
+    np.testing.assert_array_equal(rows_of(both, "b")[0].indices, rows_of(unscored, "b")[0].indices)
 
 
 def test_regions_are_drawn_by_the_coords_of_each_magnification(items):
-    found = bag(items, bag_size=16, shares=(3, 1), sampler=SAMPLERS.build("regions", grid=2))
-    assert [len(part) for part in rows_of(found, "a")] == [12, 4]
+    both = bag(items, bag_size=16, shares=(3, 1), sampler=SAMPLERS.build("regions", grid=2))
+    assert [len(part) for part in rows_of(both, "a")] == [12, 4]
 
 
 def test_a_slide_without_patches_at_one_magnification_is_named_with_it(tmp_path):
     sub = write_store(tmp_path / "sub.lmdb", {"a": 2, "c": 0, "other": 3})
-    found, problems = match_scales(slides_of("abc"), [[sub]])
-    assert set(found) == {"a"}
+    matched, problems = match_scales(slides_of("abc"), [[sub]])
+    assert set(matched) == {"a"}
     assert [(p.slide, p.problem) for p in problems] == [
-        ("b", "no store has it (data.scales[0])"),
+        ("b", "not in any store (data.scales[0])"),
         ("c", "has no patches (data.scales[0])"),
     ]
 
@@ -183,20 +184,20 @@ def write_side(path: Path, side: int) -> PatchStore:
 def test_stores_of_different_patch_sizes_are_refused_within_a_scale_and_without_a_size(tmp_path):
     small, large = (write_side(tmp_path / f"{side}.lmdb", side) for side in (32, 48))
     with pytest.raises(UserError, match=r"different sizes\n  .*32.lmdb: 32 px\n  .*48.lmdb: 48 px"):
-        check_sides({"s": [small], "t": [large]}, 32)
-    with pytest.raises(UserError, match=r"set bag\.size=PX where scales differ"):
-        check_sides({"s": [small, large]}, None)
-    check_sides({"s": [small, large], "t": [small, large]}, 32)
-    check_sides({"s": [small, small], "t": [small, small]}, None)
+        check_patch_sizes({"s": [small], "t": [large]}, 32)
+    with pytest.raises(UserError, match=r"set bag\.size=PX if magnifications differ"):
+        check_patch_sizes({"s": [small, large]}, None)
+    check_patch_sizes({"s": [small, large], "t": [small, large]}, 32)
+    check_patch_sizes({"s": [small, small], "t": [small, small]}, None)
 
 
 @pytest.mark.parametrize("size", [24, 32, 48])
 def test_magnifications_of_different_patch_sizes_come_at_one_size_and_scale(tmp_path, size):
     stores = [write_side(tmp_path / f"{side}.lmdb", side) for side in (32, 48)]
     item = LabelledSlide(Slide("s", "s", "train", {}), stores[0], torch.tensor(0), (stores[1],))
-    view = BagSpec(PixelRowReader(DECODER, size, Augment(size)), shares=(1, 1))
-    found, _ = next(TrainingLoader([item], view, 1, 8).epoch(0, rank=0, world_size=1))
-    pixels = found.pixels(0, 4, CPU)
+    spec = BagSpec(PixelRowReader(DECODER, size, Augment(size)), shares=(1, 1))
+    both, _ = next(TrainingLoader([item], spec, 1, 8).epoch(0, rank=0, world_size=1))
+    pixels = both.pixels(0, 4, CPU)
     assert pixels.shape == (4, 3, size, size)
     assert (pixels.amax((1, 2, 3)) <= 1).all()
     assert (pixels.amax((1, 2, 3)) > 0.5).all()
@@ -208,18 +209,18 @@ def test_a_damaged_patch_is_named_with_its_own_magnifications_store(tmp_path):
         writer.add(record("s", 2, patch_px=48), [jpeg(1, width=48), b"no jpeg"])
     bad = PatchStore(tmp_path / "bad.lmdb")
     item = LabelledSlide(Slide("s", "s", "train", {}), good, torch.tensor(0), (bad,))
-    view = BagSpec(PixelRowReader(DECODER, 24), shares=(1, 1))
-    found, _ = next(TrainingLoader([item], view, 1, 8).epoch(0, rank=0, world_size=1))
+    spec = BagSpec(PixelRowReader(DECODER, 24), shares=(1, 1))
+    both, _ = next(TrainingLoader([item], spec, 1, 8).epoch(0, rank=0, world_size=1))
     with pytest.raises(DamagedDataError, match=r"bad.lmdb: slide 's' patch 1 "):
-        found.pixels(0, 4, CPU)
+        both.pixels(0, 4, CPU)
 
 
 def test_regions_without_coords_are_refused_before_training(items, monkeypatch):
-    view = BagSpec(PixelRowReader(DECODER), bag_size=4, sampler=SAMPLERS.build("regions"))
-    loader = TrainingLoader(items, view, 1, 8)
+    spec = BagSpec(PixelRowReader(DECODER), bag_size=4, sampler=SAMPLERS.build("regions"))
+    loader = TrainingLoader(items, spec, 1, 8)
     loader.check(1, 1)
-    known = PatchStore.record
-    monkeypatch.setattr(PatchStore, "record", lambda *a: replace(known(*a), coords=None))
+    record_of = PatchStore.record
+    monkeypatch.setattr(PatchStore, "record", lambda *a: replace(record_of(*a), coords=None))
     with pytest.raises(UserError, match=r"slide 'a' has no patch coordinates(?s:.*)data\.coords"):
         loader.check(1, 1)
 
@@ -230,11 +231,11 @@ def test_stores_are_files_globs_or_an_index(tmp_path):
     assert expand_store_paths(str(tmp_path / "a.lmdb")) == [tmp_path / "a.lmdb"]
     both = [tmp_path / "a.lmdb", tmp_path / "b.lmdb"]
     assert expand_store_paths(f"{tmp_path}/*.lmdb") == both
-    scales = open_patch_readers(Data(stores=[f"{tmp_path}/*.lmdb"], scales=[[str(both[1])]]))
+    scales = open_patch_readers([[f"{tmp_path}/*.lmdb"], [str(both[1])]])
     assert [[store.slides for store in stores] for stores in scales] == [[["a"], ["b"]], [["b"]]]
 
 
-def test_no_training_slide_at_the_other_magnification_is_told_before_training(tmp_path):
+def test_no_training_slide_at_the_other_magnification_is_reported_before_training(tmp_path):
     main, sub = tmp_path / "main.lmdb", tmp_path / "sub.lmdb"
     write_store(main, MAIN)
     write_store(sub, {"other": 2})
@@ -246,6 +247,6 @@ def test_no_training_slide_at_the_other_magnification_is_told_before_training(tm
     )  # fmt: skip
     task = build_task(Plugin("classification", {"classes": ["0", "1"], "column": "label"}))
     with pytest.raises(UserError, match="no slide has the split 'train'"):
-        load_cohort(data, task, name="mine", seed=0, problems_file=tmp_path / "problems.csv")
+        load_cohort(cohort_spec(data), task, problems_file=tmp_path / "problems.csv")
     told = (tmp_path / "problems.csv").read_text()
     assert [f"{slide}," in told for slide in "abc"] == [True, True, False]

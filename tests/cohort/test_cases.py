@@ -9,7 +9,12 @@ import pandas as pd
 import pytest
 import torch
 
-from e2e.cohort.cases import check_single, group_by_case
+from e2e.cohort.cases import (
+    CaseFeatures,
+    CasePatches,
+    check_one_label_per_case,
+    group_by_case,
+)
 from e2e.errors import DamagedDataError, UserError
 from e2e.features.reader import open_features
 from e2e.slides import Slide
@@ -41,7 +46,7 @@ def stores(tmp_path) -> dict[str, PatchStore]:
 
 def joined(stores, **labels: str):
     slides = [slide(name, labels.get(name, "x")) for name in ("b1", "a2", "a1")]
-    return group_by_case(slides, {name: [store] for name, store in stores.items()})
+    return group_by_case(slides, {name: [store] for name, store in stores.items()}, CasePatches)
 
 
 def test_a_case_has_the_patches_of_its_slides_in_their_order(stores):
@@ -73,23 +78,23 @@ def test_slides_of_one_case_with_two_labels_are_refused_by_name(stores):
         joined(stores, a2="y")
 
 
-def test_slides_judged_by_themselves_are_told_where_a_case_has_several():
+def test_slides_evaluated_one_by_one_give_a_warning_if_a_case_has_several():
     slides = [slide(name) for name in ("b1", "a2", "a1")]
-    [said] = check_single(slides)
+    [said] = check_one_label_per_case(slides)
     assert said.startswith("3 slides of 2 cases: each slide is evaluated by itself")
-    assert check_single(slides[:2]) == []
+    assert check_one_label_per_case(slides[:2]) == []
     with pytest.raises(
         UserError, match=r"1 case.s. have slides of different labels.*\n.*a1 x, a2 y"
     ):
-        check_single([*slides[:1], slide("a2", "y"), slides[2]])
+        check_one_label_per_case([*slides[:1], slide("a2", "y"), slides[2]])
 
 
 def test_a_case_is_of_its_slides_centre_or_of_all_of_them(stores):
     slides = [replace(slide(n), centre=c) for n, c in zip(COUNTS, ("x", "", "y"), strict=True)]
-    found, _ = group_by_case(slides, {name: [store] for name, store in stores.items()})
+    found, _ = group_by_case(slides, {name: [store] for name, store in stores.items()}, CasePatches)
     assert {s.id: s.centre for s in found} == {"a": "x", "b": "y"}
     slides[1] = replace(slides[1], centre="w")
-    found, _ = group_by_case(slides, {name: [store] for name, store in stores.items()})
+    found, _ = group_by_case(slides, {name: [store] for name, store in stores.items()}, CasePatches)
     assert found[0].centre == "w+x"
 
 
@@ -99,7 +104,7 @@ def test_a_case_of_features_has_those_of_its_slides(tmp_path):
     write_slide(tmp_path, "q", given["q"].astype(np.float32), coords=False)
     store, labels = open_features(tmp_path), {"label": "x"}
     slides = [Slide(name, "case", "train", labels) for name in "pq"]
-    _, cases = group_by_case(slides, {"p": [store], "q": [store]})
+    _, cases = group_by_case(slides, {"p": [store], "q": [store]}, CaseFeatures)
     (case,) = cases["case"]
     found = case.features("case")
     assert found.dtype == torch.float32
@@ -115,7 +120,7 @@ def test_a_slide_that_cannot_be_read_is_named_within_its_case(tmp_path):
     write_slide(tmp_path, "q", bad)
     store = open_features(tmp_path)
     slides = [Slide(name, "case", "train", {}) for name in "pq"]
-    _, cases = group_by_case(slides, {"p": [store], "q": [store]})
+    _, cases = group_by_case(slides, {"p": [store], "q": [store]}, CaseFeatures)
     with pytest.raises(DamagedDataError, match="slide 'q' have NaN or Inf, first in row 2"):
         cases["case"][0].features("case")
 

@@ -7,7 +7,7 @@ import pytest
 
 from e2e.cohort.load import load_cohort
 from e2e.errors import UserError
-from e2e.runs.parts import build_task
+from e2e.runs.parts import build_task, cohort_spec
 from e2e.settings.configs import config_folder
 from tests.helpers.configured_cohorts import SLIDES, load, small_cohort
 from tests.helpers.stores import write_store
@@ -27,29 +27,30 @@ def test_a_cohort_says_where_its_data_come_from_and_how_they_are_packed(name):
 
 
 @pytest.mark.parametrize("name", COHORTS)
-def test_missing_data_are_told_with_table_columns_and_store(name, tmp_path, monkeypatch):
+def test_missing_data_are_an_error_with_table_columns_and_store(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = load(name)
     data, task = settings.data, build_task(settings.task)
     with pytest.raises(UserError) as error:
-        load_cohort(data, task, name=name, seed=0, problems_file=None)
+        load_cohort(cohort_spec(data, name=name), task)
     text = str(error.value)
-    assert f"the data of cohort '{name}' are not here" in text
+    assert text.startswith(f"cohort '{name}': ")
+    assert "data files not found" in text.splitlines()[0]
     assert f"put the label table at {data.labels} (columns " in text
     for column in (data.columns.slide, *task.columns):
         assert column in text.partition("(columns ")[2]
     for store in data.stores:
-        assert f"patch store: {store} is missing" in text
+        assert f"patch store not found: {store}" in text
         assert f"tools/pack_lmdb.py --slides SLIDES --out {store} {data.pack}" in text
 
 
 @pytest.mark.parametrize("name", COHORTS)
-def test_a_table_in_the_cohorts_own_columns_is_taken_in(name, tmp_path):
+def test_a_table_with_the_columns_of_the_cohort_is_loaded(name, tmp_path):
     overrides, slides = small_cohort(load(name), tmp_path)
     write_store(tmp_path / "s.lmdb", {slide: 1 + k for k, slide in enumerate(slides)})
     settings = load(name, *overrides, f"data.stores=[{tmp_path}/s.lmdb]")
     task = build_task(settings.task)
-    items, problems = load_cohort(settings.data, task, name=name, seed=0, problems_file=None)
+    items, problems = load_cohort(cohort_spec(settings.data, name=name), task)
     assert not problems
     assert len(items) == SLIDES
     assert {item.slide.split for item in items} == {"train", "val", "test"}
@@ -66,7 +67,7 @@ def test_camelyon17_tests_on_two_centres_that_training_never_sees(tmp_path):
     write_store(tmp_path / "s.lmdb", {slide: 1 + k for k, slide in enumerate(slides)})
     settings = load("camelyon17", *overrides, f"data.stores=[{tmp_path}/s.lmdb]")
     task = build_task(settings.task)
-    items, _ = load_cohort(settings.data, task, name="", seed=0, problems_file=None)
+    items, _ = load_cohort(cohort_spec(settings.data), task)
     centre = dict(zip(slides, table["center"], strict=True))
     seen = {(centre[item.slide.id], item.slide.split == "test") for item in items}
     assert seen == {("0", False), ("1", False), ("2", False), ("3", True), ("4", True)}
@@ -98,7 +99,7 @@ def test_survival_tables_may_name_several_slides_of_a_case_in_a_row(name, tmp_pa
     write_store(tmp_path / "s.lmdb", {slide: 1 + k for k, slide in enumerate(both)})
     settings = load(name, *overrides, f"data.stores=[{tmp_path}/s.lmdb]")
     task = build_task(settings.task)
-    items, problems = load_cohort(settings.data, task, name=name, seed=0, problems_file=None)
+    items, problems = load_cohort(cohort_spec(settings.data, name=name), task)
     assert problems == []
-    counts = {item.slide.case: item.store.num_patches(item.slide.id) for item in items}
+    counts = {item.slide.case: item.reader.num_patches(item.slide.id) for item in items}
     assert counts == {f"case {k}": 4 * k + 3 for k in range(SLIDES)}

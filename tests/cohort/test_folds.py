@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from e2e.cohort.folds import (
     case_strata,
     few_shot,
-    held_out,
-    held_out_sites,
     make_folds,
     nested_folds,
+    site_preserved_test_sets,
+    stratified_test_sets,
     tcga_sites,
 )
-from e2e.cohort.splits import cut, group_numbers
+from e2e.cohort.splits import cut_split, group_numbers
 from e2e.errors import UserError
 from e2e.slides import Slide
 
@@ -38,7 +38,7 @@ def sites_of(strata: dict[str, str], number: int, seed: int) -> dict[str, str]:
 
 @given(CASES, st.integers(2, 6), SEEDS)
 def test_every_case_is_tested_once_and_each_stratum_is_even_to_within_one(strata, folds, seed):
-    tests = held_out(strata, folds, seed=seed)
+    tests = stratified_test_sets(strata, folds, seed=seed)
     assert sorted(case for test in tests for case in test) == sorted(strata)
     for part in ("a", "b", "c", "abc"):
         sizes = [sum(strata[case] in part for case in test) for test in tests]
@@ -50,7 +50,7 @@ def test_every_case_is_tested_once_and_each_stratum_is_even_to_within_one(strata
 def test_a_fold_has_each_case_in_one_split_and_validation_comes_out_of_training(
     strata, folds, val, seed
 ):
-    tests = held_out(strata, folds, seed=seed)
+    tests = stratified_test_sets(strata, folds, seed=seed)
     for test, fold in zip(tests, make_folds(strata, tests, val=val, seed=seed), strict=True):
         assert fold.keys() == strata.keys()
         assert {case for case, split in fold.items() if split == "test"} == test
@@ -65,7 +65,7 @@ def test_a_fold_has_each_case_in_one_split_and_validation_comes_out_of_training(
 @given(CASES, st.integers(2, 5), SEEDS)
 def test_no_site_is_in_two_folds_and_no_fold_is_empty(strata, folds, seed):
     sites = sites_of(strata, 6, seed)
-    tests = held_out_sites(strata, sites, folds, seed=seed)
+    tests = site_preserved_test_sets(strata, sites, folds, seed=seed)
     assert sorted(case for test in tests for case in test) == sorted(strata)
     assert all(tests)
     held = [{sites[case] for case in test} for test in tests]
@@ -84,7 +84,7 @@ def chi_square(strata: dict[str, str], tests: list[set[str]]) -> float:
 @given(CASES, SEEDS)
 def test_no_move_of_a_site_and_no_swap_of_two_would_balance_the_folds_better(strata, seed):
     sites = sites_of(strata, 6, seed)
-    tests = held_out_sites(strata, sites, 3, seed=seed)
+    tests = site_preserved_test_sets(strata, sites, 3, seed=seed)
     best = chi_square(strata, tests)
     place = {sites[case]: fold for fold, test in enumerate(tests) for case in test}
 
@@ -100,7 +100,7 @@ def test_no_move_of_a_site_and_no_swap_of_two_would_balance_the_folds_better(str
 
 def test_sites_that_can_be_balanced_are():
     strata = {f"{site}{n}": "ab"[n < 3] for site in "pqrstu" for n in range(10)}
-    tests = held_out_sites(strata, {case: case[0] for case in strata}, 3, seed=1)
+    tests = site_preserved_test_sets(strata, {case: case[0] for case in strata}, 3, seed=1)
     assert [Counter(strata[c] for c in test) for test in tests] == [{"a": 14, "b": 6}] * 3
 
 
@@ -111,13 +111,13 @@ def test_folds_are_free_of_the_order_of_the_rows(strata, seed, random):
     sites = sites_of(strata, 6, seed)
     made = []
     for cases in (strata, dict(rows)):
-        tests = held_out(cases, 3, seed=seed)
+        tests = stratified_test_sets(cases, 3, seed=seed)
         kept = make_folds(cases, tests, val=0.2, seed=seed)
         made.append(
             (
                 kept,
                 nested_folds(cases, tests, 2, seed=seed),
-                held_out_sites(cases, sites, 3, seed=seed),
+                site_preserved_test_sets(cases, sites, 3, seed=seed),
                 few_shot(
                     cases, dict.fromkeys(cases, "train"), 0, classes={*cases.values()}, seed=seed
                 ),
@@ -129,11 +129,20 @@ def test_folds_are_free_of_the_order_of_the_rows(strata, seed, random):
 def test_another_seed_gives_other_folds():
     strata = {f"{n}": "ab"[n % 2] for n in range(30)}
     sites = {case: case[-1] for case in strata}
-    assert len({tuple(map(frozenset, held_out(strata, 3, seed=s))) for s in range(20)}) == 20
     assert (
-        len({tuple(map(frozenset, held_out_sites(strata, sites, 3, seed=s))) for s in range(9)}) > 1
+        len({tuple(map(frozenset, stratified_test_sets(strata, 3, seed=s))) for s in range(20)})
+        == 20
     )
-    tests = held_out(strata, 3, seed=0)
+    assert (
+        len(
+            {
+                tuple(map(frozenset, site_preserved_test_sets(strata, sites, 3, seed=s)))
+                for s in range(9)
+            }
+        )
+        > 1
+    )
+    tests = stratified_test_sets(strata, 3, seed=0)
     vals = {
         tuple(sorted(fold.items()))
         for seed in range(10)
@@ -144,7 +153,7 @@ def test_another_seed_gives_other_folds():
 
 @given(CASES, st.integers(2, 3), st.integers(2, 3), SEEDS)
 def test_nested_folds_validate_each_case_that_is_not_tested_once(strata, outer, inner, seed):
-    tests = held_out(strata, outer, seed=seed)
+    tests = stratified_test_sets(strata, outer, seed=seed)
     folds = nested_folds(strata, tests, inner, seed=seed)
     assert len(folds) == outer * inner
     for number, test in enumerate(tests):
@@ -157,7 +166,7 @@ def test_nested_folds_validate_each_case_that_is_not_tested_once(strata, outer, 
 
 def test_few_shots_are_of_each_class_and_more_shots_keep_those_of_fewer():
     strata = {f"{n}": "aab"[n % 3] for n in range(60)}
-    [fold, *_] = make_folds(strata, held_out(strata, 3, seed=0), val=0.2, seed=0)
+    [fold, *_] = make_folds(strata, stratified_test_sets(strata, 3, seed=0), val=0.2, seed=0)
     last: set[str] = set()
     for shots in (1, 2, 4, 8):
         few = few_shot(strata, fold, shots, classes="ab", seed=3)
@@ -167,7 +176,7 @@ def test_few_shots_are_of_each_class_and_more_shots_keep_those_of_fewer():
         last = train
         for case, split in few.items():
             assert split == (fold[case] if fold[case] != "train" or case in train else "")
-    with pytest.raises(UserError, match=r"there are fewer\n  b: 11\n.*--few-shot"):
+    with pytest.raises(UserError, match=r"fewer than 12 training cases\n  b: 11\n.*--few-shot"):
         few_shot(strata, fold, 12, classes="ab", seed=3)
 
 
@@ -175,7 +184,7 @@ def test_a_case_of_several_classes_is_no_shot_of_any():
     strata = {"a": "0", "b": "0+2", "c": "2", "d": "0+2", "e": "2"}
     fold = few_shot(strata, dict.fromkeys("abcde", "train"), 1, classes="02", seed=0)
     assert Counter(strata[case] for case, split in fold.items() if split) == {"0": 1, "2": 1}
-    with pytest.raises(UserError, match=r"there are fewer\n  1: 0\n"):
+    with pytest.raises(UserError, match=r"fewer than 1 training cases\n  1: 0\n"):
         few_shot(strata, dict.fromkeys("abcde", "train"), 1, classes="012", seed=0)
 
 
@@ -189,16 +198,18 @@ def test_numbers_are_stratified_by_groups_and_the_seed_decides():
     assert max(float(ages[c]) for c in strata if strata[c][0] == "1") < min(
         float(ages[c]) for c in strata if strata[c][0] == "2"
     )
-    made = [tuple(map(frozenset, held_out(strata, 4, seed=seed))) for seed in range(9)]
+    made = [tuple(map(frozenset, stratified_test_sets(strata, 4, seed=seed))) for seed in range(9)]
     assert len(set(made)) == 9
     for test in made[0]:
         assert Counter(strata[case] for case in test) == dict.fromkeys(strata.values(), 5)
     cuts = {
-        frozenset(s.id for s in cut(slides, "test", 0.2, by="age", seed=seed) if s.split == "test")
+        frozenset(
+            s.id for s in cut_split(slides, "test", 0.2, by="age", seed=seed) if s.split == "test"
+        )
         for seed in range(9)
     }
     assert len(cuts) == 9
-    assert cut(slides, "test", 0.2, by="age", seed=0)[0].target == slides[0].target
+    assert cut_split(slides, "test", 0.2, by="age", seed=0)[0].target == slides[0].target
 
 
 @pytest.mark.parametrize(
@@ -241,21 +252,21 @@ def test_a_tcga_centre_is_characters_six_and_seven():
 
 def test_more_folds_than_cases_or_sites_are_refused():
     strata = dict.fromkeys("abcd", "x")
-    with pytest.raises(UserError, match="4 cases cannot be laid in 5 folds"):
-        held_out(strata, 5, seed=0)
-    with pytest.raises(UserError, match="4 cases cannot be laid in 1 folds"):
-        held_out(strata, 1, seed=0)
-    with pytest.raises(UserError, match="2 sites cannot be laid in 3 folds"):
-        held_out_sites(strata, dict(zip("abcd", "ssTT", strict=True)), 3, seed=0)
+    with pytest.raises(UserError, match="4 cases cannot be divided into 5 folds"):
+        stratified_test_sets(strata, 5, seed=0)
+    with pytest.raises(UserError, match="4 cases cannot be divided into 1 folds"):
+        stratified_test_sets(strata, 1, seed=0)
+    with pytest.raises(UserError, match="2 sites cannot be divided into 3 folds"):
+        site_preserved_test_sets(strata, dict(zip("abcd", "ssTT", strict=True)), 3, seed=0)
 
 
 def test_ten_thousand_cases_in_many_sites_are_cut():
     rng = np.random.default_rng(0)
     strata = {f"{n}": str(rng.integers(6)) for n in range(10_000)}
     sites = {case: str(int(case) % 97) for case in strata}
-    tests = held_out_sites(strata, sites, 5, seed=0)
+    tests = site_preserved_test_sets(strata, sites, 5, seed=0)
     assert all(math.isclose(len(test), 2000, rel_tol=0.06) for test in tests)
-    assert sum(map(len, held_out(strata, 5, seed=0))) == 10_000
+    assert sum(map(len, stratified_test_sets(strata, 5, seed=0))) == 10_000
 
 
 def test_blank_labels_are_no_part_of_a_stratum_and_no_shot():

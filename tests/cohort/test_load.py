@@ -1,8 +1,9 @@
-"""A cohort as a run loads it: splits from their own file, and what of them stops or is told."""
+"""A cohort as a run loads it: splits from a split file, errors and warnings."""
 
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +13,19 @@ import pytest
 import torch
 
 from e2e.bags.spec import LabelledSlide
-from e2e.cohort.load import check_classes, load_cohort
-from e2e.cohort.split_files import clam_files, fold_table, read_cells
+from e2e.cohort.labels import check_classes, suggest_classes
+from e2e.cohort.load import load_cohort
+from e2e.cohort.match import explain_unmatched_ids
+from e2e.cohort.split_files import clam_files, fold_table, read_text_table
 from e2e.errors import UserError
 from e2e.runs.crossval import make_plan
-from e2e.runs.parts import REGISTRIES, build_task
+from e2e.runs.parts import REGISTRIES, build_task, cohort_spec
 from e2e.settings.layers import load_settings
 from e2e.settings.schema import Columns, Cut, Data, Plugin, Settings
 from e2e.slides import Slide
 from e2e.store.lmdb import StoreWriter
 from e2e.tasks.base import TASKS, Task
 from tests.helpers.stores import RECIPE, patches, record, write_store
-from tests.helpers.tasks import EXAMPLES
 
 NAMES = [f"s{k}" for k in range(8)]
 FOLDS = {
@@ -48,7 +50,7 @@ def cohort(tmp_path) -> Path:
     """Eight slides, their labels, and two folds of them in our form and in CLAM's."""
     write_store(tmp_path / "s.lmdb", {name: 2 + k for k, name in enumerate(NAMES)})
     labels = write_labels(tmp_path)
-    (tmp_path / "splits.csv").write_bytes(fold_table(read_cells(labels), "slide", FOLDS))
+    (tmp_path / "splits.csv").write_bytes(fold_table(read_text_table(labels), "slide", FOLDS))
     for fold, splits in FOLDS.items():
         for name, content in clam_files(fold, splits, dict.fromkeys(NAMES, "x")).items():
             (tmp_path / name).write_bytes(content)
@@ -62,10 +64,8 @@ def classes(*words: str) -> Task:
 def load(folder: Path, task: Task | None = None, **data: object):
     values = {"labels": str(folder / "labels.csv"), "stores": [str(folder / "s.lmdb")], **data}
     return load_cohort(
-        Data(**values),  # type: ignore[arg-type]
+        cohort_spec(Data(**values), name="mine"),  # type: ignore[arg-type]
         task or classes(),
-        name="mine",
-        seed=0,
         problems_file=folder / "problems.csv",
     )
 
@@ -136,11 +136,18 @@ def test_slides_without_a_split_and_splits_without_a_slide_are_problems_as_other
     expected = [
         f"s6: neither the slide nor its case has a split ({where})",
         f"s7: neither the slide nor its case has a split ({where})",
-        f"s66: the label table has no row for it ({where})",
+        f"s66: not in the label table ({where})",
     ]
     lines = str(error.value).splitlines()
     assert lines[0].startswith(f"{cohort}/labels.csv, {cohort}/other.csv and the stores of cohort")
-    assert [line.strip() for line in lines[1:4]] == expected
+    assert lines[0].endswith("do not match: 3 row(s) or slide(s) cannot be used, 6 can")
+    assert lines[1:] == [
+        f"  2 slides (s6, s7): neither the slide nor its case has a split ({where})",
+        f"  s66: not in the label table ({where})",
+        f"  full list: {cohort}/problems.csv",
+        "  correct the table or pack the slides",
+        "  or set data.unmatched=drop to continue without them",
+    ]
     items, problems = load(cohort, **asked, unmatched="drop")
     assert sorted(splits_of(items)) == NAMES[:6]
     assert list(map(str, problems)) == expected
@@ -155,23 +162,23 @@ def test_validation_can_be_cut_where_the_file_has_none(cohort):
     assert sorted(splits_of(items).values()) == ["test", *["train"] * 5, "val", "val"]
 
 
-def test_a_split_that_is_there_is_not_cut_once_more(cohort, capsys):
+def test_a_split_that_exists_is_not_cut_again(cohort, capsys):
     # As cohorts have it whose table has no splits, under the folds of a cross-validation.
     asked = {"split_file": str(cohort / "splits.csv"), "fold": "0", "cut": Cut(val=0.5, test=0.5)}
     items, _ = load(cohort, **asked)
     assert splits_of(items) == used("0")
     assert capsys.readouterr().out.splitlines()[:2] == [
-        f"NOTE data.cut.{split} cuts nothing, since there are slides of '{split}' already"
+        f"warning: data.cut.{split} has no effect: there are slides in '{split}' already"
         for split in ("test", "val")
     ]
 
 
-def test_a_fold_or_a_file_that_is_not_there_is_told(cohort):
+def test_a_missing_fold_or_split_file_is_an_error(cohort):
     with pytest.raises(UserError, match=r"has no fold '5'\n  it has: 0, 1\n  set data.fold"):
         load(cohort, split_file=str(cohort / "splits.csv"), fold="5")
     with pytest.raises(UserError, match=r"has 2 folds\n  it has: 0, 1\n  set data.fold"):
         load(cohort, split_file=str(cohort))
-    with pytest.raises(UserError, match=r"no split file at .*none.csv\n  set data.split_file="):
+    with pytest.raises(UserError, match=r"no split file at .*none.csv\n  set data.split_file "):
         load(cohort, split_file=str(cohort / "none.csv"))
     with pytest.raises(UserError, match=r"data.fold must be null where data.split_file names no"):
         load(cohort, fold="0")
@@ -180,16 +187,16 @@ def test_a_fold_or_a_file_that_is_not_there_is_told(cohort):
 # --- what leaks ---
 
 
-def test_a_case_that_a_split_file_tears_stops_the_run(cohort):
+def test_a_split_file_with_a_case_in_two_splits_is_refused(cohort):
     labels = cohort / "labels.csv"
     labels.write_text(labels.read_text().replace("s4,c4", "s4,c0"))
     with pytest.raises(
-        UserError, match=r"1 case\(s\) lie in(?s:.*)'c0': train, val(?s:.*)split_file"
+        UserError, match=r"1 case\(s\) are in(?s:.*)'c0': train, val(?s:.*)split_file"
     ):
         load(cohort, split_file=str(cohort / "splits_0_bool.csv"))
 
 
-def test_a_torn_case_stops_the_run_also_where_validation_is_cut_and_would_take_it_whole(cohort):
+def test_a_case_in_two_splits_is_refused_even_if_a_validation_cut_would_hide_it(cohort):
     rows = [f"{name},{'test' if k in (1, 6) else 'train'}\n" for k, name in enumerate(NAMES)]
     (cohort / "two.csv").write_text("slide,fold\n" + "".join(rows))
     labels = cohort / "labels.csv"
@@ -235,23 +242,25 @@ def test_training_with_one_class_alone_stops(cohort):
     write_labels(cohort, label="aaaababa")
     items, _ = load(cohort, split_file=str(cohort / "splits_0_bool.csv"))
     trained = [item for item in items if item.slide.split == "train"]
-    with pytest.raises(UserError, match=r"all training slides have label=a: one class alone"):
+    with pytest.raises(
+        UserError, match=r"all training slides have label=a: training needs slides of two or more"
+    ):
         classes().fit([item.target for item in trained], [item.slide.case for item in trained])
 
 
-def test_a_class_that_a_split_lacks_is_one_line_on_the_screen_of_the_rank_that_leads(
-    cohort, capsys
-):
+def test_a_class_missing_from_a_split_is_one_warning_on_the_leading_rank(cohort, capsys):
     write_labels(cohort, label="abababca")
     asked = {"labels": str(cohort / "labels.csv"), "stores": [str(cohort / "s.lmdb")]}
     load(cohort, classes("a", "b", "c"), split_file=str(cohort / "splits_0_bool.csv"))
     assert capsys.readouterr().out.splitlines() == [
-        "NOTE train has no label=c: it cannot be learned",
-        "NOTE val has no label=c: metrics that need every class are not defined there, nor choose an epoch",
-        "NOTE test has no label=a and no label=b: metrics that need every class are not defined there",
+        "warning: train has no label=c: it cannot be learned",
+        "warning: val has no label=c: metrics that need every class are undefined on this split and "
+        "cannot select the epoch",
+        "warning: test has no label=a and no label=b: metrics that need every class are undefined on "
+        "this split",
     ]
     data = Data(**asked, split_file=str(cohort / "splits_0_bool.csv"))
-    load_cohort(data, classes("a", "b", "c"), name="", seed=0, problems_file=None)
+    load_cohort(cohort_spec(data), classes("a", "b", "c"))
     assert capsys.readouterr().out == ""
 
 
@@ -268,7 +277,9 @@ LACKING = {
 
 
 @pytest.mark.parametrize("name", LACKING)
-def test_a_split_without_an_event_a_grade_or_a_label_is_told_of_every_task(name, make_store):
+def test_a_split_without_an_event_a_grade_or_a_label_gives_a_warning_for_every_task(
+    name, make_store
+):
     options, one, other, lacking = LACKING[name]
     task, store = TASKS.build(name, **options), make_store({"a": 1, "b": 1})
     items = [
@@ -276,7 +287,7 @@ def test_a_split_without_an_event_a_grade_or_a_label_is_told_of_every_task(name,
         for slide, split, words in (("a", "train", one), ("b", "test", other))
     ]
     said = [line for line in check_classes(items, task) if line.startswith("test")]
-    undefined = "metrics that need every class are not defined there"
+    undefined = "metrics that need every class are undefined on this split"
     assert said == [f"test has no {word}: {undefined}" for word in lacking]
 
 
@@ -310,12 +321,14 @@ def test_every_slide_of_a_row_is_taken_in_whatever_a_split_file_names(cohort, id
     assert splits_of(items) == dict(zip(NAMES, [w for w in words for _ in "ab"], strict=True))
     assert [item.slide.target["label"] for item in items] == list("aabbaabb")
     cases, _ = load(cohort, split_file=str(cohort / "file.csv"), unit="case", **JOINED)
-    assert [item.store.num_patches(item.slide.id) for item in cases] == [5, 9, 13, 17]
+    assert [item.reader.num_patches(item.slide.id) for item in cases] == [5, 9, 13, 17]
 
 
 def test_without_the_setting_such_rows_are_problems_that_name_it(cohort):
     join_rows(cohort)
-    with pytest.raises(UserError, match=r"s0.svs;s1: no store has it; .* data.slide_separator=';'"):
+    with pytest.raises(
+        UserError, match=r"4 slides \(s0.svs;s1, .*: not in any store; .* data.slide_separator=';'"
+    ):
         load(cohort, slide_suffix=".svs", columns=Columns(split=None), cut=Cut(val=0.5))
 
 
@@ -336,7 +349,7 @@ def test_folds_that_a_cross_validation_cuts_are_of_whole_rows(cohort):
     for fold in "01":
         chosen = {"split_file": str(out / "splits.csv"), "fold": fold}
         data = replace(settings.data, **chosen, cut=Cut(val=0.5))
-        items, problems = load_cohort(data, classes(), name="", seed=0, problems_file=None)
+        items, problems = load_cohort(cohort_spec(data), classes())
         assert problems == []
         found = splits_of(items)
         assert set(found) == set(NAMES)
@@ -352,7 +365,7 @@ def test_a_cross_validation_tells_bad_cells_before_any_training(cohort):
         make_plan(settings, (), out=cohort / "cv", cut=None, only=(), seeds=[0])
     settings, labels = crossval_settings(cohort), cohort / "labels.csv"
     labels.write_text(labels.read_text().replace("s2.svs;s3.svs", "s2.svs;s2.svs"))
-    with pytest.raises(UserError, match=r"s2.svs: named twice in its row \(labels.csv line 3\)"):
+    with pytest.raises(UserError, match=r"s2.svs: listed twice in its row \(labels.csv line 3\)"):
         make_plan(settings, (), out=cohort / "cv", cut=2, only=(), seeds=[0])
 
 
@@ -361,11 +374,11 @@ def test_a_cross_validation_tells_bad_cells_before_any_training(cohort):
 
 @pytest.mark.parametrize("name", TASKS.names())
 def test_blanks_are_what_the_task_makes_of_them_and_what_has_no_label_is_listed(tmp_path, name):
-    options, words = EXAMPLES[name]
+    options, examples = TASKS.plugin_class(name).examples()[0]
     task = TASKS.build(name, **options)
-    rows = [dict(words[k % len(words)]) for k in range(8 + len(task.columns))]
+    rows = [dict(examples[k % len(examples)]) for k in range(8 + len(task.columns))]
     for row, column in zip(rows[8:], task.columns, strict=True):
-        row[column] = ""  # one word less
+        row[column] = ""  # one cell less
     rows.append(dict.fromkeys(task.columns, ""))
     splits = [["train", "val"][k % 4 == 0] for k in range(len(rows))]
     names = [f"s{k:02d}" for k in range(len(rows))]
@@ -377,7 +390,9 @@ def test_blanks_are_what_the_task_makes_of_them_and_what_has_no_label_is_listed(
     ]
     assert set(names[:8]) <= set(known) <= set(names[:-1])
     unlabelled = [slide for slide in names if slide not in known]
-    with pytest.raises(UserError, match=f"{names[-1]}: no value for {', '.join(task.columns)} "):
+    blank = [dict(zip(names, rows, strict=True))[slide] == rows[-1] for slide in unlabelled]
+    line = f"{names[-1]}: " if sum(blank) == 1 else f"{sum(blank)} slides .*{names[-1]}.: "
+    with pytest.raises(UserError, match=f"{line}no value for {', '.join(task.columns)} "):
         load(tmp_path, task)
     items, problems = load(tmp_path, task, unmatched="drop")
     assert [item.slide.id for item in items] == known
@@ -421,3 +436,165 @@ def test_slides_have_the_centres_of_the_table(cohort):
     asked = {"columns": Columns(split=None, centre="hospital"), "cut": Cut(val=0.5)}
     items, _ = load(cohort, **asked)
     assert [item.slide.centre for item in items] == ["n", "n", "s", "s", "n", "n", "s", ""]
+
+
+# --- what a message says of many rows ---
+
+
+def error_of(cohort: Path, task: Task | None = None, **data: object) -> list[str]:
+    with pytest.raises(UserError) as error:
+        load(cohort, task, **({"columns": Columns(split=None), "cut": Cut(val=0.3)} | data))
+    return str(error.value).splitlines()
+
+
+def test_identical_problems_are_one_line_with_a_count_and_three_examples(cohort):
+    extra = [f"x{k}" for k in range(20)]
+    write_labels(cohort, slides=[*NAMES, *extra], label="ab" * 14)
+    labels = cohort / "labels.csv"
+    labels.write_text(labels.read_text() + "x0,x0,a\nx1,x1,b\n")
+    assert error_of(cohort) == [
+        f"{labels} and the stores of cohort 'mine' do not match: 22 row(s) or slide(s) cannot be "
+        "used, 8 can",
+        "  2 slides (x0, x1): duplicate row (labels.csv lines 30, 31)",
+        "  20 slides (x0, x1, x2, ...): not in any store (label table)",
+        f"  full list: {cohort}/problems.csv",
+        "  correct the table or pack the slides",
+        "  or set data.unmatched=drop to continue without them",
+    ]
+    assert len(pd.read_csv(cohort / "problems.csv")) == 22
+
+
+SYSTEMATIC = {
+    "a suffix in the table": (
+        lambda name: f"{name}.svs",
+        ["every id in the label table matches after removing '.svs'", "set data.slide_suffix=.svs"],
+    ),
+    "upper case in the table": (
+        str.upper,
+        [
+            "every id in the label table matches if upper and lower case are ignored: 'S0' is 's0' in "
+            "the stores",
+            "write the ids in the label table as they are in the stores",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("difference", SYSTEMATIC)
+def test_a_difference_that_explains_all_ids_is_named_and_dropping_everything_is_not_advised(
+    cohort, difference
+):
+    change, explanation = SYSTEMATIC[difference]
+    write_labels(cohort, slides=[change(name) for name in NAMES])
+    lines = error_of(cohort)
+    assert lines[0].endswith("16 row(s) or slide(s) cannot be used, 0 can")
+    assert [line.strip() for line in lines[-len(explanation) :]] == explanation
+    assert not any("data.unmatched" in line for line in lines)
+    assert error_of(cohort, unmatched="drop") == lines  # nothing would be left
+
+
+def test_the_advised_suffix_works(cohort):
+    write_labels(cohort, slides=[f"{name}.svs" for name in NAMES])
+    given = {"columns": Columns(split=None), "cut": Cut(val=0.3)}
+    items, problems = load(cohort, **given, slide_suffix=".svs")
+    assert ([item.slide.id for item in items], problems) == (NAMES, [])
+
+
+def test_ids_that_differ_in_their_unicode_form_alone_are_explained(cohort):
+    names = [f"{'é'}{k}" for k in range(8)]  # one character
+    write_store(cohort / "u.lmdb", {name: 2 + k for k, name in enumerate(names)})
+    write_labels(cohort, slides=[unicodedata.normalize("NFD", name) for name in names])
+    lines = error_of(cohort, stores=[str(cohort / "u.lmdb")])
+    assert lines[-2].startswith(
+        "  every id in the label table matches after Unicode normalisation:"
+    )
+    assert lines[-1] == (
+        "  convert the ids in the label table to the Unicode form NFC that the stores use"
+    )
+
+
+def test_a_suffix_that_only_the_stores_have_is_explained():
+    assert explain_unmatched_ids(["a", "b"], ["a.ome", "b.ome", "c.ome"]) == [
+        "every id in the label table matches after removing '.ome' from the ids in the stores",
+        "write the same ids in both: with '.ome' in the label table, or without it in the stores",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ids", "data_ids"),
+    [
+        (["a.svs", "b.svs"], ["a"]),  # one of them has no partner
+        (["a.svs", "b.tif"], ["a", "b"]),  # no common suffix
+        (["s66"], ["s6"]),  # another number, not a suffix
+        (["s6"], ["s66"]),
+        (["aB", "Ab"], ["ab"]),  # would become one
+        (["a"], []),
+        ([], ["a"]),
+    ],
+)
+def test_ids_without_one_difference_that_explains_all_are_not_explained(ids, data_ids):
+    assert explain_unmatched_ids(ids, data_ids) == []
+
+
+def test_ids_of_a_split_file_that_have_a_suffix_are_explained(cohort):
+    rows = [f"{name}.svs,{split}\n" for name, split in FOLDS["0"].items()]
+    (cohort / "files.csv").write_text("slide,fold\n" + "".join(rows))
+    lines = error_of(cohort, split_file=str(cohort / "files.csv"), cut=Cut())
+    assert lines[-2:] == [
+        "  every id in the split file matches after removing '.svs'",
+        "  set data.slide_suffix=.svs",
+    ]
+
+
+def test_labels_that_are_no_classes_are_counted_beside_the_classes_with_the_setting(cohort):
+    (cohort / "labels.csv").write_text(
+        "slide,case,label\n"
+        + "".join(f"{n},{n},{'tumor' if k > 4 else 'normal'}\n" for k, n in enumerate(NAMES))
+    )
+    lines = error_of(cohort, classes("benign", "malignant"))
+    assert lines[1] == (
+        "  8 slides (s0, s1, s2, ...): column 'label' holds normal (5 rows), tumor (3); "
+        "task.classes is [benign, malignant] (label table)"
+    )
+    assert lines[-1] == "  set task.classes=[normal,tumor]"
+    items, _ = load(
+        cohort,
+        classes("normal", "tumor"),
+        columns=Columns(split=None),
+        cut=Cut(val=0.3),
+    )
+    assert len(items) == 8
+
+
+def test_one_unknown_label_may_be_corrected_added_or_dropped(cohort):
+    write_labels(cohort, label="abababac")
+    lines = error_of(cohort)
+    assert lines[1] == (
+        "  s7: column 'label' holds a (4 rows), b (3), c (1); task.classes is [a, b] (label table)"
+    )
+    assert lines[-2:] == [
+        "  correct the labels, or set task.classes=[a,b,c]",
+        "  or set data.unmatched=drop to continue without them",
+    ]
+    assert "label 'c'" in (cohort / "problems.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("names", "words", "advice"),
+    [
+        ("ba", "AB", "every label matches if upper and lower case are ignored: set task.classes=[B,A]"),
+        ("10", ("0.0", "1.0"), "every label matches after removing '.0': a program wrote whole "
+         "numbers as decimals; save the column 'label' as text"),
+        ("ab", ("no tumor", "it's"), "set task.classes=\"['it''s','no tumor']\""),
+        ("ab", ("x", "x"), "set task.column to the column of the classes"),
+        ("ab", ("10", "9"), "set task.classes=[9,10]"),
+    ],
+)  # fmt: skip
+def test_what_to_change_where_no_label_is_a_class(names, words, advice):
+    slides = [Slide(f"s{k}", "c", "", {"label": word}) for k, word in enumerate(words)]
+    assert suggest_classes(slides, classes(*names)) == [advice]
+
+
+def test_a_task_without_classes_has_no_words_to_suggest():
+    slides = [Slide("s", "c", "", {"label": "x"})]
+    assert suggest_classes(slides, TASKS.build("regression")) == []

@@ -15,8 +15,8 @@ from e2e.cohort.split_files import (
     clam_files,
     fold_table,
     pick_fold,
-    read_cells,
     read_splits,
+    read_text_table,
 )
 from e2e.errors import UserError
 
@@ -72,7 +72,7 @@ def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.endswith("json")])
-def test_another_encoding_is_told_with_its_line_and_the_remedy(tmp_path, name):
+def test_another_encoding_is_an_error_with_its_line_and_the_remedy(tmp_path, name):
     text = PUBLISHED[name].replace("010", "Königs-10")
     path = written(tmp_path, name, text, "latin-1")
     line = next(n for n, row in enumerate(text.splitlines(), 1) if "ö" in row)
@@ -103,7 +103,9 @@ def test_a_folder_is_all_its_folds_in_the_order_of_their_numbers(tmp_path):
     (tmp_path / "notes.csv").write_text("what,ever\n")
     assert list(read_splits(tmp_path).items()) == [(n, FOLD) for n in ("0", "9", "10")]
     (tmp_path / "splits_9_bool.csv").write_text(PUBLISHED["splits_3_bool.csv"].replace("007", "8"))
-    with pytest.raises(UserError, match=r"other than another file of fold 9\n  007\n  8$"):
+    with pytest.raises(
+        UserError, match=r"contradicts another file of fold 9 in 2 id\(s\)\n  007\n  8\n"
+    ):
         read_splits(tmp_path)
 
 
@@ -131,9 +133,9 @@ def test_our_table_comes_back_as_it_was_with_all_its_columns(tmp_path_factory, f
     names = sorted(set().union(*folds))
     pd.DataFrame({"case": names, "Note": "a, b", "fold": "train"}).to_csv(path, index=False)
     whole = {str(k): {name: fold.get(name, "") for name in names} for k, fold in enumerate(folds)}
-    path.write_bytes(fold_table(read_cells(path), "case", whole))
+    path.write_bytes(fold_table(read_text_table(path), "case", whole))
     assert read_splits(path) == whole
-    assert [row["Note"] for row in read_cells(path).rows] == ["a, b"] * len(names)
+    assert [row["Note"] for row in read_text_table(path).rows] == ["a, b"] * len(names)
 
 
 def test_pandas_reads_what_we_write_as_clam_does(tmp_path):
@@ -163,24 +165,28 @@ def test_pandas_reads_what_we_write_as_clam_does(tmp_path):
             "slide,fold_0,fold_1\ns,test,train\ns,test,val\n",
             r"fold 1: 's' is in train and val",
         ),
-        ("a.csv", "slide,fold\ns1,train\ns2,tset\n", r"1 id\(s\) or split.*\n  'tset' of 's2'"),
+        (
+            "a.csv",
+            "slide,fold\ns1,train\ns2,tset\n",
+            r"1 row\(s\) without a valid id and split\n  'tset' of 's2'",
+        ),
         ("a.csv", "slide,fold\n,train\n", "'train' of ''"),
         (
             "a.csv",
             "slide,label\ns1,0\n",
-            r"no known format\n  it has: slide, label\n  known:\n  CLAM's splits_0.csv",
+            r"unknown format\n  it has: slide, label\n  known formats:\n  CLAM's splits_0.csv",
         ),
         ("a.csv", "", "it has: nothing"),
         ("a.csv", "slide,fold\n", "no id in train, val or test"),
         ("a.csv", "slide,fold\ns1,train,\ns2,val,x\n", "line 3: 3 cells under 2 columns"),
         ("a.csv", "slide,fold,fold\ns1,train,val\n", r"has the column\(s\) fold more than once"),
         ("a.csv", "image,fold\ns1,train\n", "has no column slide_id or slide or case_id"),
-        ("a.json", "{", "is no JSON"),
-        ("a.json", "[1]", "no known format"),
-        ("a.json", '{"train_names": [7]}', "train_names is no list of strings"),
+        ("a.json", "{", "is not valid JSON"),
+        ("a.json", "[1]", "unknown format"),
+        ("a.json", '{"train_names": [7]}', "train_names is not a list of strings"),
     ],
 )
-def test_what_cannot_be_read_is_told(tmp_path, name, text, message):
+def test_unreadable_split_files_are_errors(tmp_path, name, text, message):
     with pytest.raises(UserError, match=message):
         read_splits(written(tmp_path, name, text))
 
@@ -221,14 +227,16 @@ def test_cells_with_several_ids_are_all_of_them_in_the_cells_split(tmp_path, nam
 
 def test_a_slide_that_two_cells_name_is_in_one_split_of_a_fold(tmp_path):
     path = written(tmp_path, "a.csv", "slide,fold\na;b,train\nb;c,test\n;,val\nd;,val\n")
-    with pytest.raises(UserError, match=r"1 id.*two splits.*\n  fold 0: 'b' is in train and test$"):
+    with pytest.raises(
+        UserError, match=r"1 id.*two splits.*\n  fold 0: 'b' is in train and test\n"
+    ):
         read_splits(path, slide_separator=";")
     path = written(tmp_path, "a.csv", "slide,fold\na;b,train\nb;c,train\n;,val\nd;,val\n")
-    with pytest.raises(UserError, match=r"cannot be read.*empty\n  'val' of ';'$"):
+    with pytest.raises(UserError, match=r"without a valid id and split\n  'val' of ';'\n.*empty$"):
         read_splits(path, slide_separator=";")
 
 
-def test_no_file_and_an_empty_folder_are_told(tmp_path):
+def test_a_missing_file_and_an_empty_folder_are_errors(tmp_path):
     with pytest.raises(UserError, match="no file at"):
         read_splits(tmp_path / "none.csv")
     with pytest.raises(UserError, match=r"has no splits_0.csv, fold_0.csv or split_0.json"):
@@ -243,7 +251,7 @@ def test_rows_that_end_early_are_filled_up(tmp_path):
 def test_a_table_with_folds_gets_no_second_ones(tmp_path):
     path = written(tmp_path, "t.csv", "case,fold_0\na,train\n")
     with pytest.raises(UserError, match=r"fold_0 already\n"):
-        fold_table(read_cells(path), "case", {"0": {"a": "train"}})
+        fold_table(read_text_table(path), "case", {"0": {"a": "train"}})
 
 
 def test_the_abmilx_tables_are_read_as_published(shared_data):

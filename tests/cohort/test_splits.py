@@ -1,4 +1,4 @@
-"""Splits: always by case, stratified, and never dishonest without a word."""
+"""Splits: always by case, stratified, and checked for leaks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e2e.cohort.leaks import check_copies
-from e2e.cohort.splits import assign, check_splits, cut, find_missing_classes
+from e2e.cohort.leaks import check_copied_features, check_copied_patches
+from e2e.cohort.splits import assign_splits, check_splits, cut_split, find_missing_classes
 from e2e.errors import UserError
 from e2e.features.reader import FeatureFiles, open_features
 from e2e.slides import Slide
@@ -41,7 +41,7 @@ def cohorts(draw) -> list[Slide]:
 
 @given(cohorts(), st.floats(0, 0.9), st.integers(0, 100), st.sampled_from(["val", "test"]))
 def test_cutting_moves_whole_cases_out_of_train_only(slides, share, seed, split):
-    done = cut(slides, split, share, by="label", seed=seed)
+    done = cut_split(slides, split, share, by="label", seed=seed)
     assert [s.id for s in done] == [s.id for s in slides]
     splits = {}
     for before, after in zip(slides, done, strict=True):
@@ -58,7 +58,7 @@ def test_every_stratum_gives_its_share_to_within_one_case(slides, share, seed):
     free = {s.case for s in slides if s.split in ("", "train")}
     label = {s.case: s.target["label"] for s in slides}
     moved = {
-        s.case for s in cut(slides, "val", share, by="label", seed=seed) if s.split == "val"
+        s.case for s in cut_split(slides, "val", share, by="label", seed=seed) if s.split == "val"
     } & free
     assert abs(len(moved) - share * len(free)) <= 0.5 + 1e-9
     for stratum in "ab":
@@ -71,14 +71,16 @@ def test_every_stratum_gives_its_share_to_within_one_case(slides, share, seed):
 def test_a_cut_is_free_of_the_order_of_the_rows(slides, seed, random):
     shuffled = list(slides)
     random.shuffle(shuffled)
-    first = {s.id: s.split for s in cut(slides, "val", 0.3, by="label", seed=seed)}
-    assert first == {s.id: s.split for s in cut(shuffled, "val", 0.3, by="label", seed=seed)}
+    first = {s.id: s.split for s in cut_split(slides, "val", 0.3, by="label", seed=seed)}
+    assert first == {s.id: s.split for s in cut_split(shuffled, "val", 0.3, by="label", seed=seed)}
 
 
 def test_cuts_differ_by_seed_and_use_every_case():
     slides = [slide(str(n)) for n in range(20)]
     cuts = [
-        frozenset(s.id for s in cut(slides, "val", 0.25, by="label", seed=k) if s.split == "val")
+        frozenset(
+            s.id for s in cut_split(slides, "val", 0.25, by="label", seed=k) if s.split == "val"
+        )
         for k in range(40)
     ]
     assert {len(chosen) for chosen in cuts} == {5}
@@ -88,8 +90,8 @@ def test_cuts_differ_by_seed_and_use_every_case():
 
 def test_two_cuts_take_different_cases():
     slides = [slide(str(n), label="ab"[n % 2]) for n in range(40)]
-    once = cut(slides, "test", 0.25, by="label", seed=0)
-    twice = cut(once, "val", 0.2, by="label", seed=0)
+    once = cut_split(slides, "test", 0.25, by="label", seed=0)
+    twice = cut_split(once, "val", 0.2, by="label", seed=0)
     assert Counter(s.split for s in twice) == {"train": 24, "test": 10, "val": 6}
     assert Counter(s.target["label"] for s in twice if s.split == "test") == {"a": 5, "b": 5}
 
@@ -105,20 +107,20 @@ def test_a_case_in_two_splits_is_named():
     with pytest.raises(UserError) as error:
         check_splits(slides)
     assert str(error.value) == (
-        "2 case(s) lie in more than one split: the test would not be honest\n"
+        "2 case(s) are in more than one split, so test results would be biased\n"
         "  case 'A': test, train, val\n"
         "  case 'B': train, val\n"
         "  give each case one split, in the label table or in data.split_file"
     )
 
 
-def test_a_long_list_of_torn_cases_is_counted():
+def test_a_long_list_of_cases_in_two_splits_is_counted():
     slides = [slide(f"{n}{s}", f"c{n}", s) for n in range(30) for s in ("train", "val")]
     with pytest.raises(UserError, match=r"30 case\(s\)(?s:.*)and 20 more"):
         check_splits(slides)
 
 
-def test_an_empty_split_is_told_with_what_helps():
+def test_an_empty_split_is_an_error_with_its_remedy():
     with pytest.raises(UserError, match=r"no slide has the split 'val'\n.*data.cut.val=0.1"):
         check_splits([slide("a"), slide("b", split="test")])
     with pytest.raises(UserError, match="no slide has the split 'train'") as error:
@@ -126,7 +128,7 @@ def test_an_empty_split_is_told_with_what_helps():
     assert "data.cut" not in str(error.value)  # nothing can be cut from no training cases
 
 
-def test_a_class_that_a_split_lacks_is_told():
+def test_a_class_missing_from_a_split_is_found():
     classes = {"1": ["a"], "2": ["b"], "3": ["a", "c"], "4": ["b"], "5": ["z"]}
     splits = {"1": "train", "2": "train", "3": "val", "4": "test", "5": ""}
     assert find_missing_classes(splits, classes) == {
@@ -144,15 +146,17 @@ def test_splits_are_given_by_slide_or_by_case_and_what_has_none_is_listed():
         slide("b1", "B", ""),
         slide("01", "1", ""),
     ]
-    kept, problems = assign(slides, {"A": "train", "b1": "test", "1": "", "01 ": "val"}, "f.csv")
+    kept, problems = assign_splits(
+        slides, {"A": "train", "b1": "test", "1": "", "01 ": "val"}, "f.csv"
+    )
     assert [(s.id, s.split) for s in kept] == [("a1", "train"), ("a2", "train"), ("b1", "test")]
-    assert [str(p) for p in problems] == ["01 : the label table has no row for it (f.csv)"]
-    kept, problems = assign(slides, {"a1": "train", "1": "val", "c": "val"}, "f.csv")
+    assert [str(p) for p in problems] == ["01 : not in the label table (f.csv)"]
+    kept, problems = assign_splits(slides, {"a1": "train", "1": "val", "c": "val"}, "f.csv")
     assert [(s.id, s.split) for s in kept] == [("a1", "train"), ("01", "val")]
     assert [str(p) for p in problems] == [
         "a2: neither the slide nor its case has a split (f.csv)",
         "b1: neither the slide nor its case has a split (f.csv)",
-        "c: the label table has no row for it (f.csv)",
+        "c: not in the label table (f.csv)",
     ]
 
 
@@ -170,14 +174,14 @@ def test_the_same_patches_under_two_names_in_two_splits_stop_with_the_names(tmp_
     stores = {"p": first, "q": first, "r": first, "s": first, "x": second}
     slides = [slide("p"), slide("q"), slide("r"), slide("s"), slide("x", split="test")]
     with pytest.raises(UserError) as error:
-        check_copies(slides, stores)
+        check_copied_patches(slides, stores)
     assert str(error.value) == (
-        "1 slide(s) lie in more than one split under different names: the test would not be honest\n"
+        "1 slide(s) are in more than one split under different names, so test results would be biased\n"
         "  'p' (train) = 'x' (test): the same 5 patches\n"
         "  keep one name of each in the label table"
     )
-    check_copies(slides[:4], stores)  # q and r are one slide too, but in one split
-    check_copies([slide("p"), slide("x", split="")], stores)  # not used
+    check_copied_patches(slides[:4], stores)  # q and r are one slide too, but in one split
+    check_copied_patches([slide("p"), slide("x", split="")], stores)  # not used
 
 
 def test_slides_that_share_some_patches_are_not_one(tmp_path):
@@ -187,7 +191,7 @@ def test_slides_that_share_some_patches_are_not_one(tmp_path):
     slides = [
         slide(n, split=s) for n, s in zip("abcd", ("train", "val", "test", "train"), strict=True)
     ]
-    check_copies(slides, dict.fromkeys("abcd", store))
+    check_copied_patches(slides, dict.fromkeys("abcd", store))
 
 
 @pytest.mark.parametrize("second", [[0, 1, 2, 3], [4, 3, 2, 1, 0], [0, 2, 4, 99, 98], [1]])
@@ -200,14 +204,14 @@ def test_a_slide_that_has_most_of_its_patches_in_common_with_one_of_another_spli
     stores = {"a": first, "b": first, "x": store_of(tmp_path / "b.lmdb", x=some)}
     slides = [slide("a"), slide("b"), slide("x", split="test")]
     with pytest.raises(UserError) as error:
-        check_copies(slides, stores)
+        check_copied_patches(slides, stores)
     common, least = sum(k < 5 for k in second), min(5, len(second))
     assert str(error.value) == (
-        "1 slide(s) have most of their patches in common with one of another split: the test would not "
-        f"be honest\n  'a' (train) and 'x' (test): {common} of {least} patches\n"
+        "1 slide(s) have most of their patches in common with a slide of another split, so test results "
+        f"would be biased\n  'a' (train) and 'x' (test): {common} of {least} patches\n"
         "  keep one of each in the label table"
     )
-    check_copies([*slides[:2], slide("x")], stores)
+    check_copied_patches([*slides[:2], slide("x")], stores)
 
 
 def test_sums_that_are_alike_by_chance_are_no_patches_in_common(tmp_path, monkeypatch):
@@ -215,7 +219,7 @@ def test_sums_that_are_alike_by_chance_are_no_patches_in_common(tmp_path, monkey
     monkeypatch.setattr(
         PatchStore, "checksums", lambda self, name: np.arange(self.num_patches(name))
     )
-    check_copies([slide("a"), slide("b", split="test")], dict.fromkeys("ab", store))
+    check_copied_patches([slide("a"), slide("b", split="test")], dict.fromkeys("ab", store))
 
 
 def test_a_slide_in_a_file_without_checksums_is_found_in_a_store_that_has_them(tmp_path):
@@ -224,19 +228,19 @@ def test_a_slide_in_a_file_without_checksums_is_found_in_a_store_that_has_them(t
     stores = dict.fromkeys("abcd", theirs) | dict.fromkeys("AC", ours)
     slides = [slide(name) for name in "abcd"] + [slide(name, split="test") for name in "AC"]
     with pytest.raises(UserError) as error:
-        check_copies(slides, stores)
+        check_copied_patches(slides, stores)
     assert sorted(str(error.value).splitlines()[1:3]) == [
         "  'A' (test) = 'a' (train): the same 6 patches",
         "  'C' (test) = 'c' (train): the same 1 patches",
     ]
-    check_copies([slide("b"), slide("d"), *slides[4:]], stores)
+    check_copied_patches([slide("b"), slide("d"), *slides[4:]], stores)
 
 
 def test_a_store_with_checksums_is_not_read_to_tell_its_slides_apart(tmp_path, monkeypatch):
     store = write_store(tmp_path / "s.lmdb", dict.fromkeys("abcd", 9))
     monkeypatch.setattr(PatchStore, "read", lambda *_: pytest.fail("patches were read"))
     slides = [slide(n, split="train" if n < "c" else "test") for n in "abcd"]
-    check_copies(slides, dict.fromkeys("abcd", store))
+    check_copied_patches(slides, dict.fromkeys("abcd", store))
 
 
 def write_features(path: Path, seed: int, coords: np.ndarray) -> None:
@@ -252,9 +256,9 @@ def test_the_same_features_at_the_same_places_under_two_names_are_found_too(tmp_
     stores = dict.fromkeys("abcd", open_features(tmp_path))
     slides = [slide("a"), slide("b", split="val"), slide("c", split="test")]
     with pytest.raises(UserError, match=r"'a' \(train\) = 'c' \(test\): the same 7 patches"):
-        check_copies(slides, stores)
-    check_copies(slides[:2], stores)
-    check_copies([slides[0], slide("d", split="val")], stores)
+        check_copied_features(slides, stores)
+    check_copied_features(slides[:2], stores)
+    check_copied_features([slides[0], slide("d", split="val")], stores)
 
 
 @pytest.mark.parametrize("ending", [".pt", ".npy"])
@@ -270,13 +274,13 @@ def test_the_same_features_without_places_are_found_too(tmp_path, ending):
     stores = dict.fromkeys("abcde", open_features(tmp_path))
     slides = [slide("a"), *(slide(name, split="test") for name in "bcde")]
     with pytest.raises(UserError) as error:
-        check_copies(slides, stores)
+        check_copied_features(slides, stores)
     assert str(error.value).splitlines()[1] == "  'a' (train) = 'c' (test): the same 7 patches"
-    check_copies([s for s in slides if s.id != "c"], stores)
+    check_copied_features([s for s in slides if s.id != "c"], stores)
 
 
 @pytest.mark.parametrize("placed", [True, False])
-def test_features_at_other_places_or_with_other_first_rows_are_not_read_whole(
+def test_features_with_other_coords_or_first_rows_are_not_read_completely(
     tmp_path, monkeypatch, placed
 ):
     for n, name in enumerate("ab"):
@@ -286,4 +290,4 @@ def test_features_at_other_places_or_with_other_first_rows_are_not_read_whole(
             torch.save(torch.full((7, 3), float(n)), tmp_path / f"{name}.pt")
     monkeypatch.setattr(FeatureFiles, "features", lambda *_: pytest.fail("features were read"))
     stores = dict.fromkeys("ab", open_features(tmp_path))
-    check_copies([slide("a"), slide("b", split="val")], stores)
+    check_copied_features([slide("a"), slide("b", split="val")], stores)

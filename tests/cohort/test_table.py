@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from e2e.cohort.match import match_slides
 from e2e.cohort.report import write_problems
-from e2e.cohort.splits import check_splits, cut
-from e2e.cohort.table import Problem, read_table, slide_ids
+from e2e.cohort.splits import check_splits, cut_split
+from e2e.cohort.table import Problem, read_table, split_slide_ids, summarise_problems
 from e2e.errors import UserError
 from e2e.slides import Slide
 from tests.helpers.stores import write_store
@@ -119,11 +119,11 @@ def test_a_missing_column_names_those_that_are_there(table):
     ids=["empty", "no rows", "long first row", "long row", "comma at the end", "quote"],
 )
 def test_a_table_that_cannot_be_read_is_one_message(table, text, encoding):
-    with pytest.raises(UserError, match=r"labels.csv (is no readable table: .+|has no rows)"):
+    with pytest.raises(UserError, match=r"labels.csv (is not a readable table: .+|has no rows)"):
         read(table(text, encoding=encoding))
 
 
-def test_no_table_is_told_with_the_setting(tmp_path):
+def test_a_missing_table_is_an_error_that_names_the_setting(tmp_path):
     with pytest.raises(UserError, match=r"no label table at .*\n.*data.labels="):
         read(tmp_path / "nothing.csv")
 
@@ -149,8 +149,8 @@ def test_bad_rows_are_listed_with_their_lines(table):
         ("s1", "labels.csv line 5", "contradicts an earlier row"),
         ("", "labels.csv line 6", "empty slide or case id"),
         ("s3", "labels.csv line 7", "empty slide or case id"),
-        ("s5", "labels.csv line 9", "split 'holdout' is none of train, val, test"),
-        ("s6", "labels.csv line 10", "split '' is none of train, val, test"),
+        ("s5", "labels.csv line 9", "split 'holdout' is not one of train, val, test"),
+        ("s6", "labels.csv line 10", "split '' is not one of train, val, test"),
     ]
     assert str(problems[3]) == "(no slide id): empty slide or case id (labels.csv line 6)"
 
@@ -166,9 +166,9 @@ def test_slides_and_stores_are_compared_in_both_directions(tmp_path):
         "both": "one.lmdb",
     }
     assert sorted(map(str, problems)) == [
-        "both: is in one.lmdb too (two.lmdb)",
-        "extra: the label table has no row for it (one.lmdb)",
-        "missing: no store has it (label table)",
+        "both: also in one.lmdb (two.lmdb)",
+        "extra: not in the label table (one.lmdb)",
+        "missing: not in any store (label table)",
     ]
 
 
@@ -180,7 +180,7 @@ def test_ids_are_matched_exactly(tmp_path):
     assert len(problems) == 6
 
 
-def test_problems_are_written_whole(tmp_path):
+def test_all_problems_are_written(tmp_path):
     problems = [Problem(f"s,{n}", "labels.csv line 2", 'has "quotes"') for n in range(30)]
     write_problems(problems, tmp_path / "new" / "problems.csv")
     with (tmp_path / "new" / "problems.csv").open(newline="") as file:
@@ -192,7 +192,7 @@ def test_problems_are_written_whole(tmp_path):
 # --- encodings, separators, many rows ---
 
 
-def test_a_table_in_latin_1_is_told_with_the_line_and_how_to_mend_it(table):
+def test_a_table_in_latin_1_is_an_error_with_the_line_and_the_remedy(table):
     path = table(HEADER + "c1,s1,train,x\nc2,Müller,train,x\n", encoding="latin-1")
     with pytest.raises(UserError) as error:
         read(path)
@@ -203,12 +203,12 @@ def test_a_table_in_latin_1_is_told_with_the_line_and_how_to_mend_it(table):
     ]
 
 
-def test_a_table_in_utf_16_is_told_as_such(table):
+def test_a_table_in_utf_16_is_an_error_that_says_so(table):
     with pytest.raises(UserError, match=r"in UTF-16, not in UTF-8\n  iconv -f utf16 -t utf8 "):
         read(table(HEADER + "a,b,train,x\n", encoding="utf-16"))
 
 
-def test_semicolons_are_told_as_such(table):
+def test_semicolons_as_separators_are_an_error_that_says_so(table):
     with pytest.raises(UserError, match=r"lacks column\(s\)(?s:.*)separated by ';': save it with"):
         read(table((HEADER + "a,b,train,x\n").replace(",", ";")))
 
@@ -220,7 +220,7 @@ def test_cells_of_blanks_are_empty_and_labels_that_differ_by_blanks_are_one(tabl
     assert [p.problem for p in problems] == ["duplicate row", "empty slide or case id"]
 
 
-def test_a_column_that_is_there_twice_is_refused_where_it_is_wanted(table):
+def test_two_columns_of_one_name_are_refused_if_the_name_is_used(table):
     path = table("case,slide,split,label,label,note,note\nc,s,train,a,b,x,y\n")
     with pytest.raises(UserError, match=r"the column\(s\) label more than once"):
         read(path)
@@ -233,12 +233,12 @@ def test_blanks_around_the_names_of_columns_and_rows_without_any_word_do_not_cou
     assert read(path) == ([Slide("s", "c", "train", {"label": "a"})], [])
 
 
-def test_a_bad_row_is_told_by_its_line_also_behind_empty_ones(table):
+def test_a_bad_row_after_empty_lines_has_the_right_line_number(table):
     _, problems = read(table(HEADER + "c,s,train,a\n\n\nd,,train,a\n"))
     assert [problem.where for problem in problems] == ["labels.csv line 5"]
 
 
-def test_a_table_of_empty_lines_is_told(table):
+def test_a_table_of_empty_lines_is_an_error(table):
     with pytest.raises(UserError, match="is empty"):
         read(table(",,\n,,\n"))
 
@@ -252,7 +252,7 @@ def test_ten_thousand_cases_are_read_and_every_bad_row_of_them_is_listed(table):
     assert (problems[999].where, problems[999].slide) == ("labels.csv line 11001", "s9990")
     assert problems[-1].problem == "empty slide or case id"
     check_splits(slides)
-    done = cut(slides, "test", 0.25, by="label", seed=0)
+    done = cut_split(slides, "test", 0.25, by="label", seed=0)
     assert Counter((s.split, s.target["label"]) for s in done if s.split == "test") == {
         ("test", "x"): 1000,
         ("test", "y"): 1000,
@@ -299,7 +299,7 @@ def test_empty_parts_and_slides_named_twice_are_listed_and_the_others_stay(table
     assert [(p.slide, p.where[-1], p.problem) for p in problems] == [
         ("", "2", empty),
         ("", "2", empty),
-        ("d", "3", "named twice in its row"),
+        ("d", "3", "listed twice in its row"),
         ("a", "4", "contradicts an earlier row"),
         ("b", "5", "duplicate row"),
         ("g", "6", empty),
@@ -309,9 +309,7 @@ def test_empty_parts_and_slides_named_twice_are_listed_and_the_others_stay(table
     ]
 
 
-def test_without_a_separator_a_cell_is_one_id_and_who_lacks_it_is_told_of_the_setting(
-    table, tmp_path
-):
+def test_without_a_separator_a_cell_is_one_id_and_the_message_names_the_setting(table, tmp_path):
     store = write_store(tmp_path / "x.lmdb", {"a": 1, "b": 1, "c;d": 1})
     slides, _ = read(
         table(HEADER + "c1,a.svs;b.svs,train,x\nc2,c;d,train,x\n"), slide_suffix=".svs"
@@ -319,7 +317,7 @@ def test_without_a_separator_a_cell_is_one_id_and_who_lacks_it_is_told_of_the_se
     where, problems = match_slides(slides, [store])
     assert list(where) == ["c;d"]  # an id may have any sign
     assert str(problems[0]) == (
-        "a.svs;b: no store has it; are these several slides? data.slide_separator=';' (label table)"
+        "a.svs;b: not in any store; for several slides in a cell set data.slide_separator=';' (label table)"
     )
     slides, _ = read(
         table(HEADER + "c1,a.svs;b.svs,train,x\n"), slide_suffix=".svs", slide_separator=";"
@@ -332,7 +330,7 @@ IDS = st.text(st.characters(exclude_characters=";.", exclude_categories=("C", "Z
 
 @given(st.lists(IDS, min_size=1), st.sampled_from(["", ".svs"]), st.sampled_from([";", " ; "]))
 def test_ids_that_are_joined_come_apart_as_they_were(ids, suffix, joint):
-    assert slide_ids(joint.join(name + suffix for name in ids), suffix, ";") == ids
+    assert split_slide_ids(joint.join(name + suffix for name in ids), suffix, ";") == ids
 
 
 # --- centres ---
@@ -361,7 +359,7 @@ def test_a_column_may_be_of_the_splits_and_of_the_centres_at_once(table):
 # --- real tables ---
 
 
-def test_the_panda_table_is_read_whole(shared_data):
+def test_all_of_the_panda_table_is_read(shared_data):
     slides, problems = read(shared_data / "labels/panda.csv", columns=COLUMNS | {"split": "fold"})
     assert problems == []
     counts = {split: sum(s.split == split for s in slides) for split in SPLITS}
@@ -370,7 +368,7 @@ def test_the_panda_table_is_read_whole(shared_data):
     assert all(s.case == s.id for s in slides)
 
 
-def test_the_brca_subtyping_table_is_read_whole(shared_data):
+def test_all_of_the_brca_subtyping_table_is_read(shared_data):
     path = shared_data / "labels/subtyping_tcga_brca.csv"
     slides, problems = read(path, columns=COLUMNS | {"split": "fold"})
     assert problems == []
@@ -427,3 +425,20 @@ def test_a_slide_without_patches_is_a_problem_of_its_store(tmp_path):
     where, problems = match_slides(slides, [store])
     assert list(where) == ["a"]
     assert list(map(str, problems)) == ["empty: has no patches (one.lmdb)"]
+
+
+def test_problems_are_one_line_a_kind_with_three_examples_and_their_lines():
+    row = "empty slide or case id"
+    problems = [
+        Problem("", "t.csv", row, 2),
+        Problem("", "t.csv", row, 2),
+        Problem("g", "t.csv", row, 6),
+    ]
+    problems += [Problem(f"s{k}", "x.lmdb", "has no patches") for k in range(5)]
+    problems += [Problem("a", "t.csv", "duplicate row", 4)]
+    assert summarise_problems(problems) == [
+        "3 slides (g): empty slide or case id (t.csv lines 2, 6)",
+        "5 slides (s0, s1, s2, ...): has no patches (x.lmdb)",
+        "a: duplicate row (t.csv line 4)",
+    ]
+    assert summarise_problems(problems[:2]) == ["2 slides: empty slide or case id (t.csv line 2)"]

@@ -1,4 +1,4 @@
-"""What every head promises, asked of each name in the registry."""
+"""The contract of a head, tested on every registered head with its default options."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ def only_real(name: str, value: Tensor, mask: Tensor) -> Tensor:
 def assert_same(
     got: HeadOutput, expected: HeadOutput, mask: Tensor, *, tolerance: float = 1e-5
 ) -> None:
-    theirs = dict(parts(expected))
+    expected_parts = dict(parts(expected))
     for what, value in parts(got):
-        a, b = only_real(what, value, mask), only_real(what, theirs[what], mask)
+        a, b = only_real(what, value, mask), only_real(what, expected_parts[what], mask)
         torch.testing.assert_close(
             a.double(),
             b.double(),
@@ -162,6 +162,51 @@ def test_what_padding_holds_changes_nothing(head, fill):
     assert_same(run(head, features, mask, coords), expected, mask, tolerance=0)
 
 
+def test_without_a_mask_all_patches_are_real(head):
+    if head.needs_coords:
+        pytest.skip("needs coordinates")
+    features, mask, _ = bag()
+    torch.manual_seed(7)
+    expected = head(features, mask)
+    torch.manual_seed(7)
+    assert_same(head(features), expected, mask, tolerance=0)
+    assert head(features.clone(), coords=None).logits.shape == (B, C)
+
+
+def test_features_of_a_single_bag_without_the_batch_axis_are_an_error(head):
+    with pytest.raises(ValueError, match=r"shape \(bags, patches, width\), got \(5, 24\)"):
+        head(torch.zeros(5, D))
+
+
+def test_every_option_has_a_type_a_default_and_a_text_in_the_docstring(name):
+    described = HEADS.describe(name)
+    assert described.summary
+    for option in described.options:
+        assert option.text, f"{name}: the option {option.name} is not in the Parameters section"
+        assert not option.is_required
+
+
+def test_the_auxiliary_loss_needs_what_the_head_declares(head):
+    output = run(head.train(), *bag())
+
+    def is_refused(target: Tensor) -> bool:
+        try:
+            head.aux_loss(output, target, lambda logits, _: logits.sum(dim=-1))
+        except UserError:
+            return True
+        return False
+
+    def refuse(logits: Tensor, target: Tensor) -> Tensor:
+        raise UserError("no loss of single bags")
+
+    assert is_refused(torch.rand(B)) == (head.aux_loss_needs == "class number")
+    if head.aux_loss_needs == "task loss":
+        with pytest.raises(UserError, match="no loss of single bags"):
+            head.aux_loss(output, torch.arange(B) % C, refuse)
+    else:
+        head.aux_loss(output, torch.arange(B) % C, refuse)
+
+
 @pytest.mark.parametrize("fill", [math.nan, 1e4])
 def test_how_much_padding_there_is_changes_nothing(head, fill):
     features, mask, coords = bag()
@@ -171,10 +216,10 @@ def test_how_much_padding_there_is_changes_nothing(head, fill):
     longer_coords = torch.cat([coords, torch.full((B, more, 2), -1)], dim=1)
     output = run(head, longer, longer_mask, longer_coords)
     expected = run(head, features, mask, coords)
-    theirs = dict(parts(expected))
+    expected_parts = dict(parts(expected))
     for what, value in parts(output):
         cut = {"attention": value[..., :N], "instance_logits": value[:, :N]}.get(what, value)
-        torch.testing.assert_close(cut, theirs[what], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(cut, expected_parts[what], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("fill", [math.nan, math.inf, 1e4])
@@ -193,9 +238,9 @@ def test_a_batch_of_bags_is_its_bags_one_by_one(head):
     together = run(head, features, mask, coords)
     for b, n in enumerate(SIZES):
         alone = run(head, features[b : b + 1, :n], mask[b : b + 1, :n], coords[b : b + 1, :n])
-        theirs = dict(parts(together))
+        expected_parts = dict(parts(together))
         for what, value in parts(alone):
-            batched = theirs[what][b : b + 1]
+            batched = expected_parts[what][b : b + 1]
             cut = {"attention": batched[..., :n], "instance_logits": batched[:, :n]}
             torch.testing.assert_close(value, cut.get(what, batched), rtol=1e-4, atol=1e-5)
 
@@ -213,14 +258,14 @@ def test_a_batchs_gradient_is_the_mean_of_its_bags(head):
 
 
 def test_the_order_of_patches_changes_nothing(head):
-    if not head.order_free:
+    if not head.permutation_invariant:
         pytest.skip("depends on the order")
     features, mask, coords = ragged(math.nan)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
     shuffled = run(head, features[:, order], mask[:, order], coords[:, order])
-    theirs = dict(parts(run(head, features, mask, coords)))
+    expected_parts = dict(parts(run(head, features, mask, coords)))
     for what, value in parts(shuffled):
-        expected = theirs[what]
+        expected = expected_parts[what]
         if what != "logits":
             expected = expected.index_select(2 if what == "attention" else 1, order)
         got = only_real(what, value, mask[:, order])
@@ -230,10 +275,10 @@ def test_the_order_of_patches_changes_nothing(head):
 
 
 def test_the_input_is_left_untouched(head):
-    given = ragged(math.nan)
-    before = [tensor.clone() for tensor in given]
-    gradients(head.train(), *given)
-    for tensor, original in zip(given, before, strict=True):
+    inputs = ragged(math.nan)
+    before = [tensor.clone() for tensor in inputs]
+    gradients(head.train(), *inputs)
+    for tensor, original in zip(inputs, before, strict=True):
         torch.testing.assert_close(tensor, original, rtol=0, atol=0, equal_nan=True)
 
 
@@ -244,13 +289,13 @@ def test_the_encoder_is_trained_through_every_bag(head):
 
 
 def test_every_parameter_gets_a_gradient_or_is_declared_not_to(head):
-    _, found = gradients(head.train(), *bag())
-    assert set(head.zero_gradient) <= set(found)
-    size = {key: gradient.abs().max().item() for key, gradient in found.items()}
+    _, by_name = gradients(head.train(), *bag())
+    assert set(head.zero_gradient_parameters) <= set(by_name)
+    size = {key: gradient.abs().max().item() for key, gradient in by_name.items()}
     largest = max(size.values())
     assert all(math.isfinite(value) for value in size.values())
     for key, value in size.items():
-        if key in head.zero_gradient:
+        if key in head.zero_gradient_parameters:
             assert value < 1e-5 * largest, f"{key} is declared, yet has gradient {value}"
         else:
             assert value > 1e-7 * largest, f"{key} has gradient {value}, largest {largest}"
@@ -285,11 +330,11 @@ def test_half_precision_autocast_is_near_single(head):
 
 def test_dropout_acts_in_training_only(name, head):
     def twice() -> tuple[Tensor, Tensor]:
-        given = bag()
+        inputs = bag()
         torch.manual_seed(1)
-        first = head(*given).logits
+        first = head(*inputs).logits
         torch.manual_seed(2)
-        return first, head(*given).logits
+        return first, head(*inputs).logits
 
     first, second = twice()
     torch.testing.assert_close(first, second, rtol=0, atol=0)
@@ -306,21 +351,21 @@ def test_the_extra_loss_is_a_finite_number_or_none(head):
 
 
 def test_weights_make_the_head(name, head, tmp_path):
-    given = ragged(math.nan)
+    inputs = ragged(math.nan)
     torch.save(head.state_dict(), tmp_path / "head.pt")
     other = build(name, seed=1)
     other.load_state_dict(torch.load(tmp_path / "head.pt", weights_only=True))
-    assert_same(run(other, *given), run(head, *given), given[1], tolerance=0)
+    assert_same(run(other, *inputs), run(head, *inputs), inputs[1], tolerance=0)
 
 
 def test_a_copy_is_the_same_head_and_free_of_it(head):
-    given = ragged(math.nan)
-    expected = run(head, *given)
+    inputs = ragged(math.nan)
+    expected = run(head, *inputs)
     for twin in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
-        assert_same(run(twin, *given), expected, given[1], tolerance=0)
+        assert_same(run(twin, *inputs), expected, inputs[1], tolerance=0)
         for parameter in twin.parameters():
             nn.init.constant_(parameter, 0.5)
-    assert_same(run(head, *given), expected, given[1], tolerance=0)
+    assert_same(run(head, *inputs), expected, inputs[1], tolerance=0)
 
 
 def test_options_are_keyword_only_with_type_and_default(name):
@@ -343,10 +388,6 @@ def test_no_parameter_is_a_scalar(head):
     assert all(parameter.dim() > 0 for parameter in head.parameters())
 
 
-FIXED_SIZE = {"transmil": "lays the patches out on a square grid, whose side is a Python number"}
-"""Head -> why its export is for bags padded to one size. No other head is excepted."""
-
-
 def exported(head: Head, *, length: torch.export.Dim | None) -> nn.Module:
     """For inference on two bags of 12 patches, or of ``length``."""
     features, mask, _ = bag(12, batch=2)
@@ -367,20 +408,18 @@ def two_heads_first() -> list[ParameterSet]:
 @pytest.mark.parametrize("name", two_heads_first(), indirect=True)
 def test_the_export_gives_the_heads_outputs_for_bags_of_any_size(name, head):
     length = torch.export.Dim("length", min=2, max=10_000)
-    if name in FIXED_SIZE:
+    if not head.exports_any_size:
         with pytest.raises(torch._dynamo.exc.UserError, match="specialized it to be a constant"):
             exported(head, length=length)
-    program = exported(head, length=None if name in FIXED_SIZE else length)
-    for n in (12,) if name in FIXED_SIZE else (2, 12, 33):
+    program = exported(head, length=length if head.exports_any_size else None)
+    for n in (2, 12, 33) if head.exports_any_size else (12,):
         features, mask, _ = bag(n, batch=2)
         mask[1, n // 2 + 1 :] = False
-        found, expected = program(features, mask).logits, head(features, mask).logits
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        exported_logits, expected = program(features, mask).logits, head(features, mask).logits
+        torch.testing.assert_close(exported_logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_maps_that_belong_to_classes_are_as_many(name):
     output = run(build(name), *bag())
     assert not output.class_maps or output.attention_logits.shape[1] == C
-    assert output.class_maps == (name in ("attrimil", "clam_mb", "dsmil"))
     assert not output.show_scores or output.instance_logits is not None
-    assert output.show_scores == (name == "attrimil")

@@ -20,9 +20,7 @@ from e2e.errors import UserError
 from e2e.heads.base import HEADS
 from tests.helpers.encoders import build, fine_tune, images, saved_bytes
 
-NETWORKS = [
-    name for name in ENCODERS.names() if not getattr(ENCODERS.factory(name), "given", False)
-]
+NETWORKS = [name for name in ENCODERS.names() if ENCODERS.plugin_class(name).input_kind == "pixels"]
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -31,6 +29,14 @@ def encoder(request: pytest.FixtureRequest) -> Encoder:
 
 
 # --- the contract, for every registered encoder ---
+
+
+@pytest.mark.parametrize("name", [*ENCODERS.names(), "uni", "resnet18"])
+def test_every_option_has_a_text_in_the_docstring(name):
+    described = ENCODERS.describe(name)
+    assert described.summary
+    for option in described.options:
+        assert option.text, f"{name}: the option {option.name} is not in the Parameters section"
 
 
 @torch.no_grad()
@@ -44,10 +50,10 @@ def test_patches_become_rows_of_the_promised_width(encoder):
 @torch.no_grad()
 def test_in_eval_each_row_depends_on_its_patch_alone(encoder):
     pixels = images(5)
-    whole = encoder(pixels)
+    complete = encoder(pixels)
     for rows in ([0], [4], [1, 3], [3, 1]):
-        torch.testing.assert_close(encoder(pixels[rows]), whole[rows], rtol=1e-4, atol=1e-5)
-    assert (whole[0] - whole[1]).abs().max() > 1e-3  # and on its patch at all
+        torch.testing.assert_close(encoder(pixels[rows]), complete[rows], rtol=1e-4, atol=1e-5)
+    assert (complete[0] - complete[1]).abs().max() > 1e-3  # and on its patch at all
 
 
 @torch.no_grad()
@@ -97,12 +103,12 @@ def test_the_residual_networks_end_after_their_third_stage(name, dim, parameters
 
 @torch.no_grad()
 def test_a_cut_network_is_the_whole_ones_third_stage():
-    whole = timm.create_model("resnet18.tv_in1k").eval()
+    complete = timm.create_model("resnet18.tv_in1k").eval()
     encoder = build("r18").eval()
-    encoder.net.load_state_dict(whole.state_dict(), strict=False)
+    encoder.net.load_state_dict(complete.state_dict(), strict=False)
     pixels = images()
     normal = (pixels.float() / 255 - encoder.mean) / encoder.std
-    expected = whole.forward_intermediates(normal, indices=[3], intermediates_only=True)[0]
+    expected = complete.forward_intermediates(normal, indices=[3], intermediates_only=True)[0]
     torch.testing.assert_close(encoder(pixels), expected.mean(dim=(2, 3)), rtol=1e-4, atol=1e-5)
 
 
@@ -140,8 +146,8 @@ def test_an_option_that_the_network_does_not_have_is_a_users_mistake(name, optio
 
 @pytest.mark.parametrize("name", ["r18", "r50", "r50v2"])
 def test_the_short_names_take_every_option(name):
-    ours, any_timm = ENCODERS.options(name), ENCODERS.options("resnet18")
-    assert ours == {**any_timm, "stage": (int | None, 3)}
+    actual, any_timm = ENCODERS.options(name), ENCODERS.options("resnet18")
+    assert actual == {**any_timm, "stage": (int | None, 3)}
 
 
 def test_patches_of_another_size_than_the_network_was_made_for():
@@ -153,7 +159,7 @@ def test_patches_of_another_size_than_the_network_was_made_for():
         encoder(images(1, 48))
     with pytest.raises(UserError, match="224 x 224 pixels, found 64 x 64"):
         build("vit_tiny_patch16_224", stage=1)(images(1, 64))
-    with pytest.raises(UserError, match=r"img_size=64: .*\n.*leave encoder.img_size out"):
+    with pytest.raises(UserError, match=r"img_size=64: .*\n.*remove encoder.img_size"):
         build("r18", img_size=64)
 
 
@@ -218,7 +224,7 @@ def test_without_a_word_an_encoder_is_one_layer_of_which_all_is_decayed():
             self.net = nn.Linear(2, 2)
 
     assert Plain().layers() == Plain().layers(coarse=True) == [["net.weight", "net.bias"]]
-    assert Plain().undecayed() == set()
+    assert Plain().no_weight_decay() == set()
 
 
 # --- frozen stages ---
@@ -267,7 +273,7 @@ def test_what_cannot_be_frozen_is_a_users_mistake():
     for stages in (4, -1):
         with pytest.raises(UserError) as error:
             build("r18", freeze=stages)
-        assert f"encoder.freeze must be 0 to 3, found {stages}" in str(error.value)
+        assert f"encoder.freeze={stages} must be 0 to 3" in str(error.value)
         assert "optim.train_encoder=false" in str(error.value)
 
 
@@ -319,32 +325,32 @@ def test_a_whole_networks_weights_fit_its_first_stages(tmp_path, name):
 )
 def test_a_whole_networks_weights_fit_what_timm_names_anew(tmp_path, name, stage):
     torch.manual_seed(3)
-    whole = timm.create_model(name).eval()
-    torch.save(whole.state_dict(), tmp_path / "w.pt")
+    complete = timm.create_model(name).eval()
+    torch.save(complete.state_dict(), tmp_path / "w.pt")
     encoder = build(name, weights=str(tmp_path / "w.pt"), stage=stage).eval()
     normal = (images().float() / 255 - encoder.mean) / encoder.std
     if stage is None:
-        expected = whole.forward_head(whole.forward_features(normal), pre_logits=True)
+        expected = complete.forward_head(complete.forward_features(normal), pre_logits=True)
     else:
-        maps = whole.forward_intermediates(normal, indices=[stage], intermediates_only=True)
+        maps = complete.forward_intermediates(normal, indices=[stage], intermediates_only=True)
         expected = maps[0].mean(dim=(2, 3))
     torch.testing.assert_close(encoder(images()), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", [None, 3])
 def test_a_vits_position_embeddings_are_resampled(tmp_path, stage):
-    whole = timm.create_model("vit_tiny_patch16_224")
+    complete = timm.create_model("vit_tiny_patch16_224")
     ramp = torch.linspace(0, 1, 14).view(1, 1, 14, 1).expand(1, 14, 14, 192)
-    weights = whole.state_dict()
+    weights = complete.state_dict()
     weights["pos_embed"] = torch.cat([torch.full((1, 1, 192), 7.0), ramp.reshape(1, 196, 192)], 1)
     torch.save(weights, tmp_path / "w.pt")
     encoder = build(
         "vit_tiny_patch16_224", weights=str(tmp_path / "w.pt"), img_size=64, stage=stage
     )
-    found = getattr(encoder.net, "model", encoder.net).pos_embed.detach()
-    assert found.shape == (1, 1 + 16, 192)
-    assert bool((found[0, 0] == 7).all())  # the class token's stays
-    table = found[0, 1:, 0].view(4, 4)
+    result = getattr(encoder.net, "model", encoder.net).pos_embed.detach()
+    assert result.shape == (1, 1 + 16, 192)
+    assert bool((result[0, 0] == 7).all())  # the class token's stays
+    table = result[0, 1:, 0].view(4, 4)
     torch.testing.assert_close(table, table[:1].expand(4, 4))
     # Each of the four stands for a quarter of the ramp: its middle.
     torch.testing.assert_close(table[0], torch.linspace(1, 7, 4) / 8, atol=0.03, rtol=0)
@@ -380,9 +386,9 @@ def test_files_that_hold_no_weights_are_refused(tmp_path):
     assert "holds no state dict" in refused(tmp_path / "nested.pt")
     torch.save(nn.Linear(1, 1), tmp_path / "module.pt")  # code, which must not be run
     assert "cannot be read as weights" in refused(tmp_path / "module.pt")
-    whole = save_weights(tmp_path / "whole.pt")
-    whole.write_bytes(whole.read_bytes()[:100_000])
-    assert "cannot be read as weights" in refused(whole)
+    complete = save_weights(tmp_path / "whole.pt")
+    complete.write_bytes(complete.read_bytes()[:100_000])
+    assert "cannot be read as weights" in refused(complete)
 
 
 @pytest.mark.parametrize("text", ["hello", ""])

@@ -108,7 +108,8 @@ def test_chunk_normalisation_differentiates_through_the_statistics():
 def test_sync_in_one_process_is_pytorchs_own_batchnorm_over_all_bags():
     model, bag = make_model(20, batch_norm="sync"), make_bag((3, 5, 12), chunk=20, grouped=True)
     plain = make_model(20, batch_norm="chunk")
-    plain.batch_norm._collect = lambda rows: nullcontext()  # PyTorch moves the statistics itself
+    # PyTorch moves the statistics itself.
+    plain.batch_norm._collect_statistics = lambda rows, second: nullcontext()
     assert apart(gradients(model, bag), gradients(plain, bag)) <= 1e-12
     model.batch_norm.commit(stay, GOOD)
     assert apart(model.encoder.state_dict(), plain.encoder.state_dict()) <= 1e-12
@@ -141,7 +142,7 @@ def test_a_batchnorm_in_a_frozen_part_of_the_encoder_is_left_alone():
     gradients(model, make_bag())
     model.batch_norm.commit(stay, GOOD)
     assert apart(before, norm.state_dict()) == 0
-    assert ChunkBatchNorm(model.encoder)._live == []
+    assert ChunkBatchNorm(model.encoder)._training_modules == []
 
 
 def test_folding_changes_no_gradient_also_of_the_batchnorm_it_takes_away():

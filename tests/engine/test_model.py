@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from contextlib import nullcontext
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from e2e.bags.bag import Bag, Chunk
 from e2e.encoders.base import ENCODERS
 from e2e.engine.model import MILModel, ReplayError, seeded
 from e2e.errors import UserError
-from e2e.heads.base import HEADS
+from e2e.heads.base import HEADS, Head, HeadOutput
+from e2e.losses.base import Regulariser
+from e2e.parallel import Strategy
 from e2e.sizes import parse_bytes
-from tests.helpers.models import CPU, SIZES, apart, gradients, make_bag, make_model
+from tests.helpers.models import CPU, SIZES, SmallEncoder, apart, gradients, make_bag, make_model
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -76,7 +79,7 @@ def test_a_budget_changes_what_is_encoded_twice_and_never_the_gradient():
 def graph_bytes_of_a_row(**options) -> float:
     model = make_model(keep_graphs="9GiB", batch_norm="chunk", **options)
     gradients(model, make_bag((23,)))
-    return model.budget._row
+    return model.budget._bytes_per_row
 
 
 def test_the_measured_graph_is_what_autograd_saves_of_one_chunk():
@@ -89,7 +92,7 @@ def test_the_measured_graph_is_what_autograd_saves_of_one_chunk():
 def test_auto_keeps_what_the_free_memory_holds(monkeypatch):
     row = graph_bytes_of_a_row()
     free = 0
-    monkeypatch.setattr("e2e.memory.free_memory", lambda device: free)
+    monkeypatch.setattr("e2e.engine.graph_budget.free_memory", lambda device: free)
 
     def encoded_twice() -> int:
         model, bag = (
@@ -112,14 +115,15 @@ def test_auto_keeps_what_the_free_memory_holds(monkeypatch):
 def test_a_budget_that_holds_no_chunk_is_refused_with_the_size_of_one():
     model = make_model(keep_graphs="1KiB")
     with pytest.raises(
-        UserError, match=r"keep_graphs=1KiB holds not one chunk: .* 4 patches .engine.chunk=5."
+        UserError,
+        match=r"keep_graphs=1KiB is too small for one chunk: .* 4 patches .engine.chunk=5.",
     ):
         gradients(model, make_bag())
 
 
 @pytest.mark.parametrize("text", ["", "8 Gigs", "-1", "GiB", "1e3"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match="no size"):
+    with pytest.raises(ValueError, match="is not a size such as 8GiB"):
         parse_bytes(text)
 
 
@@ -140,7 +144,7 @@ def test_a_second_pass_that_does_not_replay_is_noticed(broken, monkeypatch):
         monkeypatch.setattr(MILModel, "_draws", lambda *given: nullcontext())
     else:
         bag.pixels.pixels = NewEachTime(bag.pixels.pixels)
-    with pytest.raises(ReplayError, match="s0 gave other"):
+    with pytest.raises(ReplayError, match="s0 gave different features"):
         gradients(model, bag)
 
 
@@ -384,13 +388,13 @@ def test_block_checkpointing_gives_the_gradient_of_a_frozen_network(keep):
 def test_a_small_last_chunk_says_nothing_of_a_larger_one_that_follows():
     model = make_model(keep_graphs="1GiB", batch_norm="frozen")
     gradients(model, make_bag((10, 1)))
-    assert model.budget._measured == 1
+    assert model.budget._measured_rows == 1
     gradients(model, make_bag((10,)))
     gradients(model, make_bag((10, 2)))
-    assert model.budget._measured == 5
+    assert model.budget._measured_rows == 5
     other = make_model(keep_graphs="1GiB", batch_norm="frozen")
     gradients(other, make_bag((10,)))
-    assert model.budget._row == other.budget._row
+    assert model.budget._bytes_per_row == other.budget._bytes_per_row
 
 
 def test_folded_weights_are_not_counted_as_part_of_a_chunks_graph():
@@ -398,5 +402,119 @@ def test_folded_weights_are_not_counted_as_part_of_a_chunks_graph():
     for fold in (True, False):
         model = make_model(1, keep_graphs="1GiB", batch_norm="frozen", fold=fold)
         gradients(model, make_bag((1,), chunk=1))
-        rows[fold] = model.budget._row
+        rows[fold] = model.budget._bytes_per_row
     assert rows[True] <= rows[False]
+
+
+# Plain tensors
+
+
+def test_a_model_takes_patches_without_bag_device_or_strategy():
+    model, bag = make_model(batch_norm="chunk").eval(), make_bag()
+    expected = model(bag, CPU)
+    parts = bag.pixels.pixels.split(SIZES)
+    outputs = model(list(parts))
+    assert len(outputs) == len(SIZES)
+    for output, want, patches in zip(outputs, expected, parts, strict=True):
+        for name in ("logits", "attention_logits"):
+            torch.testing.assert_close(getattr(output, name), getattr(want, name), rtol=0, atol=0)
+        single = model(patches)
+        assert isinstance(single, HeadOutput)
+        assert torch.equal(single.logits, output.logits)
+        assert single.logits.shape == (1, 2)
+    assert [torch.equal(a.logits, b.logits) for a, b in zip(model(bag), expected, strict=True)]
+
+
+def test_patches_are_encoded_in_chunks_and_uint8_is_as_good_as_floats(monkeypatch):
+    model, sizes = make_model(4, batch_norm="frozen", fold=False).eval(), []
+    encode = model.encoder.forward
+    monkeypatch.setattr(model.encoder, "forward", lambda x: sizes.append(len(x)) or encode(x))
+    patches = torch.randint(256, (11, 3, 8, 8), dtype=torch.uint8)
+    with torch.no_grad():
+        logits = model(patches).logits
+        assert max(sizes) <= 4
+        assert sum(sizes) == 11
+        torch.testing.assert_close(model(patches.double() / 255).logits, logits)
+
+
+@pytest.mark.parametrize("keep", ["none", "all"])
+def test_patches_train_a_model_as_a_bag_does(keep):
+    """The gradients of the network without the engine; a second backward repeats the draws."""
+    model, bag = make_model(batch_norm="frozen", fold=False, keep_graphs=keep), make_bag((12,))
+    expected = gradients(model, bag)
+    model.zero_grad()
+    output = model(bag.pixels.pixels)
+    nn.functional.cross_entropy(output.logits, bag.target).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert apart(found, expected) <= 1e-12
+    dropping = make_model(batch_norm="frozen", dropout=0.5, keep_graphs=keep, verify=True)
+    logits = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        logits.append(dropping(bag.pixels.pixels).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
+    logits[2].sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (3, 8, 8), (2, 4, 8, 8), (5, 6)])
+def test_what_is_no_patches_is_refused_with_its_shape(shape):
+    with pytest.raises(ValueError, match=r"expected \(N,3,H,W\) patches .* got shape \("):
+        make_model().eval()(torch.zeros(shape))
+
+
+def test_a_model_of_features_takes_features():
+    model = MILModel(ENCODERS.build("features", dim=6), HEADS.build("abmil", 6, 2)).eval()
+    features = [torch.rand(4, 6), torch.rand(9, 6)]
+    together = model(features)
+    assert [output.logits.shape for output in together] == [(1, 2), (1, 2)]
+    torch.testing.assert_close(model(features[1]).logits, together[1].logits)
+    with pytest.raises(ValueError, match=r"expected \(N,D\) features"):
+        model(torch.zeros(2, 3, 8, 8))
+
+
+def test_one_call_after_the_step_moves_all_that_no_gradient_moves():
+    """BatchNorm's statistics, teachers, then the head's and the regularisers' own state."""
+    calls = []
+
+    class Student(Head):
+        teachers = MappingProxyType({"teacher": "net"})
+        teacher_decay = 0.75
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.teacher = nn.Linear(6, 2), nn.Linear(6, 2)
+
+        def after_step(self, good: Tensor) -> None:
+            calls.append(("head", bool(good), self.teacher.weight.detach().clone()))
+
+    class Noted(Regulariser):
+        def after_step(self, good: Tensor) -> None:
+            calls.append(("regulariser", bool(good), None))
+
+    encoder = SmallEncoder()
+    model = MILModel(encoder, Student(), batch_norm="chunk", regularisers=[Noted()]).train()
+    assert not any(parameter.requires_grad for parameter in model.head.teacher.parameters())
+    strategy = Strategy(CPU)
+    strategy.setup(model, None, clip=None)
+    teacher, student = (m.weight.detach().clone() for m in (model.head.teacher, model.head.net))
+    for good in (False, True):
+        model._encode_all(make_bag(dtype=torch.float32), CPU, None)
+        model.after_step(strategy, torch.tensor(good))
+        assert encoder.net[1].num_batches_tracked == good
+    assert [call[:2] for call in calls] == [
+        ("head", False), ("regulariser", False), ("head", True), ("regulariser", True),
+    ]  # fmt: skip
+    assert torch.equal(calls[0][2], teacher)
+    torch.testing.assert_close(calls[2][2], 0.75 * teacher + 0.25 * student)
+
+
+def test_a_teacher_that_does_not_fit_its_student_or_is_trained_is_refused():
+    strategy = Strategy(CPU)
+    net = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(3, 2), "c": nn.Linear(2, 2)})
+    strategy.setup(net, None, clip=None)
+    with pytest.raises(ValueError, match="must be frozen"):
+        strategy.average_into(net["a"], net["c"], 0.5)
+    net["a"].requires_grad_(False)
+    with pytest.raises(ValueError, match="same parameters and buffers"):
+        strategy.average_into(net["a"], net["b"], 0.5)

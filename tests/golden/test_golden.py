@@ -68,7 +68,6 @@ def test_each_recipe_has_a_golden_file_of_eight_updates_or_more():
         assert golden(name)["metrics"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_losses_and_metrics_are_the_golden_ones(name, data, results):
     expected, actual = golden(name), results[name]

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import e2e.heads  # noqa: F401
 from e2e.errors import UserError
-from e2e.heads.abmilx import smooth_scores
+from e2e.heads.abmilx import ABMILX, DAttentionX, smooth_scores
 from e2e.heads.base import HEADS, Head
 from tests.helpers.kernels import Watch
 
@@ -129,9 +129,9 @@ def test_output_and_gradients_are_the_dense_formulas_on_each_bag_alone(name):
     for b, n in enumerate(SIZES):
         torch.testing.assert_close(output.attention()[b, :, :n], dense[b][1])
 
-    ours = torch.autograd.grad((output.logits * direction).sum(), learned)
-    theirs = torch.autograd.grad((logits * direction).sum(), learned)
-    for got, expected in zip(ours, theirs, strict=True):
+    actual = torch.autograd.grad((output.logits * direction).sum(), learned)
+    expected_value = torch.autograd.grad((logits * direction).sum(), learned)
+    for got, expected in zip(actual, expected_value, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-10)
 
 
@@ -239,13 +239,15 @@ def test_the_softmax_cancels_the_last_attention_bias_and_only_that(joint):
     features, mask = bags()
     head(features, mask).logits.sum().backward()
     size = {name: parameter.grad.abs().max() for name, parameter in head.named_parameters()}
-    assert tuple(name for name in size if size[name] < 1e-10) == head.zero_gradient
-    assert head.zero_gradient == ("score.score.bias",)
-    assert build().zero_gradient == ()
+    assert tuple(name for name in size if size[name] < 1e-10) == head.zero_gradient_parameters
+    assert head.zero_gradient_parameters == ("score.score.bias",)
+    assert build().zero_gradient_parameters == ()
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():
-    with pytest.raises(UserError, match=r"embed_dim=12 into heads=5\n.*\[1, 2, 3, 4, 6, 12\]"):
+    with pytest.raises(
+        UserError, match=r"heads=5 does not divide head.embed_dim=12\n.*\[1, 2, 3, 4, 6, 12\]"
+    ):
         HEADS.build("abmilx", D, C, embed_dim=12, heads=5)
 
 
@@ -299,3 +301,95 @@ def test_cuda_needs_no_dense_kernel_and_agrees_with_the_formula(dtype, heads):
     tolerance = 1e-4 if dtype is torch.float32 else 3e-2
     torch.testing.assert_close(smooth.double().cpu(), expected, rtol=tolerance, atol=tolerance)
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
+
+
+# --- the class of the ABMILX project ---
+
+BRCA = {"input_dim": 256, "n_classes": 2, "inner_dim": 256, "mil_norm": "ln"}
+TWO_STAGE = {"input_dim": 1024, "n_classes": 2, "mil_bias": True, "attn_bias": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        (BRCA, 135_265),
+        (BRCA | {"n_classes": 4, "attn_bias": True}, 135_810),
+        (BRCA | {"input_dim": 1024}, 332_641),
+        (
+            {"input_dim": 256, "n_classes": 6, "n_heads": 4, "mil_norm": "ln", "ffn": True},
+            2_546_305,
+        ),
+        (TWO_STAGE, 801_028),
+        (TWO_STAGE | {"attn_plus_embed_new": True}, 1_580_555),
+    ],
+)
+def test_the_published_models_have_the_published_numbers_of_parameters(options, count):
+    assert sum(p.numel() for p in DAttentionX(**options).parameters()) == count
+
+
+def test_dattentionx_is_abmilx_with_other_names_for_its_options():
+    actual = {
+        "embed_dim": 12, "heads": 4, "dropout": 0.1, "act": "relu", "norm": True, "bias": True,
+        "attn_bias": True, "attn_dim": 2, "attention_plus": False, "gated": True, "joint": False,
+        "ffn": True, "alpha": 0.5,
+    }  # fmt: skip
+    published = {
+        "inner_dim": 12, "n_heads": 4, "dropout": 0.1, "act": "relu", "mil_norm": "ln",
+        "mil_bias": True, "attn_bias": True, "D": 1.5, "attn_plus": False, "attn_type": "mlp_gated",
+        "ffn": True, "alpha": 0.5, "sdpa_type": "flash", "pad_v": True,
+    }  # fmt: skip
+    model, head = DAttentionX(D, C, **published).eval(), ABMILX(D, C, **actual).eval()
+    model.head.load_state_dict(head.state_dict())
+    x = torch.randn(2, 9, D)
+    torch.testing.assert_close(model(x), head(x).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "hidden"),
+    [
+        ({}, 16),  # 64 channels over 4 heads
+        ({"D": 2}, 8),
+        ({"D": 0.5}, 32),
+        ({"D": 64}, 16),
+        ({"attn_plus_embed_new": True}, 64),
+        ({"attn_plus_embed_new": True, "D": 48}, 48),
+        ({"attn_plus_embed_new": True, "D": 4}, 16),
+    ],
+)
+def test_the_option_d_is_a_total_over_heads_above_10_and_otherwise_a_ratio(options, hidden):
+    model = DAttentionX(D, C, inner_dim=64, n_heads=4, **options)
+    assert model.head.score.score.in_features == hidden
+
+
+def test_dattentionx_returns_what_the_published_forward_returns():
+    model = DAttentionX(D, C, inner_dim=12, n_heads=4).eval()
+    x = torch.randn(2, 9, D)
+    logits, output = model(x), model.head(x)
+    assert logits.shape == (2, C)
+    torch.testing.assert_close(logits, output.logits)
+    torch.testing.assert_close(model(x[0]), logits[:1])
+    returned, attention = model(x, return_attn=True)
+    torch.testing.assert_close(returned, logits)
+    torch.testing.assert_close(attention, output.attention())
+    _, _, activations = model(x, return_attn=True, return_act=True)
+    assert activations.shape == (2, 9, 12)
+    returned, vectors = model(x, return_img_feat=True)
+    torch.testing.assert_close(model.head.classify(vectors), returned)
+    [[_, again], _] = model(x, return_attn=True, return_img_feat=True)
+    torch.testing.assert_close(again, vectors)
+    mask = torch.arange(9) < torch.tensor([[9], [4]])
+    torch.testing.assert_close(model(x, mask=mask)[1:], model(x[1:, :4]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mil_norm": "bn"}, "mil_norm='bn' must be 'ln' or None"),
+        ({"attn_type": "sa"}, "attn_type='sa' must be 'mlp' or 'mlp_gated'"),
+        ({"proj_drop": 0.1}, "proj_drop=0.1 is not supported"),
+        ({"n_heads": 7}, "heads=7 does not divide"),
+    ],
+)
+def test_options_that_dattentionx_does_not_support_are_errors(options, message):
+    with pytest.raises(UserError, match=message):
+        DAttentionX(D, C, **options)

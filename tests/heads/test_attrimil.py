@@ -99,12 +99,12 @@ def test_attrimil_is_its_formula_on_each_bag_alone(outputs):
     output = head(features, mask)
     for b, n in enumerate(SIZES):
         want = by_hand(head, features[b, :n].numpy())
-        for found, expected in (
+        for result, expected in (
             (output.logits[b], want["logits"]),
             (output.attention_logits[b, :, :n], want["attention"]),
             (output.instance_logits[b, :n].T, want["score"]),
         ):
-            np.testing.assert_allclose(found.detach(), expected, rtol=1e-10, atol=1e-12)
+            np.testing.assert_allclose(result.detach(), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_logit_is_the_mean_of_its_patches_scores_and_the_bias():
@@ -162,12 +162,12 @@ def test_memory_grows_with_the_patches_alone():
 # --- the ranking loss ---
 
 
-def told(top: float, oldest: tuple[float, float], there: tuple[bool, bool]) -> HeadOutput:
+def ranked(top: float, oldest: tuple[float, float], there: tuple[bool, bool]) -> HeadOutput:
     """One slide, two classes alike: its top score; the oldest of others' bank and of the own one."""
     aux = {
         "top": torch.full((1, 2), top, dtype=torch.float64),
         "oldest": torch.tensor([oldest, oldest], dtype=torch.float64).T,
-        "there": torch.tensor([there, there]).T,
+        "has_oldest": torch.tensor([there, there]).T,
     }
     return HeadOutput(torch.zeros(1, 2), aux=aux)
 
@@ -185,27 +185,27 @@ def told(top: float, oldest: tuple[float, float], there: tuple[bool, bool]) -> H
     ],
 )
 def test_the_ranking_loss_by_hand(top, opposite, own, other, own_background, other_background):
-    output, label = told(top, (opposite, opposite), (True, True)), torch.tensor([1])
-    found = [
+    output, label = ranked(top, (opposite, opposite), (True, True)), torch.tensor([1])
+    result = [
         HEADS.build("attrimil", D, 2, rank_weight=2.0, background=background).aux_loss(
             output, label, EACH
         )
         for background in (None, 0, 1)
     ]
     sums = (own + other, own + other_background, own_background + other)
-    assert [one.item() for one in found] == pytest.approx(list(sums))  # 2 / 2 classes
+    assert [one.item() for one in result] == pytest.approx(list(sums))  # 2 / 2 classes
 
 
 @pytest.mark.parametrize("label", [0, 1])
 def test_while_a_bank_is_empty_the_slides_own_terms_count_alone(label):
     head = HEADS.build("attrimil", D, 2, rank_weight=1.0)
-    found = head.aux_loss(told(-0.5, (9.0, 9.0), (False, False)), torch.tensor([label]), EACH)
-    assert found.item() == pytest.approx(0.5 / 2)  # [-v]+ of its own class; [v]+ = 0 of the other
+    result = head.aux_loss(ranked(-0.5, (9.0, 9.0), (False, False)), torch.tensor([label]), EACH)
+    assert result.item() == pytest.approx(0.5 / 2)  # [-v]+ of its own class; [v]+ = 0 of the other
 
 
 def test_a_slide_is_compared_with_the_bank_of_the_other_side():
     head = HEADS.build("attrimil", D, 2, rank_weight=1.0)
-    output = told(0.0, (0.7, -0.4), (True, True))  # of other slides; of its own
+    output = ranked(0.0, (0.7, -0.4), (True, True))  # of other slides; of its own
     # Its own class: [0.7 - 0]+ + [0.7]+; the other class: [0 + 0.4]+
     assert head.aux_loss(output, torch.tensor([1]), EACH).item() == pytest.approx((1.4 + 0.4) / 2)
 
@@ -252,7 +252,7 @@ def step(head: Head, features: Tensor, mask: Tensor, labels: Tensor, good: Tenso
     """The ranking loss of an update on one rank, after which the banks move on."""
     output = head(features, mask)
     loss = head.aux_loss(output, labels, EACH)
-    head.remember([output], labels, list)
+    head.record_bags([output], labels, list)
     head.after_step(good)
     return loss.item()
 
@@ -311,8 +311,8 @@ def test_the_gradient_is_that_of_the_loss_through_scores_and_banks():
         output = functional_call(head, dict(zip(names, weights, strict=True)), (x, mask))
         return head.aux_loss(output, labels, EACH), output.logits.sum()
 
-    given = features.nan_to_num().requires_grad_()
-    assert torch.autograd.gradcheck(loss, (given, *head.parameters()), fast_mode=True)
+    inputs = features.nan_to_num().requires_grad_()
+    assert torch.autograd.gradcheck(loss, (inputs, *head.parameters()), fast_mode=True)
 
 
 def test_what_the_banks_hold_is_trained_too():
@@ -329,7 +329,7 @@ def test_a_head_without_the_ranking_loss_has_no_banks_and_takes_any_target():
     assert not list(head.buffers())
     output = head(*bags())
     assert head.aux_loss(output, torch.rand(3, 2), EACH) is None
-    head.remember([output], torch.rand(3, 2), list)
+    head.record_bags([output], torch.rand(3, 2), list)
     head.after_step(GOOD)
 
 
@@ -343,11 +343,11 @@ def test_targets_that_are_no_class_numbers_are_refused(target):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank_weight": -1.0}, "rank_weight >= 0"),
-        ({"rank_weight": math.nan}, "rank_weight >= 0"),
-        ({"bank_size": 0}, "bank_size >= 1"),
-        ({"background": 3}, "background is a class number, 0 to 2, found 3"),
-        ({"background": -1}, "background is a class number"),
+        ({"rank_weight": -1.0}, "rank_weight=-1 must be 0 or more"),
+        ({"rank_weight": math.nan}, "rank_weight=nan must be 0 or more"),
+        ({"bank_size": 0}, "bank_size=0 1 or more"),
+        ({"background": 3}, "background=3 is not a class number, 0 to 2\n.*head.background=null"),
+        ({"background": -1}, "background=-1 is not a class number"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
@@ -374,7 +374,7 @@ def placed(bag: Bag) -> Bag:
 
 @pytest.mark.parametrize("chunk", [1, 3, 19])
 def test_both_constraints_are_the_same_for_any_chunks(chunk):
-    found = []
+    result = []
     for size, keep in ((chunk, "none"), (64, "all")):
         model = model_of(size, batch_norm="frozen", fold=False, keep_graphs=keep, verify=True)
         strategy = Strategy(torch.device("cpu"))
@@ -383,12 +383,12 @@ def test_both_constraints_are_the_same_for_any_chunks(chunk):
         for _ in range(2):  # the second with banks that hold something
             bag_losses(strategy, placed(make_bag(chunk=size)), task).sum().backward()
             grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-            found.append({n: grad.clone() for n, grad in grads.items()})
+            result.append({n: grad.clone() for n, grad in grads.items()})
             strategy.step()
             model.head.after_step(GOOD)
-        found.append(dict(model.head.named_buffers()))
-    for ours, whole in zip(found[:3], found[3:], strict=True):
-        assert apart(ours, whole) <= 1e-12
+        result.append(dict(model.head.named_buffers()))
+    for actual, complete in zip(result[:3], result[3:], strict=True):
+        assert apart(actual, complete) <= 1e-12
 
 
 def test_a_stopped_run_goes_on_with_the_banks_it_had(tmp_path):
@@ -397,9 +397,9 @@ def test_a_stopped_run_goes_on_with_the_banks_it_had(tmp_path):
         head = HEADS.build("attrimil", 6, 2).double()
         return trainer(tmp_path / folder, both(*[(0.5, 1.0)] * 3), head=head)
 
-    (tmp_path / "whole").mkdir()
+    (tmp_path / "complete").mkdir()
     (tmp_path / "stopped").mkdir()
-    a_run("whole").fit()
+    a_run("complete").fit()
     stopped, calls = a_run("stopped"), []
 
     def validate(model: MILModel) -> dict[str, float | None]:
@@ -415,33 +415,33 @@ def test_a_stopped_run_goes_on_with_the_banks_it_had(tmp_path):
     again.resume()
     assert (again.model.head.filled == 2).all()
     again.fit()
-    files = [tmp_path / name / "last.safetensors" for name in ("whole", "stopped")]
-    whole, ours = (load_checkpoint(file)[0] for file in files)
-    assert whole.keys() == ours.keys()
-    assert all(torch.equal(whole[name], ours[name]) for name in whole)
-    assert (whole["model.head.filled"] == 4).all()
+    files = [tmp_path / name / "last.safetensors" for name in ("complete", "stopped")]
+    complete, actual = (load_checkpoint(file)[0] for file in files)
+    assert complete.keys() == actual.keys()
+    assert all(torch.equal(complete[name], actual[name]) for name in complete)
+    assert (complete["model.head.filled"] == 4).all()
 
 
 class OtherRank(Strategy):
-    """As if another rank had told ``said`` of its bags."""
+    """As if another rank had sent ``of_other_rank`` about its bags."""
 
-    said: tuple[Sequence[int], Tensor, list[Tensor]]
+    of_other_rank: tuple[Sequence[int], Tensor, list[Tensor]]
 
-    def gather(self, value: Any) -> list[Any]:
-        return [value, self.said]
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value, self.of_other_rank]
 
 
-def test_a_bag_of_two_ranks_is_remembered_once_and_one_of_weight_0_not_at_all():
+def test_a_bag_of_two_ranks_is_recorded_once_and_one_of_weight_0_not_at_all():
     model, bag = make_model(head="attrimil"), make_bag((5, 3, 4), weight=[1.0, 0.5, 0.0])
     strategy = OtherRank(torch.device("cpu"))
     strategy.setup(model, None, clip=None)
     row = torch.full((2, 7), 7.0, dtype=torch.float64)
     target, rows = torch.tensor([1, 0]), torch.stack([row * 0, row])
-    strategy.said = ((bag.seeds[1], 3), torch.tensor([0.5, 1.0]), [target, rows])
+    strategy.of_other_rank = ((bag.seeds[1], 3), torch.tensor([0.5, 1.0]), [target, rows])
     bag_losses(strategy, bag, TASKS.build("classification", classes=["a", "b"]))
-    labels, found = model.head._seen
+    labels, stored = model.head._recorded
     assert labels.tolist() == [0, 0, 1]  # seeds 3, 11 and 12
-    torch.testing.assert_close(found[0], row)
+    torch.testing.assert_close(stored[0], row)
     model.head.after_step(GOOD)
     assert model.head.filled.tolist() == [[1, 2], [2, 1]]
 
@@ -473,17 +473,23 @@ def world(strategy: Strategy) -> dict[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[Any, Any]:
+def result(tmp_path_factory) -> dict[Any, Any]:
     return two_ranks.run(world, tmp_path_factory.mktemp("attrimil"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shard_over", SHARDED)
-def test_two_ranks_have_the_weights_and_the_banks_of_one(found, kind, shard_over):
-    one, two = steps("single", None), found[kind, shard_over]
+def test_two_ranks_have_the_weights_and_the_banks_of_one(result, kind, shard_over):
+    one, two = steps("single", None), result[kind, shard_over]
     assert (one["head.filled"] == 4).all()
     assert torch.equal(two["head.filled"], one["head.filled"])
     bar = 1e-9 if dtype_of(kind) is torch.float64 else 1e-4
     for name, value in one.items():
         torch.testing.assert_close(two[name].double(), value.double(), rtol=bar, atol=bar)
+
+
+def test_each_class_has_an_attention_map_and_heatmaps_show_the_scores():
+    output = build()(*bags())
+    assert output.class_maps
+    assert output.show_scores

@@ -147,7 +147,7 @@ def test_the_instance_loss_is_the_papers_on_each_bag_alone(name, outputs, kind, 
     head = build(name, outputs, instance_loss=kind, instance_weight=0.8, subtyping=subtyping)
     features, mask = bags()
     output = head(features, mask)
-    found = [
+    result = [
         reference(features[b, :size].numpy(), weights(head), outputs)[1:]
         for b, size in enumerate(SIZES)
     ]
@@ -155,7 +155,7 @@ def test_the_instance_loss_is_the_papers_on_each_bag_alone(name, outputs, kind, 
         target = (torch.arange(B) + shift) % max(outputs, 2)
         expected = [
             instance_loss(*one, int(label), kind, subtyping)
-            for one, label in zip(found, target, strict=True)
+            for one, label in zip(result, target, strict=True)
         ]
         loss = head.aux_loss(output, target, EACH)
         assert loss.item() == pytest.approx(0.8 * sum(expected) / B, rel=1e-10)
@@ -190,23 +190,23 @@ def test_no_patch_is_evidence_for_and_against(ranks, k, padding):
     attention = torch.tensor([*ranks, *[-math.inf] * padding]).float().view(1, 1, -1)
     mask = attention.view(1, -1) > -math.inf
     number = torch.arange(count + padding).float().view(1, 1, -1)  # which patch it was
-    found = evidence(number, attention, mask, k)
+    result = evidence(number, attention, mask, k)
     taken = min(k, count // 2)
-    highest = found["highest"][0, 0, :taken].int().tolist()
-    lowest = found["lowest"][0, 0, :taken].int().tolist()
+    highest = result["highest"][0, 0, :taken].int().tolist()
+    lowest = result["lowest"][0, 0, :taken].int().tolist()
     assert len({*highest, *lowest}) == 2 * taken
-    assert all(patch < count for patch in found["highest"].flatten().tolist())
+    assert all(patch < count for patch in result["highest"].flatten().tolist())
     assert [ranks[i] for i in highest] == sorted(ranks, reverse=True)[:taken]
     assert [ranks[i] for i in lowest] == sorted(ranks)[:taken]
-    assert found["share"][0, :taken].sum().item() == pytest.approx(min(taken, 1))
-    assert (found["share"][0, taken:] == 0).all()
+    assert result["share"][0, :taken].sum().item() == pytest.approx(min(taken, 1))
+    assert (result["share"][0, taken:] == 0).all()
 
 
 def gradients(head: Head, loss: Tensor) -> dict[str, Tensor | None]:
     """Of each parameter; None where the loss does not hang on it."""
     named = dict(head.named_parameters())
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return dict(zip(named, found, strict=True))
+    result = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return dict(zip(named, result, strict=True))
 
 
 @pytest.mark.parametrize("label", [-1, 0])
@@ -220,11 +220,11 @@ def test_every_parameter_stays_in_the_graph_where_there_is_no_evidence(
     features, mask = bags()
     output = head(features[:1, :size], mask[:1, :size])
     extra = head.aux_loss(output, torch.tensor([label]), EACH)
-    found = gradients(head, output.logits.sum() + extra)
-    assert all(gradient is not None for gradient in found.values())
+    result = gradients(head, output.logits.sum() + extra)
+    assert all(gradient is not None for gradient in result.values())
     nothing = size == 1 or label < 0
     assert (extra.item() == 0) == nothing
-    assert bool((found["cluster.weight"] == 0).all()) == nothing
+    assert bool((result["cluster.weight"] == 0).all()) == nothing
 
 
 @pytest.mark.parametrize("subtyping", [False, True])
@@ -239,10 +239,10 @@ def test_bags_without_a_label_add_nothing(name, subtyping):
 
 def test_the_instance_loss_trains_features_and_patch_classifiers_but_not_the_attention(name):
     head = build(name)
-    found = gradients(head, head.aux_loss(head(*bags()), torch.arange(B) % 3, EACH))
-    trained = {key for key, gradient in found.items() if gradient is not None}
+    result = gradients(head, head.aux_loss(head(*bags()), torch.arange(B) % 3, EACH))
+    trained = {key for key, gradient in result.items() if gradient is not None}
     assert trained == {"project.0.weight", "project.0.bias", "cluster.weight", "cluster.bias"}
-    assert all(found[key].abs().max() > 0 for key in trained)
+    assert all(result[key].abs().max() > 0 for key in trained)
 
 
 def test_each_branch_of_clam_mb_attends_for_its_own_class():
@@ -284,10 +284,16 @@ def test_targets_that_are_no_class_numbers_are_refused_with_a_way_out(name, targ
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"instance_loss": "svn"}, "unknown instance_loss 'svn'; did you mean 'svm'"),
-        ({"k_sample": 0}, "k_sample >= 1 and instance_weight >= 0, found 0 and 0.4"),
-        ({"instance_weight": -1.0}, "found 4 and -1.0"),
-        ({"instance_weight": math.nan}, "found 4 and nan"),
+        ({"instance_loss": "svn"}, "unknown head.instance_loss=svn; did you mean 'svm'"),
+        ({"k_sample": 0}, "k_sample=0 must be 1 or more, and head.instance_weight=0.4"),
+        (
+            {"instance_weight": -1.0},
+            "k_sample=4 must be 1 or more, and head.instance_weight=-1 0 or more",
+        ),
+        (
+            {"instance_weight": math.nan},
+            "k_sample=4 must be 1 or more, and head.instance_weight=nan 0 or more",
+        ),
         ({"act": "rellu"}, "unknown activation 'rellu'; did you mean 'relu'"),
     ],
 )
@@ -318,3 +324,9 @@ def test_the_export_takes_any_number_of_patches(name):
         got, expected = program(*given), head(*given)
         torch.testing.assert_close(got.logits, expected.logits)
         torch.testing.assert_close(got.aux, expected.aux)
+
+
+def test_only_the_multi_branch_variant_has_an_attention_map_for_each_class(name):
+    output = build(name)(*bags())
+    assert output.class_maps == (name == "clam_mb")
+    assert not output.show_scores

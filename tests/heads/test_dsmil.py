@@ -93,12 +93,12 @@ def test_dsmil_is_its_formula_on_each_bag_alone(nonlinear, pass_value, embed_dim
     output = head(features, mask)
     for b, n in enumerate(SIZES):
         want = by_hand(head, features[b, :n].numpy())
-        for found, expected in (
+        for result, expected in (
             (output.logits[b], (want["bag"] + want["top"]) / 2),
             (output.attention_logits[b, :, :n], want["score"]),
             (output.instance_logits[b, :n], want["instance"]),
         ):
-            np.testing.assert_allclose(found.detach(), expected, rtol=1e-10, atol=1e-12)
+            np.testing.assert_allclose(result.detach(), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,9 @@ def tops(head: Head) -> list[NDArray]:
     return [by_hand(head, features[b, :n].numpy())["top"] for b, n in enumerate(SIZES)]
 
 
-def binary(score: float, wanted: int) -> float:
+def binary(score: float, target_value: int) -> float:
     probability = 1 / (1 + math.exp(-score))
-    return -math.log(probability if wanted else 1 - probability)
+    return -math.log(probability if target_value else 1 - probability)
 
 
 def test_the_extra_loss_is_cross_entropy_of_the_critical_patches():
@@ -155,8 +155,8 @@ def test_the_extra_loss_is_the_tasks_own_whatever_its_targets_are():
     want = 0.0
     for top, row in zip(tops(head), labels, strict=True):
         want += 0.6 * sum(map(binary, top, row)) / (C * len(SIZES))
-    found = head.aux_loss(head(*bags()), torch.tensor(labels), several)
-    assert found.item() == pytest.approx(want, 1e-10)
+    result = head.aux_loss(head(*bags()), torch.tensor(labels), several)
+    assert result.item() == pytest.approx(want, 1e-10)
     free = build(aux_weight=0.0).train()
     assert free.aux_loss(free(*bags()), torch.tensor(labels), several) is None
 
@@ -169,13 +169,15 @@ def test_without_a_loss_of_its_own_the_tasks_loss_trains_both_streams():
 
 @pytest.mark.parametrize("options", [{"aux_weight": -1.0}, {"aux_weight": 0.0, "average": False}])
 def test_an_instance_stream_that_nothing_trains_is_refused(options):
-    with pytest.raises(UserError, match=r"trained by nothing .*\n  set aux_weight"):
+    with pytest.raises(
+        UserError, match=r"nothing trains the instance stream .*\n  set head.aux_weight"
+    ):
         HEADS.build("dsmil", D, C, **options)
 
 
 @pytest.mark.parametrize("nonlinear", [False, True])
 def test_a_query_without_width_is_refused(nonlinear):
-    with pytest.raises(UserError, match="query_dim must be at least 1, found 0"):
+    with pytest.raises(UserError, match="query_dim=0 must be 1 or more"):
         HEADS.build("dsmil", D, C, query_dim=0, nonlinear=nonlinear)
 
 
@@ -243,30 +245,38 @@ def test_the_published_camelyon16_head_gives_its_authors_outputs(published, aver
         expected = (bag + top) / 2 if average else bag
         assert output.logits[b, 0].item() == pytest.approx(expected, 1e-9)
         assert output.instance_logits[b, :n].max().item() == pytest.approx(top, 1e-9)
-        found = output.attention()[b, 0, :n].detach()
-        np.testing.assert_allclose(found, attention, rtol=1e-9, atol=1e-15)
+        result = output.attention()[b, 0, :n].detach()
+        np.testing.assert_allclose(result, attention, rtol=1e-9, atol=1e-15)
 
 
 def test_the_authors_other_variant_fits_with_the_options_that_are_documented():
-    ours = build(3, nonlinear=False, pass_value=True).state_dict()
-    theirs = {
+    actual = build(3, nonlinear=False, pass_value=True).state_dict()
+    reference = {
         "i_classifier.fc.0": "instance",
         "b_classifier.q": "query.0",
         "b_classifier.v.1": "value.1",
         "b_classifier.fcc": "classify",
     }
     state = {
-        f"{a}.{kind}": ours[f"{b}.{kind}"] for a, b in theirs.items() for kind in ("weight", "bias")
+        f"{a}.{kind}": actual[f"{b}.{kind}"]
+        for a, b in reference.items()
+        for kind in ("weight", "bias")
     }
     state["b_classifier.fcc.weight"] = state["b_classifier.fcc.weight"].unflatten(1, (3, D))
     mapped = from_published(state)
-    assert mapped.keys() == ours.keys()
-    assert all(torch.equal(mapped[key], ours[key]) for key in ours)
+    assert mapped.keys() == actual.keys()
+    assert all(torch.equal(mapped[key], actual[key]) for key in actual)
 
 
 def test_weights_of_another_head_are_named():
     state = HEADS.build("abmil", D, C).state_dict()
     with pytest.raises(
-        UserError, match=r"(?s)no weights of the published DSMIL.*score\.score\.weight"
+        UserError, match=r"(?s)not weights of the published DSMIL.*score\.score\.weight"
     ):
         from_published(state)
+
+
+def test_each_class_has_an_attention_map():
+    output = build()(*bags())
+    assert output.class_maps
+    assert not output.show_scores

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import e2e.heads  # noqa: F401
 from e2e.errors import UserError
 from e2e.heads.base import HEADS, Head
-from e2e.heads.dtfd import DISTILLATIONS, choose_patches, split_patches
+from e2e.heads.dtfd import DISTILLATIONS, select_patches, split_patches
 
 EACH = functools.partial(nn.functional.cross_entropy, reduction="none")
 """The loss of a classification task."""
@@ -76,13 +76,13 @@ def reference(
         for n in group:
             probability[n] = softmax(p["classify1.weight"] @ (weight[n] * h[n]))
         ranked = sorted(group, key=lambda n: probability[n, -1], reverse=True)
-        chosen = set(ranked[:instances])
+        selected = set(ranked[:instances])
         if distill == "maxmins":
-            chosen |= set(ranked[-instances:])
+            selected |= set(ranked[-instances:])
         if distill == "afs":
             distilled.append((pooled, weight))
         else:
-            distilled += [(h[n], {n: 1.0}) for n in sorted(chosen)]
+            distilled += [(h[n], {n: 1.0}) for n in sorted(selected)]
     share = attention([feature for feature, _ in distilled], p, "score2", gated)
     slide, map_ = np.zeros(E), np.zeros(len(x))
     for b, (feature, made_of) in zip(share, distilled, strict=True):
@@ -103,14 +103,16 @@ def check(head: Head, groups: Tensor, output, **options) -> float:
         split = [[n for n, g in enumerate(numbers) if g == k] for k in sorted(set(numbers))]
         expected = reference(features[b, mask[b]].numpy(), split, p, **options)
         assert output.aux["exists"][b].sum() == len(split)
-        found = (
+        result = (
             output.logits[b],
             output.attention()[b, 0, mask[b]],
             output.instance_logits[b, mask[b]].softmax(-1),
             output.aux["logits"][b, : len(split)],
         )
-        for ours, theirs in zip(found, expected, strict=True):
-            np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=1e-10, atol=1e-12)
+        for actual, expected_value in zip(result, expected, strict=True):
+            np.testing.assert_allclose(
+                actual.detach().numpy(), expected_value, rtol=1e-10, atol=1e-12
+            )
         losses.append(np.mean([-math.log(softmax(row)[1]) for row in expected[3]]))
     return float(np.mean(losses))
 
@@ -136,8 +138,8 @@ def test_output_and_loss_are_the_formulas_on_each_bag_alone(options, outputs, tr
     torch.manual_seed(3)
     output = head(features, mask)
     loss = check(head, groups, output, **options)
-    ours = head.aux_loss(output, torch.ones(len(SIZES), dtype=torch.long), EACH)
-    assert math.isclose(ours.item(), loss, rel_tol=1e-10)
+    actual = head.aux_loss(output, torch.ones(len(SIZES), dtype=torch.long), EACH)
+    assert math.isclose(actual.item(), loss, rel_tol=1e-10)
 
 
 def test_one_output_ranks_by_its_own_activation():
@@ -211,8 +213,8 @@ def test_both_ends_are_chosen_though_all_probabilities_round_to_a_half():
     activation[0, :, 1] = torch.tensor([0.0, 3e-9, -2e-9, 1e-9, 2e-9])
     assert activation.softmax(-1).unique().numel() == 1
     member = torch.ones(1, 1, 5, dtype=torch.bool)
-    chosen = choose_patches(activation, member, 1, least=True)
-    assert chosen[0].tolist() == [False, True, True, False, False]
+    selected = select_patches(activation, member, 1, least=True)
+    assert selected[0].tolist() == [False, True, True, False, False]
 
 
 @pytest.mark.parametrize("distill", DISTILLATIONS)
@@ -280,7 +282,7 @@ def test_the_first_tiers_loss_is_the_tasks_own_whatever_its_targets_are():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"distill": "maxmin"}, "no distill 'maxmin'; did you mean 'maxmins'"),
+        ({"distill": "maxmin"}, "unknown head.distill=maxmin; did you mean 'maxmins'"),
         ({"pseudo_bags": 0}, "pseudo_bags=0"),
         ({"instances": 0}, "instances=0"),
         ({"act": "rellu"}, "did you mean 'relu'"),

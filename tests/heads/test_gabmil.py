@@ -77,7 +77,7 @@ def test_the_gate_of_gabmil_is_no_option():
 @pytest.mark.parametrize(("option", "value"), [("embed_dim", 6), ("attn_dim", 5), ("norm", False)])
 def test_gabmils_options_reach_abmil(option, value):
     mine = HEADS.build("gabmil", D, C, **{option: value})
-    theirs = HEADS.build("abmil", D, C, **{"attn_dim": 384, option: value})
+    reference = HEADS.build("abmil", D, C, **{"attn_dim": 384, option: value})
     assert {k: v.shape for k, v in mine.state_dict().items()} == {
-        k: v.shape for k, v in theirs.state_dict().items()
+        k: v.shape for k, v in reference.state_dict().items()
     }

@@ -74,16 +74,16 @@ def test_mha_is_its_formula_on_each_bag_alone(embed_dim, heads):
     for b, n in enumerate(SIZES):
         logits, scores = by_hand(p, features[b, :n].numpy(), heads)
         np.testing.assert_allclose(output.logits[b].detach(), logits, rtol=1e-10, atol=1e-12)
-        found = output.attention_logits[b, :, :n].detach()
-        np.testing.assert_allclose(found, scores, rtol=1e-10, atol=1e-12)
+        result = output.attention_logits[b, :, :n].detach()
+        np.testing.assert_allclose(result, scores, rtol=1e-10, atol=1e-12)
     assert head.aux_loss(output, torch.zeros(len(SIZES), dtype=torch.long), EACH) is None
 
 
 def test_mha_is_pytorchs_multi_head_attention():
     head = build(embed_dim=16, heads=4)
-    theirs = nn.MultiheadAttention(16, 4, batch_first=True).double()
+    reference = nn.MultiheadAttention(16, 4, batch_first=True).double()
     mine = (head.query, head.key, head.value)
-    theirs.load_state_dict(
+    reference.load_state_dict(
         {
             "in_proj_weight": torch.cat([layer.weight for layer in mine]),
             "in_proj_bias": torch.cat([layer.bias for layer in mine]),
@@ -94,7 +94,7 @@ def test_mha_is_pytorchs_multi_head_attention():
     features, mask = bags()
     features = features.nan_to_num()
     x, query = head.project(features), head.token.expand(len(SIZES), 1, -1)
-    slide, attention = theirs(query, x, x, key_padding_mask=~mask, average_attn_weights=False)
+    slide, attention = reference(query, x, x, key_padding_mask=~mask, average_attn_weights=False)
     output = head(features, mask)
     torch.testing.assert_close(output.attention(), attention.squeeze(2))
     torch.testing.assert_close(output.logits, head.classify(head.norm(slide.squeeze(1))))
@@ -122,7 +122,9 @@ def test_mhas_key_bias_changes_no_attention():
 
 @pytest.mark.parametrize("heads", [0, 5])
 def test_heads_that_do_not_divide_the_width_are_refused_with_those_that_do(heads):
-    with pytest.raises(UserError, match=rf"embed_dim=12 into heads={heads}\n.*\[1, 2, 3, 4, 6, 12"):
+    with pytest.raises(
+        UserError, match=rf"heads={heads} does not divide head.embed_dim=12\n.*\[1, 2, 3, 4, 6, 12"
+    ):
         HEADS.build("mha", D, C, embed_dim=12, heads=heads)
 
 

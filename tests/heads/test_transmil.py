@@ -150,8 +150,8 @@ def test_the_pseudo_inverse_converges_and_ignores_rows_and_columns_of_zeros(seed
     g = torch.Generator().manual_seed(seed)
     small = (2 * torch.randn(2, size, size, generator=g, dtype=torch.float64)).softmax(-1)
     padded = nn.functional.pad(small, (0, more, 0, more))
-    found = pseudo_inverse(padded, 30)
-    product = padded @ found @ padded
+    result = pseudo_inverse(padded, 30)
+    product = padded @ result @ padded
     torch.testing.assert_close(product, padded, rtol=0, atol=1e-6)
     for steps in (1, 6):
         inner = pseudo_inverse(padded, steps)
@@ -169,21 +169,21 @@ def three(length: int, batch: int = 2, dim: int = 3) -> tuple[Tensor, Tensor, Te
 def test_with_every_token_a_landmark_it_is_softmax_attention():
     q, k, v = three(7)
     lengths = torch.tensor([[7], [4]])
-    found = nystrom_attention(q, k, v, lengths, landmarks=9, iterations=40)
+    result = nystrom_attention(q, k, v, lengths, landmarks=9, iterations=40)
     for b, length in enumerate(lengths.flatten().tolist()):
         dense = (q[b, :, :length] @ k[b, :, :length].mT / math.sqrt(3)).softmax(-1)
-        torch.testing.assert_close(found[b, :, :length], dense @ v[b, :, :length])
+        torch.testing.assert_close(result[b, :, :length], dense @ v[b, :, :length])
 
 
 def test_landmarks_are_means_of_equal_runs_where_they_divide_the_length():
     q, k, v = three(12, batch=1)
-    found = nystrom_attention(q, k, v, torch.tensor([[12]]), landmarks=4, iterations=6)
+    result = nystrom_attention(q, k, v, torch.tensor([[12]]), landmarks=4, iterations=6)
     q_mean, k_mean = (x.unflatten(2, (4, 3)).mean(3) for x in (q, k))
     left, middle, right = (
         (a @ b.mT / math.sqrt(3)).softmax(-1)
         for a, b in ((q, k_mean), (q_mean, k_mean), (q_mean, k))
     )
-    torch.testing.assert_close(found, left @ pseudo_inverse(middle, 6) @ right @ v)
+    torch.testing.assert_close(result, left @ pseudo_inverse(middle, 6) @ right @ v)
 
 
 def test_the_approximated_attention_is_no_distribution_hence_no_map():
@@ -199,10 +199,10 @@ def test_the_approximated_attention_is_no_distribution_hence_no_map():
 
 def test_the_order_of_patches_counts():
     head = build()
-    assert not head.order_free
+    assert not head.permutation_invariant
     features, mask = bags()
-    whole, every = features[4, mask[4]].unsqueeze(0), torch.ones(1, 10, dtype=torch.bool)
-    assert not torch.allclose(head(whole, every).logits, head(whole.flip(1), every).logits)
+    full, every = features[4, mask[4]].unsqueeze(0), torch.ones(1, 10, dtype=torch.bool)
+    assert not torch.allclose(head(full, every).logits, head(full.flip(1), every).logits)
 
 
 def test_the_inverse_is_taken_in_single_precision_under_autocast(monkeypatch):
@@ -226,11 +226,11 @@ class Largest(TorchDispatchMode):
         self.numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+        built = func(*args, **(kwargs or {}))
+        for tensor in built if isinstance(built, (tuple, list)) else (built,):
             if isinstance(tensor, Tensor):
                 self.numel = max(self.numel, tensor.numel())
-        return made
+        return built
 
 
 def test_no_matrix_of_patches_by_patches_is_made():
@@ -262,7 +262,7 @@ def test_it_exports_for_a_fixed_number_of_patches():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heads": 3}, r"embed_dim=8 into heads=3\n  choose heads among \[1, 2, 4, 8\]"),
+        ({"heads": 3}, r"heads=3 does not divide head.embed_dim=8\n.*one of \[1, 2, 4, 8\]"),
         ({"heads": 0}, "heads=0"),
         ({"landmarks": 0}, "landmarks=0"),
         ({"pinv_iterations": 0}, "pinv_iterations=0"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from e2e.bags.chunk_plan import cut_update, share_update
+from e2e.bags.chunk_plan import assign_to_ranks, cut_update
 from e2e.bags.loader import label_slides, make_bag
 from e2e.bags.readers import PixelRowReader
 from e2e.bags.spec import BagSpec
@@ -32,12 +32,12 @@ def items(make_store):
     )
 
 
-def view_of(**options) -> BagSpec:
-    look = {key: options.pop(key) for key in ("size", "augment", "keep") if key in options}
-    return BagSpec(PixelRowReader(DECODER, **look), **options)
+def spec_of(**options) -> BagSpec:
+    reading = {key: options.pop(key) for key in ("size", "augment", "keep") if key in options}
+    return BagSpec(PixelRowReader(DECODER, **reading), **options)
 
 
 def bag_of(items, epoch=2, **changes):
-    view = view_of(**({"seed": 3, "bag_size": 8} | changes))
-    shares = share_update(cut_update([view.count(item) for item in items], 5), 1)
-    return make_bag(items, view, shares, epoch=epoch)
+    spec = spec_of(**({"seed": 3, "bag_size": 8} | changes))
+    shares = assign_to_ranks(cut_update([spec.num_patches(item) for item in items], 5), 1)
+    return make_bag(items, spec, shares, epoch=epoch)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import e2e.heads  # noqa: F401  (registers the heads)
-from e2e.bags.bag import Bag, Chunk
+from e2e.bags.bag import Bag, Chunk, PixelSource
 from e2e.bags.chunk_plan import cut_update
 from e2e.encoders.base import Encoder
 from e2e.engine.model import MILModel
@@ -39,7 +39,7 @@ class SmallEncoder(Encoder):
         return self.net(images).mean((-2, -1))
 
 
-class CountedPixels:
+class CountedPixels(PixelSource):
     """A pixel source over given pixels that remembers what was asked for."""
 
     def __init__(self, pixels: Tensor) -> None:
@@ -47,7 +47,7 @@ class CountedPixels:
         self.asked: list[tuple[int, int]] = []
 
     def __call__(
-        self, start: int, stop: int, device: torch.device, *, again: bool = False
+        self, start: int, stop: int, device: torch.device, *, will_be_reread: bool = False
     ) -> Tensor:
         self.asked.append((start, stop))
         return self.pixels[start:stop]
@@ -59,7 +59,7 @@ def make_bag(sizes=SIZES, chunk=5, weight=None, dtype=torch.float64, grouped=Fal
     generator = torch.Generator().manual_seed(1)
     offsets = [0, *accumulate(sizes)]
     groups = cut_update(sizes, chunk) if grouped else [cut_update([n], chunk)[0] for n in sizes]
-    rows = [planned.rows for group in groups for planned in group]
+    rows = [planned.num_patches for group in groups for planned in group]
     weight = torch.ones(len(sizes)) if weight is None else torch.tensor(weight)
     chunks = []
     for stop, count in zip(accumulate(rows), rows, strict=True):

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from e2e.images.decode import threads as decoder_threads
+from e2e.images.threads import num_threads as decoder_threads
 from e2e.registry import Registry
 
 SEED = 0

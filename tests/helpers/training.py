@@ -57,7 +57,7 @@ def trainer(
 
     settings = {
         "lr": 1e-3, "weight_decay": 0.0, "epochs": len(scores), "warmup_epochs": 0, "clip": 1.0,
-        "ema": 0.9, "validate_every": 1, "patience": None, "min_epochs": 0, "selected": "ema",
+        "ema": 0.9, "validate_every": 1, "patience": None, "min_epochs": 0, "selected_weights": "ema",
         "save_every": 0,
     }  # fmt: skip
     model = make_model(4, batch_norm="chunk")

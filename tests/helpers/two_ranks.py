@@ -6,6 +6,7 @@ rank alone holds (``single``) is made in the test's own process.
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 import sys
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,13 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from e2e.bags.bag import Bag
-from e2e.bags.chunk_plan import cut_update, share_update, single_chunk
+from e2e.bags.chunk_plan import assign_to_ranks, cut_update, single_chunk
 from e2e.bags.loader import make_bag
 from e2e.bags.readers import PixelRowReader
 from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.engine.model import MILModel
 from e2e.errors import UserError, exit_code
+from e2e.heads.base import BagLoss, Head, HeadOutput
 from e2e.parallel import Strategy, build_strategy
 from e2e.slides import Slide
 from e2e.tasks.base import TASKS
@@ -121,7 +123,7 @@ def bag_of(
         for s in update
     ]
     groups = cut_update([SIZES[slide] for slide in update], CHUNK)
-    shares = share_update(groups, world_size, shard_over=shard_over)
+    shares = assign_to_ranks(groups, world_size, shard_over=shard_over)
     if one_piece:
         shares = [single_chunk(share) for share in shares]
     return make_bag(items, BagSpec(PixelRowReader(drawn)), shares, rank=rank)
@@ -139,7 +141,7 @@ def loss_of(strategy: Strategy, update: list[int], shard_over: int | None = None
         rank=strategy.rank,
         world_size=strategy.world_size,
         shard_over=shard_over,
-        one_piece=model.batch_norm.one_piece,
+        one_piece=model.batch_norm.single_chunk,
     )
     task = TASKS.build("classification", classes=["a", "b"])
     return bag_losses(strategy, bag, task).sum() / len(update)
@@ -182,7 +184,7 @@ def take_steps(
         norm, good = strategy.step()
         assert good
         norms.append(norm.double())
-        model.batch_norm.commit(strategy.all_reduce_sum, good)
+        model.after_step(strategy, good)
         for name, shard in strategy.shards().items():
             if shard.is_floating_point():
                 average[name].lerp_(shard, 1 - DECAY)
@@ -238,7 +240,7 @@ def skip_a_bad_step(kind: str, make_optimizer: Callable[[nn.Module], Optimizer])
 
 
 def evaluate_unevenly(kind: str) -> dict[str, Any]:
-    """Each rank judges other bags, and another number of them, with other weights; then trains on."""
+    """Each rank evaluates other bags, and another number of them, with other weights; then trains on."""
     strategy = build(kind)
     model = new_model()
     strategy.setup(model, sgd, clip=None)
@@ -268,6 +270,68 @@ def evaluate_unevenly(kind: str) -> dict[str, Any]:
         "selected": everyone,
         "next": strategy.full_tensors(strategy.shards()),
     }
+
+
+class TeacherHead(Head):
+    """Classifies by a student whose frozen moving average, with a buffer of its own, is the teacher."""
+
+    teachers = MappingProxyType({"teacher": "student"})
+    teacher_decay = DECAY
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Five outputs: on two ranks, shards of different sizes, and padding in those of ZeRO.
+        self.student = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))
+        self.teacher = copy.deepcopy(self.student)
+
+    def forward(self, features: Tensor, mask: Tensor, coords: Tensor | None = None) -> HeadOutput:
+        self.teacher.eval()
+        with torch.no_grad():
+            target = self.teacher(features[0]).mean(0, keepdim=True)
+        # Evaluated by running statistics, which are moved by hand; see teach().
+        return HeadOutput(self.student.eval()(features[0]).mean(0, keepdim=True), aux={"t": target})
+
+    def aux_loss(self, output: HeadOutput, target: Tensor, loss: BagLoss) -> Tensor:
+        """The teacher's outputs matter, so a teacher that lags behind changes the training."""
+        assert output.aux is not None
+        return (output.logits - output.aux["t"]).square().mean()
+
+
+def new_teacher_model(dtype: torch.dtype) -> MILModel:
+    torch.manual_seed(3)
+    model = new_model("chunk", dtype)
+    return MILModel(model.encoder, TeacherHead(), chunk=CHUNK, batch_norm="chunk").to(dtype)
+
+
+def teach(kind: str) -> dict[str, Any]:
+    """Weights after updates with a teacher, after a skipped one, and as another model loads them."""
+    strategy, dtype = build(kind), dtype_of(kind) if kind != "single" else torch.float64
+    model = new_teacher_model(dtype)
+    strategy.setup(model, sgd, clip=None)
+    logits = []
+
+    def update(slides: list[int], extra: float = 0.0) -> bool:
+        strategy.backward(loss_of(strategy, slides) + extra)
+        _, good = strategy.step()
+        if good:  # a buffer of the student that moves with each update
+            model.head.get_submodule("student")[1].running_mean += 0.25
+        model.after_step(strategy, good)
+        return bool(good)
+
+    for slides in UPDATES:
+        assert update(slides)
+        with torch.no_grad(), strategy.full_parameters() as plain:
+            teacher = plain.get_submodule("head.teacher")
+            logits.append(teacher(torch.ones(1, 6, dtype=dtype)).double().clone())
+    trained = strategy.full_tensors(strategy.shards())
+    assert not update(UPDATES[0], float("nan"))
+    skipped = strategy.full_tensors(strategy.shards())
+    saved = strategy.gather_objects(skipped)[0]
+    other = build(kind)
+    other.setup(new_teacher_model(dtype), sgd, clip=None)
+    other.load(saved)
+    loaded = other.full_tensors(other.shards())
+    return {"trained": trained, "skipped": skipped, "loaded": loaded, "logits": torch.cat(logits)}
 
 
 class ShardedBag(nn.Module):
@@ -300,7 +364,7 @@ def shard_a_bag(strategy: Strategy, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def disagree(strategy: Strategy) -> list[str]:
-    """What each rank is told when rank 1 has other settings."""
+    """The message on each rank when rank 1 has other settings."""
     facts = {"settings": "abc", "cohort": "12 slides"}
     strategy.check_agreement(facts)
     if strategy.rank == 1:
@@ -328,6 +392,7 @@ def all_else(strategy: Strategy) -> dict[Any, Any]:
     for kind in KINDS:
         found[kind, "uneven"] = evaluate_unevenly(kind)
         found[kind, "sharded"] = shard_a_bag(build(kind), dtype_of(kind))
+        found[kind, "teacher"] = teach(kind)
         for optimizer in (sgd_momentum, adamw):
             found[kind, "bad", optimizer.__name__] = skip_a_bad_step(kind, optimizer)
     return found

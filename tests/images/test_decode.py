@@ -24,15 +24,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from e2e.errors import UserError
-from e2e.images import decode
 from e2e.images.decode import (
     DECODERS,
     Decoder,
     SimpleJpeg,
     UndecodableError,
     build_decoder,
-    decoder_threads,
 )
+from e2e.images.jpeg_header import read_frame_header
+from e2e.images.threads import decoder_threads
 from tests.helpers.stores import jpeg, picture, pixels_of
 
 DEPRECATED = "ignore:The image decoding and encoding capabilities of TorchVision:DeprecationWarning"
@@ -103,12 +103,12 @@ def test_two_decoders_need_nothing_installed():
     assert {"pillow-cpu", "simplejpeg-cpu"} <= set(READY)
 
 
-def test_auto_says_which_decoder_it_is():
+def test_auto_has_the_name_of_the_decoder_it_chose():
     assert build_decoder("auto").name == "simplejpeg"
     assert build_decoder("pillow").name == "pillow"
 
 
-def test_auto_on_a_gpu_is_nvjpeg_or_says_why_not():
+def test_auto_on_a_gpu_is_nvjpeg_or_notes_why_not():
     decoder = build_decoder("auto", "cuda")
     if "nvjpeg-cuda" in READY:
         assert (decoder.name, decoder.note) == ("nvjpeg", "")
@@ -117,7 +117,7 @@ def test_auto_on_a_gpu_is_nvjpeg_or_says_why_not():
         assert decoder.note.startswith("decoder 'nvjpeg' does not work on cuda (")
 
 
-def test_nvjpeg_on_the_cpu_is_a_mistake_with_a_way_out():
+def test_nvjpeg_on_the_cpu_is_refused_with_advice():
     with pytest.raises(UserError, match=r"'nvjpeg' decodes on a CUDA device, not on cpu\n.*auto"):
         build_decoder("nvjpeg", "cpu")
 
@@ -131,14 +131,14 @@ def test_a_decoder_without_its_library_says_what_to_install(name, capfd):
         with pytest.raises(UserError) as error:
             build_decoder(name)
     message = str(error.value)
-    assert f"decoder '{name}' finds no system library" in message
+    assert f"decoder '{name}' needs libturbojpeg, which is not installed" in message
     assert "Debian: libturbojpeg0" in message
     assert "data.decoder=auto" in message
     assert len(message.splitlines()) == 2
     assert capfd.readouterr().err == ""  # nor an exception from a half-made object
 
 
-def test_an_unknown_decoder_is_told_the_nearest_name():
+def test_an_unknown_decoder_is_refused_with_the_nearest_name():
     with pytest.raises(UserError, match="did you mean 'simplejpeg'"):
         build_decoder("simplejpg")
 
@@ -154,10 +154,10 @@ def test_all_decoders_agree_with_pillow(case, subsampling, quality):
     if case.decoder.tolerance == 0:  # noise is all edges, where ways of upsampling differ most
         images.append(Image.fromarray(noise))
     jpegs = [jpeg(image, quality=quality, subsampling=subsampling) for image in images]
-    found = case.decoder.decode(jpegs, case.device)
-    assert found.shape == (len(images), 3, 64, 64)
-    assert (found.dtype, found.device.type) == (torch.uint8, case.device)
-    assert found.is_contiguous(memory_format=torch.channels_last)
+    pixels = case.decoder.decode(jpegs, case.device)
+    assert pixels.shape == (len(images), 3, 64, 64)
+    assert (pixels.dtype, pixels.device.type) == (torch.uint8, case.device)
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
     assert_as_pillow(case, jpegs)
 
 
@@ -179,24 +179,24 @@ def test_other_kinds_of_jpeg_are_read(case, options):
 
 def test_colours_are_in_the_order_red_green_blue(case):
     ground = Image.new("RGB", (16, 16), (250, 120, 10))
-    found = case.pixels([jpeg(ground, quality=95)])[0].mean(axis=(0, 1))
-    assert found.tolist() == pytest.approx([250, 120, 10], abs=near(case))
+    pixels = case.pixels([jpeg(ground, quality=95)])[0].mean(axis=(0, 1))
+    assert pixels.tolist() == pytest.approx([250, 120, 10], abs=near(case))
 
 
 def test_images_stand_upright_and_odd_sizes_are_kept(case):
     canvas = np.zeros((33, 47, 3), np.uint8)
     canvas[:16, :, 0] = 255  # the upper half red
-    found = case.pixels([jpeg(Image.fromarray(canvas), quality=95, subsampling=0)])[0]
-    assert found.shape == (33, 47, 3)
-    assert found[:14, :, 0].mean() > 240
-    assert found[18:, :, 0].mean() < 15
+    pixels = case.pixels([jpeg(Image.fromarray(canvas), quality=95, subsampling=0)])[0]
+    assert pixels.shape == (33, 47, 3)
+    assert pixels[:14, :, 0].mean() > 240
+    assert pixels[18:, :, 0].mean() < 15
 
 
 def test_grey_becomes_three_equal_channels(case):
     value = jpeg(picture(3).convert("L"))
-    found = case.pixels([value, value])
-    assert found.shape == (2, 32, 32, 3)
-    assert bool((found == found[..., :1]).all())
+    pixels = case.pixels([value, value])
+    assert pixels.shape == (2, 32, 32, 3)
+    assert bool((pixels == pixels[..., :1]).all())
     assert_as_pillow(case, [value])
 
 
@@ -211,13 +211,13 @@ def cmyk() -> dict[str, bytes]:
 def test_cmyk_is_right_or_a_named_error(case, kind):
     value, plain = cmyk()[kind], jpeg(4)
     if case.decoder.name in {"turbojpeg", "jpeg4py"}:
-        with pytest.raises(UndecodableError, match="is no readable JPEG") as error:
+        with pytest.raises(UndecodableError, match="is not a readable JPEG") as error:
             case.pixels([plain, value])
         assert error.value.index == 1
         return
-    found = case.pixels([plain, value])
-    assert np.abs(found[1].astype(int) - pixels_of([value])[0]).max() <= 1
-    np.testing.assert_array_equal(found[0], case.pixels([plain, plain])[1])
+    pixels = case.pixels([plain, value])
+    assert np.abs(pixels[1].astype(int) - pixels_of([value])[0]).max() <= 1
+    np.testing.assert_array_equal(pixels[0], case.pixels([plain, plain])[1])
 
 
 @pytest.mark.parametrize(
@@ -233,8 +233,8 @@ def test_cmyk_is_right_or_a_named_error(case, kind):
     ],
     ids=["baseline", "progressive", "grey", "cut", "rgb", "cmyk", "adobe"],
 )
-def test_a_gpu_is_given_what_all_libraries_take_for_the_same(value, plain):
-    assert decode._frame(value) == (32, 32, plain)
+def test_only_jpegs_that_all_libraries_decode_alike_count_as_plain(value, plain):
+    assert read_frame_header(value) == (32, 32, plain)
 
 
 def resized(value: bytes, height: int, width: int) -> bytes:
@@ -267,11 +267,11 @@ def test_real_tissue_looks_the_same_to_all(case, shared_data):
 def test_the_result_lies_in_the_callers_memory(case):
     values = [jpeg(seed) for seed in range(20)]
     out = torch.full((20, 32, 32, 3), 77, dtype=torch.uint8)
-    for chosen in (values, values[::-1]):  # and again
-        found = case.decoder.decode(chosen, case.device, out=out)
+    for jpegs in (values, values[::-1]):  # and again
+        pixels = case.decoder.decode(jpegs, case.device, out=out)
         if case.device == "cpu":
-            assert found.data_ptr() == out.data_ptr()
-        np.testing.assert_array_equal(found.permute(0, 2, 3, 1).cpu().numpy(), case.pixels(chosen))
+            assert pixels.data_ptr() == out.data_ptr()
+        np.testing.assert_array_equal(pixels.permute(0, 2, 3, 1).cpu().numpy(), case.pixels(jpegs))
 
 
 @pytest.mark.parametrize(
@@ -341,17 +341,17 @@ def test_a_broken_value_is_named_by_its_index(case, threads, kind, index):
     threads(4)
     jpegs = [WHOLE] * 40
     jpegs[index] = BROKEN[kind]
-    with pytest.raises(UndecodableError, match="is no readable JPEG") as error:
+    with pytest.raises(UndecodableError, match="is not a readable JPEG") as error:
         case.decoder.decode(jpegs, case.device)
     assert error.value.index == index
     assert_as_pillow(case, [WHOLE, WHOLE])  # and the next ones are fine
 
 
 @pytest.mark.parametrize("kind", LOST)
-def test_damage_inside_is_an_error_or_what_pillow_saves_of_it(case, kind):
+def test_damage_inside_is_an_error_or_gives_what_pillow_recovers(case, kind):
     value = LOST[kind]
     if case.decoder.strict:
-        with pytest.raises(UndecodableError, match="is no readable JPEG") as error:
+        with pytest.raises(UndecodableError, match="is not a readable JPEG") as error:
             case.decoder.decode([WHOLE, value], case.device)
         assert error.value.index == 1
     elif case.device == "cpu":
@@ -383,18 +383,18 @@ def test_any_cut_is_an_error(name, cut):
 @pytest.mark.parametrize("name", sorted(READY))
 @settings(max_examples=40)
 @given(place=st.integers(2, len(WHOLE) - 10), noise=st.binary(min_size=1, max_size=8))
-def test_noise_is_an_error_or_an_image_without_a_trace_of_what_lay_there(name, place, noise):
+def test_noise_is_an_error_or_an_image_without_old_content_of_the_memory(name, place, noise):
     value = WHOLE[:place] + noise + WHOLE[place + len(noise) :]
-    found = []
+    outcomes = []
     for marker in (0, 200):
         out = torch.full((2, 64, 64, 3), marker, dtype=torch.uint8)
         try:
             decoded = READY[name].decoder.decode([WHOLE, value], READY[name].device, out=out)
         except UndecodableError as error:
-            found.append(error.index)
+            outcomes.append(error.index)
         else:
-            found.append(decoded.cpu().numpy().tobytes())
-    assert found[0] == found[1]
+            outcomes.append(decoded.cpu().numpy().tobytes())
+    assert outcomes[0] == outcomes[1]
 
 
 def test_a_patch_of_another_size_is_named(case):
@@ -403,7 +403,7 @@ def test_a_patch_of_another_size_is_named(case):
     assert error.value.index == 2
 
 
-def test_the_callers_memory_says_which_size_is_right(case):
+def test_the_callers_memory_decides_the_size(case):
     out = torch.empty((2, 32, 32, 3), dtype=torch.uint8)
     with pytest.raises(UndecodableError, match="is 16x16 px, not 32x32 px") as error:
         case.decoder.decode([jpeg(0, width=16), jpeg(1, width=16)], case.device, out=out)
@@ -422,14 +422,14 @@ class Spy(SimpleJpeg):
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
-        self.seen: list[tuple[int, bytes]] = []
+        self.calls: list[tuple[int, bytes]] = []
 
-    def into(self, jpeg, row):
-        super().into(jpeg, row)
-        self.seen.append((threading.get_ident(), bytes(jpeg)))
+    def decode_one(self, jpeg, row):
+        super().decode_one(jpeg, row)
+        self.calls.append((threading.get_ident(), bytes(jpeg)))
 
     def threads(self) -> set[int]:
-        return {thread for thread, _ in self.seen}
+        return {thread for thread, _ in self.calls}
 
 
 VALUES = [jpeg(seed, width=64) for seed in range(40)]
@@ -456,7 +456,7 @@ def test_the_caller_works_too_and_takes_no_more_than_half_of_the_threads(threads
     assert threading.get_ident() in spy.threads()
     assert 2 <= len(spy.threads()) <= 3
     for thread in spy.threads():  # each a stretch of neighbours
-        mine = [VALUES.index(value) for owner, value in spy.seen if owner == thread]
+        mine = [VALUES.index(value) for owner, value in spy.calls if owner == thread]
         assert len(mine) >= 13
         assert mine == sorted(mine)
 
@@ -468,36 +468,39 @@ def test_a_few_patches_are_decoded_by_the_caller(threads):
     assert spy.threads() == {threading.get_ident()}
 
 
-def test_after_an_error_nobody_writes_into_the_callers_memory_any_more(threads):
+def test_after_an_error_no_thread_writes_into_the_callers_memory(threads):
     threads(4)
     spy, large = Spy(), jpeg(0, width=1024)
     with pytest.raises(UndecodableError):
         spy.decode([large[:2000], *[large] * 31])  # at once, while the others take long
-    assert len(spy.seen) == 16  # the other thread's half
+    assert len(spy.calls) == 16  # the other thread's half
 
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_no_thread_at_all_is_refused(count):
-    with pytest.raises(ValueError, match="a decoder needs a thread"), decoder_threads(count):
+    with (
+        pytest.raises(ValueError, match="a decoder needs at least 1 thread"),
+        decoder_threads(count),
+    ):
         pass
 
 
 def test_several_threads_may_use_one_decoder_at_a_time(case, threads):
     threads(4)
     expected = [case.pixels(VALUES), case.pixels(VALUES[::-1])]
-    found: list[NDArray[np.uint8]] = []
+    results: list[NDArray[np.uint8]] = []
 
-    def work(chosen: list[bytes]) -> None:
+    def work(jpegs: list[bytes]) -> None:
         for _ in range(5):
-            found.append(case.pixels(chosen))
+            results.append(case.pixels(jpegs))
 
     workers = [threading.Thread(target=work, args=(v,)) for v in (VALUES, VALUES[::-1])]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert len(found) == 10
-    assert all(any(np.array_equal(f, e) for e in expected) for f in found)
+    assert len(results) == 10
+    assert all(any(np.array_equal(f, e) for e in expected) for f in results)
 
 
 def decode_in_child(name: str) -> list[int] | str:
@@ -512,16 +515,16 @@ def decode_in_child(name: str) -> list[int] | str:
 
 
 @pytest.mark.parametrize("name", sorted(name for name in READY if name.endswith("-cpu")))
-def test_decoding_goes_on_in_a_forked_process_or_says_that_it_cannot(name, threads):
+def test_decoding_works_in_a_forked_process_or_reports_that_it_cannot(name, threads):
     # A forked process has its parent's thread pool but not the threads.
     threads(4)
     READY[name].decoder.decode([WHOLE] * 32)
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        found = pool.apply_async(decode_in_child, [name]).get(timeout=60)
+        result = pool.apply_async(decode_in_child, [name]).get(timeout=60)
     if name == "dali-cpu":
-        assert "built before this process was forked" in found
+        assert "built before this process was forked" in result
     else:
-        assert found == [32, 3, 64, 64]
+        assert result == [32, 3, 64, 64]
 
 
 # A GPU
@@ -542,7 +545,7 @@ def test_no_image_is_decoded_into_memory_that_queued_kernels_read(name):
             slow = (slow @ slow).clamp(-1, 1)
         sums = torch.stack([tensor.sum() for tensor in held])
         del held
-        found = case.pixels(jpegs)
+        pixels = case.pixels(jpegs)
         assert sums.tolist() == [7 * 3 * 256 * 256] * len(jpegs)
-        difference = np.abs(found - expected).mean(axis=(1, 2, 3))
+        difference = np.abs(pixels - expected).mean(axis=(1, 2, 3))
         assert difference.max() <= case.decoder.tolerance

@@ -16,7 +16,7 @@ from e2e.errors import UserError
 from e2e.heads.base import HeadOutput
 from e2e.losses.base import REGULARISERS, Regulariser, Weight
 from e2e.parallel import Strategy
-from e2e.reports.evaluate import attention_entropy
+from e2e.reports.predictions import attention_entropy
 from e2e.tasks.base import TASKS
 from e2e.training.losses import bag_losses
 from tests.helpers.models import make_bag, make_model
@@ -35,7 +35,7 @@ def output(fill: float = -math.inf) -> HeadOutput:
 
 def by_hand(*, normalise: bool = False, top_k: int | None = None) -> list[float]:
     """Of each bag, patch by patch."""
-    logits, found = output().attention_logits.numpy(), []
+    logits, result = output().attention_logits.numpy(), []
     for bag, size in enumerate(SIZES):
         maps = []
         for row in logits[bag, :, :size]:
@@ -44,12 +44,22 @@ def by_hand(*, normalise: bool = False, top_k: int | None = None) -> list[float]
             p = p / p.sum()
             entropy = -sum(x * math.log(x) for x in p)
             maps.append(-entropy / math.log(len(p)) if normalise and len(p) > 1 else -entropy)
-        found.append(sum(maps) / MAPS)
-    return found
+        result.append(sum(maps) / MAPS)
+    return result
 
 
 def aem(**options: object) -> Regulariser:
     return REGULARISERS.build("aem", weight=1.0, **options)
+
+
+@pytest.mark.parametrize("name", REGULARISERS.names())
+def test_every_option_has_a_default_and_a_text_in_the_docstring(name):
+    described = REGULARISERS.describe(name)
+    assert described.summary
+    assert {"weight", "schedule", "warmup"} <= {option.name for option in described.options}
+    for option in described.options:
+        assert option.text, f"{name}: the option {option.name} is not in the Parameters section"
+        assert not option.is_required
 
 
 def value(regulariser: Regulariser, given: HeadOutput) -> Tensor:
@@ -59,9 +69,9 @@ def value(regulariser: Regulariser, given: HeadOutput) -> Tensor:
 @pytest.mark.parametrize("top_k", [None, 1, 3, 100])
 @pytest.mark.parametrize("normalise", [False, True])
 def test_aem_is_the_negative_entropy_of_real_patches_meaned_over_maps(normalise, top_k):
-    found = value(aem(normalise=normalise, top_k=top_k), output())
+    result = value(aem(normalise=normalise, top_k=top_k), output())
     expected = by_hand(normalise=normalise, top_k=top_k)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-12, atol=1e-14)
 
 
 @given(st.integers(2, 50))
@@ -104,11 +114,11 @@ def test_a_constant_weight_stays_a_cosine_falls_to_0_and_a_warm_up_begins_at_0()
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight": -1.0}, "weight of a loss: must be at least 0"),
-        ({"weight": math.nan}, "weight of a loss"),
+        ({"weight": -1.0}, "the weight of a loss must be a finite number of at least 0"),
+        ({"weight": math.nan}, "the weight of a loss must be a finite number"),
         ({"weight": 1.0, "schedule": "cosinus"}, "must be constant or cosine, found 'cosinus'"),
-        ({"weight": 1.0, "warmup": 1.0}, r"warmup of a loss: must be in \[0, 1\)"),
-        ({"weight": 1.0, "top_k": 0}, "aem.top_k must be at least 1"),
+        ({"weight": 1.0, "warmup": 1.0}, r"the warmup of a loss must be in \[0, 1\)"),
+        ({"weight": 1.0, "top_k": 0}, "aem.top_k=0 must be 1 or more"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
@@ -117,10 +127,10 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def test_a_head_without_attention_is_refused_before_training():
-    with pytest.raises(UserError, match="the head has no attention"):
+    with pytest.raises(UserError, match="the head has no attention that is learned"):
         aem().check(HeadOutput(torch.zeros(1, 2)))
     fixed = torch.zeros(1, 1, 2)  # as the head "mean" has it
-    with pytest.raises(UserError, match="the head has no attention that learns"):
+    with pytest.raises(UserError, match="the head has no attention that is learned"):
         aem().check(HeadOutput(torch.zeros(1, 2), attention_logits=fixed))
     aem().check(HeadOutput(torch.zeros(1, 2), attention_logits=fixed.requires_grad_()))
 
@@ -136,8 +146,8 @@ def test_a_bags_loss_holds_the_regulariser_by_its_weight_at_this_moment(progress
     model.regularisers = nn.ModuleList([aem(schedule="cosine", normalise=True)])
     added = torch.cat([value(model.regularisers[0], one) for one in outputs])
     weight = (1 + math.cos(math.pi * progress)) / 2
-    found = bag_losses(strategy, bag, task, progress)
-    torch.testing.assert_close(found, plain + weight * added)
+    result = bag_losses(strategy, bag, task, progress)
+    torch.testing.assert_close(result, plain + weight * added)
     assert (added < -0.5).all()
 
 

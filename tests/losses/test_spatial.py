@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, inputs, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
@@ -52,11 +52,11 @@ def neighbours(coords: NDArray, n: int) -> list[int]:
 
 
 def strongest_by_hand(scores: NDArray, coords: NDArray) -> NDArray:
-    found = np.zeros_like(scores)
+    result = np.zeros_like(scores)
     for n, c in np.ndindex(scores.shape):
         around = [scores[j, c] for j in neighbours(coords, n)]
-        found[n, c] = max(around, key=abs)
-    return found
+        result[n, c] = max(around, key=abs)
+    return result
 
 
 def by_hand(scores: NDArray, coords: NDArray, background: int | None = None) -> float:
@@ -74,39 +74,39 @@ def spatial(**options: object) -> Regulariser:
     return REGULARISERS.build("spatial", weight=1.0, **options)
 
 
-def value(regulariser: Regulariser, given: HeadOutput, coords: Tensor | None) -> Tensor:
-    return regulariser(given, torch.zeros(len(given.logits)), coords)
+def value(regulariser: Regulariser, inputs: HeadOutput, coords: Tensor | None) -> Tensor:
+    return regulariser(inputs, torch.zeros(len(inputs.logits)), coords)
 
 
 def row(*scores: float, at: tuple[int, ...] | None = None) -> tuple[HeadOutput, Tensor]:
     """One bag of one class: patches in a row, side by side or ``at`` these columns."""
     columns = torch.tensor(at or tuple(range(len(scores))))
     coords = torch.stack([columns * PITCH, torch.zeros_like(columns)], dim=1).unsqueeze(0)
-    told = torch.tensor(scores, dtype=torch.float64).view(1, -1, 1)
-    return HeadOutput(torch.zeros(1, 1), torch.zeros(1, 1, len(scores)), told), coords
+    described = torch.tensor(scores, dtype=torch.float64).view(1, -1, 1)
+    return HeadOutput(torch.zeros(1, 1), torch.zeros(1, 1, len(scores)), described), coords
 
 
 def test_three_patches_in_a_row_by_hand():
-    found = value(spatial(), *row(1.0, -2.0, 0.5))
+    result = value(spatial(), *row(1.0, -2.0, 0.5))
     # The strongest of all is the one in the middle, -2, with its sign.
-    assert found.item() == pytest.approx((math.tanh(3) + 0 + math.tanh(2.5)) / 3)
+    assert result.item() == pytest.approx((math.tanh(3) + 0 + math.tanh(2.5)) / 3)
 
 
 def test_a_patch_two_steps_away_is_no_neighbour():
-    found = value(spatial(), *row(1.0, -2.0, 0.5, 4.0, at=(0, 1, 2, 4)))
-    assert found.item() == pytest.approx((math.tanh(3) + math.tanh(2.5)) / 4)
+    result = value(spatial(), *row(1.0, -2.0, 0.5, 4.0, at=(0, 1, 2, 4)))
+    assert result.item() == pytest.approx((math.tanh(3) + math.tanh(2.5)) / 4)
 
 
 @pytest.mark.parametrize("background", [None, 0, 2])
 @pytest.mark.parametrize("fill", [0.0, 1e4, math.nan])
 def test_spatial_is_its_formula_on_each_bag_alone(fill, background):
-    given, coords = output(fill)
-    found = value(spatial(background=background), given, coords)
+    inputs, coords = output(fill)
+    result = value(spatial(background=background), inputs, coords)
     expected = [
-        by_hand(given.instance_logits[b, :n].numpy(), coords[b, :n].numpy(), background)
+        by_hand(inputs.instance_logits[b, :n].numpy(), coords[b, :n].numpy(), background)
         for b, n in enumerate(SIZES)
     ]
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-12, atol=1e-14)
     assert expected[0] > 0.1
     assert expected[1] == 0  # one patch is its own strongest neighbour
 
@@ -114,12 +114,12 @@ def test_spatial_is_its_formula_on_each_bag_alone(fill, background):
 def near(scores: NDArray, coords: NDArray) -> NDArray:
     """``strongest_near`` of one bag."""
     real = torch.ones(1, len(scores), dtype=torch.bool)
-    given = torch.from_numpy(scores).unsqueeze(0), torch.from_numpy(coords).unsqueeze(0)
-    return strongest_near(*given, real)[0].numpy()
+    inputs = torch.from_numpy(scores).unsqueeze(0), torch.from_numpy(coords).unsqueeze(0)
+    return strongest_near(*inputs, real)[0].numpy()
 
 
 @settings(max_examples=30)
-@given(st.integers(0, 10_000), st.integers(15, 60), st.integers(8, 20))
+@inputs(st.integers(0, 10_000), st.integers(15, 60), st.integers(8, 20))
 def test_neither_order_nor_place_on_the_slide_nor_the_grids_step_matters(seed, count, side):
     draw = np.random.default_rng(seed)
     scores, coords = draw.normal(size=(count, 2)), grid(count, side, seed)
@@ -135,7 +135,7 @@ def test_neither_order_nor_place_on_the_slide_nor_the_grids_step_matters(seed, c
 
 
 @settings(max_examples=50)
-@given(st.integers(0, 10_000), st.integers(1, 30))
+@inputs(st.integers(0, 10_000), st.integers(1, 30))
 def test_copies_of_patches_change_nothing(seed, count):
     draw = np.random.default_rng(seed)
     scores, coords = draw.normal(size=(count, 2)), grid(count, 8, seed)
@@ -144,14 +144,14 @@ def test_copies_of_patches_change_nothing(seed, count):
 
 
 def test_padding_is_nobodys_neighbour():
-    given, coords = output(1e4)
-    real = given.attention_logits[:, 0] > -math.inf
-    found = strongest_near(given.instance_logits, coords, real)
+    inputs, coords = output(1e4)
+    real = inputs.attention_logits[:, 0] > -math.inf
+    result = strongest_near(inputs.instance_logits, coords, real)
     for b, n in enumerate(SIZES):
-        expected = strongest_by_hand(given.instance_logits[b, :n].numpy(), coords[b, :n].numpy())
-        np.testing.assert_array_equal(found[b, :n], expected)
+        expected = strongest_by_hand(inputs.instance_logits[b, :n].numpy(), coords[b, :n].numpy())
+        np.testing.assert_array_equal(result[b, :n], expected)
     coords[0, SIZES[0] :] = coords[0, 0]
-    torch.testing.assert_close(strongest_near(given.instance_logits, coords, real), found)
+    torch.testing.assert_close(strongest_near(inputs.instance_logits, coords, real), result)
 
 
 def test_two_patches_in_one_cell_are_both_seen():
@@ -190,37 +190,37 @@ def test_without_two_patches_in_a_row_or_column_there_are_no_neighbours():
 
 def test_of_two_scores_that_differ_in_their_sign_the_positive_one_is_taken():
     for scores in ((-2.0, 2.0), (2.0, -2.0)):
-        told, coords = row(*scores)
-        assert strongest_near(told.instance_logits, coords, torch.ones(1, 2) > 0).unique() == 2
+        described, coords = row(*scores)
+        assert strongest_near(described.instance_logits, coords, torch.ones(1, 2) > 0).unique() == 2
 
 
 @pytest.mark.parametrize("fill", [0.0, 1e4, math.nan])
 @pytest.mark.parametrize("detach", [False, True])
 def test_no_gradient_reaches_padding_or_comes_from_it(detach, fill):
-    found = []
+    result = []
     for held in (fill, 0.0):
-        given, coords = output(held)
-        leaf = given.instance_logits.requires_grad_()
-        value(spatial(detach=detach), given, coords).sum().backward()
-        found.append(leaf.grad)
-    torch.testing.assert_close(*found, rtol=0, atol=0)
-    assert (found[0][given.attention_logits[:, 0] == -math.inf] == 0).all()
-    assert found[0].abs().sum() > 0.1
+        inputs, coords = output(held)
+        leaf = inputs.instance_logits.requires_grad_()
+        value(spatial(detach=detach), inputs, coords).sum().backward()
+        result.append(leaf.grad)
+    torch.testing.assert_close(*result, rtol=0, atol=0)
+    assert (result[0][inputs.attention_logits[:, 0] == -math.inf] == 0).all()
+    assert result[0].abs().sum() > 0.1
 
 
 def test_the_gradient_is_that_of_the_loss():
-    given, coords = output()
+    inputs, coords = output()
 
     def loss(scores: Tensor) -> Tensor:
-        return value(spatial(), given._replace(instance_logits=scores), coords)
+        return value(spatial(), inputs._replace(instance_logits=scores), coords)
 
-    assert torch.autograd.gradcheck(loss, (given.instance_logits.requires_grad_(),))
+    assert torch.autograd.gradcheck(loss, (inputs.instance_logits.requires_grad_(),))
 
 
 def test_detached_the_strongest_patch_stays_and_draws_the_others_to_it():
-    given, coords = row(1.0, -2.0, 0.5)
-    leaf = given.instance_logits.requires_grad_()
-    value(spatial(detach=True), given, coords).backward()
+    inputs, coords = row(1.0, -2.0, 0.5)
+    leaf = inputs.instance_logits.requires_grad_()
+    value(spatial(detach=True), inputs, coords).backward()
     slope = [1 / math.cosh(3) ** 2 / 3, 0.0, 1 / math.cosh(2.5) ** 2 / 3]
     assert leaf.grad.flatten().tolist() == pytest.approx(slope)
 
@@ -229,43 +229,45 @@ def test_memory_grows_with_the_patches_alone():
     n = 4000
     coords = torch.from_numpy(grid(n, 90)).unsqueeze(0)
     scores = torch.randn(1, n, 2, requires_grad=True)
-    told = HeadOutput(torch.zeros(1, 2), torch.zeros(1, 2, n), scores)
+    described = HeadOutput(torch.zeros(1, 2), torch.zeros(1, 2, n), scores)
     with Watch() as watch:
-        value(spatial(), told, coords).sum().backward()
+        value(spatial(), described, coords).sum().backward()
     assert watch.largest <= 9 * 2 * n
 
 
 def test_half_precision_scores_give_a_single_precision_loss():
-    given, coords = output(dtype=torch.bfloat16)
-    found = value(spatial(), given, coords)
-    assert found.dtype == torch.float32
-    exact = given._replace(instance_logits=given.instance_logits.float())
-    torch.testing.assert_close(found, value(spatial(), exact, coords), rtol=0, atol=0)
+    inputs, coords = output(dtype=torch.bfloat16)
+    result = value(spatial(), inputs, coords)
+    assert result.dtype == torch.float32
+    exact = inputs._replace(instance_logits=inputs.instance_logits.float())
+    torch.testing.assert_close(result, value(spatial(), exact, coords), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", HEADS.names())
 def test_every_head_that_scores_and_attends_can_have_it_and_others_are_refused(name):
     torch.manual_seed(0)
     head = HEADS.build(name, 8, C)
-    told = head(torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool))
+    described = head(torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool))
     places = torch.from_numpy(grid(5, 3)).repeat(2, 1, 1)
-    if told.instance_logits is None or told.attention_logits is None:
-        with pytest.raises(UserError, match="does not both score its patches and attend"):
-            spatial().check(told)
+    if described.instance_logits is None or described.attention_logits is None:
+        with pytest.raises(UserError, match="does not have both patch scores and attention"):
+            spatial().check(described)
         return
-    if told.instance_logits.requires_grad:
-        spatial().check(told)
-    assert value(spatial(), told, places).isfinite().all()
+    if described.instance_logits.requires_grad:
+        spatial().check(described)
+    assert value(spatial(), described, places).isfinite().all()
 
 
 @pytest.mark.parametrize("background", [-1, C])
 def test_a_background_that_is_no_output_is_refused(background):
-    given, _ = output()
-    given.instance_logits.requires_grad_()
-    with pytest.raises(UserError, match=r"spatial\.background must be one of the 3 outputs"):
-        spatial(background=background).check(given)
+    inputs, _ = output()
+    inputs.instance_logits.requires_grad_()
+    with pytest.raises(
+        UserError, match=rf"spatial\.background={background} must be one of the 3 outputs"
+    ):
+        spatial(background=background).check(inputs)
 
 
 def test_without_coords_it_says_so():
-    with pytest.raises(UserError, match=r"(?s)nobody knows the coords.*spatial\.weight=0"):
+    with pytest.raises(UserError, match=r"(?s)slide has no patch coordinates.*spatial\.weight=0"):
         value(spatial(), output()[0], None)

@@ -19,7 +19,7 @@ from e2e.parallel import (
     float32_precision,
     pick_device,
 )
-from e2e.parallel.base import lay_out_plainly
+from e2e.parallel.base import make_parameters_contiguous
 from e2e.parallel.ddp import DistributedStrategy
 from e2e.parallel.deepspeed import complete_config, read_config
 from tests.helpers.paths import ROOT
@@ -97,13 +97,13 @@ def test_gradients_are_clipped_jointly_and_the_norm_is_that_before():
 def test_other_weights_are_there_inside_and_gone_after():
     strategy, model = Strategy(CPU), nn.Linear(2, 1)
     strategy.setup(model, lambda m: SGD(m.parameters(), lr=1.0), clip=None)
-    own = strategy.full_tensors(strategy.shards())
-    other = {name: torch.full_like(value, 7.0) for name, value in own.items()}
+    saved = strategy.full_tensors(strategy.shards())
+    other = {name: torch.full_like(value, 7.0) for name, value in saved.items()}
     with strategy.full_parameters(other) as plain:
         assert plain(torch.ones(1, 2)).item() == 21.0
     with pytest.raises(RuntimeError), strategy.full_parameters(other) as plain:
         plain(torch.ones(1, 3))
-    assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
 
 
 def test_weights_in_channels_last_are_laid_out_plainly_even_of_a_1x1_convolution():
@@ -111,7 +111,7 @@ def test_weights_in_channels_last_are_laid_out_plainly_even_of_a_1x1_convolution
         memory_format=torch.channels_last
     )
     values = [parameter.detach().clone() for parameter in model.parameters()]
-    lay_out_plainly(model)
+    make_parameters_contiguous(model)
     assert [p.stride() for p in model.parameters()] == [(36, 9, 3, 1), (1,), (3, 1, 1, 1), (1,)]
     assert all(map(torch.equal, model.parameters(), values))
 
@@ -124,11 +124,30 @@ def test_precision_is_what_was_asked_for():
     assert autocast_dtype("bf16", cpu) is torch.bfloat16
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_cuda_device_is_one_message_with_what_to_do():
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(UserError) as error:
+            pick_device(name)
+        assert str(error.value) == (
+            f"engine.device={name}: PyTorch sees no CUDA device (torch.cuda.is_available() is False).\n"
+            "  Use engine.device=cpu, or check the driver and CUDA_VISIBLE_DEVICES."
+        )
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(UserError, match=r"engine.device=tpu: unknown device\n  Use auto, cpu"):
+        pick_device("tpu")
+
+
 @pytest.mark.parametrize(
-    "said", ["Connection closed by peer [127.0.0.1]:403", "Timed out waiting 5000ms for recv"]
+    "message", ["Connection closed by peer [127.0.0.1]:403", "Timed out waiting 5000ms for recv"]
 )
-def test_a_backend_that_lost_a_rank_is_told_from_other_errors(said):
-    with pytest.raises(LostRankError, match=r"rank 0 lost contact .*: " + said[:10]), lost(said):
+def test_a_backend_that_lost_a_rank_is_told_from_other_errors(message):
+    with (
+        pytest.raises(LostRankError, match=r"rank 0 lost contact .*: " + message[:10]),
+        lost(message),
+    ):
         pass
     with (
         pytest.raises(RuntimeError, match="cannot restore the shape"),
@@ -137,14 +156,14 @@ def test_a_backend_that_lost_a_rank_is_told_from_other_errors(said):
         pass
 
 
-def lost(said: str) -> AbstractContextManager[None]:
-    """``watch()`` around an error of these words, without a process group."""
+def lost(message: str) -> AbstractContextManager[None]:
+    """``detect_lost_ranks()`` around an error of these words, without a process group."""
 
     @contextmanager
     def around() -> Iterator[None]:
         with DistributedStrategy.detect_lost_ranks(Strategy(CPU)):  # pyright: ignore[reportArgumentType]
             yield
-            raise RuntimeError(f"[/pytorch/gloo/pair.cc:561] {said}. Check the logs")
+            raise RuntimeError(f"[/pytorch/gloo/pair.cc:561] {message}. Check the logs")
 
     return around()
 
@@ -161,11 +180,11 @@ def test_deepspeed_without_a_file_is_refused_before_any_process_group():
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_json_that_comes_along_takes_our_clipping_and_accumulation(stage):
     path = CONFIGS / f"zero{stage}.json"
-    made = complete_config(read_config(path), path, clip=0.5, world_size=4)
-    assert made["zero_optimization"]["stage"] == stage
-    assert made["gradient_clipping"] == 0.5
-    assert made["gradient_accumulation_steps"] == 1
-    assert made["train_batch_size"] == 4 * made["train_micro_batch_size_per_gpu"]
+    completed = complete_config(read_config(path), path, clip=0.5, world_size=4)
+    assert completed["zero_optimization"]["stage"] == stage
+    assert completed["gradient_clipping"] == 0.5
+    assert completed["gradient_accumulation_steps"] == 1
+    assert completed["train_batch_size"] == 4 * completed["train_micro_batch_size_per_gpu"]
 
 
 def test_no_clipping_is_written_down_because_deepspeed_clips_when_told_nothing():
@@ -176,7 +195,7 @@ def test_no_clipping_is_written_down_because_deepspeed_clips_when_told_nothing()
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "words"),
     [
         ("gradient_clipping", 1.0, "optim.clip"),
         ("gradient_accumulation_steps", 4, "optim.bags"),
@@ -189,19 +208,19 @@ def test_no_clipping_is_written_down_because_deepspeed_clips_when_told_nothing()
         ("amp", {"enabled": True}, "engine.precision"),
     ],
 )
-def test_a_json_that_contradicts_the_settings_is_refused_by_key(tmp_path, key, value, told):
+def test_a_json_that_contradicts_the_settings_is_refused_by_key(tmp_path, key, value, words):
     path = tmp_path / "ours.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}, key: value}))
     with pytest.raises(UserError) as error:
         complete_config(read_config(path), path, clip=0.5, world_size=2)
     message = str(error.value)
-    for part in (str(path), key, repr(value), told):
+    for part in (str(path), key, repr(value), words):
         assert part in message
 
 
 def test_a_json_that_agrees_or_leaves_it_to_us_is_taken(tmp_path):
     path = tmp_path / "ours.json"
-    asked = {
+    config = {
         "zero_optimization": {"stage": 1, "overlap_comm": True},
         "gradient_clipping": 0.5,
         "gradient_accumulation_steps": "auto",
@@ -209,30 +228,30 @@ def test_a_json_that_agrees_or_leaves_it_to_us_is_taken(tmp_path):
         "fp16": {"enabled": False},
         "comms_logger": {"enabled": False},
     }
-    path.write_text(json.dumps(asked))
-    made = complete_config(read_config(path), path, clip=0.5, world_size=2)
-    assert made["zero_optimization"]["overlap_comm"] is True
-    assert made["comms_logger"] == {"enabled": False}
-    assert made["train_batch_size"] == 2
-    assert "fp16" not in made
+    path.write_text(json.dumps(config))
+    completed = complete_config(read_config(path), path, clip=0.5, world_size=2)
+    assert completed["zero_optimization"]["overlap_comm"] is True
+    assert completed["comms_logger"] == {"enabled": False}
+    assert completed["train_batch_size"] == 2
+    assert "fp16" not in completed
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "words"),
     [
-        (None, "no DeepSpeed configuration"),
-        ("{", "no JSON"),
+        (None, "cannot read DeepSpeed's configuration .*: No such file"),
+        ("{", "is not valid JSON"),
         ("[]", "stage must be"),
         ('{"zero_optimization": {"stage": 4}}', "found 4"),
         ("{}", "found None"),
         ('{"zero_optimization": 2}', "stage must be"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, told):
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, words):
     path = tmp_path / "zero.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=words):
         read_config(path)
 
 

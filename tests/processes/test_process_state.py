@@ -16,7 +16,7 @@ import torch
 
 from e2e.encoders.base import ENCODERS
 from e2e.errors import UserError
-from e2e.images.decode import decoder_threads
+from e2e.images.threads import decoder_threads
 from e2e.parallel import float32_precision
 from e2e.runs.evaluate import evaluate
 from e2e.runs.extract import extract
@@ -274,7 +274,7 @@ def test_a_failed_run_leaves_the_process_unchanged(patch_cohort, tmp_path):  # n
 
     def fail() -> None:
         with pytest.raises(UserError):
-            train(arguments, tmp_path / "run")
+            train_once(arguments, tmp_path / "run")
 
     assert_leaves_no_trace(fail)
 

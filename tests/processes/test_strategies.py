@@ -4,6 +4,7 @@ rounding noise of a zero gradient."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -98,7 +99,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_on_any(found, kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_rank_may_judge_other_bags_with_other_weights_and_train_on(found, kind):
+def test_each_rank_may_evaluate_other_bags_with_other_weights_and_train_on(found, kind):
     story = found[kind, "uneven"]
     assert same(story["before"], story["after"])
     model = new_model().eval()
@@ -114,7 +115,46 @@ def test_each_rank_may_judge_other_bags_with_other_weights_and_train_on(found, k
     )
 
 
-def test_ranks_that_disagree_are_told_what_and_which(found):
+def teacher_by_hand(kind: str) -> dict[str, Tensor]:
+    """The teacher's weights after the updates of :func:`two_ranks.teach`, without average_into."""
+    strategy, dtype = two_ranks.build("single"), dtype_of(kind)
+    model = two_ranks.new_teacher_model(dtype)
+    strategy.setup(model, two_ranks.sgd, clip=None)
+    student, teacher = (model.head.get_submodule(name) for name in ("student", "teacher"))
+    for slides in two_ranks.UPDATES:
+        strategy.backward(two_ranks.loss_of(strategy, slides))
+        _, good = strategy.step()
+        student[1].running_mean += 0.25
+        model.batch_norm.commit(strategy.all_reduce_sum, good)
+        for name, value in teacher.state_dict().items():  # by the formula
+            if value.is_floating_point():
+                moved = student.state_dict()[name]
+                value.copy_(two_ranks.DECAY * value + (1 - two_ranks.DECAY) * moved)
+    return {f"head.teacher.{name}": value for name, value in teacher.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["single", *KINDS])
+def test_a_teacher_follows_its_student_under_every_strategy(found, kind):
+    story = two_ranks.teach("single") if kind == "single" else found[kind, "teacher"]
+    expected = teacher_by_hand("ddp" if kind == "single" else kind)
+    exact = kind == "single" or dtype_of(kind) is torch.float64
+    tolerance = {"rtol": 0, "atol": 1e-12 if exact else 1e-6}
+    for name, value in expected.items():
+        torch.testing.assert_close(story["trained"][name], value, **tolerance)
+    start = two_ranks.new_teacher_model(torch.float64).state_dict()
+    for name in ("0.weight", "1.running_mean", "3.bias"):  # and it did move, yet is no copy
+        key = f"head.teacher.{name}"
+        assert (story["trained"][key] - start[key]).norm() > 1e-3
+        assert (story["trained"][key] - story["trained"][f"head.student.{name}"]).norm() > 1e-3
+    assert same(story["trained"], story["skipped"])  # a skipped step moves nothing
+    assert same(story["loaded"], story["skipped"])  # a checkpoint holds it
+    # And the forward sees it move: under ZeRO-3 a teacher that is gathered must not be an old one.
+    one = two_ranks.teach("single")["logits"]
+    torch.testing.assert_close(story["logits"], one, rtol=0, atol=10 * bar("zero0"))
+    assert all((a - b).abs().max() > 1e-3 for a, b in itertools.pairwise(one))
+
+
+def test_ranks_that_disagree_get_a_message_with_what_and_which(found):
     told = found["disagree"]
     assert len(set(told)) == 1
     assert "settings: abc on rank 0; abd on rank 1" in told[0]

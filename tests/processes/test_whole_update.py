@@ -42,7 +42,7 @@ def steps(
     strategy, task = build(kind), cox()
     dtype = dtype_of(kind) if kind != "single" else torch.float64
     strategy.setup(new_model("chunk", dtype), sgd, clip=None)
-    task.whole_update = not alone
+    task.loss_couples_bags = not alone
     total = torch.zeros((), dtype=torch.float64)
     for update in UPDATES:
         model = strategy.model
@@ -54,7 +54,7 @@ def steps(
         strategy.backward(loss)
         _, good = strategy.step()
         assert good
-        model.batch_norm.commit(strategy.all_reduce_sum, good)
+        model.after_step(strategy, good)
         total += loss.detach().double()
     strategy.all_reduce_sum(total)
     return strategy.full_tensors(strategy.shards()), float(total)
@@ -135,7 +135,7 @@ class OtherRank(Strategy):
     told: Any
     logits: Tensor
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any) -> list[Any]:
         return [value, self.told]
 
     def gather_rows(self, rows: Tensor, counts: list[int]) -> Tensor:

@@ -11,7 +11,8 @@ import pytest
 
 from e2e.metrics.bootstrap import confidence_interval
 from e2e.reports import evaluate
-from e2e.reports.evaluate import Prediction, centres_of, score, score_centres, write_predictions
+from e2e.reports.evaluate import centres_of, score, score_centres
+from e2e.reports.predictions import Prediction, write_predictions
 from e2e.tasks.base import TASKS
 from launch import train
 from tests.helpers.commands import call

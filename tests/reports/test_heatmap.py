@@ -16,13 +16,12 @@ from scipy.stats import rankdata
 
 import e2e.heads
 import e2e.tasks  # noqa: F401  (each registers its plug-ins)
-from e2e.bags.cache import FeatureRowReader
+from e2e.bags.readers import FeatureRowReader
 from e2e.bags.spec import LabelledSlide
 from e2e.errors import DamagedDataError
 from e2e.heads.base import HEADS, HeadOutput
 from e2e.images.decode import build_decoder
-from e2e.reports.evaluate import heatmap_drawer
-from e2e.reports.heatmap import draw_heatmap, patch_scores, percentile_ranks
+from e2e.reports.heatmap import draw_heatmap, heatmap_writer, patch_scores, percentile_ranks
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore, StoreWriter
 from e2e.tasks.base import TASKS
@@ -191,7 +190,7 @@ def test_an_id_with_slashes_is_no_way_out_of_the_folder(tmp_path):
     )
     task = TASKS.build("classification", classes=["a", "b"])
     folder = tmp_path / "run" / "heatmaps"
-    draw = heatmap_drawer(task, FeatureRowReader(1 << 20), folder, [slide])
+    draw = heatmap_writer(task, FeatureRowReader(1 << 20), folder, [slide])
     draw(slide, HeadOutput(torch.zeros(1, 2), attention_logits=torch.zeros(1, 1, 2)), [0.25, 0.75])
     assert [path.name for path in folder.glob("*.png")] == [".._.._out_s.png"]
     assert sorted(path.name for path in tmp_path.glob("*") if path.suffix == "") == ["run"]

@@ -14,10 +14,13 @@ import torch
 
 import e2e
 from e2e import cli
+from e2e.cohort import folds
 from e2e.errors import UserError, exit_code
 from e2e.runs.options_help import describe_topic, parameter_texts
 from e2e.runs.parts import REGISTRIES
 from e2e.runs.processes import child_environment, needs_ranks
+from e2e.settings import data_cli
+from e2e.wsi.tiling import Tiling
 from tests.helpers.patch_cohort import arguments
 from tests.helpers.patch_cohort import cohort as cohort
 from tests.helpers.paths import ROOT
@@ -143,6 +146,11 @@ def test_parameters_are_read_from_numpydoc_and_from_args():
     }
     assert parameter_texts(args) == {"width": "of the layer.", "gated": "whether."}
     assert parameter_texts("No parameters.") == {}
+
+
+def test_the_light_command_lines_know_the_defaults_of_the_code():
+    assert Tiling().tissue == data_cli.DEFAULT_TISSUE
+    assert data_cli.TCGA == folds.TCGA
 
 
 # --- ranks ---

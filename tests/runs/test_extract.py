@@ -370,7 +370,7 @@ def test_the_command_reads_stores_and_says_what_it_did(store, tmp_path, monkeypa
         (["--batch", "0"], ["--batch and --size must be at least 1, found 0"]),
         (["--size", "-3"], ["must be at least 1, found 256 and -3"]),
         (["--size", "0"], ["must be at least 1, found 256 and 0"]),
-        (["--device", "gpu"], ["the device 'gpu' is not to be had here"]),
+        (["--device", "gpu"], ["engine.device=gpu: unknown device"]),
     ],
 )
 def test_a_mistake_is_one_message(store, tmp_path, monkeypatch, capsys, change, words):
@@ -389,7 +389,7 @@ def test_a_gpu_that_is_not_here_is_told(store, tmp_path, monkeypatch, capsys):
             tmp_path / "out", "--device", "cuda"]  # fmt: skip
     code, _, said = call(monkeypatch, capsys, *argv)
     assert code == 2
-    assert "the device 'cuda' is not to be had here" in said
+    assert "engine.device=cuda: PyTorch sees no CUDA device" in said
 
 
 def test_a_vit_gets_the_size_that_it_is_built_for(store, tmp_path, monkeypatch, capsys):

@@ -76,8 +76,8 @@ def run(folder: Path, monkeypatch, capsys, name: str, *more: str) -> tuple[int, 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_runs_from_its_columns_to_its_metrics_and_again(labelled, monkeypatch, capsys, name):
     _, columns, metrics = TASKS[name]
-    code, said = run(labelled, monkeypatch, capsys, name)
-    assert code == 0, said
+    code, message = run(labelled, monkeypatch, capsys, name)
+    assert code == 0, message
     folder = labelled / "run"
     table = pd.read_csv(folder / "predictions.csv")
     head = ["case", "slide", "split"]
@@ -106,12 +106,12 @@ def test_coxs_baseline_hazard_is_that_of_the_training_cases_by_the_judged_weight
     assert run(labelled, monkeypatch, capsys, "survival cox", "select.weights=model")[0] == 0
     folder = labelled / "run"
     saved = json.loads((folder / "task.json").read_text())
-    [(kept, known)] = saved["baselines"].items()
-    assert kept == "model"
-    found = Baseline(np.array(known["times"]), np.array(known["log_hazard"]))
+    [(retained, known)] = saved["baselines"].items()
+    assert retained == "model"
+    result = Baseline(np.array(known["times"]), np.array(known["log_hazard"]))
     table = read_predictions(folder, "test").predicted
     before = np.nextafter(saved["edges"], 0)
-    expected = np.exp(-np.exp(found(before) + table[:, :1]))
+    expected = np.exp(-np.exp(result(before) + table[:, :1]))
     np.testing.assert_allclose(table[:, 1:], expected, rtol=1e-4)
     report = json.loads((folder / "metrics.json").read_text())["test"]
     assert report["ema"]["integrated_brier"]["value"] is None
@@ -123,13 +123,16 @@ def test_coxs_baseline_hazard_is_that_of_the_training_cases_by_the_judged_weight
     cases.to_csv(labelled / "swapped.csv", index=False)
     again = f"data.labels={labelled}/swapped.csv"
     assert call(evaluate.main, monkeypatch, capsys, folder, again)[0] == 0
-    told = pd.read_csv(folder / "evaluation" / "predictions.csv").query("split == 'test'")
+    output = pd.read_csv(folder / "evaluation" / "predictions.csv").query("split == 'test'")
     fitted = Baseline.fit(
-        told["risk"].to_numpy(), told["time"].to_numpy(), told["event"] == 1, np.ones(len(told))
+        output["risk"].to_numpy(),
+        output["time"].to_numpy(),
+        output["event"] == 1,
+        np.ones(len(output)),
     )
-    np.testing.assert_allclose(fitted.log_hazard, found.log_hazard, rtol=1e-6)
-    expected = np.exp(-np.exp(found(before) + told[["risk"]].to_numpy()))
-    np.testing.assert_allclose(told.filter(like="survival"), expected, rtol=1e-4)
+    np.testing.assert_allclose(fitted.log_hazard, result.log_hazard, rtol=1e-6)
+    expected = np.exp(-np.exp(result(before) + output[["risk"]].to_numpy()))
+    np.testing.assert_allclose(output.filter(like="survival"), expected, rtol=1e-4)
 
 
 def test_evaluation_and_resuming_go_by_what_the_run_saved_of_its_training(
@@ -149,35 +152,43 @@ def test_evaluation_and_resuming_go_by_what_the_run_saved_of_its_training(
     np.testing.assert_allclose(after, before + 1000, rtol=1e-6)
     (folder / "task.json").write_text("{}")
     for main, line in ((evaluate.main, (folder,)), (train.main, ("--resume", folder))):
-        code, said = call(main, monkeypatch, capsys, *line)
+        code, message = call(main, monkeypatch, capsys, *line)
         assert code == 2
-        assert "task.json does not fit the task 'regression' of the settings" in said
+        assert "task.json does not fit the task 'regression' of the settings" in message
     (folder / "task.json").unlink()
-    code, said = call(evaluate.main, monkeypatch, capsys, folder)
+    code, message = call(evaluate.main, monkeypatch, capsys, folder)
     assert code == 2
-    assert "has no task.json" in said
+    assert "has no task.json" in message
 
 
 @pytest.mark.parametrize(
-    ("name", "more", "said"),
+    ("name", "more", "message"),
     [
-        ("survival", ["task.event=''"], "task.event is missing: which code of column 'status'"),
-        ("survival", ["task.event=2"], "task.censored must say which code means censored: '2'"),
-        ("survival", ["task.event=2", "task.censored=0"], "means neither an event ('2')"),
-        ("survival", ["task.event_column=vital"], "'dead' in column 'vital' means neither"),
-        ("survival", ["task.time_column=er"], "'0' in column 'er' is no time"),
+        (
+            "survival",
+            ["task.event=''"],
+            "task.event is missing: which code of column 'status' is an observed event",
+        ),
+        (
+            "survival",
+            ["task.event=2"],
+            "task.censored is missing, and cannot be inferred from the code '2'",
+        ),
+        ("survival", ["task.event=2", "task.censored=0"], "is neither task.event ('2')"),
+        ("survival", ["task.event_column=vital"], "'dead' in column 'vital' is neither"),
+        ("survival", ["task.time_column=er"], "'0' in column 'er' is not a time"),
         ("survival cox", ["optim.bags=1"], "optim.bags must be 2 or more, found 1"),
         ("survival cox", ["head.name=dtfd"], "compares all bags of an update"),
-        ("regression", ["task.column=grade"], "'I' in column 'grade' is no number"),
+        ("regression", ["task.column=grade"], "'I' in column 'grade' is not a number"),
         ("multilabel", ["task.labels=[er,split]"], "neither task.positive ('1') nor"),
         ("grading", ["task.classes=[I,II,III,IV]", "task.class_weights=balanced"], "of class IV"),
     ],
 )
-def test_what_cannot_be_learned_is_one_message(labelled, monkeypatch, capsys, name, more, said):
-    code, found = run(labelled, monkeypatch, capsys, name, *more)
-    assert code == 2, found
-    assert said in found
-    assert "Traceback" not in found
+def test_what_cannot_be_learned_is_one_message(labelled, monkeypatch, capsys, name, more, message):
+    code, result = run(labelled, monkeypatch, capsys, name, *more)
+    assert code == 2, result
+    assert message in result
+    assert "Traceback" not in result
 
 
 SETS = {"whas500": (load_whas500, "fstat", "lenfol"), "gbsg2": (load_gbsg2, "cens", "time")}
@@ -225,19 +236,19 @@ def test_tabular_bags_reach_the_c_index_and_brier_score_of_scikit_survivals_cox_
     # the chances of nll are still too low after these updates (whas500: a Brier score of 0.19, not 0.14).
     line += ["optim.epochs=50", "optim.bags=100", "optim.lr=0.1", "optim.ema=0", "run.heatmaps=0"]
     line += ["select.every=50", "engine.device=cpu", "run.bootstrap=10", f"run.out={out}"]
-    code, said = call(train.main, monkeypatch, capsys, *line, f"task.loss={loss}")
-    assert code == 0, said
+    code, message = call(train.main, monkeypatch, capsys, *line, f"task.loss={loss}")
+    assert code == 0, message
     table = pd.read_csv(folder / "labels.csv")
     table = table[table["split"] == "test"].reset_index(drop=True)
     selected = table["months"].to_numpy(float), table["status"].to_numpy() == 1
-    theirs = confidence_interval(c_index(risk, *selected, case_weights(table["case"], 2000, 0)))
-    found = json.loads((out / "metrics.json").read_text())["test"]["model"]
-    ours = found["c_index"]["value"]
-    for name, value in (("ours", ours), ("theirs", theirs)):
+    reference = confidence_interval(c_index(risk, *selected, case_weights(table["case"], 2000, 0)))
+    result = json.loads((out / "metrics.json").read_text())["test"]["model"]
+    actual = result["c_index"]["value"]
+    for name, value in (("actual", actual), ("reference", reference)):
         record_property(name, value)
-    print(folder.name, loss, ours, theirs)
-    assert theirs["low"] < ours < theirs["high"]
-    assert ours > theirs["value"] - 0.03
+    print(folder.name, loss, actual, reference)
+    assert reference["low"] < actual < reference["high"]
+    assert actual > reference["value"] - 0.03
     state = json.loads((out / "task.json").read_text())
     times, fitted = np.nextafter(state["edges"], 0), state["censoring"]
     expected = integrated_brier(
@@ -247,5 +258,5 @@ def test_tabular_bags_reach_the_c_index_and_brier_score_of_scikit_survivals_cox_
         times=times,
         censoring=Censoring(np.array(fitted["times"]), np.array(fitted["chance"])),
     )[0]
-    print(folder.name, loss, "integrated Brier score", found["integrated_brier"], expected)
-    assert abs(found["integrated_brier"]["value"] - expected) < 0.02
+    print(folder.name, loss, "integrated Brier score", result["integrated_brier"], expected)
+    assert abs(result["integrated_brier"]["value"] - expected) < 0.02

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from e2e.bags.cache import FeatureRowReader
 from e2e.bags.epoch_plan import WINDOW, group_by_size, plan_epoch
 from e2e.bags.loader import TrainingLoader, full_bag
+from e2e.bags.readers import FeatureRowReader
 from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.encoders.base import ENCODERS
 from e2e.engine.model import MILModel, pad
@@ -63,7 +63,7 @@ def model_of(head: str = "abmil", **options: object) -> MILModel:
 @pytest.mark.parametrize("head", ["abmil", "max", "transmil", "clam_mb"])
 def test_a_batch_of_features_is_its_bags_one_by_one(cohort, head):
     items, view, model = items_of(cohort), BagSpec(FeatureRowReader(1 << 20)), model_of(head).eval()
-    loader = TrainingLoader(items, view, bags=len(items), chunk=1, whole=True)
+    loader = TrainingLoader(items, view, bags=len(items), chunk=1, single_chunk_per_bag=True)
     ((bag, count),) = loader.epoch(0, rank=0, world_size=1)
     (together,) = model(bag, CPU)
     assert count == len(items)
@@ -84,7 +84,7 @@ def test_padding_is_0_its_mask_says_so_and_half_precision_becomes_single():
 def test_the_features_are_those_of_the_files_in_the_order_that_was_drawn(cohort):
     view = BagSpec(FeatureRowReader(0), seed=3, bag_size=4)
     item = items_of(cohort)[10]
-    loader = TrainingLoader([item], view, bags=1, chunk=1, whole=True)
+    loader = TrainingLoader([item], view, bags=1, chunk=1, single_chunk_per_bag=True)
     ((bag, _),) = loader.epoch(0, rank=0, world_size=1)
     (rows,), _ = view.rows(item, 0)
     stored = features_of(10, COUNTS["s10"])
@@ -161,7 +161,7 @@ def test_features_are_read_once_as_far_as_the_memory_goes(cohort):
             for item in items:
                 bag = full_bag(item, BagSpec(cache), sys.maxsize)
                 bag.pixels(0, bag.num_patches, CPU)
-        assert cache.held <= budget
+        assert cache.cached_bytes <= budget
         missed = 16 - len(store.read)
         assert missed == kept if kept is not None else 0 < missed < 16
 
@@ -226,7 +226,7 @@ def test_features_that_are_missing_are_told_with_how_to_make_them(cohort, monkey
     assert "needs data.labels=FILE.csv and data.features=[FOLDER]" in said
     assert "launch/extract.py --stores none.lmdb" in said
     said = refusal(cohort, monkeypatch, capsys, f"data.features=[{cohort}/nowhere]")
-    assert f"features: {cohort}/nowhere is missing" in said
+    assert f"features not found: {cohort}/nowhere" in said
 
 
 def test_features_of_two_widths_are_refused_with_both_slides(cohort, monkeypatch, capsys):
@@ -288,7 +288,7 @@ def test_a_slide_whose_row_cannot_be_used_is_listed_once(cohort, monkeypatch, ca
     lines[5] = lines[5].replace("plain", "")
     table.write_text("\n".join(lines) + "\n")
     said = refusal(cohort, monkeypatch, capsys)
-    assert "do not agree in 2 place(s)" in said
+    assert "do not match: 2 row(s) or slide(s) cannot be used, 14 can" in said
     assert said.count("s03") == said.count("s04") == 1
 
 
@@ -296,7 +296,7 @@ def test_a_label_outside_the_classes_is_listed(cohort, monkeypatch, capsys):
     table = pd.read_csv(cohort / "labels.csv")
     table.loc[3, "label"] = "perhaps"
     table.to_csv(cohort / "labels.csv", index=False)
-    assert "label 'perhaps'" in refusal(cohort, monkeypatch, capsys)
+    assert "perhaps (1); task.classes is [" in refusal(cohort, monkeypatch, capsys)
 
 
 def test_features_without_coords_are_refused_where_coords_are_needed(cohort, monkeypatch, capsys):
@@ -547,7 +547,7 @@ def test_a_run_is_judged_on_a_table_that_would_teach_nothing(cohort, monkeypatch
     more = ("data.unmatched=drop", f"run.out={cohort}/other")
     code, said = call(train.main, monkeypatch, capsys, *arguments(cohort, *more))
     assert code == 2
-    assert "one class alone teaches nothing" in said
+    assert "needs slides of two or more classes" in said
     again = (cohort / "run", "--out", cohort / "again", "data.unmatched=drop")
     code, said = call(evaluate.main, monkeypatch, capsys, *again)
     assert code == 0, said

@@ -150,8 +150,8 @@ def test_a_wrong_part_of_a_models_name_is_told_as_such():
 # --- mistakes ---
 
 WRONG = {
-    "optim.lrr=1": ("unknown setting 'optim.lrr'; did you mean 'lr'?", "known: bags, balance"),
-    "optm.lr=1": ("unknown section 'optm'; did you mean 'optim'?", "known: aem, augment, bag"),
+    "optim.lrr=1": ("unknown setting 'optim.lrr'; did you mean 'lr'?", "available: bags, balance"),
+    "optm.lr=1": ("unknown section 'optm'; did you mean 'optim'?", "available: aem, augment, bag"),
     "data.columns.slid=x": ("unknown setting 'data.columns.slid'; did you mean 'slide'?",),
     "data.cut.vall=0.1": ("unknown setting 'data.cut.vall'; did you mean 'val'?",),
     "head.attn_dims=3": ("unknown setting 'head.attn_dims'; did you mean 'attn_dim'?",),

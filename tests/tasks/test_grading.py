@@ -67,12 +67,12 @@ def test_the_grade_counts_the_thresholds_that_are_likelier_passed_than_not(loss)
     # The likeliest grade of the first is 0, yet 0.6 of the chance lies above.
     chances = np.array([[0.4, 0.3, 0.2, 0.1], [0.0, 0.1, 0.1, 0.8], [0.6, 0.2, 0.1, 0.1]])
     grades = np.array([1.0, 3.0, 2.0])
-    found = task(loss).metrics(chances, grades, np.ones((1, 3)))
+    result = task(loss).metrics(chances, grades, np.ones((1, 3)))
     table = confusion(np.array([1, 3, 0]), grades.astype(int), 4, np.ones((1, 3)))
-    assert found["kappa_quadratic"] == kappa(table, 2)
-    assert found["kappa"] == kappa(table, 0)
-    assert found["accuracy"] == pytest.approx(2 / 3)
-    assert task(loss).shown([0.4, 0.3, 0.2, 0.1]) == (0, "1 (0.30)")
+    assert result["kappa_quadratic"] == kappa(table, 2)
+    assert result["kappa"] == kappa(table, 0)
+    assert result["accuracy"] == pytest.approx(2 / 3)
+    assert task(loss).heatmap_output([0.4, 0.3, 0.2, 0.1]) == (0, "1 (0.30)")
     assert task("ce").metrics(chances, grades, np.ones((1, 3)))["accuracy"] == pytest.approx(1 / 3)
 
 
@@ -87,19 +87,21 @@ def test_descent_on_the_loss_finds_the_grades(loss):
     torch.manual_seed(0)
     x, grades = torch.rand(64, 1), None
     grades = (x[:, 0] * 4).floor()
-    layer, made = torch.nn.Linear(1, 3), task(loss)
+    layer, built = torch.nn.Linear(1, 3), task(loss)
     optimiser = torch.optim.Adam(layer.parameters(), lr=0.3)
     for _ in range(150):
         optimiser.zero_grad()
-        made.loss(layer(x), grades).mean().backward()
+        built.loss(layer(x), grades).mean().backward()
         optimiser.step()
-    chances = made.predict(layer(x)).detach().double().numpy()
-    found = made.metrics(chances, grades.double().numpy(), np.ones((1, 64)))
-    assert found["kappa_quadratic"] > 0.9
+    chances = built.predict(layer(x)).detach().double().numpy()
+    result = built.metrics(chances, grades.double().numpy(), np.ones((1, 64)))
+    assert result["kappa_quadratic"] > 0.9
 
 
 def test_smoothing_goes_with_cross_entropy_alone_and_losses_are_known():
-    with pytest.raises(UserError, match=r"label_smoothing goes with task\.loss=ce, not with corn"):
+    with pytest.raises(
+        UserError, match=r"label_smoothing=0\.1 does not apply to task\.loss=corn\n.*loss=ce"
+    ):
         task("corn", label_smoothing=0.1)
     with pytest.raises(UserError, match="did you mean 'coral'"):
         task("corall")

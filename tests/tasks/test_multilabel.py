@@ -29,24 +29,24 @@ def test_a_loss_by_hand_is_the_mean_over_the_labels_with_0_for_those_not_known()
 def test_the_asymmetric_loss_by_hand():
     # p = 3/4 present: (1/4)^1 (-log 3/4). p = 1/2 absent: q = 0.45, -0.45^2 log 0.55. p = 0.04: nothing.
     logits = torch.tensor([[math.log(3), 0.0, math.log(0.04 / 0.96)]])
-    made = task(loss="asymmetric", gamma_positive=1.0, gamma_negative=2.0, shift=0.05)
+    built = task(loss="asymmetric", gamma_positive=1.0, gamma_negative=2.0, shift=0.05)
     expected = (-math.log(0.75) / 4 - 0.45**2 * math.log(0.55)) / 3
-    loss = made.loss(logits, torch.tensor([[1.0, 0.0, 0.0]]))
+    loss = built.loss(logits, torch.tensor([[1.0, 0.0, 0.0]]))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_gammas_and_shift_the_asymmetric_loss_is_the_plain_one():
     logits, target = torch.randn(5, 3) * 5, torch.randint(0, 2, (5, 3)).float()
-    made = task(loss="asymmetric", gamma_positive=0.0, gamma_negative=0.0, shift=0.0)
-    torch.testing.assert_close(made.loss(logits, target), task().loss(logits, target))
+    built = task(loss="asymmetric", gamma_positive=0.0, gamma_negative=0.0, shift=0.0)
+    torch.testing.assert_close(built.loss(logits, target), task().loss(logits, target))
 
 
 def balanced(**options):
     """er: 1 of 4 slides; pr: 3 of 4; her2: 1 of 2 where it is known."""
     rows = [[1.0, 1.0, NAN], [0.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, NAN]]
-    made = task(class_weights="balanced", **options)
-    made.fit([torch.tensor(row) for row in rows], [*"abcd"])
-    return made
+    built = task(class_weights="balanced", **options)
+    built.fit([torch.tensor(row) for row in rows], [*"abcd"])
+    return built
 
 
 def test_balanced_weights_are_those_of_the_training_slides_of_each_label_and_1_in_the_mean():
@@ -61,8 +61,8 @@ def test_balanced_weights_are_those_of_the_training_slides_of_each_label_and_1_i
             ]
         )
         expected = each @ torch.tensor([2.0, 2.0, 1.0])
-        found = balanced(loss=loss).loss(logits[None], target[None])[0]
-        torch.testing.assert_close(found, expected)
+        result = balanced(loss=loss).loss(logits[None], target[None])[0]
+        torch.testing.assert_close(result, expected)
 
 
 def test_runs_from_before_class_weights_have_none_and_the_weights_of_other_labels_do_not_fit():
@@ -74,21 +74,21 @@ def test_runs_from_before_class_weights_have_none_and_the_weights_of_other_label
 
 
 def test_words_become_labels_and_an_empty_cell_is_not_known():
-    made = task(positive="pos", negative="neg")
-    found = made.encode({"er": "Pos", "pr": "", "her2": "neg"})
-    np.testing.assert_array_equal(found.numpy(), [1, NAN, 0])
-    assert made.known(found)
-    assert made.words(made.numbers(found)) == ["1", "", "0"]
-    assert made.group(found) == 1
+    built = task(positive="pos", negative="neg")
+    result = built.encode({"er": "Pos", "pr": "", "her2": "neg"})
+    np.testing.assert_array_equal(result.numpy(), [1, NAN, 0])
+    assert built.is_labelled(result)
+    assert built.format_labels(built.target_values(result)) == ["1", "", "0"]
+    assert built.group(result) == 1
     with pytest.raises(UserError, match=r"'equivocal' in column 'pr' is neither task\.positive"):
-        made.encode({"er": "pos", "pr": "equivocal", "her2": "neg"})
+        built.encode({"er": "pos", "pr": "equivocal", "her2": "neg"})
 
 
 def test_a_label_that_is_the_same_on_all_training_slides_is_refused():
     rows = torch.tensor([[1.0, 0.0, NAN], [0.0, 0.0, NAN]])
     with pytest.raises(UserError, match="label 'pr' is absent on all training slides"):
         task().fit([*rows], ["a", "b"])
-    with pytest.raises(UserError, match="label 'her2' is not known on all"):
+    with pytest.raises(UserError, match="label 'her2' is missing on all"):
         TASKS.build("multilabel", labels=["er", "her2"]).fit([*rows[:, [0, 2]]], ["a", "b"])
 
 
@@ -98,22 +98,25 @@ def test_labels_are_counted_by_name():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ({"labels": []}, "task.labels needs one or more"),
-        ({"labels": ["a", "a"]}, "task.labels needs one or more different columns"),
-        ({"shift": 1.0}, "task.shift must be in"),
-        ({"class_weights": "balance"}, "'balance'; did you mean 'balanced'?"),
-        ({"positive": "pos"}, "task.negative must say which code means"),
+        ({"labels": []}, "task.labels=[] must name one or more"),
+        ({"labels": ["a", "a"]}, "task.labels=['a', 'a'] must name one or more different columns"),
+        ({"shift": 1.0}, "task.shift=1 must be in [0, 1)"),
+        ({"class_weights": "balance"}, "task.class_weights=balance; did you mean 'balanced'?"),
+        (
+            {"positive": "pos"},
+            "task.negative is missing, and cannot be inferred from the code 'pos'",
+        ),
         ({"monitor": "auc_erx"}, "did you mean 'auc_er'"),
     ],
 )
-def test_wrong_options_are_named(options, said):
+def test_wrong_options_are_named(options, message):
     with pytest.raises(UserError) as error:
         task(**options)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_label_is_not_called_as_the_mean_of_all_is():
-    with pytest.raises(UserError, match="'macro' is the name of the labels' mean"):
+    with pytest.raises(UserError, match="'macro' is the name of the mean over labels"):
         TASKS.build("multilabel", labels=["macro", "b"])

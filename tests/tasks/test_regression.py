@@ -34,7 +34,7 @@ def test_predictions_keep_their_digits_beside_a_large_mean():
 
 @pytest.mark.parametrize("word", ["high", "inf", "nan", "3,5", "1e999"])
 def test_a_word_that_is_no_number_is_named(word):
-    with pytest.raises(UserError, match=f"'{word}' in column 'label' is no number"):
+    with pytest.raises(UserError, match=f"'{word}' in column 'label' is not a number"):
         TASKS.build("regression").encode({"label": word})
 
 

@@ -29,9 +29,9 @@ NAN = math.nan
 
 
 def task(**options) -> Survival:
-    made = TASKS.build("survival", **({"event": "1"} | options))
-    assert isinstance(made, Survival)
-    return made
+    built = TASKS.build("survival", **({"event": "1"} | options))
+    assert isinstance(built, Survival)
+    return built
 
 
 def targets(*pairs: tuple[float, float]) -> list[torch.Tensor]:
@@ -64,10 +64,10 @@ def test_discrete_loss_is_the_formula_of_products_in_float64(seed, alpha):
     seen = -np.log(alive[rows, interval]) - np.log(hazard[rows, interval])
     lost = -np.log(alive[rows, interval + 1])
     expected = (1 - alpha) * np.where(event, seen, lost) + alpha * event * seen
-    found = discrete_nll(
+    result = discrete_nll(
         torch.from_numpy(logits), torch.from_numpy(interval), torch.from_numpy(event), alpha=alpha
     )
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_hazards_near_0_and_1_keep_a_finite_loss_and_slope():
@@ -86,10 +86,10 @@ def reference(risk, time, event, ties) -> float:
     total = 0.0
     for at in np.unique(time[event == 1]):
         tied = np.flatnonzero((time == at) & (event == 1))
-        whole, own = np.exp(risk[time >= at]).sum(), np.exp(risk[tied]).sum()
+        full, own = np.exp(risk[time >= at]).sum(), np.exp(risk[tied]).sum()
         for turn, case in enumerate(tied):
             taken = turn / len(tied) * own if ties == "efron" else 0.0
-            total += math.log(whole - taken) - risk[case]
+            total += math.log(full - taken) - risk[case]
     return total
 
 
@@ -176,7 +176,10 @@ def test_scikit_survivals_cox_model_is_where_our_loss_is_least(ties):
 
 
 def test_the_coding_of_events_is_asked_for():
-    with pytest.raises(UserError, match=r"task\.event is missing: which code of column 'status'"):
+    with pytest.raises(
+        UserError,
+        match=r"task\.event is missing: which code of column 'status' is an observed event",
+    ):
         TASKS.build("survival", event_column="status")
 
 
@@ -190,32 +193,32 @@ def test_the_coding_of_events_is_asked_for():
     ],
 )  # fmt: skip
 def test_a_code_means_what_the_settings_say(options, code, event):
-    found = task(**options).encode({"event": code, "time": "3.5"})
-    assert found.tolist() == [3.5, event]
-    assert found.dtype == torch.float64
+    result = task(**options).encode({"event": code, "time": "3.5"})
+    assert result.tolist() == [3.5, event]
+    assert result.dtype == torch.float64
 
 
 @pytest.mark.parametrize(
-    ("code", "time", "said"),
+    ("code", "time", "message"),
     [
-        ("2", "5", "'2' in column 'event' means neither an event ('1') nor censored ('0')"),
-        ("dead", "5", "set task.event and task.censored to the table's codes"),
-        ("1", "0", "'0' in column 'time' is no time: it must be a number over 0"),
-        ("1", "-3", "'-3' in column 'time' is no time"),
-        ("0", "nan", "'nan' in column 'time' is no time"),
-        ("0", "12 months", "'12 months' in column 'time' is no time"),
+        ("2", "5", "'2' in column 'event' is neither task.event ('1') nor task.censored ('0')"),
+        ("dead", "5", "set both to the codes of the table"),
+        ("1", "0", "'0' in column 'time' is not a time: it must be a number above 0"),
+        ("1", "-3", "'-3' in column 'time' is not a time"),
+        ("0", "nan", "'nan' in column 'time' is not a time"),
+        ("0", "12 months", "'12 months' in column 'time' is not a time"),
     ],
 )
-def test_other_codes_and_times_are_refused_in_one_message(code, time, said):
+def test_other_codes_and_times_are_refused_in_one_message(code, time, message):
     with pytest.raises(UserError) as error:
         task().encode({"event": code, "time": time})
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("words", [("", "5"), ("1", ""), ("", "")])
 def test_half_a_label_is_none(words):
-    found = task().encode(dict(zip(("event", "time"), words, strict=True)))
-    assert not task().known(found)
+    result = task().encode(dict(zip(("event", "time"), words, strict=True)))
+    assert not task().is_labelled(result)
 
 
 # --- what training tells ---
@@ -225,54 +228,56 @@ def test_bins_are_cut_at_quantiles_of_the_events_of_training_cases_each_once():
     # Events at 1..8, many slides of the last case, and censored ones that do not count.
     pairs = [(float(t), 1.0) for t in range(1, 9)] + [(8.0, 1.0)] * 20 + [(50.0, 0.0)] * 9
     cases = [*"abcdefgh", *["h"] * 20, *[f"x{k}" for k in range(9)]]
-    made = task(bins=4)
-    made.fit(targets(*pairs), cases)
-    assert made.edges == [2.75, 4.5, 6.25]
+    built = task(bins=4)
+    built.fit(targets(*pairs), cases)
+    assert built.edges == [2.75, 4.5, 6.25]
     at = torch.tensor([0.5, 2.75, 4.4, 6.25, 90.0], dtype=torch.float64)
-    assert made._interval(at).tolist() == [0, 1, 1, 3, 3]
+    assert built._interval(at).tolist() == [0, 1, 1, 3, 3]
 
 
 def test_training_without_events_or_with_too_few_for_the_bins_is_refused():
-    with pytest.raises(UserError, match="none of the 2 training cases with a label has an event"):
+    with pytest.raises(UserError, match="none of the 2 labelled training cases has an event"):
         task().fit(targets((1, 0), (2, 0)), ["a", "b"])
     with pytest.raises(
-        UserError, match="the 3 events of the training cases do not make 4 intervals"
+        UserError, match="the 3 events of the training cases cannot be cut into 4 intervals"
     ):
         task(bins=4).fit(targets((1, 1), (2, 1), (3, 1), (4, 0)), [*"abcd"])
     for times in ([2] * 9, [1] * 5 + [2, 3, 4, 5], [1, 1, 1, 9, 9, 9, 9, 9, 9]):
-        with pytest.raises(UserError, match=r"the 9 events .* do not make 3 intervals"):
+        with pytest.raises(UserError, match=r"the 9 events .* cannot be cut into 3 intervals"):
             task(bins=3).fit(targets(*[(t, 1) for t in times]), [*"abcdefghi"])
     task(loss="cox").fit(targets((1, 1), (2, 0)), [*"ab"])
 
 
 def test_a_state_of_other_bins_does_not_fit():
-    made = task(bins=2)
-    made.fit(targets((1, 1), (2, 1), (3, 0)), [*"abc"])
+    built = task(bins=2)
+    built.fit(targets((1, 1), (2, 1), (3, 0)), [*"abc"])
     with pytest.raises(ValueError, match=r"2 intervals where task\.bins=3"):
-        task(bins=3).load_state(made.state())
+        task(bins=3).load_state(built.state())
 
 
 def test_risk_is_minus_the_sum_of_the_chances_and_higher_for_an_earlier_event():
-    made = task(bins=3)
-    made.fit(targets((1, 1), (2, 1), (3, 1), (4, 0)), [*"abcd"])
-    found = made.predict(torch.tensor([[0.0, 0.0, 0.0], [9.0, 0.0, 0.0]]))
-    assert found[0].tolist() == pytest.approx([-(1 / 2 + 1 / 4 + 1 / 8), 1 / 2, 1 / 4, 1 / 8])
-    assert found[1, 0] > found[0, 0]
-    both = made.metrics(found.double().numpy(), np.array([[9.0, 1.0], [1.0, 1.0]]), np.ones((1, 2)))
+    built = task(bins=3)
+    built.fit(targets((1, 1), (2, 1), (3, 1), (4, 0)), [*"abcd"])
+    result = built.predict(torch.tensor([[0.0, 0.0, 0.0], [9.0, 0.0, 0.0]]))
+    assert result[0].tolist() == pytest.approx([-(1 / 2 + 1 / 4 + 1 / 8), 1 / 2, 1 / 4, 1 / 8])
+    assert result[1, 0] > result[0, 0]
+    both = built.metrics(
+        result.double().numpy(), np.array([[9.0, 1.0], [1.0, 1.0]]), np.ones((1, 2))
+    )
     assert both["c_index"] == 1
 
 
 def test_survival_nll_of_the_metrics_is_the_loss_at_alpha_0():
-    made = task(bins=3, alpha=0.5)
-    made.fit(targets((1, 1), (2, 1), (3, 1), (4, 0)), [*"abcd"])
+    built = task(bins=3, alpha=0.5)
+    built.fit(targets((1, 1), (2, 1), (3, 1), (4, 0)), [*"abcd"])
     pairs = targets((0.5, 1), (2.2, 0), (9, 1), (2.9, 1))
     logits = torch.randn(4, 3)
     loss = task(bins=3)
-    loss.load_state(made.state())
+    loss.load_state(built.state())
     expected = loss.loss(logits, torch.stack(pairs)).mean().item()
-    numbers = np.array([made.numbers(t) for t in pairs])
-    found = made.metrics(made.predict(logits).double().numpy(), numbers, np.ones((1, 4)))
-    assert found["survival_nll"][0] == pytest.approx(expected, rel=1e-5)
+    numbers = np.array([built.target_values(t) for t in pairs])
+    result = built.metrics(built.predict(logits).double().numpy(), numbers, np.ones((1, 4)))
+    assert result["survival_nll"][0] == pytest.approx(expected, rel=1e-5)
 
 
 # --- when probabilities are evaluated ---
@@ -282,51 +287,51 @@ def test_survival_nll_of_the_metrics_is_the_loss_at_alpha_0():
 def rounded() -> tuple[Survival, np.ndarray]:
     """Intervals that meet at 2 and 3, and five cases of whole times, one lost at 2."""
     selected = np.array([[1.0, 1], [2, 1], [2, 0], [3, 1], [4, 1]])
-    made = task(bins=3)
+    built = task(bins=3)
     censoring = Censoring.fit(selected[:, 0], selected[:, 1] == 1)
     known = {"times": censoring.times.tolist(), "chance": censoring.chance.tolist()}
-    made.load_state({"edges": [2.0, 3.0], "censoring": known})
-    return made, selected
+    built.load_state({"edges": [2.0, 3.0], "censoring": known})
+    return built, selected
 
 
 def test_an_event_at_an_edge_is_judged_as_of_the_interval_that_begins_there_by_hand(rounded):
-    made, selected = rounded
+    built, selected = rounded
     # In sight: everybody until one of three is lost at 2, so 2/3 from there; inverse weights 1 and 3/2.
     # Before 2 the first case is ill and four are well; before 3 two are ill and two are well.
     predicted = np.tile([0.0, 0.8, 0.4, 0.1], (5, 1))
     before_2 = (0.8**2 + 4 * 0.2**2) / 5
     before_3 = (0.4**2 + 0.4**2 * 3 / 2 + 2 * 0.6**2 * 3 / 2) / 5
-    found = made.metrics(predicted, selected, np.ones((1, 5)))["integrated_brier"]
-    np.testing.assert_allclose(found, (before_2 + before_3) / 2, rtol=1e-12)
+    result = built.metrics(predicted, selected, np.ones((1, 5)))["integrated_brier"]
+    np.testing.assert_allclose(result, (before_2 + before_3) / 2, rtol=1e-12)
 
 
 def test_who_knows_the_interval_of_each_event_has_no_brier_score_and_is_calibrated(rounded):
-    made, selected = rounded
+    built, selected = rounded
     seen = selected[selected[:, 1] == 1]
-    alive = (made._interval(torch.from_numpy(seen[:, 0]))[:, None] > torch.arange(3)).numpy()
+    alive = (built._interval(torch.from_numpy(seen[:, 0]))[:, None] > torch.arange(3)).numpy()
     predicted = np.c_[-alive.sum(1), alive].astype(float)
-    assert made.metrics(predicted, seen, np.ones((1, 4)))["integrated_brier"] == 0
-    [calibration] = [p for p in made.figures(predicted, seen) if p.name == "calibration"]
-    for label, (said, true) in calibration.lines.items():
-        np.testing.assert_array_equal(said, true, err_msg=label)
+    assert built.metrics(predicted, seen, np.ones((1, 4)))["integrated_brier"] == 0
+    [calibration] = [p for p in built.figures(predicted, seen) if p.name == "calibration"]
+    for label, (message, true) in calibration.lines.items():
+        np.testing.assert_array_equal(message, true, err_msg=label)
     assert [*calibration.lines] == ["at 2", "at 3"]
 
 
 def test_the_chances_of_cox_are_those_before_the_edges_too():
-    made, selected = task(loss="cox", bins=3), targets((1, 1), (2, 1), (3, 1), (4, 1))
-    made.fit(selected, [*"abcd"])
-    made.edges = [2.0, 3.0]
-    made.fit_to_predictions(
+    built, selected = task(loss="cox", bins=3), targets((1, 1), (2, 1), (3, 1), (4, 1))
+    built.fit(selected, [*"abcd"])
+    built.edges = [2.0, 3.0]
+    built.fit_to_predictions(
         "ema", np.zeros((4, 1)), np.array([t.tolist() for t in selected]), [*"abcd"]
     )
-    found = made.of("ema").predict(torch.zeros(1, 1))[0, 1:].tolist()
-    assert found == pytest.approx([math.exp(-1 / 4), math.exp(-1 / 4 - 1 / 3)])
+    result = built.for_weights("ema").predict(torch.zeros(1, 1))[0, 1:].tolist()
+    assert result == pytest.approx([math.exp(-1 / 4), math.exp(-1 / 4 - 1 / 3)])
 
 
 def test_nothing_is_judged_before_the_first_event():
-    made = task(loss="cox", bins=4)
-    made.fit(targets((1, 1), (1, 1), (1, 1), (2, 1), (3, 1)), [*"abcde"])
-    assert made.edges == [2.0]
+    built = task(loss="cox", bins=4)
+    built.fit(targets((1, 1), (1, 1), (1, 1), (2, 1), (3, 1)), [*"abcde"])
+    assert built.edges == [2.0]
 
 
 # --- Cox's baseline hazard ---
@@ -346,51 +351,51 @@ def whas():
 
 def settled(whas, **options) -> Survival:
     risk, selected, *_ = whas
-    made = task(loss="cox", **options)
+    built = task(loss="cox", **options)
     names = [str(k) for k in range(len(selected))]
-    made.fit(targets(*selected.tolist()), names)
-    made.fit_to_predictions("ema", risk, selected, names)
-    return made
+    built.fit(targets(*selected.tolist()), names)
+    built.fit_to_predictions("ema", risk, selected, names)
+    return built
 
 
 def test_cox_has_the_chances_of_scikit_survivals_cox_model_by_the_weights_that_were_settled(whas):
     risk, selected, model, numbers = whas
-    made = settled(whas)
-    told = made.of("ema")
-    assert told.prediction_columns == ("risk", "survival_1", "survival_2", "survival_3")
-    found = told.predict(torch.from_numpy(risk)).numpy()
+    built = settled(whas)
+    output = built.for_weights("ema")
+    assert output.prediction_columns == ("risk", "survival_1", "survival_2", "survival_3")
+    result = output.predict(torch.from_numpy(risk)).numpy()
     curves = model.predict_survival_function(numbers)
     np.testing.assert_allclose(
-        found[:, 1:], [curve(made.times) for curve in curves], rtol=1e-4, atol=1e-5
+        result[:, 1:], [curve(built.times) for curve in curves], rtol=1e-4, atol=1e-5
     )
-    values = told.metrics(found, selected, np.ones((1, len(selected))))
+    values = output.metrics(result, selected, np.ones((1, len(selected))))
     assert 0.1 < values["integrated_brier"] < 0.2  # of chances of 1/2 everywhere: 0.25
-    assert "calibration" in {picture.name for picture in told.figures(found, selected)}
-    assert told.shown(found[0].tolist())[0] == 0
+    assert "calibration" in {picture.name for picture in output.figures(result, selected)}
+    assert output.heatmap_output(result[0].tolist())[0] == 0
 
 
 def test_of_other_weights_and_in_training_cox_has_risks_alone(whas):
     risk, selected, *_ = whas
-    made, once = settled(whas), np.ones((1, len(selected)))
-    for told, more in ((made, set()), (made.of("model"), {"integrated_brier"})):
-        assert told.prediction_columns == ("risk",)
-        found = told.predict(torch.from_numpy(risk)).numpy()
-        assert found.shape == risk.shape
-        values = told.metrics(found, selected, once)
+    built, once = settled(whas), np.ones((1, len(selected)))
+    for output, more in ((built, set()), (built.for_weights("model"), {"integrated_brier"})):
+        assert output.prediction_columns == ("risk",)
+        result = output.predict(torch.from_numpy(risk)).numpy()
+        assert result.shape == risk.shape
+        values = output.metrics(result, selected, once)
         assert values.keys() == {"c_index", "c_index_uno", "auc_dynamic_mean"} | more
         assert all(np.isnan(values[name]).all() for name in more)
-        assert "calibration" not in {picture.name for picture in told.figures(found, selected)}
+        assert "calibration" not in {picture.name for picture in output.figures(result, selected)}
 
 
 def test_a_case_of_several_slides_counts_once_in_the_baseline_hazard(whas):
     risk, selected, *_ = whas
     again = np.r_[np.arange(len(risk)), np.repeat(np.arange(40), 5)]
     names = [str(k) for k in again]
-    made, expected = task(loss="cox"), settled(whas).baselines["ema"]
-    made.fit_to_predictions("ema", risk[again], selected[again], names)
-    found = made.baselines["ema"]
-    np.testing.assert_array_equal(found.times, expected.times)
-    np.testing.assert_allclose(found.log_hazard, expected.log_hazard, rtol=1e-10)
+    built, expected = task(loss="cox"), settled(whas).baselines["ema"]
+    built.fit_to_predictions("ema", risk[again], selected[again], names)
+    result = built.baselines["ema"]
+    np.testing.assert_array_equal(result.times, expected.times)
+    np.testing.assert_allclose(result.log_hazard, expected.log_hazard, rtol=1e-10)
 
 
 def test_slides_without_a_label_are_in_no_baseline_hazard_and_risks_that_are_no_numbers_have_none(
@@ -398,66 +403,72 @@ def test_slides_without_a_label_are_in_no_baseline_hazard_and_risks_that_are_no_
 ):
     risk, selected, *_ = whas
     names = [str(k) for k in range(len(risk))]
-    made, expected = task(loss="cox"), settled(whas).baselines["ema"]
+    built, expected = task(loss="cox"), settled(whas).baselines["ema"]
     more = np.r_[selected, [[NAN, 1], [5, NAN]]]
-    made.fit_to_predictions("ema", np.r_[risk, [[99.0], [99.0]]], more, [*names, "x", "y"])
-    np.testing.assert_array_equal(made.baselines["ema"].log_hazard, expected.log_hazard)
-    made.fit_to_predictions("ema", np.r_[risk[1:], [[NAN]]], selected, names)
-    assert made.baselines == {}
+    built.fit_to_predictions("ema", np.r_[risk, [[99.0], [99.0]]], more, [*names, "x", "y"])
+    np.testing.assert_array_equal(built.baselines["ema"].log_hazard, expected.log_hazard)
+    built.fit_to_predictions("ema", np.r_[risk[1:], [[NAN]]], selected, names)
+    assert built.baselines == {}
 
 
 def test_the_baseline_hazard_is_saved_with_the_run_and_runs_from_before_it_have_risks_alone(whas):
-    made, fresh = settled(whas), task(loss="cox")
-    state = json.loads(json.dumps(made.state()))
+    built, fresh = settled(whas), task(loss="cox")
+    state = json.loads(json.dumps(built.state()))
     fresh.load_state(state)
     logits = torch.randn(5, 1)
-    assert fresh.of("ema").predict(logits).tolist() == made.of("ema").predict(logits).tolist()
+    assert (
+        fresh.for_weights("ema").predict(logits).tolist()
+        == built.for_weights("ema").predict(logits).tolist()
+    )
     del state["baselines"]
     fresh.load_state(state)
-    assert fresh.of("ema").predict(logits).tolist() == logits.tolist()
+    assert fresh.for_weights("ema").predict(logits).tolist() == logits.tolist()
 
 
 def test_a_pass_over_the_training_slides_is_for_cox_with_a_baseline_alone():
-    asked = [task(), task(loss="cox", baseline="none"), task(loss="cox")]
-    assert [made.fits_predictions for made in asked] == [False, False, True]
+    requested = [task(), task(loss="cox", baseline="none"), task(loss="cox")]
+    assert [built.fits_predictions for built in requested] == [False, False, True]
 
 
 def test_the_events_are_told_with_their_code():
-    said = task(event_column="Status").describe(targets((3, 1), (10, 0), (5.5, 0)))
-    assert said == "1 with an event (33%; '1' in Status), times 3 to 10"
+    message = task(event_column="Status").describe(targets((3, 1), (10, 0), (5.5, 0)))
+    assert message == "1 with an event (33%; '1' in Status), times 3 to 10"
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ({"bins": 1}, "task.bins must be 2 or more"),
-        ({"alpha": 1.5}, "task.alpha in [0, 1]"),
+        ({"bins": 1}, "task.bins=1 must be 2 or more"),
+        ({"alpha": 1.5}, "task.alpha=1.5 must be in [0, 1]"),
         ({"loss": "coxx"}, "did you mean 'cox'"),
-        ({"ties": "exact"}, "unknown task.ties 'exact'"),
-        ({"baseline": "efron"}, "unknown task.baseline 'efron'"),
-        ({"loss": "cox", "monitor": "integrated_brier"}, "unknown metric in task.monitor"),
+        ({"ties": "exact"}, "unknown value task.ties=exact"),
+        ({"baseline": "efron"}, "unknown value task.baseline=efron"),
+        (
+            {"loss": "cox", "monitor": "integrated_brier"},
+            "unknown metric task.monitor=integrated_brier",
+        ),
     ],
 )
-def test_wrong_options_are_named(options, said):
+def test_wrong_options_are_named(options, message):
     with pytest.raises(UserError) as error:
         task(**options)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_the_published_survival_table_of_tcga_brca_is_read_and_binned(shared_data):
     folder = shared_data / "labels" / "survival_tcga_brca_3fold"
-    made = task(event_column="Status", time_column="Event")
+    built = task(event_column="Status", time_column="Event")
     for fold in range(3):
         table = pd.read_csv(folder / f"fold_{fold}.csv", dtype=str)
-        found = [made.encode(row) for row in table.to_dict("records")]
-        assert len(found) == 1007
-        assert sum(int(t[1]) for t in found) == 146
+        result = [built.encode(row) for row in table.to_dict("records")]
+        assert len(result) == 1007
+        assert sum(int(t[1]) for t in result) == 146
         train = [k for k, split in enumerate(table["Split"]) if split == "train"]
-        made.fit([found[k] for k in train], [table["ID"][k] for k in train])
-        events = [float(found[k][0]) for k in train if found[k][1] == 1]
-        counts = np.bincount(np.searchsorted(made.edges, events, side="right"), minlength=4)
+        built.fit([result[k] for k in train], [table["ID"][k] for k in train])
+        events = [float(result[k][0]) for k in train if result[k][1] == 1]
+        counts = np.bincount(np.searchsorted(built.edges, events, side="right"), minlength=4)
         assert counts.max() - counts.min() <= 2
     # The published bins were cut on all cases, those of the test among them.
-    made.fit(found, [*table["ID"]])
-    ours = made._interval(torch.stack(found)[:, 0]).numpy()
-    assert np.bincount(ours).tolist() == np.bincount(table["Label"].astype(int)).tolist()
+    built.fit(result, [*table["ID"]])
+    actual = built._interval(torch.stack(result)[:, 0]).numpy()
+    assert np.bincount(actual).tolist() == np.bincount(table["Label"].astype(int)).tolist()

@@ -1,4 +1,4 @@
-"""The doctor: it tells what a cohort holds, and refuses what a run would refuse."""
+"""The check of a cohort: it describes the cohort, and refuses what a run would refuse."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from e2e.errors import exit_code
+from e2e.runs.check import main
 from e2e.store.lmdb import PatchStore, StoreWriter
 from tests.helpers.stores import RECIPE, record, write_store
-from tools.check_data import main
 
 SPLITS = ["train"] * 8 + ["val"] * 4 + ["test"] * 4
 SLIDES = [f"TCGA-{'AB'[k % 3 == 0]}{k % 2}-{k:04d}-01Z-00-DX1" for k in range(16)]
@@ -70,7 +70,7 @@ def test_with_a_store_its_patches_are_counted_and_training_is_next(cohort, said)
     code, out, _ = said("bag.patches=5", "--model", "e2e_r18_abmil")
     assert code == 0
     assert "train  8 slides, 8 cases, 36 patches: 'a' 4, 'b' 4" in out
-    assert "nor do two splits share a slide's patches" in out
+    assert "no slide's patches are in two splits" in out
     assert "um per pixel: 0.5\n" in out
     assert "8 bags of at most 5 patches" in out
     assert f"disk: {(cohort / 's.lmdb').stat().st_size / 2**20:.3g} MiB" in out
@@ -102,16 +102,19 @@ def test_features_are_read_in_every_split_and_all_that_cannot_be_used_are_named(
 
 
 REFUSED = {
-    "a case in two splits": ({"case": ["one"] * 16}, [], "1 case(s) lie in more than one split"),
-    "an unknown label": ({"label": ["a", "c"] * 8}, [], "is none of task.classes"),
+    "a case in two splits": ({"case": ["one"] * 16}, [], "1 case(s) are in more than one split"),
+    "an unknown label": (
+        {"label": ["a", "c"] * 8}, [],
+        "column 'label' holds a (8 rows), c (8); task.classes is [a, b]",
+    ),
     "one class in training": (
-        {"label": ["a"] * 8 + ["a", "b"] * 4}, [], "one class alone teaches nothing",
+        {"label": ["a"] * 8 + ["a", "b"] * 4}, [], "needs slides of two or more classes",
     ),
     "a slide twice": ({"slide": [*SLIDES[:15], SLIDES[0]]}, [], "contradicts an earlier row"),
-    "a word for no split": ({"split": [*SPLITS[:15], "dev"]}, [], "split 'dev' is none of"),
+    "a word for no split": ({"split": [*SPLITS[:15], "dev"]}, [], "split 'dev' is not one of"),
     "no validation": ({"split": ["train", "test"] * 8}, [], "no slide has the split 'val'"),
     "another column": ({}, ["task.column=grade"], "lacks column(s) grade"),
-    "no table": ({}, ["data.labels=x.csv"], "label table: x.csv is missing"),
+    "no table": ({}, ["data.labels=x.csv"], "label table not found: x.csv"),
     "an unknown setting": ({}, ["data.lables=x"], "did you mean 'labels'?"),
 }  # fmt: skip
 
@@ -139,15 +142,15 @@ MODELS = {
     "a head's loss of single bags beside Cox": (
         [*COX, "task.loss=cox", "--model", "e2e_r18_dtfd"], "compares all bags of an update",
     ),
-    "a head that cannot be": (["head.heads=7"], "cannot split embed_dim=512 into heads=7"),
+    "a head that cannot be": (["head.heads=7"], "head.heads=7 does not divide head.embed_dim=512"),
     "statistics of more patches than a chunk": (
-        ["engine.batch_norm=sync", "engine.chunk=20"], "takes statistics over a whole update",
+        ["engine.batch_norm=sync", "engine.chunk=20"], "needs all patches of a rank in one chunk",
     ),
     "weights to judge that are not kept": (
         ["select.weights=ema", "optim.ema=0"], "select.weights=ema needs optim.ema",
     ),
     "a regulariser that the head cannot have": (
-        ["spatial.weight=1", "--model", "e2e_r18_mean"], "spatial.weight is over 0",
+        ["spatial.weight=1", "--model", "e2e_r18_mean"], "spatial.weight=1, but the head",
     ),
 }  # fmt: skip
 
@@ -162,26 +165,26 @@ def test_a_model_that_a_run_refuses_before_its_first_step_is_refused(cohort, sai
     assert message in error
 
 
-def test_the_protocol_of_the_run_is_that_of_the_doctor(cohort, said):
+def test_the_check_follows_the_protocol_of_the_run(cohort, said):
     write_table(cohort, split=["train"] * 8 + ["test"] * 8, label=["a"] * 8 + ["a", "b"] * 4)
     code, _, error = said()
     assert code == 2
     assert "no slide has the split 'val'" in error
     code, out, _ = said("run.protocol=as_published")
     assert code == 0
-    assert "NOTE train has no label=b" in out
+    assert "warning: train has no label=b" in out
 
 
 def test_slides_without_patches_stop_it_and_are_all_in_the_list(cohort, said):
     pack(cohort, SLIDES[2:])
     code, out, error = said("--problems", "list.csv")
     assert code == 2
-    assert "do not agree in 2 place(s)" in error
+    assert "do not match: 2 row(s) or slide(s) cannot be used, 14 can" in error
     assert list(pd.read_csv("list.csv")["slide"]) == SLIDES[:2]
     assert "labels.csv: 16 slides" in out  # what could be told was told
     code, out, _ = said("data.unmatched=drop")
     assert code == 0
-    assert "NOTE 2 left out" in out
+    assert "warning: 2 row(s) or slide(s) left out" in out
 
 
 def test_a_copied_slide_in_another_split_stops_it(cohort, said):
@@ -207,14 +210,14 @@ def test_centres_come_from_barcodes_or_from_a_column(cohort, said):
     assert "  south: cases train 0, val 0, test 4; 'a' 2, 'b' 2" in out
 
 
-def test_the_cohorts_own_column_of_centres_is_counted_unasked(cohort, said):
+def test_centres_of_the_column_in_the_settings_are_counted_by_default(cohort, said):
     write_table(cohort, hospital=["north"] * 12 + ["south"] * 3 + [""])
     code, out, _ = said("data.columns.centre=hospital")
     assert code == 0
     assert "split: split; centre: hospital" in out
     assert "3 centres, 1 of them in more than one split" in out
     assert "  south: cases train 0, val 0, test 3; 'a' 2, 'b' 1" in out
-    assert "  (no word): cases train 0, val 0, test 1; 'a' 0, 'b' 1" in out
+    assert "  (no centre): cases train 0, val 0, test 1; 'a' 0, 'b' 1" in out
     _, out, _ = said("data.columns.centre=hospital", "--site", "tcga")
     assert "4 centres, 4 of them in more than one split" in out
     code, _, error = said("data.columns.centre=city")
@@ -232,7 +235,10 @@ def test_the_slides_of_rows_that_name_several_are_counted(cohort, said):
     pack(cohort)
     code, _, error = said("data.slide_suffix=.svs", "data.slide_separator=';'")
     assert code == 2
-    assert f"{SLIDES[0]}B: no store has it (label table)" in error
+    assert (
+        f"4 slides ({SLIDES[0]}B, {SLIDES[4]}B, {SLIDES[8]}B, ...): not in any store (label table)"
+        in error
+    )
     code, _, error = said("data.slide_suffix=.svs")
     assert code == 2
     assert "data.slide_separator=';'" in error
@@ -249,16 +255,16 @@ def test_slides_without_a_label_stop_it_or_are_left_out_and_listed(cohort, said,
     assert f"{SLIDES[15]}: no value for label (label table)" in error
     code, out, _ = said("data.unmatched=drop")
     assert code == 0
-    assert "NOTE 1 left out" in out
+    assert "warning: 1 row(s) or slide(s) left out" in out
     assert list(pd.read_csv("problems.csv")["slide"]) == [SLIDES[15]]
 
 
-def test_a_patient_under_two_case_ids_is_seen_by_his_barcode(cohort, said):
+def test_a_patient_with_two_case_ids_is_recognised_by_the_barcode(cohort, said):
     slides = [*SLIDES[:15], SLIDES[0].replace("DX1", "DX2")]
     write_table(cohort, slide=slides, case=[f"patient_{k}" for k in range(16)])
     code, out, _ = said()
     assert code == 0  # a run takes the table's word for it
-    assert "NOTE 1 TCGA patients lie in two splits" in out
+    assert "warning: 1 TCGA patients are in two splits" in out
     assert f"{SLIDES[0][:12]}: test, train" in out
 
 
@@ -289,7 +295,7 @@ def test_the_rate_of_events_hangs_on_the_code_which_is_asked_and_never_guessed(c
     assert "2 with an event (25%; '0' in dead)" in out
 
 
-def test_training_without_events_and_strange_codes_stop_it(cohort, said):
+def test_training_without_events_and_unknown_event_codes_are_refused(cohort, said):
     survival(cohort, ["0"] * 8 + ["1", "0"] * 4)
     code, _, error = said(*SURVIVAL, "task.event=1")
     assert code == 2
@@ -297,17 +303,19 @@ def test_training_without_events_and_strange_codes_stop_it(cohort, said):
     survival(cohort, ["dead", "alive"] * 8)
     code, _, error = said(*SURVIVAL, "task.event=1")
     assert code == 2
-    assert "means neither an event ('1') nor" in error
+    assert "is neither task.event ('1') nor" in error
 
 
-def test_a_time_is_of_a_case_so_slides_that_differ_stop_it_and_several_are_told(cohort, said):
+def test_slides_of_a_case_with_different_times_are_refused_and_several_slides_give_a_warning(
+    cohort, said
+):
     asked = [*SURVIVAL, "task.event=1", "task.bins=2"]
     cases = [f"c{k // 2}" for k in range(16)]
     dead, months = ["1", "1", "0", "0"] * 4, [str(1 + k // 2) for k in range(16)]
     write_table(cohort, case=cases, months=months, dead=dead)
     code, out, _ = said(*asked)
     assert code == 0
-    assert "NOTE 16 slides of 8 cases: each slide is evaluated by itself" in out
+    assert "warning: 16 slides of 8 cases: each slide is evaluated by itself" in out
     assert "evaluated by itself" not in said(*asked, "data.unit=case")[1]
     write_table(cohort, case=cases, months=["30", *months[1:]], dead=dead)
     code, _, error = said(*asked)

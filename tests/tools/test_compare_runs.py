@@ -13,7 +13,7 @@ import torch
 from e2e.errors import exit_code
 from e2e.files import write_json
 from e2e.metrics.bootstrap import delong
-from e2e.reports.evaluate import Prediction, write_predictions
+from e2e.reports.predictions import Prediction, write_predictions
 from e2e.runs.parts import REGISTRIES, build_task
 from e2e.settings.layers import dump_settings, load_settings
 from tools import compare_runs

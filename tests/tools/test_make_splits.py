@@ -14,8 +14,8 @@ import pytest
 
 from e2e.cohort.split_files import read_splits
 from e2e.errors import UserError
+from e2e.runs.splits import main
 from tests.helpers.paths import ROOT
-from tools.make_splits import main
 
 TOOL = ROOT / "tools" / "make_splits.py"
 
@@ -54,7 +54,7 @@ def test_counts_are_printed_and_both_forms_written(tmp_path, capsys):
         "   1  train        6        4      10      8",
         "   1    val        1        1       2      2",
         "   1   test        6        8      14     10",
-        f"2 fold(s): {out / 'splits.csv'}; CLAM's form: {out / 'clam'}",
+        f"2 fold(s): {out / 'splits.csv'}; CLAM's format: {out / 'clam'}",
     ]
     ours = pd.read_csv(out / "splits.csv", dtype=str)
     assert list(ours) == ["pid", "image", "grade", "hospital", "note", "fold_0", "fold_1"]
@@ -73,7 +73,7 @@ def test_the_same_command_writes_the_same_and_another_seed_never_overwrites(tmp_
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     (out / "clam" / "splits_0.csv").unlink()  # as if the first run had been killed
     make(labels, "--folds", 2, "--out", out)
-    with pytest.raises(UserError, match=r"holds other splits already\n(?s:.*)another --out"):
+    with pytest.raises(UserError, match=r"contains other splits already\n(?s:.*)another --out"):
         make(labels, "--folds", 2, "--seed", 1, "--out", out)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
@@ -97,10 +97,10 @@ def test_repeats_are_other_folds_and_inner_ones_go_round(tmp_path):
     assert list(Counter(tests).values()) == [3, 3, 3, 3]
 
 
-def test_repeats_that_sites_force_to_be_alike_are_told(tmp_path, capsys):
+def test_repeats_with_equal_test_sets_give_a_warning(tmp_path, capsys):
     sites = ["--site", "hospital", "--folds", 5, "--repeats", 2]
     make(table(tmp_path, 60), *sites, "--out", tmp_path / "out")
-    assert "NOTE repeat 1 has the same test sets as repeat 0" in capsys.readouterr().out
+    assert "warning: repeat 1 has the same test sets as repeat 0" in capsys.readouterr().out
 
 
 def test_few_shots_leave_the_rest_unused(tmp_path, capsys):
@@ -127,30 +127,31 @@ def test_published_splits_are_taken_checked_and_written_in_both_forms(tmp_path):
         i for i, split in before.items() if split == "train"
     }
     assert Counter(after.values())["train"] < Counter(before.values())["train"]
-    with pytest.raises(UserError, match="--splits takes folds as they are: leave out --val"):
+    with pytest.raises(UserError, match="--splits uses folds as published, so --val has no effect"):
         make(labels, "--splits", tmp_path / "a" / "clam", "--val", 0.3, "--out", tmp_path / "d")
 
 
-def test_published_splits_that_tear_a_case_or_name_strangers_stop_with_the_names(tmp_path):
+def test_published_splits_with_a_case_in_two_splits_or_unknown_ids_are_refused_by_name(tmp_path):
     labels, splits = table(tmp_path, 4), tmp_path / "splits_0.csv"
     splits.write_text(",train,val,test\n0,000-0,001-0,002-1\n1,002-0,,003-0\n")
     with pytest.raises(
-        UserError, match=r"1 case\(s\) lie in more than one(?s:.*)'002': test, train"
+        UserError, match=r"1 case\(s\) are in more than one(?s:.*)'002': test, train"
     ):
         make(labels, "--splits", splits, "--out", tmp_path / "out")
     splits.write_text(",train,val,test\n0,000-0,1-0,2-0\n")
     with pytest.raises(UserError) as error:
         make(labels, "--splits", splits, "--out", tmp_path / "out")
-    assert "1-0: the label table has no row for it (splits_0.csv, fold 0)" in str(error.value)
-    assert "003-0: neither the slide nor its case has a split" in str(error.value)
+    assert "2 slides (1-0, 2-0): not in the label table (splits_0.csv, fold 0)" in str(error.value)
+    line = "4 slides (001-0, 002-0, 002-1, ...): neither the slide nor its case has a split"
+    assert line in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_published_splits_that_use_a_case_in_part_are_not_made_to_use_it_whole(tmp_path):
+def test_published_splits_that_use_a_case_in_part_are_refused(tmp_path):
     labels, splits = table(tmp_path, 4), tmp_path / "splits_0_bool.csv"
     rows = ["000-0,True,False", "001-0,False,True", "002-0,True,False", "002-1,False,False"]
     splits.write_text("\n".join([",train,test", *rows, "003-0,False,True", ""]))
-    with pytest.raises(UserError, match=r"of 1 case\(s\) some slides are used(?s:.*)case '002'"):
+    with pytest.raises(UserError, match=r"1 case\(s\) are used in part(?s:.*)case '002'"):
         make(labels, "--splits", splits, "--out", tmp_path / "out")
     splits.write_text(splits.read_text().replace("002-0,True", "002-0,False"))
     assert make(labels, "--splits", splits, "--allow-missing", "--out", tmp_path / "out") == 0
@@ -175,10 +176,10 @@ def test_a_split_without_a_class_stops_unless_it_is_allowed(tmp_path, capsys):
         make(labels, "--folds", 2, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert make(labels, "--folds", 2, "--allow-missing", "--out", tmp_path / "out") == 0
-    assert capsys.readouterr().out.count("NOTE fold ") == 4
+    assert capsys.readouterr().out.count("warning: fold ") == 4
 
 
-def test_the_slides_of_rows_that_name_several_are_counted_and_lie_in_both_forms(tmp_path, capsys):
+def test_slides_of_rows_that_name_several_are_counted_and_are_in_both_formats(tmp_path, capsys):
     rows = [f"p{k:02d},{k:02d}a.svs;{k:02d}b.svs,{k % 2},\n" for k in range(12)]
     labels = tmp_path / "labels.csv"
     labels.write_text("pid,image,grade,note\n" + "".join(rows))
@@ -225,14 +226,14 @@ def test_cases_without_a_label_are_dealt_evenly_and_are_no_class(tmp_path, capsy
     assert Counter(done.grade[done.fold_0 == "train"]) == {"0": 2, "1": 2}
     labels.write_text(labels.read_text().replace(",1\n", ",\n"))
     make(labels, "--folds", 2, "--out", tmp_path / "one")  # a blank is no class that a split lacks
-    assert "NOTE" not in capsys.readouterr().out
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_cases_of_no_centre_are_named_where_folds_go_by_centre(tmp_path):
     labels = table(tmp_path)
     labels.write_text(labels.read_text().replace("007,007-0,1,h2", "007,007-0,1,"))
     with pytest.raises(
-        UserError, match=r"1 case\(s\) have no word in the column 'hospital'.*\n  007"
+        UserError, match=r"1 case\(s\) have no value in the column 'hospital'.*\n  007"
     ):
         make(labels, "--folds", 2, "--site", "hospital", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -241,21 +242,21 @@ def test_cases_of_no_centre_are_named_where_folds_go_by_centre(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--site", "tcga"], "no TCGA barcodes"),
+        (["--site", "tcga"], "20 case.* are not TCGA barcodes"),
         (["--label", "nota"], "lacks column"),
-        (["--folds", "21"], "20 cases cannot be laid in 21 folds"),
-        (["--folds", "1"], "in 1 folds"),
-        (["--site", "hospital", "--folds", "6"], "5 sites cannot be laid in 6 folds"),
+        (["--folds", "21"], "20 cases cannot be divided into 21 folds"),
+        (["--folds", "1"], "20 cases cannot be divided into 1 folds"),
+        (["--site", "hospital", "--folds", "6"], "5 sites cannot be divided into 6 folds"),
         (["--site", "image"], "have slides of two centres"),
-        (["--val", "1"], "--val is a share"),
+        (["--val", "1"], "--val must be a share"),
         (["--repeats", "0"], "--repeats must be at least 1"),
         (["--inner", "1"], "--inner must be at least 2"),
         (["--val", "0.99", "--allow-missing"], "0, 1, 2, 3, 4 have no training case"),
         (["--few-shot", "0"], "--few-shot must be at least 1"),
-        (["--few-shot", "9"], "9 training cases of each class"),
+        (["--few-shot", "9"], "fewer than 9 training cases"),
     ],
 )
-def test_what_cannot_be_done_is_told(tmp_path, more, message):
+def test_impossible_options_are_errors(tmp_path, more, message):
     with pytest.raises(UserError, match=message):
         make(table(tmp_path), *more, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -275,7 +276,7 @@ def test_bad_rows_are_listed_and_the_exit_code_is_2(tmp_path):
         "  a: contradicts an earlier row (labels.csv line 3)",
         "  (no slide id): empty slide or case id (labels.csv line 4)",
         "  c: duplicate row (labels.csv line 6)",
-        "  mend them, or take them out",
+        "  correct or remove them",
     ]
 
 

@@ -149,7 +149,7 @@ def test_a_checkpoint_cut_short_is_refused(tmp_path, cut):
     path = tmp_path / "x.safetensors"
     save_checkpoint(path, {"a": torch.ones(100)}, {"epoch": 1})
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(DamagedDataError, match=r"x.safetensors is no checkpoint"):
+    with pytest.raises(DamagedDataError, match=r"x.safetensors is not a checkpoint"):
         load_checkpoint(path)
 
 
@@ -160,14 +160,14 @@ def test_files_of_others_are_refused(tmp_path):
         load_checkpoint(tmp_path)
     pickled = tmp_path / "x.pt"
     torch.save({"a": torch.ones(1)}, pickled)
-    with pytest.raises(DamagedDataError, match="is no checkpoint of this program"):
+    with pytest.raises(DamagedDataError, match="is not a checkpoint of this program"):
         load_checkpoint(pickled)
     foreign = tmp_path / "weights.safetensors"
     save_file({"a": torch.ones(1)}, foreign)
-    with pytest.raises(DamagedDataError, match="is no checkpoint of this program"):
+    with pytest.raises(DamagedDataError, match="is not a checkpoint of this program"):
         load_checkpoint(foreign)
     save_file({"a": torch.ones(1)}, foreign, {"state": "{"})
-    with pytest.raises(DamagedDataError, match="is no checkpoint of this program"):
+    with pytest.raises(DamagedDataError, match="is not a checkpoint of this program"):
         load_checkpoint(foreign)
 
 

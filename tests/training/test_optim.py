@@ -65,7 +65,7 @@ class Ladder(Encoder):
     def layers(self, *, coarse: bool = False) -> list[list[str]]:
         return [["low"], ["mid.bias", "mid.weight"], ["table"]]
 
-    def undecayed(self) -> set[str]:
+    def no_weight_decay(self) -> set[str]:
         return {"table"}
 
 

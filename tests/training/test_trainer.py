@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -37,10 +38,10 @@ def test_the_best_validation_is_kept_and_the_tie_break_decides_among_equals(tmp_
     assert moved.abs().sum() > 0
 
 
-def test_the_weights_that_are_judged_decide(tmp_path):
+def test_the_selected_weights_decide_which_epoch_is_best(tmp_path):
     scores = [{"model": (0.9, 1.0), "ema": (0.1, 1.0)}, {"model": (0.2, 1.0), "ema": (0.8, 1.0)}]
-    assert trainer(tmp_path, scores, selected="ema").fit().best_epoch == 1
-    assert trainer(tmp_path, scores, selected="model").fit().best_epoch == 0
+    assert trainer(tmp_path, scores, selected_weights="ema").fit().best_epoch == 1
+    assert trainer(tmp_path, scores, selected_weights="model").fit().best_epoch == 0
 
 
 def test_training_stops_when_validation_no_longer_improves(tmp_path):
@@ -50,7 +51,7 @@ def test_training_stops_when_validation_no_longer_improves(tmp_path):
     assert trainer(tmp_path, falling, patience=None).fit().epoch == 9
 
 
-def test_the_next_epochs_first_bag_is_begun_before_the_epoch_is_judged(tmp_path):
+def test_the_next_epochs_first_bag_is_started_before_validation(tmp_path):
     run = trainer(tmp_path, both((0.5, 1.0), (0.6, 1.0)))
     made, epoch, validate = [], run.loader.epoch, run.validate
 
@@ -100,7 +101,7 @@ def test_too_many_bad_steps_stop_the_run_and_spare_the_checkpoint(tmp_path):
     poisoned = {(1, 0), (1, 1)}
     run = trainer(tmp_path, both((0.5, 1.0), (0.5, 1.0)), poisoned=poisoned, max_bad_steps=2)
     with pytest.raises(
-        UserError, match=r"2 bad steps .*\n.*step 4 skipped.*\n  s1\n.*lower optim.lr"
+        UserError, match=r"2 skipped steps .*\n.*step 4 skipped.*\n  s1\n.*Lower optim.lr"
     ):
         run.fit()
     tensors, state = load_checkpoint(tmp_path / "last.safetensors")
@@ -160,6 +161,48 @@ def test_resuming_restores_optimiser_average_and_counters(tmp_path):
         assert torch.equal(value, again.model.state_dict()[name]), name
 
 
+class Taught(Head):
+    """Learns to agree with its own moving average, the teacher."""
+
+    teachers = MappingProxyType({"teacher": "student"})
+    teacher_decay = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.student = nn.Linear(6, 2).double()
+        self.teacher = nn.Linear(6, 2).double().requires_grad_(False)
+
+    def forward(self, features, mask, coords=None) -> HeadOutput:
+        with torch.no_grad():
+            target = self.teacher(features.mean(1))
+        return HeadOutput(self.student(features.mean(1)), aux={"target": target})
+
+    def aux_loss(self, output, target, loss) -> torch.Tensor:
+        return (output.logits - output.aux["target"]).square().mean()
+
+
+def test_a_teacher_is_trained_along_saved_with_the_run_and_resumed(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    scores = both(*[(0.5, 1.0)] * 4)
+    run = trainer(folders[0], scores, head=Taught())
+    start = run.model.head.teacher.weight.clone()
+    run.fit()
+    broken = trainer(folders[1], scores, head=Taught(), poisoned={(2, 0)}, max_bad_steps=1)
+    with pytest.raises(UserError):
+        broken.fit()
+    weights = select_prefix("model", load_checkpoint(folders[1] / "last.safetensors")[0])
+    assert (weights["head.teacher.weight"] - start).norm() > 1e-4
+    resumed = trainer(folders[1], scores, head=Taught())
+    resumed.resume()
+    assert torch.equal(resumed.model.head.teacher.weight, weights["head.teacher.weight"])
+    resumed.fit()
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
 def test_every_group_follows_the_schedule_at_its_own_share(tmp_path):
     runs = both((0.5, 0.5))
     training = trainer(tmp_path, runs, lr=1e-2, encoder_lr=1e-3, warmup_epochs=1)
@@ -182,7 +225,7 @@ def test_every_group_follows_the_schedule_at_its_own_share(tmp_path):
     assert rates == {True: pytest.approx(5e-4), False: pytest.approx(5e-3)}
 
 
-def test_weights_that_a_last_step_blew_up_end_the_run_before_they_are_judged(tmp_path):
+def test_weights_that_a_last_step_blew_up_end_the_run_before_validation(tmp_path):
     run = trainer(tmp_path, both((0.5, 1.0)))
     run._train_epoch(run._bags())
     with torch.no_grad():
@@ -197,17 +240,17 @@ def test_the_loss_is_the_sum_over_bags_over_their_number_on_all_ranks(tmp_path):
     run.model.train()
     losses = bag_losses(run.strategy, make_bag((5, 3)), run.task)
     assert losses.shape == (2,)
-    step = run._update(make_bag((5, 3)), 4, total=2)
-    assert step.figures()[0] == pytest.approx(float(losses.detach().sum()) / 4)
-    assert step.figures()[1] == 8  # patches
+    step = run._update(make_bag((5, 3)), 4, num_updates=2)
+    assert step.metrics()[0] == pytest.approx(float(losses.detach().sum()) / 4)
+    assert step.metrics()[1] == 8  # patches
 
 
 class Nosy(Head):
-    """A head with a loss of its own, which remembers what it is told after a step."""
+    """A head with a loss of its own, which notes whether each step was good."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.classify, self.told = nn.Linear(6, 2).double(), []
+        self.classify, self.good_steps = nn.Linear(6, 2).double(), []
 
     def forward(self, features, mask, coords=None) -> HeadOutput:
         return HeadOutput(self.classify(features.mean(1)))
@@ -216,7 +259,7 @@ class Nosy(Head):
         return output.logits.new_ones(()) * 100
 
     def after_step(self, good) -> None:
-        self.told.append(bool(good))
+        self.good_steps.append(bool(good))
 
 
 def test_a_heads_own_loss_is_weighed_as_its_bag_and_it_hears_of_bad_steps(tmp_path):
@@ -226,7 +269,7 @@ def test_a_heads_own_loss_is_weighed_as_its_bag_and_it_hears_of_bad_steps(tmp_pa
     assert losses[0] > 100
     assert losses[1] == 0
     run.fit()
-    assert run.model.head.told == [True, False]
+    assert run.model.head.good_steps == [True, False]
 
 
 def scored_run(folder: Path, epochs: int, **schedule) -> tuple[Trainer, list[dict]]:
@@ -236,13 +279,13 @@ def scored_run(folder: Path, epochs: int, **schedule) -> tuple[Trainer, list[dic
 
     @dataclass(frozen=True)
     class Loader:
-        view: BagSpec
+        spec: BagSpec
 
         def updates(self) -> int:
             return 2
 
         def epoch(self, epoch: int, **where):
-            drawn.append(dict(self.view.scores))
+            drawn.append(dict(self.spec.scores))
             yield from TwoUpdates(set(), one_update=False).epoch(epoch, **where)
 
     run.loader = Loader(BagSpec(PixelRowReader(None)))  # type: ignore[arg-type,assignment]
@@ -266,11 +309,11 @@ def test_patches_are_scored_on_schedule_and_a_stopped_run_goes_on_by_the_stored_
     assert again.progress.finished
     other, _ = scored_run(tmp_path, 5)
     other.progress.epoch = 4
-    with pytest.raises(UserError, match=r"cannot go on without .*patch_scores_4"):
-        other._load_scores()
+    with pytest.raises(UserError, match=r"cannot resume without .*patch_scores_4"):
+        other._load_patch_scores()
     other.progress.epoch = 3
-    other._load_scores()
-    assert list(other.loader.view.scores) == ["s"]
+    other._load_patch_scores()
+    assert list(other.loader.spec.scores) == ["s"]
 
 
 def test_scores_that_are_not_finite_stop_the_run_with_the_slides_name(tmp_path):
@@ -280,10 +323,10 @@ def test_scores_that_are_not_finite_stop_the_run_with_the_slides_name(tmp_path):
         run.fit()
 
 
-def test_patches_are_scored_by_the_weights_that_are_judged(tmp_path):
+def test_patches_are_scored_by_the_selected_weights(tmp_path):
     found = {}
     for selected in ("model", "ema"):
-        run, _ = scored_run(tmp_path / selected, 3, selected=selected)
+        run, _ = scored_run(tmp_path / selected, 3, selected_weights=selected)
         run.fit()
         found[selected] = float(load_file(tmp_path / selected / "patch_scores_2.safetensors")["s"])
     assert found["model"] != found["ema"]

@@ -65,7 +65,7 @@ def test_mpp_comes_from_the_resolution_tags_and_an_override_wins(tmp_path):
     ("mpp", "unit", "words"),
     [
         (None, None, "does not say"),
-        ((352.8, 352.8), "CENTIMETER", "no slide scanner"),
+        ((352.8, 352.8), "CENTIMETER", "implausible for a slide scanner"),
         ((0.25, 0.5), "CENTIMETER", "square"),
         ((0.5, 0.5), "NONE", "does not say"),
     ],
@@ -83,7 +83,7 @@ def test_patch_at_full_size_is_the_slides_own_pixels(tmp_path):
     np.testing.assert_array_equal(slide.read_patch(70, 30, 96, 96), canvas[30:126, 70:166])
 
 
-def test_what_lies_outside_the_slide_is_white(tmp_path):
+def test_pixels_outside_the_slide_are_white(tmp_path):
     slide = WholeSlide(write_slide(tmp_path / "s.tif", flat(100, 100, 7)))
     patch = slide.read_patch(60, 80, 64, 64)
     assert (patch[:20, :40] == 7).all()
@@ -140,7 +140,9 @@ def test_missing_truncated_and_plain_images_are_explained(tmp_path):
     Image.fromarray(noise(50, 50)).save(tmp_path / "plain.jpg")
     (tmp_path / "empty.svs").write_bytes(b"")
     for name in ("plain.png", "plain.jpg", "empty.svs"):
-        with pytest.raises(DamagedDataError, match=r"(?s)no format that OpenSlide knows.*\.ndpi"):
+        with pytest.raises(
+            DamagedDataError, match=r"(?s)has a format that OpenSlide does not know.*\.ndpi"
+        ):
             _ = WholeSlide(tmp_path / name).width
 
 

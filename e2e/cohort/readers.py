@@ -1,0 +1,123 @@
+"""Find and open the patch stores or features of a cohort, and report what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from e2e.cohort.spec import CohortSpec
+from e2e.errors import UserError
+from e2e.features.check import common_width
+from e2e.features.reader import FeatureFiles, open_features
+from e2e.store.open import expand_store_paths, open_store
+from e2e.store.records import PatchReader
+
+
+def open_patch_readers(
+    scales: Sequence[Sequence[str]], coords: str | None = None
+) -> list[list[PatchReader]]:
+    """Open the patch stores of each magnification.
+
+    Parameters
+    ----------
+    scales
+        For each magnification its entries; see :func:`e2e.store.open.expand_store_paths`.
+    coords
+        Folder of .h5 coordinates, for stores that hold none.
+
+    Returns
+    -------
+    list of list of PatchReader
+        The opened stores of each magnification.
+
+    Raises
+    ------
+    UserError
+        A store does not exist or cannot be read.
+    """
+    return [
+        [open_store(path, coords) for entry in entries for path in expand_store_paths(entry)]
+        for entries in scales
+    ]
+
+
+def open_feature_readers(entries: Sequence[str]) -> list[FeatureFiles]:
+    """Open frozen features, which must all have the same width and encoder.
+
+    Parameters
+    ----------
+    entries
+        Folders, files or globs.
+
+    Returns
+    -------
+    list of FeatureFiles
+        The opened features.
+
+    Raises
+    ------
+    UserError
+        There are no features, their format is unknown, or they come from different encoders.
+    """
+    readers = [open_features(path) for entry in entries for path in expand_store_paths(entry)]
+    common_width(readers)
+    return readers
+
+
+def require_files(spec: CohortSpec, targets: Sequence[str], *, features: bool = False) -> None:
+    """Check that the label table and the data of a cohort exist.
+
+    Parameters
+    ----------
+    spec
+        The cohort.
+    targets
+        Columns of the label table that the task reads, for the message.
+    features
+        Whether frozen features are needed rather than patch stores.
+
+    Raises
+    ------
+    UserError
+        Something is missing; the message says what, where it is expected and how to make it.
+    """
+    kind = "features" if features else "patch store"
+    entries = spec.features if features else [e for s in (spec.stores, *spec.scales) for e in s]
+    if not spec.labels or not entries:
+        data = "data.features=[FOLDER]" if features else "data.stores=[FILE.lmdb]"
+        raise UserError(
+            f"cohort '{spec.name}' needs data.labels=FILE.csv and {data}\n"
+            f"  {_how_to_make(kind, 'FOLDER', spec)}"
+        )
+    needed = [("label table", spec.labels), *((kind, entry) for entry in entries)]
+    missing = [
+        (what, entry)
+        for what, entry in needed
+        if not any(file.exists() for file in expand_store_paths(entry))
+    ]
+    if not missing:
+        return
+    lines = [f"cohort '{spec.name}': {len(missing)} of {len(needed)} data files not found"]
+    lines += [f"  {what} not found: {entry}" for what, entry in missing]
+    if spec.source:
+        lines.append(f"  source: {spec.source}")
+    if any(what == "label table" for what, _ in missing):
+        names = dict.fromkeys(name for name in (*spec.columns.values(), *targets) if name)
+        lines.append(
+            f"  put the label table at {spec.labels} (columns {', '.join(names)}),"
+            " or set data.labels=FILE.csv"
+        )
+    for what, entry in missing:
+        if what != "label table" and "*" not in entry:
+            lines.append(f"  {_how_to_make(what, entry, spec)}")
+    lines.append("  to try the system without slides of your own: make demo")
+    raise UserError("\n".join(lines))
+
+
+def _how_to_make(kind: str, path: str, spec: CohortSpec) -> str:
+    """Return the command that makes missing features or a missing patch store."""
+    if kind == "features":
+        stores = " ".join(spec.stores) or "FILE.lmdb"
+        command = f"python launch/extract.py --stores {stores} --encoder NAME --out {path}"
+        return f"make the features: {command}"
+    command = f"python tools/pack_lmdb.py --slides SLIDES --out {path} {spec.pack_options}"
+    return f"make the store: {command}".rstrip()

@@ -1,0 +1,175 @@
+"""Predictions for whole slides, and the table that holds them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from e2e.bags.loader import full_bag
+from e2e.bags.prefetch import prefetch
+from e2e.bags.spec import BagSpec, LabelledSlide
+from e2e.engine.model import MILModel
+from e2e.errors import UserError
+from e2e.files import write_atomically
+from e2e.heads.base import HeadOutput
+from e2e.log import Screen
+from e2e.losses.base import log_attention
+from e2e.metrics.values import Array
+from e2e.parallel import Strategy
+from e2e.reports.heatmap import scores_of_prediction
+from e2e.tasks.base import Numbers, Task
+
+OnSlide = Callable[[LabelledSlide, HeadOutput, list[float]], None]
+"""Called for each slide with its output and its prediction."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model predicts for one slide."""
+
+    case: str
+    slide: str
+    split: str
+    values: list[float]
+    """The numbers of :meth:`e2e.tasks.base.Task.predict`."""
+    target: Numbers
+    """The label as the task encodes it; NaN where there is none."""
+    entropy: float | None = None
+    """Of the attention; see :func:`attention_entropy`."""
+    centre: str = ""
+    """As in the label table; empty where it does not say."""
+
+
+@torch.no_grad()
+def predict(
+    model: MILModel,
+    items: Sequence[LabelledSlide],
+    *,
+    task: Task,
+    view: BagSpec,
+    strategy: Strategy,
+    screen: Screen,
+    on_slide: OnSlide | None = None,
+) -> list[Prediction]:
+    """Predict every slide from all of its patches, each slide once over all ranks.
+
+    Parameters
+    ----------
+    on_slide
+        Called for each slide on the rank that predicts it.
+
+    Returns
+    -------
+    list of Prediction
+        Of all ranks, on every rank, sorted by split and slide.
+    """
+    model.eval()
+    predictions: list[Prediction] = []
+    share = items[strategy.rank :: strategy.world_size]
+    bags = ((full_bag(item, view, model.chunk), item) for item in share)
+    for num_done, (bag, item) in enumerate(prefetch(bags, strategy.device), start=1):
+        output = model(bag, strategy.device)[0]
+        values = task.predict(output.logits)[0].cpu().double().tolist()
+        slide = item.slide
+        predictions.append(
+            Prediction(
+                case=slide.case,
+                slide=slide.id,
+                split=slide.split,
+                values=values,
+                target=task.target_values(item.target),
+                entropy=attention_entropy(output),
+                centre=slide.centre,
+            )
+        )
+        if on_slide is not None:
+            on_slide(item, output, values)
+        screen.step(num_done, len(share), f"slides evaluated ({slide.split or 'new'})")
+    screen.pause()
+    of_all_ranks = [p for of_rank in strategy.gather_objects(predictions) for p in of_rank]
+    return sorted(of_all_ranks, key=lambda prediction: (prediction.split, prediction.slide))
+
+
+def attention_entropy(output: HeadOutput) -> float | None:
+    """Return the entropy of one slide's attention over that of uniform attention, log N.
+
+    The mean over attention maps; 1 for a slide of one patch; None for a head without attention.
+    """
+    if output.attention_logits is None:
+        return None
+    num_patches = output.attention_logits.shape[-1]
+    if num_patches == 1:
+        return 1.0
+    logs, _ = log_attention(output)
+    entropy = -(logs.exp() * logs).sum(dim=-1) / math.log(num_patches)
+    return float(entropy.mean())
+
+
+def score_patches(
+    model: MILModel,
+    items: Sequence[LabelledSlide],
+    task: Task,
+    view: BagSpec,
+    strategy: Strategy,
+    screen: Screen,
+) -> dict[str, Tensor]:
+    """Return slide -> (N,) float32 scores of all patches of its first store, on every rank.
+
+    Raises
+    ------
+    UserError
+        The head has neither attention nor instance scores.
+    """
+    scores_of: dict[str, Tensor] = {}
+
+    def keep_scores(item: LabelledSlide, output: HeadOutput, values: list[float]) -> None:
+        scores = scores_of_prediction(output, task, values)
+        if scores is None:
+            raise UserError(
+                "the head has no attention and no instance scores to sample patches by\n"
+                "  choose another head, or another sampler.name"
+            )
+        scores_of[item.slide.id] = torch.from_numpy(scores).float()
+
+    predict(
+        model, items, task=task, view=view, strategy=strategy, screen=screen, on_slide=keep_scores
+    )
+    gathered = strategy.gather_objects(scores_of)
+    return {slide: scores for of_rank in gathered for slide, scores in of_rank.items()}
+
+
+def to_arrays(predictions: Sequence[Prediction]) -> tuple[Array, Array]:
+    """Return predictions and targets as arrays, one row for each slide."""
+    values = [prediction.values for prediction in predictions]
+    targets = [prediction.target for prediction in predictions]
+    return np.array(values, np.float64), np.array(targets, np.float64)
+
+
+def write_predictions(predictions: Sequence[Prediction], task: Task, path: Path) -> None:
+    """Write a CSV with case, slide, split, label, prediction and attention entropy of each slide.
+
+    There is a column ``centre`` if the label table names any.
+    """
+    rows: list[dict[str, Any]] = []
+    has_centres = any(prediction.centre for prediction in predictions)
+    for prediction in predictions:
+        row: dict[str, Any] = {
+            "case": prediction.case,
+            "slide": prediction.slide,
+            "split": prediction.split,
+        }
+        if has_centres:
+            row["centre"] = prediction.centre
+        row |= zip(task.label_columns, task.format_labels(prediction.target), strict=True)
+        row |= zip(task.prediction_columns, prediction.values, strict=True)
+        row["attention_entropy"] = prediction.entropy
+        rows.append(row)
+    write_atomically(path, pd.DataFrame(rows).to_csv(index=False).encode())
