@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from e2e.errors import optional_import
 from e2e.files import write_atomically
 
 
@@ -152,7 +153,8 @@ class TensorBoard:
     def log(self, values: Mapping[str, float], step: int) -> None:
         """See :class:`Tracker`."""
         if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+            with optional_import("tracking", use="run.track=[tensorboard]"):
+                from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._folder), purge_step=step)
         for name, value in values.items():
@@ -168,7 +170,8 @@ class Wandb:
     """Weights & Biases; ``offline`` writes to ``folder/wandb``, for ``wandb sync`` to send or not."""
 
     def __init__(self, folder: Path, settings: str, *, mode: str = "offline") -> None:
-        import wandb
+        with optional_import("tracking", use="run.track=[wandb]"):
+            import wandb
 
         # A resumed run goes on under its own name; no code and no console output is taken along.
         own = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
