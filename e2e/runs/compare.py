@@ -65,7 +65,7 @@ def compare(
         raise UserError(
             f"'{metric}' cannot be compared: its times, or its weights for censored cases, come from each "
             "run's training cases and task.bins, which differ\n"
-            "  compare runs with the same training split and task.bins, or by another metric: --metric c_index"
+            "  compare runs with the same training split and task.bins, or use --metric c_index"
         )
     first, second = (values[metric] for values in metrics)
     difference, p, test = (
