@@ -136,16 +136,8 @@ def search(
 
     plan = {"command": list(command), "space": dict(space), "metric": metric}
     write_plan(out / "sweep.json", plan, "search")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        storage=f"sqlite:///{out.resolve()}/optuna.db",
-        study_name="sweep",
-        sampler=optuna.samplers.TPESampler(seed=seed),
-        direction="minimize" if metric in LOWER_IS_BETTER else "maximize",
-        load_if_exists=True,
-    )
+    study = _open_study(out, metric, seed)
     worst = math.inf if metric in LOWER_IS_BETTER else -math.inf
-    _requeue_stopped_trials(study)
     complete = (optuna.trial.TrialState.COMPLETE,)
     while len(study.get_trials(deepcopy=False, states=complete)) < trials:
         trial = study.ask()
@@ -166,13 +158,23 @@ def search(
     return best
 
 
-def _requeue_stopped_trials(study: Any) -> None:
-    """Mark trials that an earlier command left running as failed, and try their settings again."""
-    from optuna.trial import TrialState
+def _open_study(out: Path, metric: str, seed: int) -> Any:
+    """Create the study in ``out``, or open it; settings of trials that were stopped are tried again."""
+    import optuna
 
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=f"sqlite:///{out.resolve()}/optuna.db",
+        study_name="sweep",
+        sampler=optuna.samplers.TPESampler(seed=seed),
+        direction="minimize" if metric in LOWER_IS_BETTER else "maximize",
+        load_if_exists=True,
+    )
+    running = (optuna.trial.TrialState.RUNNING,)
+    for trial in study.get_trials(deepcopy=False, states=running):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         study.enqueue_trial(trial.params)
+    return study
 
 
 def evaluate_trial(
