@@ -35,8 +35,9 @@ from e2e.errors import UserError, exit_code
 from e2e.files import write_atomically, write_json
 from e2e.metrics.bootstrap import case_weights, confidence_interval
 from e2e.metrics.values import Array, auc
+from e2e.runs.cohort import cohort_spec
 from e2e.runs.many import is_done, run_command, start_or_resume
-from e2e.runs.parts import REGISTRIES, build_task, cohort_spec
+from e2e.runs.parts import REGISTRIES, build_task
 from e2e.settings.layers import load_settings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -30,18 +30,18 @@ from e2e.errors import UserError, format_list
 from e2e.log import Screen
 from e2e.memory import free_memory
 from e2e.parallel import pick_device
+from e2e.runs.cohort import cohort_spec
 from e2e.runs.parts import (
     PROTOCOLS,
     REGISTRIES,
     build_task,
     check_training,
-    cohort_spec,
     fit_task,
     load_slides,
     make_parts,
     on_features,
-    process_settings,
 )
+from e2e.runs.session import process_settings
 from e2e.settings.arguments import common_settings
 from e2e.settings.data_cli import check_parser
 from e2e.settings.schema import Data, Settings

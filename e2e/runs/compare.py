@@ -17,22 +17,20 @@ from e2e.registry import did_you_mean
 from e2e.runs.saved import SavedPredictions, read_predictions
 from e2e.settings.cli import compare_parser
 
-EVALUATE_BOTH = (
-    "evaluate both on one table: launch/evaluate.py RUN data.labels=TABLE --out DIR; compare these"
-)
+EVALUATE_BOTH = "evaluate both on the same table: e2e evaluate RUN --out DIR data.labels=TABLE; compare these folders"
 
 
 def check_same(a: SavedPredictions, b: SavedPredictions) -> None:
-    """UserError where the runs are not selected on the same slides, cases, labels and outputs."""
+    """Raise UserError unless both runs have the same slides, cases, labels and outputs."""
     if a.task.output_names != b.task.output_names:
         kinds = [f"  {run.folder}: {', '.join(run.task.output_names)}" for run in (a, b)]
         raise UserError("\n".join(["the runs have different outputs:", *kinds]))
-    ours, theirs = set(a.slides), set(b.slides)
-    only = [f"{s}: only in {a.folder}" for s in sorted(ours - theirs)]
-    only += [f"{s}: only in {b.folder}" for s in sorted(theirs - ours)]
+    slides_a, slides_b = set(a.slides), set(b.slides)
+    only = [f"{slide}: only in {a.folder}" for slide in sorted(slides_a - slides_b)]
+    only += [f"{slide}: only in {b.folder}" for slide in sorted(slides_b - slides_a)]
     if only:
         raise UserError(
-            f"the runs are selected on different slides, {len(only)} of them:\n{format_list(only)}\n"
+            f"the runs have predictions for different slides, {len(only)} of them:\n{format_list(only)}\n"
             f"  {EVALUATE_BOTH}"
         )
     differ = [
@@ -50,33 +48,35 @@ def check_same(a: SavedPredictions, b: SavedPredictions) -> None:
 def compare(
     a: SavedPredictions, b: SavedPredictions, metric: str, *, draws: int, seed: int = 0
 ) -> dict[str, Any]:
-    """``a``, ``b`` and ``difference`` with intervals, ``p`` (None: not defined) and its ``test``.
+    """Return ``a``, ``b`` and ``difference`` with intervals, ``p`` (None: undefined) and its ``test``.
 
-    Raises:
-        UserError: the runs are not of the same slides, or have no such metric.
+    Raises
+    ------
+    UserError
+        The runs are not of the same slides, or have no such metric.
     """
     check_same(a, b)
     weights = case_weights(a.cases, draws, seed)
-    found = [run.task.metrics(run.predicted, run.targets, weights) for run in (a, b)]
+    metrics = [run.task.metrics(run.predicted, run.targets, weights) for run in (a, b)]
     metric = metric or a.task.monitor
-    if any(metric not in values for values in found):
-        raise UserError(f"no metric '{metric}'{did_you_mean(metric, list(found[0]))}")
+    if any(metric not in values for values in metrics):
+        raise UserError(f"no metric '{metric}'{did_you_mean(metric, list(metrics[0]))}")
     if a.task.fitted_reference(metric) != b.task.fitted_reference(metric):
         raise UserError(
-            f"'{metric}' of the runs is not the same measure: its times, or its weights for censored cases, "
-            "are those of each run's own training cases and task.bins\n"
-            "  compare runs of one training split and task.bins, or by another metric: --metric c_index"
+            f"'{metric}' cannot be compared: its times, or its weights for censored cases, come from each "
+            "run's training cases and task.bins, which differ\n"
+            "  compare runs with the same training split and task.bins, or use --metric c_index"
         )
-    first, second = (values[metric] for values in found)
+    first, second = (values[metric] for values in metrics)
     difference, p, test = (
         confidence_interval(first - second),
         bootstrap_p(first - second),
         "paired bootstrap",
     )
     if metric == "auc" and a.predicted.shape[1] == 2 and len(set(a.cases)) == len(a.cases):
-        said = delong(a.predicted[:, 1], b.predicted[:, 1], a.targets == 1)
-        p, test = said.p, "DeLong"
-        difference |= {k: none_if_nan(v) for k, v in (("low", said.low), ("high", said.high))}
+        result = delong(a.predicted[:, 1], b.predicted[:, 1], a.targets == 1)
+        p, test = result.p, "DeLong"
+        difference |= {"low": none_if_nan(result.low), "high": none_if_nan(result.high)}
     return {
         "metric": metric,
         "slides": len(a.slides),
@@ -92,12 +92,12 @@ def compare(
 
 
 def none_if_nan(value: float) -> float | None:
-    """For JSON, which has no NaN."""
+    """Return None for NaN, which JSON does not have."""
     return None if math.isnan(value) else value
 
 
 def rows(result: dict[str, Any], names: Sequence[str]) -> list[list[str]]:
-    """Run, value and 95 % interval, as words."""
+    """Return run, value and 95 % interval, as text."""
 
     def words(name: str, entry: dict[str, float | None]) -> list[str]:
         numbers = ["undefined" if x is None else f"{x:.4f}" for x in entry.values()]

@@ -23,8 +23,9 @@ from e2e.errors import UserError, describe_interrupt, format_list
 from e2e.files import create_folder, write_atomically, write_json
 from e2e.metrics.bootstrap import case_weights, confidence_interval
 from e2e.metrics.values import Array
+from e2e.runs.cohort import cohort_spec
 from e2e.runs.many import is_done, train_all, write_plan
-from e2e.runs.parts import REGISTRIES, build_task, cohort_spec
+from e2e.runs.parts import REGISTRIES, build_task
 from e2e.runs.saved import SavedPredictions, read_predictions
 from e2e.settings.arguments import common_settings
 from e2e.settings.cli import crossval_parser

@@ -19,14 +19,8 @@ from e2e.reports.heatmap import heatmap_writer
 from e2e.reports.predictions import Prediction, write_predictions
 from e2e.reports.predictions import predict as predict_slides
 from e2e.runs.folder import BEST, check_same_features, load_task
-from e2e.runs.parts import (
-    REGISTRIES,
-    first_recipe,
-    make_parts,
-    on_features,
-    process_settings,
-    selected_weights,
-)
+from e2e.runs.parts import REGISTRIES, first_recipe, make_parts, on_features, selected_weights
+from e2e.runs.session import process_settings
 from e2e.settings.cli import predict_parser
 from e2e.settings.layers import saved_settings
 from e2e.settings.schema import Settings
@@ -72,14 +66,19 @@ def predict(
 
     Slides are cut with the tiling of the run's training slides.
 
-    Args:
-        slides: a slide file or a folder of them; for a two-stage run, a file or folder of features.
+    Parameters
+    ----------
+    slides
+        A slide file or a folder of them; for a two-stage run, a file or folder of features.
 
-    Returns:
+    Returns
+    -------
         0, or 3 when some slides could not be read or hold no tissue.
 
-    Raises:
-        UserError: the features come from another encoder, or cannot be used.
+    Raises
+    ------
+    UserError
+        The features come from another encoder, or cannot be used.
     """
     with process_settings(settings):
         return _predict(settings, folder, slides, out, mpp_override=mpp_override, workers=workers)

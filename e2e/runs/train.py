@@ -34,9 +34,9 @@ from e2e.runs.parts import (
     check_training,
     prepare,
     selected_weights,
-    session,
 )
 from e2e.runs.processes import needs_ranks, run_ranks
+from e2e.runs.session import session
 from e2e.settings.arguments import settings_from_args
 from e2e.settings.cli import train_parser
 from e2e.settings.layers import dump_settings, flatten_settings
@@ -72,9 +72,12 @@ def _how_to_continue(folder: Path) -> str:
 def train(settings: Settings, folder: Path, *, resume: bool) -> None:
     """Train in ``folder`` (new, or with ``resume`` a stopped run's), then evaluate the selected epoch.
 
-    Raises:
-        UserError: the folder is in use; data, weights or settings are wrong, or differ between ranks.
-        LostRankError: another process of the run died or does not answer.
+    Raises
+    ------
+    UserError
+        The folder is in use; data, weights or settings are wrong, or differ between ranks.
+    LostRankError
+        Another process of the run died or does not answer.
     """
     with session(settings) as (strategy, screen), ExitStack() as lock:
         if resume:

@@ -14,8 +14,9 @@ from e2e.errors import UserError
 from e2e.features.reader import open_features
 from e2e.log import Screen
 from e2e.runs.folder import BEST, load_task
-from e2e.runs.parts import REGISTRIES, on_features, process_settings, selected_weights
+from e2e.runs.parts import REGISTRIES, on_features, selected_weights
 from e2e.runs.predict import pack_like_training, predict_items, unlabelled_slides
+from e2e.runs.session import process_settings
 from e2e.settings.layers import saved_settings
 from e2e.store.lmdb import PatchStore
 from e2e.store.open import expand_store_paths, open_store

@@ -18,8 +18,9 @@ from e2e.cohort.load import load_cohort
 from e2e.cohort.match import explain_unmatched_ids
 from e2e.cohort.split_files import clam_files, fold_table, read_text_table
 from e2e.errors import UserError
+from e2e.runs.cohort import cohort_spec
 from e2e.runs.crossval import make_plan
-from e2e.runs.parts import REGISTRIES, build_task, cohort_spec
+from e2e.runs.parts import REGISTRIES, build_task
 from e2e.settings.layers import load_settings
 from e2e.settings.schema import Columns, Cut, Data, Plugin, Settings
 from e2e.slides import Slide

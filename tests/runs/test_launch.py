@@ -253,7 +253,7 @@ def test_a_crash_ends_with_another_code_and_its_traceback(cohort, tmp_path):
         ),
         (["encoder.weights=nowhere.pt"], ["no weights at nowhere.pt"]),
         (["engine.batch_norm=sync"], ["in one piece", "engine.chunk is 6"]),
-        (["select.weights=ema", "optim.ema=0"], ["optim.ema over 0"]),
+        (["select.weights=ema", "optim.ema=0"], ["select.weights=ema needs a moving average"]),
     ],
 )
 def test_a_wrong_setting_is_one_message(cohort, tmp_path, monkeypatch, capsys, change, words):

@@ -242,7 +242,7 @@ def test_a_mistake_is_one_message_with_its_dotted_path(override):
     ("overrides", "expected"),
     [
         ("engine.batch_norm=frozen engine.cuda_graphs=true", "needs a CUDA device"),
-        ("engine.batch_norm=chunk", "does not go with engine.batch_norm=chunk"),
+        ("engine.batch_norm=chunk", "does not work with engine.batch_norm=chunk"),
     ],
 )
 def test_a_compiled_encoder_is_refused_where_it_would_be_wrong(overrides, expected):
