@@ -17,7 +17,10 @@ from e2e.registry import did_you_mean
 from e2e.runs.saved import SavedPredictions, read_predictions
 from e2e.settings.cli import compare_parser
 
-EVALUATE_BOTH = "evaluate both on the same table: e2e evaluate RUN --out DIR data.labels=TABLE; compare these folders"
+EVALUATE_BOTH = (
+    "evaluate both on the same table: e2e evaluate RUN --out DIR data.labels=TABLE;"
+    " compare these folders"
+)
 
 
 def check_same(a: SavedPredictions, b: SavedPredictions) -> None:
