@@ -71,10 +71,10 @@ def create_model(
 
     Examples
     --------
-    >>> import e2e
-    >>> model = e2e.create_model("e2e_r18_abmilx", num_outputs=6, pretrained=False)
-    >>> model.encoder.dim
-    256
+    >>> import e2e, torch
+    >>> model = e2e.create_model("e2e_r18_abmilx", num_outputs=6, pretrained=False).eval()
+    >>> model(torch.rand(5, 3, 64, 64)).logits.shape
+    torch.Size([1, 6])
     """
     weights = {} if pretrained is None else {"pretrained": pretrained}
     options = {"encoder": {**(encoder or {}), **weights}, "head": head or {}}
@@ -119,7 +119,7 @@ def create_head(name: str, in_dim: int, num_outputs: int, **options: Any) -> Hea
     --------
     >>> import e2e, torch
     >>> head = e2e.create_head("abmilx", in_dim=1024, num_outputs=2, heads=4).eval()
-    >>> output = head(torch.randn(1, 500, 1024), torch.ones(1, 500, dtype=torch.bool))
+    >>> output = head(torch.randn(1, 500, 1024))
     >>> output.logits.shape, output.attention().shape
     (torch.Size([1, 2]), torch.Size([1, 4, 500]))
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
@@ -173,7 +174,9 @@ def test_the_wheel_works_alone_from_another_folder(wheel, tmp_path):
     python = environment / "bin" / "python"
     [site_packages] = environment.glob("lib/*/site-packages")
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps"]
-    subprocess.run([*pip, wheel], check=True)
+    # Without PYTHONPATH, where pip would find this very project and install nothing.
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([*pip, wheel], cwd=tmp_path, env=variables, check=True)
     here = next(path for path in sys.path if path.endswith("site-packages"))
     (site_packages / "dependencies.pth").write_text(f"{here}\n")
 

@@ -18,8 +18,8 @@ from e2e.runs.saved import SavedPredictions, read_predictions
 from e2e.settings.cli import compare_parser
 
 EVALUATE_BOTH = (
-    "evaluate both on the same table, then compare these: "
-    "e2e evaluate RUN --out DIR data.labels=TABLE"
+    "evaluate both on the same table: e2e evaluate RUN --out DIR data.labels=TABLE;"
+    " compare these folders"
 )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +24,7 @@ from e2e.bags.readers import PixelRowReader
 from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.encoders.base import ENCODERS, Encoder
 from e2e.engine.batchnorm import FrozenBatchNorm
-from e2e.errors import PARTLY_DONE, DamagedDataError, UserError, describe_interrupt, format_list
+from e2e.errors import PARTLY_DONE, DamagedDataError, UserError, describe_interrupt
 from e2e.files import write_atomically, write_json
 from e2e.images.decode import build_decoder
 from e2e.log import Screen
@@ -37,7 +36,7 @@ from e2e.parallel import (
     pick_device,
 )
 from e2e.registry import did_you_mean
-from e2e.runs.feature_folder import FeatureFolder, magnification, slide_file
+from e2e.runs.feature_folder import FeatureFolder, check_recipe, magnification, slide_file
 from e2e.runs.processes import needs_ranks, run_ranks
 from e2e.settings.cli import extract_parser
 from e2e.slides import Slide
@@ -194,29 +193,53 @@ def extract(
         screen = Screen(strategy.is_leader)
         try:
             with strategy.detect_lost_ranks():
-                items, problems = _readable_slides(stores)
-                network = _build_encoder(encoder, options)
-                size = size or network.required_size
-                autocast = autocast_dtype(precision, strategy.device)
-                recipe = _describe(encoder, options, network, size, autocast, dtype)
-                folders = {item.slide.id: _feature_folder(item, out, encoder) for item in items}
-                _write_recipes(set(folders.values()), recipe, strategy)
-                missing = _slides_without_features(items, folders, strategy)
-                screen.say(
-                    f"{len(missing)} slides to encode, {len(items) - len(missing)} already done: {encoder} "
-                    f"({network.dim} features) on {strategy.world_size} x {strategy.device}"
+                return _extract_share(
+                    stores,
+                    encoder,
+                    options,
+                    out,
+                    strategy,
+                    screen,
+                    size=size,
+                    batch=batch,
+                    precision=precision,
+                    dtype=dtype,
                 )
-                extractor = Extractor(
-                    network, strategy.device, autocast=autocast, dtype=DTYPES[dtype]
-                )
-                spec = BagSpec(PixelRowReader(build_decoder("auto", strategy.device), size))
-                problems += _encode_share(
-                    extractor, missing, folders, spec, batch, strategy, screen
-                )
-                return _report(strategy.gather_objects(problems), folders, screen)
         finally:
             screen.pause()
             strategy.close()
+
+
+def _extract_share(
+    stores: Sequence[PatchReader],
+    encoder: str,
+    options: Mapping[str, Any],
+    out: Path,
+    strategy: Strategy,
+    screen: Screen,
+    *,
+    size: int | None,
+    batch: int,
+    precision: str,
+    dtype: str,
+) -> int:
+    """Encode the slides of this rank, and report those of all ranks; see :func:`extract`."""
+    items, problems = _readable_slides(stores)
+    network = _build_encoder(encoder, options)
+    size = size or network.required_size
+    autocast = autocast_dtype(precision, strategy.device)
+    recipe = _describe(encoder, options, network, size, autocast, dtype)
+    folders = {item.slide.id: _feature_folder(item, out, encoder) for item in items}
+    _write_recipes(set(folders.values()), recipe, strategy)
+    missing = _slides_without_features(items, folders, strategy)
+    screen.say(
+        f"{len(missing)} slides to encode, {len(items) - len(missing)} already done: {encoder} "
+        f"({network.dim} features) on {strategy.world_size} x {strategy.device}"
+    )
+    extractor = Extractor(network, strategy.device, autocast=autocast, dtype=DTYPES[dtype])
+    spec = BagSpec(PixelRowReader(build_decoder("auto", strategy.device), size))
+    problems += _encode_share(extractor, missing, folders, spec, batch, strategy, screen)
+    return _report(strategy.gather_objects(problems), folders, screen)
 
 
 def extract_slides(
@@ -419,34 +442,11 @@ def _write_recipes(
     """
     folders = sorted(folders, key=str)
     for folder in folders:
-        _check_recipe(folder, recipe)
+        check_recipe(folder, recipe)
     strategy.barrier()  # until every rank has checked
     if strategy.is_leader:
         for folder in folders:
             write_json(folder.recipe, recipe)
-
-
-def _check_recipe(folder: FeatureFolder, recipe: Mapping[str, Any]) -> None:
-    if not folder.recipe.is_file():
-        if any(folder.folder.glob("*.h5")):
-            raise UserError(
-                f"{folder.folder} holds features that another program made\n  choose another --out"
-            )
-        return
-    try:
-        earlier = json.loads(folder.recipe.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{folder.recipe} is damaged: {error}") from error
-    if earlier != recipe:
-        differences = [
-            f"{key}: {earlier.get(key)} in the folder, {value} now"
-            for key, value in recipe.items()
-            if earlier.get(key) != value
-        ]
-        raise UserError(
-            f"{folder.folder} holds features that were made in another way\n{format_list(differences)}\n"
-            "  choose another --out, or remove these"
-        )
 
 
 def _slides_without_features(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import h5py
 import numpy as np
 from torch import Tensor
 
+from e2e.errors import UserError, format_list
 from e2e.store.records import SlideRecord
 
 
@@ -85,3 +88,35 @@ def slide_file(features: Tensor, record: SlideRecord, folder: FeatureFolder) -> 
             coords = h5.create_dataset("coords", data=record.coords.astype(np.int64))
             coords.attrs.update(attributes)
     return content.getvalue()
+
+
+def check_recipe(folder: FeatureFolder, recipe: Mapping[str, Any]) -> None:
+    """Raise UserError if the folder holds features that were made in another way.
+
+    Parameters
+    ----------
+    folder : FeatureFolder
+        Where features are about to be written.
+    recipe : mapping
+        How they are made, as in the folder's own file.
+    """
+    if not folder.recipe.is_file():
+        if any(folder.folder.glob("*.h5")):
+            raise UserError(
+                f"{folder.folder} holds features that another program made\n  choose another --out"
+            )
+        return
+    try:
+        earlier = json.loads(folder.recipe.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{folder.recipe} is damaged: {error}") from error
+    if earlier != recipe:
+        differences = [
+            f"{key}: {earlier.get(key)} in the folder, {value} now"
+            for key, value in recipe.items()
+            if earlier.get(key) != value
+        ]
+        raise UserError(
+            f"{folder.folder} holds features that were made in another way\n{format_list(differences)}\n"
+            "  choose another --out, or remove these"
+        )
