@@ -14,6 +14,7 @@ from sklearn import metrics as sk
 from e2e.cohort.folds import tcga_sites
 from e2e.errors import UserError
 from e2e.metrics.bootstrap import bootstrap_p, by_group, case_weights, confidence_interval, delong
+from e2e.metrics.regression import regression_metrics
 from e2e.metrics.values import (
     accuracy,
     auc,
@@ -29,7 +30,6 @@ from e2e.metrics.values import (
     log_loss,
     multilabel_metrics,
     precision_macro,
-    regression_metrics,
 )
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
