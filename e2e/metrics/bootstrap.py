@@ -142,7 +142,9 @@ def delong(first: Array, second: Array, positive: NDArray[np.bool_]) -> DeLong:
     error = np.sqrt(variance) if variance > 1e-20 else np.nan
     half_width = norm.ppf(0.975) * error
     p = 2 * norm.sf(abs(a - b) / error)
-    return DeLong(float(a), float(b), float(a - b - half_width), float(a - b + half_width), float(p))
+    return DeLong(
+        float(a), float(b), float(a - b - half_width), float(a - b + half_width), float(p)
+    )
 
 
 class Group(NamedTuple):

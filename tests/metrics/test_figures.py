@@ -66,7 +66,7 @@ def test_calibrations_gaps_weighted_by_slides_are_the_expected_calibration_error
     shares, labels = drawn(3)
     curve = calibration(shares.max(1), shares.argmax(1) == labels)
     [(said, true)] = curve.lines.values()
-    slides = curve.more["slides"]
+    slides = curve.extra_columns["slides"]
     assert slides.sum() == len(labels)
     gap = (slides * abs(said - true)).sum() / slides.sum()
     assert gap == pytest.approx(ece(shares, labels, np.ones((1, len(labels))))[0], abs=1e-12)
@@ -173,7 +173,7 @@ def test_a_test_set_whose_events_tell_nothing_has_its_curves_and_no_p(tmp_path, 
         edges=(2.5,),
     )
     write_figures(drawn, tmp_path)
-    assert drawn[0].title == "log-rank p undefined: no event tells them apart"
+    assert drawn[0].title == "log-rank p undefined: no event separates the groups"
     assert {path.stem for path in tmp_path.glob("*.png")} == {"kaplan_meier", "calibration"}
 
 
