@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from e2e.errors import optional_import
 from e2e.files import write_atomically
 
 
@@ -178,7 +179,8 @@ class TensorBoard:
     def log(self, values: Mapping[str, float], step: int) -> None:
         """See :class:`Tracker`."""
         if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+            with optional_import("tracking", use="run.track=[tensorboard]"):
+                from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._folder), purge_step=step)
         for name, value in values.items():
@@ -207,7 +209,8 @@ class Wandb:
     """
 
     def __init__(self, folder: Path, settings: str, *, mode: str = "offline") -> None:
-        import wandb
+        with optional_import("tracking", use="run.track=[wandb]"):
+            import wandb
 
         run_id = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
         wandb_settings = wandb.Settings(console="off", disable_git=True, save_code=False)

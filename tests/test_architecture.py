@@ -18,7 +18,7 @@ OWNERS = {
     "lmdb": {"e2e/store/lmdb.py", "e2e/store/snapshot.py", "tools/bench_loader.py"},
     "openslide": {"e2e/wsi/slide.py"},
     "timm": {"e2e/encoders/timm.py", "e2e/encoders/foundation.py"},
-    "torch.distributed": {*PARALLEL, "launch/torchrun.py"},
+    "torch.distributed": {*PARALLEL, "e2e/parallel/launcher.py"},
     "torch.nn.parallel": {"e2e/parallel/ddp.py"},
     "deepspeed": {"e2e/parallel/deepspeed.py"},
     "wandb": {"e2e/log.py"},
@@ -33,10 +33,10 @@ OWNERS = {
 }
 """Library -> the only files that may import it."""
 
-GROUND = ("errors", "registry", "files", "seeds", "memory", "slides", "log")
+GROUND = ("errors", "registry", "files", "seeds", "memory", "sizes", "slides", "log")
 LAYERS = (
     GROUND,
-    ("wsi", "parallel"),
+    ("wsi", "parallel", "toy"),
     ("metrics", "images", "encoders", "heads", "settings"),
     ("losses",),
     ("tasks", "store"),
@@ -46,6 +46,8 @@ LAYERS = (
     ("training",),
     ("reports",),
     ("runs",),
+    ("api", "cli"),
+    ("__main__",),
 )
 """Packages and modules of ``e2e`` from the ground up: each imports only from layers below its own."""
 

@@ -40,7 +40,7 @@ from torch.nn.functional import cross_entropy
 import e2e.heads  # noqa: F401
 from e2e.errors import UserError, exit_code
 from e2e.heads.base import HEADS, Head
-from e2e.memory import parse_bytes
+from e2e.sizes import parse_bytes
 
 STATUS = Path("/proc/self/status")
 RESET_PEAK = Path("/proc/self/clear_refs")

@@ -111,8 +111,9 @@ def cut_slides(args: argparse.Namespace, folder: Path) -> PatchStore:
 
 def drawn(side: int) -> list[bytes]:
     """Patches of the toy cohort's tissue."""
-    from make_toy import SlideSpec, paint
     from PIL import Image
+
+    from e2e.toy.paint import SlideSpec, paint
 
     found = []
     for number in range(2):

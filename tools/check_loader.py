@@ -23,7 +23,7 @@ from e2e.bags.prefetch import AHEAD
 from e2e.errors import UserError
 from e2e.images.augment import Augment
 from e2e.images.decode import DECODERS, Decoder, build_decoder
-from e2e.memory import show_bytes
+from e2e.sizes import show_bytes
 
 
 def parts(bench_: Bench) -> Iterator[Row]:

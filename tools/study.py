@@ -146,7 +146,7 @@ class Study:
             asked += [f"data.labels={self.out}/labels_without_test.csv"]
             asked += ["data.unmatched=drop"]  # the test slides of the store
             asked += [f"select.every={-(-arm.epochs // self.validations)}"]
-            self.step("launch/train.py", start_or_resume(asked, folder), folder.name)
+            self.step("train", start_or_resume(asked, folder), folder.name)
         report = json.loads((folder / "metrics.json").read_text())
         return {
             k: report["val"][report["selected_weights"]][k]["value"] for k in ("auc", "log_loss")
@@ -158,7 +158,7 @@ class Study:
         if not is_done(folder / "test"):
             asked = [str(folder), "--out", str(folder / "test")]
             asked += [f"data.labels={self.out}/labels_test.csv"]
-            self.step("launch/evaluate.py", asked, f"{folder.name}_test")
+            self.step("evaluate", asked, f"{folder.name}_test")
         table = pd.read_csv(folder / "test" / "predictions.csv", dtype={"case": str, "slide": str})
         return table[table["split"] == "test"].reset_index(drop=True)
 
@@ -166,17 +166,17 @@ class Study:
         """Where a run lives."""
         return self.out / "runs" / f"{arm.name}_lr{lr:g}_seed{seed}"
 
-    def step(self, script: str, arguments: list[str], name: str) -> None:
+    def step(self, command: str, arguments: list[str], name: str) -> None:
         """Run one of the project's commands, time it; its failure ends the study."""
         log = self.out / "runs" / f"{name}.log"
-        print(f"{time.strftime('%H:%M:%S')}  {script} {name}", flush=True)
+        print(f"{time.strftime('%H:%M:%S')}  e2e {command} {name}", flush=True)
         started = time.monotonic()
-        code = run_command(script, arguments, log)
+        code = run_command(command, arguments, log)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
         write_json(self.out / "times.json", self.seconds)
         if code:
             raise UserError(
-                f"{script} ended with exit code {code}; {log} says why\n"
+                f"e2e {command} ended with exit code {code}; {log} says why\n"
                 "  mend it, then run the study again: it goes on from here"
             )
 

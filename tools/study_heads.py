@@ -40,6 +40,7 @@ from e2e.heads.base import HEADS
 from e2e.metrics.bootstrap import case_weights, confidence_interval
 from e2e.metrics.values import Array, auc
 from e2e.registry import did_you_mean
+from e2e.runs.processes import child_environment, command_line
 from tools.study import ROOT, Arm, Study, choose, paired, plan
 
 RATES = {"e2e": (3e-4,), "frozen": (1e-3,)}
@@ -79,23 +80,25 @@ class HeadStudy(Study):
         file = self.out / "memory.json"
         self.memory: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
 
-    def step(self, script: str, arguments: list[str], name: str) -> None:
+    def step(self, command: str, arguments: list[str], name: str) -> None:
         """As there, and the command's peak resident memory."""
         log = self.out / "runs" / f"{name}.log"
-        print(f"{time.strftime('%H:%M:%S')}  {script} {name}", flush=True)
-        command = [sys.executable, str(ROOT / script), *arguments]
+        print(f"{time.strftime('%H:%M:%S')}  e2e {command} {name}", flush=True)
+        words = command_line(command, arguments)
         started = time.monotonic()
         with log.open("a") as file:
-            print(f"$ {shlex.join(command)}", file=file, flush=True)
-            measured = [sys.executable, "-I", "-S", "-c", MEASURE, *command]
-            done = subprocess.run(measured, stdout=subprocess.PIPE, stderr=file, check=False)
+            print(f"$ {shlex.join(words)}", file=file, flush=True)
+            measured = [sys.executable, "-I", "-S", "-c", MEASURE, *words]
+            done = subprocess.run(
+                measured, stdout=subprocess.PIPE, stderr=file, env=child_environment(), check=False
+            )
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
         self.memory[name] = max(self.memory.get(name, 0.0), int(done.stdout or 0) / 1024)
         write_json(self.out / "times.json", self.seconds)
         write_json(self.out / "memory.json", self.memory)
         if done.returncode:
             raise UserError(
-                f"{script} ended with exit code {done.returncode}; {log} says why\n"
+                f"e2e {command} ended with exit code {done.returncode}; {log} says why\n"
                 "  mend it, then run the study again: it goes on from here"
             )
 
@@ -115,7 +118,7 @@ class HeadStudy(Study):
             for key, value in encoder.options.items():
                 if key != "stage" and value != known[key][1]:
                     asked.append(f"encoder.{key}={json.dumps(value)}")
-            self.step("launch/extract.py", asked, "features")
+            self.step("extract", asked, "features")
             write_json(done, sorted(map(str, out.glob("*/features_*/"))))
         return [Path(text) for text in json.loads(done.read_text())]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,7 @@ def evaluate_run(
     tensors, state = load_checkpoint(best)
     report: dict[str, Any] = {"epoch": state["best_epoch"] + 1, "selected_weights": selected}
     report["chosen_on"] = chosen_on
+    evaluation = _Evaluation(model, view, strategy, screen, draws)
     selected_predictions: list[Prediction] = []
     for name in ("model", "ema"):
         weights = select_prefix(name, tensors)
@@ -213,21 +215,9 @@ def evaluate_run(
                 folder = out / "heatmaps"
                 on_slide = _draw_heatmaps(task_for_weights, view, slides[:heatmaps], folder, screen)
             with strategy.full_parameters(strategy.shard(weights)):
-                predictions = predict(
-                    model,
-                    slides,
-                    task=task_for_weights,
-                    view=view,
-                    strategy=strategy,
-                    screen=screen,
-                    on_slide=on_slide,
-                )
-            centres = centres_of(predictions) if is_selected else []
-            metrics, by_centre = score_centres(predictions, task_for_weights, centres, draws=draws)
+                predictions = evaluation.predict(slides, task_for_weights, on_slide)
             results = report.setdefault(split, {"slides": len(slides)})
-            results[name] = metrics
-            if by_centre:
-                results["centres"] = by_centre
+            results |= evaluation.score(predictions, task_for_weights, name, centres=is_selected)
             if is_selected:
                 selected_predictions += predictions
     if strategy.is_leader:
@@ -235,6 +225,38 @@ def evaluate_run(
     title = f"epoch {report['epoch']}, selected on {chosen_on} by {selected}"
     screen.table(title, *metric_table(report))
     return report
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What is the same for all splits and weights."""
+
+    model: MILModel
+    view: BagSpec
+    strategy: Strategy
+    screen: Screen
+    draws: int
+
+    def predict(
+        self, slides: Sequence[LabelledSlide], task: Task, on_slide: OnSlide | None
+    ) -> list[Prediction]:
+        return predict(
+            self.model,
+            slides,
+            task=task,
+            view=self.view,
+            strategy=self.strategy,
+            screen=self.screen,
+            on_slide=on_slide,
+        )
+
+    def score(
+        self, predictions: Sequence[Prediction], task: Task, weights: str, *, centres: bool
+    ) -> dict[str, Any]:
+        """The metrics under the name of the weights, and if wanted those of each centre."""
+        names = centres_of(predictions) if centres else []
+        metrics, by_centre = score_centres(predictions, task, names, draws=self.draws)
+        return {weights: metrics, **({"centres": by_centre} if by_centre else {})}
 
 
 def _draw_heatmaps(

@@ -10,7 +10,7 @@ import pandas as pd
 
 from e2e.bags.spec import LabelledSlide
 from e2e.cohort.splits import EXTERNAL
-from e2e.errors import UserError, format_list
+from e2e.errors import UserError, describe_interrupt, format_list
 from e2e.files import create_folder
 from e2e.log import Screen
 from e2e.parallel import Strategy
@@ -25,8 +25,22 @@ from e2e.runs.parts import (
     selected_weights,
     session,
 )
+from e2e.runs.processes import needs_ranks, run_ranks
+from e2e.settings.cli import evaluate_parser
 from e2e.settings.layers import saved_settings
 from e2e.settings.schema import Settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``e2e evaluate`` and return its exit code."""
+    args = evaluate_parser().parse(argv)
+    settings = saved_settings(args.run, args.overrides, REGISTRIES)
+    if needs_ranks(args.gpus, on_cpu=settings.engine.device == "cpu"):
+        return run_ranks("evaluate", argv, args.gpus)
+    out = args.out or args.run / ("external" if args.external else "evaluation")
+    with describe_interrupt(lambda: "interrupted; the evaluation is not saved; run it again"):
+        evaluate(settings, args.run, out, external=args.external)
+    return 0
 
 
 def evaluate(settings: Settings, folder: Path, out: Path, *, external: bool = False) -> None:

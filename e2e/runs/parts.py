@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import e2e.encoders
@@ -36,11 +37,12 @@ from e2e.images.decode import build_decoder
 from e2e.images.threads import decoder_threads
 from e2e.log import Screen
 from e2e.losses.base import REGULARISERS, Regulariser
-from e2e.memory import free_memory, parse_bytes
+from e2e.memory import free_memory
 from e2e.parallel import Strategy, autocast_dtype, build_strategy, float32_precision, pick_device
 from e2e.runs.folder import check_same_features, load_task
-from e2e.settings.layers import CONFIGS
+from e2e.settings.configs import find_config
 from e2e.settings.schema import BagSettings, Data, Engine, Optim, Plugin, Select, Settings
+from e2e.sizes import parse_bytes
 from e2e.store.open import expand_store_paths, open_store
 from e2e.tasks.base import TASKS, Task
 from e2e.training.losses import check_losses
@@ -85,7 +87,6 @@ def build_model(
     """
     engine = settings.engine
     options = dict(settings.encoder.options)
-    pretrained = bool(options.get("pretrained") or options.get("weights"))
     if width is not None:
         if options["dim"] not in (0, width):
             raise UserError(
@@ -100,11 +101,8 @@ def build_model(
         encoder = ENCODERS.build(settings.encoder.name, **options)
         head = build_head(settings.head, encoder.dim, task.num_outputs)
     regularisers = build_regularisers(settings, head, encoder.dim)
-    policy = engine.batch_norm
-    has_norms = any(isinstance(module, _BatchNorm) for module in encoder.modules())
-    if policy == "auto":
-        policy = "frozen" if pretrained or not has_norms else "chunk"
-    if has_norms:
+    policy = batch_norm_policy(engine.batch_norm, encoder, settings.encoder.options)
+    if _has_batch_norm(encoder):
         _check_policy(engine, policy)
     if engine.checkpoint_blocks:
         encoder.checkpoint_blocks()
@@ -129,6 +127,28 @@ def build_model(
         _check_graphs(engine, device)
         model.compile(cuda_graphs=engine.cuda_graphs)
     return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def batch_norm_policy(policy: str, encoder: nn.Module, options: Mapping[str, Any]) -> str:
+    """Return the BatchNorm policy that ``auto`` stands for; any other is returned as it is.
+
+    Parameters
+    ----------
+    policy : str
+        ``auto``, or a policy of :mod:`e2e.engine.batchnorm`.
+    encoder : nn.Module
+        The encoder.
+    options : mapping
+        The options it was built with, which say whether its weights are pretrained.
+    """
+    if policy != "auto":
+        return policy
+    is_pretrained = bool(options.get("pretrained") or options.get("weights"))
+    return "frozen" if is_pretrained or not _has_batch_norm(encoder) else "chunk"
+
+
+def _has_batch_norm(encoder: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in encoder.modules())
 
 
 def build_head(plugin: Plugin, in_dim: int, num_outputs: int) -> Head:
@@ -174,12 +194,11 @@ def process_settings(settings: Settings) -> Iterator[None]:
 def session(settings: Settings) -> Iterator[tuple[Strategy, Screen]]:
     """Strategy and screen of a run, closed at the end of the block; see also :func:`process_settings`."""
     engine = settings.engine
-    config = Path(engine.deepspeed)
     with process_settings(settings):
         strategy = build_strategy(
             pick_device(engine.device),
             engine.strategy,
-            deepspeed=config if config.is_file() else CONFIGS.parent / config,
+            deepspeed=find_config(engine.deepspeed),
             timeout=60 * engine.timeout,
         )
         screen = Screen(strategy.is_leader)

@@ -14,6 +14,7 @@ import pytest
 from e2e.errors import UserError
 from e2e.metrics.bootstrap import case_weights
 from e2e.metrics.values import auc
+from e2e.runs import crossval
 from e2e.runs import many as child
 from e2e.runs.crossval import Plan, Trial, make_plan, summarise, train_trials, write_tables
 from e2e.runs.parts import REGISTRIES
@@ -167,10 +168,8 @@ def test_a_mistake_is_told_before_any_training(cohort, monkeypatch, capsys, word
 
 def test_the_seed_of_the_settings_is_the_seed_of_the_runs(cohort, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(
-        command.crossval, "train_trials", lambda plan, *_: asked.extend(plan.trials)
-    )
-    monkeypatch.setattr(command.crossval, "report", lambda *_, **__: "")
+    monkeypatch.setattr(crossval, "train_trials", lambda plan, *_: asked.extend(plan.trials))
+    monkeypatch.setattr(crossval, "write_results", lambda *_, **__: "")
     words = [*own_words(cohort), "--folds", "2", "--out", cohort / "cv", "run.seed=5"]
     assert call(command.main, monkeypatch, capsys, *words) == (0, "")
     assert call(command.main, monkeypatch, capsys, *words, "--seeds", "1,2") == (0, "")
@@ -253,12 +252,12 @@ def test_each_word_of_gpus_is_a_run_at_a_time_that_sees_those_alone(tmp_path, mo
     seen = []
 
     def note(command, *, env, **options):
-        seen.append((env.get("CUDA_VISIBLE_DEVICES"), [w for w in command if "nproc" in w]))
+        seen.append((env.get("CUDA_VISIBLE_DEVICES"), [w for w in command if "gpus" in w]))
         return type("Ended", (), {"returncode": 0})
 
     monkeypatch.setattr(child.subprocess, "run", note)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for slot in ("", "3", "0,1"):
-        child.run_script("launch/train.py", [], tmp_path / "log", slot)
-    assert seen == [(None, []), ("3", []), ("0,1", ["--nproc-per-node=2"])]
+        child.run_command("train", [], tmp_path / "log", slot)
+    assert seen == [(None, []), ("3", []), ("0,1", ["--gpus=2"])]
     assert sys.executable in (tmp_path / "log").read_text()

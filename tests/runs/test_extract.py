@@ -29,13 +29,13 @@ from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore, StoreWriter
 from e2e.store.records import SlideRecord
 from launch import extract as command
+from tests.helpers.commands import TORCHRUN
 from tests.helpers.paths import ROOT
 from tests.helpers.stores import jpeg, patches, record, write_store
 
 COUNTS = {"s1": 7, "s2": 3, "s3": 5, "s4": 1}
 ENCODER = "test_resnet"
 RANDOM = {"pretrained": False}
-BIN = Path(sys.executable).parent
 CPU = torch.device("cpu")
 
 
@@ -405,7 +405,7 @@ def test_a_vit_gets_the_size_that_it_is_built_for(store, tmp_path, monkeypatch, 
 def test_two_ranks_share_the_slides(store, tmp_path):
     argv = ["--stores", store.path, "--encoder", ENCODER, "encoder.pretrained=false", "--out",
             tmp_path / "out", "--device", "cpu", "--dtype", "float32", "--batch", "4"]  # fmt: skip
-    ranks = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "launch/extract.py"]
+    ranks = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "launch/extract.py"]
     done = subprocess.run(
         [str(word) for word in (*ranks, *argv)],
         check=False, cwd=ROOT, capture_output=True, text=True,

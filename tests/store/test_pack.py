@@ -514,9 +514,8 @@ def test_a_mistake_is_explained_before_anything_is_made(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.svs").touch()
     monkeypatch.setattr(sys, "path", [str(TOOL.parent), *sys.path])
-    import pack_lmdb
-
     from e2e.errors import exit_code
+    from tools import pack_lmdb
 
     monkeypatch.setattr(sys, "argv", ["pack_lmdb.py", "--out", "o.lmdb", *options])
     assert exit_code(pack_lmdb.main) == 2

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from e2e.errors import UserError
+from e2e.runs.inspect import CELL, main, span
 from e2e.store.lmdb import StoreWriter
 from tests.helpers.paths import ROOT
 from tests.helpers.stores import RECIPE, jpeg, patches, record, write_store
-from tools.inspect_lmdb import CELL, main, span
 
 TOOL = ROOT / "tools" / "inspect_lmdb.py"
 

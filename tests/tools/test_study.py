@@ -122,8 +122,8 @@ def test_a_study_of_two_arms(cohort, monkeypatch, capfd):
     assert call(monkeypatch, cohort, *asked, "--seeds", "0") == 0
     assert call(monkeypatch, cohort, *asked, "--seeds", "0") == 0  # finished runs are kept
     said = capfd.readouterr().out
-    assert said.count("launch/train.py") == 3
-    assert said.count("launch/evaluate.py") == 2
+    assert said.count("e2e train") == 3
+    assert said.count("e2e evaluate") == 2
     result = json.loads((cohort / "out" / "study.json").read_text())
     every, drawn = result["arms"]
     assert (every["steps"], every["patches"]) == (6, 2 * 6 * 6)

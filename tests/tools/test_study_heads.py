@@ -137,8 +137,8 @@ def test_a_study_of_heads(cohort, monkeypatch, capfd):  # noqa: F811
     # Finished runs and features are kept; an arm may be added.
     assert call(monkeypatch, cohort, "--heads", "abmil", "--aem", "0,0.1") == 0
     said = capfd.readouterr().out
-    assert said.count("launch/extract.py") == 1
-    assert said.count("launch/train.py") == said.count("launch/evaluate.py") == 4
+    assert said.count("e2e extract") == 1
+    assert said.count("e2e train") == said.count("e2e evaluate") == 4
     result = json.loads((cohort / "out" / "study.json").read_text())
     arms = {arm["name"]: arm for arm in result["arms"]}
     assert list(arms) == ["frozen_abmil", "e2e_abmil", "frozen_abmil_aem0.1", "e2e_abmil_aem0.1"]
