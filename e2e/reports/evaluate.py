@@ -30,11 +30,23 @@ from e2e.training.checkpoint import check_weights, load_checkpoint, select_prefi
 Metrics = dict[str, dict[str, float | None]]
 """Metric -> ``value``, ``low`` and ``high``."""
 UNKNOWN_CENTRE = "unknown"
-"""Centre of slides for which the label table names none, where it does for others."""
+"""Centre of slides without one in the label table, if other slides have one."""
 
 
 def score(predictions: Sequence[Prediction], task: Task, *, draws: int, seed: int = 0) -> Metrics:
-    """Return each metric with its 95 % percentile interval over ``draws`` resamples of the cases."""
+    """Return each metric with its 95 % percentile interval over bootstrap resamples of the cases.
+
+    Parameters
+    ----------
+    predictions
+        Predictions with targets, one for each slide.
+    task
+        Computes the metrics.
+    draws
+        Number of resamples.
+    seed
+        Random seed of the resamples.
+    """
     return score_centres(predictions, task, [], draws=draws, seed=seed)[0]
 
 
@@ -50,8 +62,16 @@ def score_centres(
 
     Parameters
     ----------
+    predictions
+        Predictions with targets, one for each slide.
+    task
+        Computes the metrics.
     centres
         The centre of each prediction; empty: there are no results by centre.
+    draws
+        Number of resamples.
+    seed
+        Random seed of the resamples.
 
     Returns
     -------
@@ -81,8 +101,8 @@ def score_centres(
 def centres_of(predictions: Sequence[Prediction]) -> list[str]:
     """Return the centre of each prediction; empty if there are fewer than two centres.
 
-    The label table names it (``unknown`` where it does not); if it names none at all and all cases are
-    TCGA barcodes, they do.
+    Centres come from the label table, ``unknown`` where it has none for a slide. If it has none at all and
+    all cases are TCGA barcodes, the tissue source site of the barcode is used.
     """
     if any(prediction.centre for prediction in predictions):
         centres = [prediction.centre or UNKNOWN_CENTRE for prediction in predictions]
@@ -96,7 +116,13 @@ def centres_of(predictions: Sequence[Prediction]) -> list[str]:
 
 
 def metric_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows for the screen: one row a metric, one column a split and kind of weights."""
+    """Return the header and rows of a table: a row per metric, a column per split and kind of weights.
+
+    Parameters
+    ----------
+    report
+        The content of metrics.json, as :func:`evaluate_run` returns it.
+    """
     columns = {
         f"{split} ({weights})": report[split][weights]
         for split in ("val", "test")
@@ -138,14 +164,30 @@ def evaluate_run(
 
     Parameters
     ----------
+    model
+        The model; its weights are restored afterwards.
     best
         Checkpoint of the selected epoch.
+    items
+        The slides of the cohort; those of the training split are ignored.
+    task
+        The fitted task.
+    view
+        How patches of a slide are read.
+    selected
+        Kind of weights selected on the validation split: ``model`` or ``ema``.
     chosen_on
         Split on which the epoch was selected.
     draws
         Bootstrap resamples of the cases.
     heatmaps
         Maximum number of test slides to draw; None: all.
+    out
+        Folder of the results.
+    strategy
+        Ranks and device; every rank calls this function.
+    screen
+        Shows progress, and the table of metrics.
 
     Returns
     -------
@@ -233,4 +275,4 @@ def _write_results(
     test = [prediction for prediction in predictions if prediction.split == "test"]
     if test:
         write_figures(task.figures(*to_arrays(test)), out / "figures")
-    write_json(out / "metrics.json", report)  # last: a run that has it is done
+    write_json(out / "metrics.json", report)  # last: its presence marks the run as finished

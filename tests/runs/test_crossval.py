@@ -183,7 +183,7 @@ def test_a_file_in_the_place_of_the_folder_is_one_message(cohort, monkeypatch, c
         code, said = call(command.main, monkeypatch, capsys, *words)
         assert (code, said.splitlines()[0]) == (
             2,
-            f"error: cannot make the folder {out}: {WHY[out.name]}",
+            f"error: cannot create the folder {out}: {WHY[out.name]}",
         )
 
 

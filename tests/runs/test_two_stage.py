@@ -477,7 +477,7 @@ def test_a_file_in_the_place_of_a_folder_is_one_message(cohort, monkeypatch, cap
     assert call(train.main, monkeypatch, capsys, *few)[0] == 0
     out = cohort / "file" / "again"
     code, said = call(evaluate.main, monkeypatch, capsys, cohort / "run", "--out", out)
-    assert (code, f"cannot make the folder {out}: Not a directory" in said) == (2, True)
+    assert (code, f"cannot create the folder {out}: Not a directory" in said) == (2, True)
 
 
 def test_the_published_protocol_chooses_on_test_fits_on_all_and_says_so(
