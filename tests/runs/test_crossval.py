@@ -83,7 +83,7 @@ def test_all_folds_are_judged_as_one_test_set_a_seed_under_the_same_resamples_of
 
 def test_folds_whose_models_are_on_other_scales_are_judged_by_themselves(monkeypatch):
     found = folds(seeds=1)
-    monkeypatch.setattr(type(BINARY), "pools", False)
+    monkeypatch.setattr(type(BINARY), "can_pool_folds", False)
     each = [area([run], np.ones((1, 8)))[0] for run in found.values()]
     assert row_of(found, "auc").all_folds["value"] == pytest.approx(np.mean(each))
 
@@ -153,7 +153,7 @@ def test_a_run_that_fails_ends_the_others_before_they_begin_and_names_its_log(tm
             ["--folds", "3", "data.split_file=s.csv"],
             "data.split_file=null data.fold=null to make new ones",
         ),
-        (["--folds", "99"], "16 cases cannot be laid in 99 folds"),
+        (["--folds", "99"], "16 cases cannot be divided into 99 folds"),
         (["--folds", "3", "--seeds", "a"], "--seeds cannot be read"),
         (["--folds", "3", "--at-once", "0"], "--at-once must be at least 1"),
     ],

@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from e2e.bags.loader import full_bag
 from e2e.bags.readers import PixelRowReader
@@ -22,7 +21,7 @@ from e2e.encoders.base import ENCODERS
 from e2e.engine.model import MILModel
 from e2e.errors import UserError, exit_code
 from e2e.features.reader import open_features
-from e2e.heads.base import HeadOutput
+from e2e.heads.base import Head, HeadOutput
 from e2e.images.decode import build_decoder
 from e2e.runs.extract import encoder_options, extract, magnification, weights_digest
 from e2e.slides import Slide
@@ -61,7 +60,7 @@ def features_of(out: Path) -> Path:
     return folder
 
 
-class Seen(nn.Module):
+class Seen(Head):
     """A head that keeps what it is given."""
 
     def forward(self, features, mask, coords=None) -> HeadOutput:
@@ -255,7 +254,9 @@ def test_killed_in_the_middle_and_run_again_it_is_as_if_it_never_was(store, tmp_
 )
 def test_features_made_in_another_way_are_not_mixed(store, tmp_path, change, word):
     run(store, tmp_path / "out")
-    with pytest.raises(UserError, match=rf"made in another way\n  {word}: .* there, .* now"):
+    with pytest.raises(
+        UserError, match=rf"made in another way\n  {word}: .* in the folder, .* now"
+    ):
         run(store, tmp_path / "out", **change)
 
 
@@ -266,7 +267,9 @@ def test_other_weights_under_the_same_name_are_noticed(store, tmp_path):
     run(store, tmp_path / "out")
     options = {**RANDOM, "weights": str(tmp_path / "w.pt")}
     how = {"precision": "fp32", "dtype": "float32"}
-    with pytest.raises(UserError, match=r"made in another way\n.*weights: \w+ there, \w+ now"):
+    with pytest.raises(
+        UserError, match=r"made in another way\n.*weights: \w+ in the folder, \w+ now"
+    ):
         extract([store], ENCODER, options, tmp_path / "out", **how)
 
 
@@ -315,7 +318,7 @@ def test_features_that_are_not_finite_are_not_written(store, tmp_path, capsys):
     options = {"weights": str(tmp_path / "w.pt")}
     how = {"precision": "fp32", "device": "cpu", "dtype": "float16"}
     assert extract([store], ENCODER, options, tmp_path / "out", **how) == 3
-    assert "slide 's1' patch 0: its feature has NaN or Inf" in capsys.readouterr().out
+    assert "slide 's1' patch 0: its feature is NaN or infinite" in capsys.readouterr().out
     assert not list((tmp_path / "out").rglob("*.h5"))
 
 

@@ -252,7 +252,7 @@ def test_a_crash_ends_with_another_code_and_its_traceback(cohort, tmp_path):
             ["column 'label' holds bright (", "dark (", "task.classes is [bright, pale]"],
         ),
         (["encoder.weights=nowhere.pt"], ["no weights at nowhere.pt"]),
-        (["engine.batch_norm=sync"], ["in one piece", "engine.chunk is 6"]),
+        (["engine.batch_norm=sync"], ["in one chunk", "engine.chunk is 6"]),
         (["select.weights=ema", "optim.ema=0"], ["select.weights=ema needs a moving average"]),
     ],
 )

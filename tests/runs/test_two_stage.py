@@ -569,12 +569,12 @@ def test_the_weights_that_extraction_noted_are_part_of_who_made_features(tmp_pat
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("head.embed_dim=0", "embed_dim must be at least 1, found 0"),
-        ("head.attn_dim=-1", "attn_dim must be at least 1, found -1"),
+        ("head.embed_dim=0", "embed_dim=0 must be 1 or more"),
+        ("head.attn_dim=-1", "attn_dim=-1 must be 1 or more"),
         ("head.dropout=1.5", "head 'abmil' cannot be built: dropout probability"),
         ("head.dropout=nan", "dropout is not finite"),
         ("encoder.dim=999", "encoder.dim=999, but the features are of width 12"),
-        ("aem.top_k=0", "aem.top_k must be at least 1"),  # even where its weight is 0
+        ("aem.top_k=0", "aem.top_k=0 must be 1 or more"),  # even where its weight is 0
         ("head.gated=3", "head.gated must be true or false, found '3'"),
     ],
 )
