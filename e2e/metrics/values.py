@@ -369,9 +369,8 @@ def classification_metrics(
         Predicted classes; None: the most probable ones.
     """
     classes = probabilities.shape[1]
-    if predicted is None:
-        predicted = probabilities.argmax(1)
-    table = confusion(predicted, labels, classes, weights)
+    decision = probabilities.argmax(1) if predicted is None else predicted
+    table = confusion(decision, labels, classes, weights)
     if classes == 2:
         second, is_second = probabilities[:, 1], labels == 1
         values = {

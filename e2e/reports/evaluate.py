@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.cohort.folds import tcga_sites
 from e2e.engine.model import MILModel
@@ -164,30 +166,16 @@ def evaluate_run(
 
     Parameters
     ----------
-    model
-        The model; its weights are restored afterwards.
     best
         Checkpoint of the selected epoch.
-    items
-        The slides of the cohort; those of the training split are ignored.
-    task
-        The fitted task.
-    view
-        How patches of a slide are read.
     selected
-        Kind of weights selected on the validation split: ``model`` or ``ema``.
+        Weights that selected the epoch: ``model`` or ``ema``.
     chosen_on
         Split on which the epoch was selected.
     draws
         Bootstrap resamples of the cases.
     heatmaps
         Maximum number of test slides to draw; None: all.
-    out
-        Folder of the results.
-    strategy
-        Ranks and device; every rank calls this function.
-    screen
-        Shows progress, and the table of metrics.
 
     Returns
     -------
@@ -198,30 +186,17 @@ def evaluate_run(
     tensors, state = load_checkpoint(best)
     report: dict[str, Any] = {"epoch": state["best_epoch"] + 1, "selected_weights": selected}
     report["chosen_on"] = chosen_on
-    evaluation = _Evaluation(model, view, strategy, screen, draws)
-    selected_predictions: list[Prediction] = []
+    evaluation = _Evaluation(model, items, view, strategy, screen, draws, heatmaps, out)
+    predictions: list[Prediction] = []
     for name in ("model", "ema"):
         weights = select_prefix(name, tensors)
-        if not weights:
-            continue
-        check_weights(strategy.shapes, weights, best)
-        task_for_weights, is_selected = task.for_weights(name), name == selected
-        for split in ("val", "test"):
-            slides = [item for item in items if item.slide.split == split]
-            if not slides:
-                continue
-            on_slide = None
-            if is_selected and split == "test":
-                folder = out / "heatmaps"
-                on_slide = _draw_heatmaps(task_for_weights, view, slides[:heatmaps], folder, screen)
-            with strategy.full_parameters(strategy.shard(weights)):
-                predictions = evaluation.predict(slides, task_for_weights, on_slide)
-            results = report.setdefault(split, {"slides": len(slides)})
-            results |= evaluation.score(predictions, task_for_weights, name, centres=is_selected)
-            if is_selected:
-                selected_predictions += predictions
+        if weights:
+            check_weights(strategy.shapes, weights, best)
+            predictions += evaluation.run(
+                weights, task.for_weights(name), name, report, is_selected=name == selected
+            )
     if strategy.is_leader:
-        _write_results(selected_predictions, task.for_weights(selected), report, out)
+        _write_results(predictions, task.for_weights(selected), report, out)
     title = f"epoch {report['epoch']}, selected on {chosen_on} by {selected}"
     screen.table(title, *metric_table(report))
     return report
@@ -229,43 +204,59 @@ def evaluate_run(
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """What is the same for all splits and weights."""
+    """Evaluates one kind of weights after the other."""
 
     model: MILModel
+    items: Sequence[LabelledSlide]
     view: BagSpec
     strategy: Strategy
     screen: Screen
     draws: int
+    heatmaps: int | None
+    out: Path
 
-    def predict(
-        self, slides: Sequence[LabelledSlide], task: Task, on_slide: OnSlide | None
+    def run(
+        self,
+        weights: Mapping[str, Tensor],
+        task: Task,
+        name: str,
+        report: dict[str, Any],
+        *,
+        is_selected: bool,
     ) -> list[Prediction]:
-        return predict(
-            self.model,
-            slides,
-            task=task,
-            view=self.view,
-            strategy=self.strategy,
-            screen=self.screen,
-            on_slide=on_slide,
-        )
+        """Add the metrics of these weights to the report; return the predictions of selected weights."""
+        predictions: list[Prediction] = []
+        for split in ("val", "test"):
+            slides = [item for item in self.items if item.slide.split == split]
+            if not slides:
+                continue
+            draw = self._heatmaps(task, slides) if is_selected and split == "test" else None
+            with self.strategy.full_parameters(self.strategy.shard(weights)):
+                of_split = predict(
+                    self.model,
+                    slides,
+                    task=task,
+                    view=self.view,
+                    strategy=self.strategy,
+                    screen=self.screen,
+                    on_slide=draw,
+                )
+            results = report.setdefault(split, {"slides": len(slides)})
+            centres = centres_of(of_split) if is_selected else []
+            results[name], by_centre = score_centres(of_split, task, centres, draws=self.draws)
+            if by_centre:
+                results["centres"] = by_centre
+            predictions += of_split if is_selected else []
+        return predictions
 
-    def score(
-        self, predictions: Sequence[Prediction], task: Task, weights: str, *, centres: bool
-    ) -> dict[str, Any]:
-        """The metrics under the name of the weights, and if wanted those of each centre."""
-        names = centres_of(predictions) if centres else []
-        metrics, by_centre = score_centres(predictions, task, names, draws=self.draws)
-        return {weights: metrics, **({"centres": by_centre} if by_centre else {})}
-
-
-def _draw_heatmaps(
-    task: Task, view: BagSpec, slides: Sequence[LabelledSlide], folder: Path, screen: Screen
-) -> OnSlide:
-    with_coords = [item for item in slides if item.record.coords is not None]
-    if len(with_coords) < len(slides):
-        screen.say("no heatmaps of slides without coordinates; see the setting data.coords")
-    return heatmap_writer(task, view.reader, folder, with_coords)
+    def _heatmaps(self, task: Task, slides: Sequence[LabelledSlide]) -> OnSlide:
+        drawn = slides[: self.heatmaps]
+        with_coords = [item for item in drawn if item.record.coords is not None]
+        if len(with_coords) < len(drawn):
+            self.screen.say(
+                "no heatmaps of slides without coordinates; see the setting data.coords"
+            )
+        return heatmap_writer(task, self.view.reader, self.out / "heatmaps", with_coords)
 
 
 def _write_results(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -132,13 +133,40 @@ def search(
         undefined in every trial. Where it is undefined in some, these count as the worst.
     """
     with optional_import("search", use="e2e sweep"):
-        import optuna
+        import optuna  # noqa: F401
 
     plan = {"command": list(command), "space": dict(space), "metric": metric}
     write_plan(out / "sweep.json", plan, "search")
-    study = _open_study(out, metric, seed)
+    with _quiet_optuna():
+        return _search(command, space, _open_study(out, metric, seed), out, trials, metric, report)
+
+
+@contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    """Keep Optuna from printing a line for each trial inside the block."""
+    import optuna
+
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def _search(
+    command: Sequence[str],
+    space: Mapping[str, Any],
+    study: Any,
+    out: Path,
+    trials: int,
+    metric: str,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    from optuna.trial import TrialState
+
     worst = math.inf if metric in LOWER_IS_BETTER else -math.inf
-    complete = (optuna.trial.TrialState.COMPLETE,)
+    complete = (TrialState.COMPLETE,)
     while len(study.get_trials(deepcopy=False, states=complete)) < trials:
         trial = study.ask()
         settings = {name: _suggest(trial, name, entry) for name, entry in space.items()}
@@ -162,7 +190,6 @@ def _open_study(out: Path, metric: str, seed: int) -> Any:
     """Create the study in ``out``, or open it; settings of trials that were stopped are tried again."""
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         storage=f"sqlite:///{out.resolve()}/optuna.db",
         study_name="sweep",

@@ -354,10 +354,10 @@ def test_the_command_reads_stores_and_says_what_it_did(store, tmp_path, monkeypa
     argv = ["--stores", tmp_path / "*.lmdb", "--encoder", ENCODER, "encoder.pretrained=false",
             "--out", tmp_path / "out", "--device", "cpu"]  # fmt: skip
     code, said, _ = call(monkeypatch, capsys, *argv)
-    assert (code, "4 slides to encode, 0 are there already" in said) == (0, True)
+    assert (code, "4 slides to encode, 0 already done" in said) == (0, True)
     assert open_features(features_of(tmp_path / "out")).features("s1").dtype == torch.float16
     code, said, _ = call(monkeypatch, capsys, *argv)
-    assert (code, "0 slides to encode, 4 are there already" in said) == (0, True)
+    assert (code, "0 slides to encode, 4 already done" in said) == (0, True)
     code, _, wrong = call(monkeypatch, capsys, *argv, "--size", 48)
     assert (code, wrong.startswith("error: ")) == (2, True)
 
