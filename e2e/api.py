@@ -37,13 +37,12 @@ def create_model(
     train_encoder: bool = True,
     autocast: torch.dtype | None = None,
 ) -> MILModel:
-    """Return encoder and head as one module, on the CPU.
+    """Return encoder and head as one module on the CPU, which takes patches or bags.
 
     Parameters
     ----------
     name : str
-        ``e2e_<encoder>_<head>``, a head alone (for features), or a file of ``configs/models``, of which
-        only the sections ``encoder`` and ``head`` are used.
+        ``e2e_<encoder>_<head>``, a head alone (for features), or a file of ``configs/models``.
     num_outputs : int
         Number of outputs of the head, such as the number of classes.
     pretrained : bool, optional
@@ -53,16 +52,11 @@ def create_model(
     chunk : int
         Number of patches encoded at once. It bounds the memory, and does not change the gradients.
     batch_norm : {"auto", "frozen", "chunk", "sync"}
-        See :mod:`e2e.engine.batchnorm`; ``auto``: frozen with pretrained weights, otherwise ``chunk``.
+        ``auto``: frozen with pretrained weights, otherwise ``chunk``.
     train_encoder : bool
         Whether the encoder gets gradients.
     autocast : torch.dtype, optional
         Lower precision for the matrix products, such as ``torch.bfloat16``.
-
-    Returns
-    -------
-    MILModel
-        A module that takes patches or bags.
 
     Raises
     ------

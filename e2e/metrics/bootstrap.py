@@ -55,13 +55,13 @@ def confidence_interval(values: Array) -> dict[str, float | None]:
     resamples = values[1:][~np.isnan(values[1:])]
     low, high = np.percentile(resamples, [2.5, 97.5]) if len(resamples) else (np.nan, np.nan)
     return {
-        "value": _none_if_nan(values[0]),
-        "low": _none_if_nan(low),
-        "high": _none_if_nan(high),
+        "value": _float_or_none(values[0]),
+        "low": _float_or_none(low),
+        "high": _float_or_none(high),
     }
 
 
-def _none_if_nan(value: float) -> float | None:
+def _float_or_none(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 

@@ -86,14 +86,14 @@ def _convert_slide(
             return Row(slide, "quarantined", path=path, reason="it has no patches")
         if level0_px is not None:
             record = replace(record, level0_px=level0_px)
-        writer.add(record, _read_jpegs(old, record))
+        writer.add(record, _jpegs_of_slide(old, record))
     except DamagedDataError as error:  # of OLD.lmdb; a fault of the store is another UserError
         return Row(slide, "quarantined", path=path, reason=str(error))
     _verify_copy(old, writer, record)
     return Row.of(record, "packed", path)
 
 
-def _read_jpegs(old: AbmilxStore, record: SlideRecord) -> Iterator[bytes]:
+def _jpegs_of_slide(old: AbmilxStore, record: SlideRecord) -> Iterator[bytes]:
     """Yield the patches in order; DamagedDataError if one has another size than the first."""
     for rows in _batches(record.num_patches):
         for index, jpeg in zip(rows, old.read(record.slide, rows), strict=True):

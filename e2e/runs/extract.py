@@ -194,16 +194,7 @@ def extract(
         try:
             with strategy.detect_lost_ranks():
                 return _extract_share(
-                    stores,
-                    encoder,
-                    options,
-                    out,
-                    strategy,
-                    screen,
-                    size=size,
-                    batch=batch,
-                    precision=precision,
-                    dtype=dtype,
+                    stores, encoder, options, out, strategy, screen, size, batch, precision, dtype
                 )
         finally:
             screen.pause()
@@ -217,7 +208,6 @@ def _extract_share(
     out: Path,
     strategy: Strategy,
     screen: Screen,
-    *,
     size: int | None,
     batch: int,
     precision: str,

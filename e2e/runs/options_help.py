@@ -40,8 +40,8 @@ def describe_topic(topic: str, registries: Mapping[str, Registry[Any]]) -> str:
         if name:
             return describe_plugin(registries[kind], name, section=kind)
         return f"{kind}.name is one of:\n" + "\n".join(
-            f"  {known:16} {_first_sentence(registries[kind], known)}"
-            for known in registries[kind].names()
+            f"  {plugin:16} {_first_sentence(registries[kind], plugin)}"
+            for plugin in registries[kind].names()
         )
     if kind in losses.names():
         return describe_plugin(losses, kind, section=kind)

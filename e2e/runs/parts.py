@@ -115,12 +115,7 @@ def build_model(
         head,
         chunk=sys.maxsize if encoder.input_kind == "features" else engine.chunk,
         batch_norm=policy,
-        # Not with sharded weights; torch.compile fuses by itself; checkpointed blocks are encoded again
-        # when the folded weights are gone.
-        fold=engine.fold
-        and not engine.compile
-        and not engine.checkpoint_blocks
-        and engine.strategy in ("auto", "ddp"),
+        fold=_may_fold(engine),
         train_encoder=settings.optim.train_encoder,
         autocast=autocast_dtype(engine.precision, device),
         keep_graphs=engine.keep_graphs,
@@ -131,6 +126,17 @@ def build_model(
         _check_graphs(engine, device)
         model.compile(cuda_graphs=engine.cuda_graphs)
     return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def _may_fold(engine: Engine) -> bool:
+    """Whether frozen BatchNorms may be folded into convolutions, if the settings allow it.
+
+    Not with sharded weights; not where torch.compile fuses by itself, nor where blocks are checkpointed,
+    which are encoded again when the folded weights are gone.
+    """
+    has_whole_weights = engine.strategy in ("auto", "ddp")
+    is_eager = not engine.compile and not engine.checkpoint_blocks
+    return engine.fold and is_eager and has_whole_weights
 
 
 def batch_norm_policy(policy: str, encoder: nn.Module, options: Mapping[str, Any]) -> str:

@@ -152,13 +152,7 @@ def predict_items(
     features = check_features_of_run(settings, folder, items, screen)
     strategy = Strategy(pick_device(settings.engine.device))
     parts = make_parts(
-        settings,
-        task,
-        list(items),
-        strategy.device,
-        trained=True,
-        problems=[],
-        features=features,
+        settings, task, list(items), strategy.device, trained=True, problems=[], features=features
     )
     selected = select_prefix(selected_weights(settings.optim, settings.select), weights)
     strategy.setup(parts.model, None, clip=None)

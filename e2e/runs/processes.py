@@ -90,12 +90,12 @@ def run_ranks(command: str, arguments: Sequence[str] | None, num_ranks: int | No
 
     words = sys.argv[1:] if arguments is None else arguments
     start = ["--standalone", f"--nproc-per-node={num_ranks}", "--module", "e2e", command]
-    with _environment(child_environment()):
+    with _replaced_environment(child_environment()):
         return run_torchrun([*start, *words])
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+def _replaced_environment(variables: Mapping[str, str]) -> Iterator[None]:
     before = dict(os.environ)
     os.environ.update(variables)
     try:

@@ -138,7 +138,9 @@ def search(
     plan = {"command": list(command), "space": dict(space), "metric": metric}
     write_plan(out / "sweep.json", plan, "search")
     with _quiet_optuna():
-        return _search(command, space, _open_study(out, metric, seed), out, trials, metric, report)
+        return _run_trials(
+            command, space, _open_study(out, metric, seed), out, trials, metric, report
+        )
 
 
 @contextmanager
@@ -154,7 +156,7 @@ def _quiet_optuna() -> Iterator[None]:
         optuna.logging.set_verbosity(verbosity)
 
 
-def _search(
+def _run_trials(
     command: Sequence[str],
     space: Mapping[str, Any],
     study: Any,
