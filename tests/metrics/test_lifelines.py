@@ -1,6 +1,6 @@
 """Survival against saved results of lifelines, which cannot be installed beside the other packages.
 
-The command in the docstring of tools/reference_lifelines.py writes lifelines.json again. Where lifelines
+tools/bench/reference_lifelines.py writes lifelines.json again (see its docstring). Where lifelines
 and this project define a quantity alike, the values are equal. They differ in three points:
 
 - lifelines fits Cox's model with Efron's ties only. Breslow's ties are compared with scikit-survival (see

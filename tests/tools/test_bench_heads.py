@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
-
-import pytest
-import torch
-
-from tests.helpers.paths import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
 
 import bench_heads as bench
 import check_heads
+import pytest
+import torch
 from check_engine import Row
 from check_heads import BATCH, WIDTH, Times, Training
 

@@ -5,22 +5,16 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import sys
 import time
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import bench_loader as bench
+import check_loader
 import numpy as np
 import pytest
 import torch
-
-from tests.helpers.paths import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-import bench_loader as bench
-import check_loader
 from bench_loader import Bench, OtherPixelsError, Sizes
 from check_engine import Row
 

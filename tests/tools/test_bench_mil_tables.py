@@ -8,22 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_mil_tables as bench
 import numpy as np
 import pytest
 import torch
+from bench_mil_tables import BagTable, cut, fit, pad, read_table, run_seed, summary
 from hypothesis import given
 from hypothesis import strategies as st
-
-from tests.helpers.paths import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-import bench_mil_tables as bench
-from bench_mil_tables import BagTable, cut, fit, pad, read_table, run_seed, summary
 
 from e2e.errors import exit_code
 from e2e.heads.base import HEADS
 from e2e.heads.mean import MeanMIL
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -301,7 +297,7 @@ def test_a_table_and_two_heads_give_lines_a_file_and_a_table(tmp_path):
     path, out = write(tmp_path / "drawn.csv", HALF), tmp_path / "new" / "out.json"
     given = ["--table", path, "--heads", "mean,abmil", "--folds", 2, "--seeds", 2, "--json", out]
     done = subprocess.run(
-        [sys.executable, "tools/bench_mil_tables.py", *map(str, given), "--workers", "1"],
+        [sys.executable, "tools/bench/bench_mil_tables.py", *map(str, given), "--workers", "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -6,17 +6,13 @@ import json
 import subprocess
 import sys
 
-import pytest
-
-from tests.helpers.paths import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-
 import bench_step
 import check_engine
+import pytest
 from bench_step import Way, Work, parse_way, slope, write_store
 
 from e2e.errors import UserError
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +21,7 @@ SMALL = ["--patches", "12", "--size", "32", "--chunk", "5", "--rounds", "1", "--
 
 def run(*arguments: str) -> tuple[int, list[dict], str]:
     done = subprocess.run(
-        [sys.executable, "tools/bench_step.py", *arguments, *SMALL],
+        [sys.executable, "tools/bench/bench_step.py", *arguments, *SMALL],
         cwd=ROOT,
         capture_output=True,
         text=True,

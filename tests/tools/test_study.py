@@ -11,7 +11,7 @@ import pytest
 
 from e2e.errors import exit_code
 from tests.helpers.study_cohort import cohort as cohort
-from tools import study
+from tools.study import study
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ import pytest
 
 from e2e.errors import exit_code
 from tests.helpers.study_cohort import cohort  # noqa: F401  (a fixture)
-from tools import study_heads
+from tools.study import study_heads
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,7 @@
 """How long the intervals take: every metric under DRAWS resamples of CASES simulated cases.
 
-OMP_NUM_THREADS=1 python tools/bench_metrics.py
-python tools/bench_metrics.py --cases 10000 --draws 1000
+OMP_NUM_THREADS=1 python tools/bench/bench_metrics.py
+python tools/bench/bench_metrics.py --cases 10000 --draws 1000
 """
 
 import argparse
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 

@@ -1,11 +1,11 @@
 """Memory and time of one forward and backward of a head, against the number of patches.
 
-  tools/bench_heads.py
-  tools/bench_heads.py --head abmilx --patches 1000 5000 20000 --dense-up-to 5000
-  tools/bench_heads.py --head abmil --patches 100000 --device cuda --options embed_dim=256
-  tools/bench_heads.py --table                 # every head at 1,000, 10,000 and 50,000 patches
-  tools/bench_heads.py --table abmil dsmil --in-dim 512 --patches 2000 --memory 4GiB
-  tools/bench_heads.py --check                 # all that training on features must show; exit 1 if short
+  tools/bench/bench_heads.py
+  tools/bench/bench_heads.py --head abmilx --patches 1000 5000 20000 --dense-up-to 5000
+  tools/bench/bench_heads.py --head abmil --patches 100000 --device cuda --options embed_dim=256
+  tools/bench/bench_heads.py --table  # every head at 1,000, 10,000 and 50,000 patches
+  tools/bench/bench_heads.py --table abmil dsmil --in-dim 512 --patches 2000 --memory 4GiB
+  tools/bench/bench_heads.py --check  # all that training on features must show; exit 1 if short
 
 Each figure comes from a process of its own: the most memory it held, less what it held before the
 forward. "dense" allows only the kernels that write attention matrices out. The loss has what the head
@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
 import json

@@ -1,8 +1,8 @@
 """Heads on tables of bags, by repeated cross-validation: accuracy, AUC, balanced accuracy, time.
 
-  tools/bench_mil_tables.py                                  # three classic tables, eight heads
-  tools/bench_mil_tables.py --table FILE.csv.gz --heads abmil,gabmil --folds 10 --seeds 5 --json OUT.json
-  tools/bench_mil_tables.py --check                          # abmil against Ilse et al.; exit 1 if short
+  tools/bench/bench_mil_tables.py  # three classic tables, eight heads
+  tools/bench/bench_mil_tables.py --table FILE.csv.gz --heads abmil,gabmil --folds 10 --seeds 5 --json O.json
+  tools/bench/bench_mil_tables.py --check  # abmil against Ilse et al.; exit 1 if short
 
 A table is a CSV file, gzipped or not, with or without a line of names: label, bag, then features, a row
 an instance. A bag's label is the largest of its rows'. Labels are any numbers, two classes or more.
@@ -25,7 +25,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
 import dataclasses
@@ -63,7 +63,7 @@ from e2e.training.optim import build_optimizer, learning_rate
 Indices = NDArray[np.int64]
 Figures = dict[str, float]
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TABLES = ("musk1.csv.gz", "elephant.csv.gz", "ucsb_breast_cancer.csv.gz")
 SHOWN = ("abmil", "gabmil", "abmilx", "dsmil", "clam_sb", "transmil", "mean", "max")
 

@@ -3,7 +3,7 @@
 lifelines asks for another pandas than this project does, so it has an environment of its own:
 
 python -m venv ref && ref/bin/pip install lifelines==0.30.3 "pandas<3" scikit-survival==0.28.0 && \\
-    ref/bin/python tools/reference_lifelines.py
+    ref/bin/python tools/bench/reference_lifelines.py
 
 Each data set is fitted with its times in days, as they are, and in months begun, where most events are
 tied. The JSON says what the covariates are, how words are coded and how the numbers are standardised.
@@ -51,7 +51,7 @@ SETS = {
 }
 UNITS = (1.0, 30.4375)
 """Days: a day, a month."""
-OUT = Path(__file__).resolve().parents[1] / "tests" / "metrics" / "lifelines.json"
+OUT = Path(__file__).resolve().parents[2] / "tests" / "metrics" / "lifelines.json"
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=OUT)
     out = parser.parse_args().out
-    found: dict[str, Any] = {"made_by": "tools/reference_lifelines.py"}
+    found: dict[str, Any] = {"made_by": "tools/bench/reference_lifelines.py"}
     libraries = {"lifelines": lifelines, "scikit-survival": sksurv, "pandas": pd}
     libraries |= {"numpy": np, "scipy": scipy}
     found["versions"] = {name: library.__version__ for name, library in libraries.items()}

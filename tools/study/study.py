@@ -1,7 +1,7 @@
 """Does training end to end on all patches of a slide learn more? Arms paired over cases.
 
-  python tools/study.py --datasets lung_detection --out study encoder.weights=FILE
-  python tools/study.py --datasets mine.yaml --out study --epochs 20 --lr all=1e-4 optim.bags=4
+  python tools/study/study.py --datasets lung_detection --out study encoder.weights=FILE
+  python tools/study/study.py --datasets mine.yaml --out study --epochs 20 --lr all=1e-4 optim.bags=4
 
 Arms: `all` (end to end, all patches of a slide a bag), `same_steps` (end to end, --bag random
 patches, as many optimiser steps as `all`), `same_patches` (the same, as many patches seen as `all`:
@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import pandas as pd
@@ -40,7 +40,7 @@ from e2e.runs.many import is_done, run_command, start_or_resume
 from e2e.runs.parts import REGISTRIES, build_task
 from e2e.settings.layers import load_settings
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RATES = dict.fromkeys(("all", "same_steps", "same_patches"), (1e-4, 3e-4))
 RATES |= dict.fromkeys(("frozen", "frozen_whole"), (3e-4, 1e-3))
 """Arm -> learning rates it chooses from."""

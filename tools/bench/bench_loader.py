@@ -1,9 +1,9 @@
 """Speed and memory of the patch stream, beside other ways of making the same pixels.
 
-  tools/bench_loader.py --store FILE.lmdb               # read, decode, augment, all together; other loaders
-  tools/bench_loader.py --slides A.svs B.svs            # the same on slides that are cut first
-  tools/bench_loader.py --store FILE.lmdb --check       # all that the stream must show; exit 1 if short
-  tools/bench_loader.py --check --rows overhead cold    # some of it
+  tools/bench/bench_loader.py --store FILE.lmdb  # read, decode, augment, all together; other loaders
+  tools/bench/bench_loader.py --slides A.svs B.svs  # the same on slides that are cut first
+  tools/bench/bench_loader.py --store FILE.lmdb --check  # all that the stream must show; exit 1 if short
+  tools/bench/bench_loader.py --check --rows overhead cold  # some of it
 
 Patches of real tissue come from a store of tools/pack_lmdb.py, or from slides; without either they are
 drawn, which the first line says. They are few, so a bench store repeats them. All ways run in one process
@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
 import ctypes
@@ -181,7 +181,7 @@ class Bench:
 
     @cached_property
     def store(self) -> PatchStore:
-        """With one slide ``n<patches>``: the name tools/bench_step.py gives such a slide."""
+        """With one slide ``n<patches>``: the name tools/bench/bench_step.py gives such a slide."""
         counts = {self.slide: self.sizes.patches}
         path = self.folder / "bench.lmdb"
         write_store(path, self.jpegs, counts, self.side)

@@ -40,7 +40,7 @@ from e2e.parallel import build_strategy
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 

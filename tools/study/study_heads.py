@@ -1,13 +1,13 @@
 """Heads on frozen features against end to end, and AEM against no AEM, paired over cases.
 
-  python tools/study_heads.py --out heads --seeds 0 --epochs 6 encoder.weights=FILE
-  python tools/study_heads.py --out aem --heads abmil --aem 0,0.1 --seeds 0,1,2,3,4 encoder.weights=FILE
+  python tools/study/study_heads.py --out heads --seeds 0 --epochs 6 encoder.weights=FILE
+  python tools/study/study_heads.py --out aem --heads abmil --aem 0,0.1 --seeds 0,1,2,3,4 encoder.weights=FILE
 
 Arms: each head of --heads with each aem.weight of --aem, in two kinds. `e2e` trains encoder and head
 on all patches of a slide, the encoder cut as the configuration says; `frozen` trains the head alone on
 features of the whole encoder with the same weights, from --features or made first by launch/extract.py.
 All heads have the widths of the configuration's head section, as far as they have such an option.
-A kind's learning rate is given; of several candidates each arm takes its best as tools/study.py does.
+A kind's learning rate is given; of several candidates each arm takes its best as tools/study/study.py does.
 No training run sees a test slide.
 
 Every run is one of the commands a user would type, with its output in OUT/runs/*.log. Run it again to
@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import pandas as pd
@@ -41,7 +41,7 @@ from e2e.metrics.bootstrap import case_weights, confidence_interval
 from e2e.metrics.values import Array, auc
 from e2e.registry import did_you_mean
 from e2e.runs.processes import child_environment, command_line
-from tools.study import ROOT, Arm, Study, choose, paired, plan
+from tools.study.study import ROOT, Arm, Study, choose, paired, plan
 
 RATES = {"e2e": (3e-4,), "frozen": (1e-3,)}
 """Kind -> learning rates each of its arms chooses from."""

@@ -1,10 +1,10 @@
 """Speed and memory of a training step, ways of taking it side by side.
 
-  tools/bench_step.py                                   # naive, checkpoint, exact, exact that keeps graphs
-  tools/bench_step.py --compare exact naive exact       # a ratio, refused where the gradients differ
-  tools/bench_step.py --compare recipe fp32:precision=fp32 bf16:precision=bf16
-  tools/bench_step.py --patches 4096 --size 224 --chunk 256 --encoder r50 --device cuda
-  tools/bench_step.py --check [--long]                  # all that the engine must show; exit 1 if short
+  tools/bench/bench_step.py  # naive, checkpoint, exact, exact that keeps graphs
+  tools/bench/bench_step.py --compare exact naive exact  # a ratio, refused where the gradients differ
+  tools/bench/bench_step.py --compare recipe fp32:precision=fp32 bf16:precision=bf16
+  tools/bench/bench_step.py --patches 4096 --size 224 --chunk 256 --encoder r50 --device cuda
+  tools/bench/bench_step.py --check [--long]  # all that the engine must show; exit 1 if short
 
 A way is NAME, or NAME:key=value,... with the fields of ``Way``. Patches are JPEGs in a real store, read,
 decoded and augmented by the training loader. All ways run in one process in ABBA order; medians. Every
@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import argparse
 import dataclasses
