@@ -40,9 +40,9 @@ def write_plan(file: Path, plan: Mapping[str, Any], what: str) -> None:
     if file.is_file():
         earlier = json.loads(file.read_bytes())
         differences = [
-            f"{key}: {earlier.get(key)} in the folder, {value} now"
-            for key, value in plan.items()
-            if earlier.get(key) != value
+            f"{key}: {earlier.get(key)} in the folder, {plan.get(key)} now"
+            for key in dict.fromkeys([*earlier, *plan])
+            if earlier.get(key) != plan.get(key)
         ]
         if differences:
             raise UserError(
@@ -64,7 +64,13 @@ def start_or_resume(command: Sequence[str], folder: Path) -> list[str]:
     return [*command, f"run.out={folder}"]
 
 
-def run_command(script: str, arguments: Sequence[str], log: Path, gpus: str = "") -> int:
+def run_command(
+    script: str,
+    arguments: Sequence[str],
+    log: Path,
+    gpus: str = "",
+    wrapper: Sequence[str] = (),
+) -> int:
     """Run one of the project's commands to its end and return its exit code.
 
     Parameters
@@ -76,6 +82,8 @@ def run_command(script: str, arguments: Sequence[str], log: Path, gpus: str = ""
     gpus
         GPU numbers that the command may use, such as ``0,1``: one process is started for each. Empty:
         one process, and whatever devices the machine has.
+    wrapper
+        Command that runs the command, such as one that measures its memory; it is not logged.
     """
     start, environment = [sys.executable], dict(os.environ)
     if gpus:
@@ -88,7 +96,9 @@ def run_command(script: str, arguments: Sequence[str], log: Path, gpus: str = ""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         print(f"$ {shlex.join(command)}", file=file, flush=True)
-        done = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False)
+        done = subprocess.run(
+            [*wrapper, *command], stdout=file, stderr=file, env=environment, check=False
+        )
     return done.returncode
 
 

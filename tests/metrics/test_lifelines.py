@@ -1,6 +1,6 @@
 """Survival against lifelines, which no environment of ours can hold: against what it found once.
 
-Made again by the command in the docstring of tools/reference_lifelines.py, which writes lifelines.json.
+Made again by the command in the docstring of tools/bench/reference_lifelines.py, which writes lifelines.json.
 Where lifelines and we mean the same, both are equal; where they do not:
 
 - lifelines fits Cox's model with Efron's ties alone: our Breslow ties are compared with nothing of it
