@@ -145,7 +145,8 @@ class Study:
         data = self.settings.data
         if data.columns.split is None or len(self.task.output_names) != 2:
             raise UserError(
-                "a study needs a cohort of two classes with a split column\n  set task.classes and data.columns.split"
+                "a study needs a cohort of two classes with a split column\n"
+                "  set task.classes and data.columns.split"
             )
         items, _ = load_cohort(cohort_spec(data, name="study"), self.task)
         table = pd.read_csv(data.labels, sep=None, engine="python", dtype=str)
