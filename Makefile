@@ -3,13 +3,14 @@
 # make test-slow   the slow ones: processes that are killed, benches, studies
 # make test-all    all tests
 # make env         make the environment alone: .venv, from requirements.txt
+# make docs        build the documentation into site/ (docs/*.md); any warning is an error
 # make lint types  the checks besides the tests
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 OUT ?= demo
 RUN := .venv/bin/python
 
-.PHONY: env demo test test-slow test-all lint types
+.PHONY: env demo test test-slow test-all docs lint types
 
 env:
 	@$(PYTHON) tools/make_env.py
@@ -27,6 +28,11 @@ test-slow: env
 
 test-all: env
 	@$(PYTEST)
+
+docs: env
+	@$(RUN) tools/make_docs.py
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 lint: env
 	@$(RUN) -m ruff check

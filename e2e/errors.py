@@ -1,23 +1,41 @@
-"""What goes wrong by a user's mistake: one message, exit code 2, no traceback."""
+"""Errors that a user can fix, and the exit codes of the commands.
+
+A user error is printed as one message, without a traceback.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+USER_ERROR = 2
+"""Exit code: a mistake the user can fix; the message says how."""
+
+PARTLY_DONE = 3
+"""Exit code: done, except for some slides, which are listed."""
+
+LOST_RANK = 4
+"""Exit code: another process of the run was lost."""
+
+INTERRUPTED = 130
+"""Exit code: interrupted with Ctrl-C, as shells report it."""
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message says what, where, what was found, what to do.
+    """A mistake that the user can fix.
 
-    Every process of a distributed run meets the same mistake, so only rank 0 prints it.
+    The first line of the message says what is wrong, the value found and where; the second, indented by
+    two spaces, what to do. Every process of a distributed run raises the same error, so only rank 0
+    prints it.
     """
 
     on_every_rank = False
 
 
 class OneRankError(UserError):
-    """A mistake that one rank may meet while the others do not: that one prints it."""
+    """A user error that one rank may raise while the others do not: the rank that raises it prints it."""
 
     on_every_rank = True
 
@@ -27,46 +45,108 @@ class DamagedDataError(OneRankError):
 
 
 class LostRankError(Exception):
-    """Another process of a distributed run died or hangs. Nobody's mistake: each that notices says so."""
+    """Another process of a distributed run died or hangs. Each process that notices prints it."""
 
 
-LOST_RANK = 4
-"""Exit code: another process of the run was lost."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with one line that says what was saved and how to continue."""
 
 
-INTERRUPTED = 130
-"""Exit code: Ctrl-C, as shells have it."""
+@contextmanager
+def describe_interrupt(describe: Callable[[], str]) -> Iterator[None]:
+    """Turn Ctrl-C inside the block into :class:`Interrupted`.
+
+    Parameters
+    ----------
+    describe : callable
+        Returns the line to print: what was saved and how to continue. Called after the interrupt.
+
+    Raises
+    ------
+    Interrupted
+        The block was interrupted.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(describe()) from error
+
+
+@contextmanager
+def optional_import(extra: str, *, use: str) -> Iterator[None]:
+    """Turn a failed import inside the block into a message that names the extra to install.
+
+    Parameters
+    ----------
+    extra : str
+        The extra of this package that installs the missing package, such as ``search``.
+    use : str
+        What needs the package: a command or setting, such as ``e2e sweep``.
+
+    Raises
+    ------
+    UserError
+        A package is not installed.
+
+    Examples
+    --------
+    >>> with optional_import("search", use="e2e sweep"):
+    ...     import a_package_that_does_not_exist
+    Traceback (most recent call last):
+    ...
+    e2e.errors.UserError: e2e sweep needs the package 'a_package_that_does_not_exist', which is not installed
+      pip install "e2e-mil[search]"
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{use} needs the package '{error.name}', which is not installed\n"
+            f'  pip install "e2e-mil[{extra}]"'
+        ) from error
 
 
 def exit_code(main: Callable[[], int | None], *, interrupted: str | None = None) -> int:
-    """Run ``main`` and return its exit code; a UserError is printed and becomes 2, a lost rank 4.
+    """Run ``main`` and return its exit code.
 
-    Any other exception goes on its way: a crash exits non-zero with its traceback.
+    Any exception other than those below is left alone: a crash ends with its traceback.
 
-    Args:
-        interrupted: what to say of Ctrl-C, in one line and with exit code 130; None: it is no
-            other than the rest.
+    Parameters
+    ----------
+    main : callable
+        Returns an exit code, or None for 0.
+    interrupted : str, optional
+        What to print after Ctrl-C when the exception itself does not say, in one line.
+
+    Returns
+    -------
+    int
+        What ``main`` returns; 2 after a :class:`UserError`, 4 after a :class:`LostRankError` and 130 after
+        Ctrl-C, each with its message on stderr.
     """
+    is_leader = os.environ.get("RANK", "0") == "0"
     try:
         return main() or 0
     except UserError as error:
-        if error.on_every_rank or os.environ.get("RANK", "0") == "0":
-            sys.stdout.flush()
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        if error.on_every_rank or is_leader:
+            _print_error(f"error: {error}")
+        return USER_ERROR
     except LostRankError as error:
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _print_error(f"error: {error}")
         return LOST_RANK
-    except KeyboardInterrupt:
-        if interrupted is None:
-            raise
-        print(f"\n{interrupted}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        if is_leader:
+            _print_error(f"\n{str(error) or interrupted or 'interrupted'}")
         return INTERRUPTED
 
 
+def _print_error(text: str) -> None:
+    sys.stdout.flush()
+    print(text, file=sys.stderr, flush=True)
+
+
 def format_list(items: Iterable[object], *, most: int = 10) -> str:
-    """Indented lines, one an item; what is over ``most`` is counted, not shown."""
+    """Return the items as indented lines; those beyond the first ``most`` are counted."""
     shown = [str(item) for item in items]
     lines = [f"  {item}" for item in shown[:most]]
     if len(shown) > most:

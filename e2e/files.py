@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Reading and writing of files: atomic writes, folders, locks and text encodings."""
 
 from __future__ import annotations
 
@@ -13,18 +13,29 @@ from e2e.errors import UserError
 
 
 class OutputError(UserError):
-    """A result cannot be written: the disk is full, or the place not writable."""
+    """A result cannot be written: the disk is full, or the folder is not writable."""
 
     on_every_rank = True
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """The file has its old content or the new one, whatever happens in between.
+    """Write a file so that it has either its previous or its new content, even after a crash.
 
-    Raises:
-        OutputError: nothing was written; the old file, if any, is as it was.
+    Missing folders are created.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    content : bytes
+        Its new content.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written; a previous file is unchanged.
     """
-    # One temporary name for each file: what a killed run leaves is overwritten by the next.
+    # The temporary name is fixed, so that the next run overwrites what a killed run leaves.
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,40 +47,47 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        kept = "the one before it is kept" if path.exists() else "nothing was written"
+        outcome = "the previous file is unchanged" if path.exists() else "nothing was written"
         raise OutputError(
-            f"cannot write {path}: {error.strerror}; {kept}\n"
-            "  free disk space (or make the place writable) and run the same command again"
+            f"cannot write {path}: {error.strerror}; {outcome}\n"
+            "  free disk space (or make the folder writable) and run the same command again"
         ) from error
 
 
 def create_folder(path: Path) -> None:
-    """The folder, with those above it, if it is not there yet.
+    """Create a folder and its parents if they do not exist.
 
-    Raises:
-        OutputError: it cannot be made, or something else has its name.
+    Raises
+    ------
+    OutputError
+        The folder cannot be created, or a file has its name.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
-            f"cannot make the folder {path}: {error.strerror}\n  choose another, or make the place writable"
+            f"cannot create the folder {path}: {error.strerror}\n"
+            "  choose another folder, or make its parent writable"
         ) from error
 
 
 def write_json(path: Path, content: object) -> None:
-    """Indented JSON; as :func:`write_atomically`."""
+    """Write a value as indented JSON, as :func:`write_atomically` does."""
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def lock_file(path: Path) -> int | None:
-    """Lock a file, which is made if need be, until ``os.close`` or the end of the process, however it ends.
+    """Lock a file, creating it if needed, until ``os.close`` or the end of the process.
 
-    Returns:
-        The handle to close; None where another has it.
+    Returns
+    -------
+    int or None
+        The file descriptor to close; None if another process holds the lock.
 
-    Raises:
-        OSError: it cannot be written, or its file system knows no locks.
+    Raises
+    ------
+    OSError
+        The file cannot be written, or its file system does not support locks.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -83,19 +101,22 @@ def lock_file(path: Path) -> int | None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, with or without a byte order mark.
+    """Return the text of a UTF-8 file, with or without a byte order mark.
 
-    No other encoding is guessed: a letter read wrongly in an id is a slide that nobody finds.
+    No other encoding is guessed, because a wrongly decoded letter in an id would match no slide.
 
-    Raises:
-        UserError: no such file; or its encoding, the first line that shows it, and how to mend it.
+    Raises
+    ------
+    UserError
+        The file does not exist, or is not in UTF-8; the message shows the first invalid line and the
+        command that converts the file.
     """
     if not path.is_file():
         raise UserError(f"no file at {path}")
     content = path.read_bytes()
-    mend = f"-t utf8 '{path}' > NEW{path.suffix}"
+    conversion = f"-t utf8 '{path}' > NEW{path.suffix}"
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UserError(f"{path} is in UTF-16, not in UTF-8\n  iconv -f utf16 {mend}")
+        raise UserError(f"{path} is in UTF-16, not in UTF-8\n  iconv -f utf16 {conversion}")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -104,5 +125,5 @@ def read_text(path: Path) -> str:
         raise UserError(
             f"{path} is not in UTF-8: byte 0x{content[error.start]:02x} in line {number + 1}\n"
             f"  as latin-1 that line is: {line[:100]}\n"
-            f"  if that is right: iconv -f latin1 {mend}"
+            f"  if that is right: iconv -f latin1 {conversion}"
         ) from error

@@ -1,4 +1,7 @@
-"""What a run tells: one progress line, tables, metrics.jsonl; TensorBoard, Weights & Biases when asked."""
+"""Output of a run: a progress line, tables and messages, metrics.jsonl, and experiment trackers.
+
+TensorBoard and Weights & Biases are used only if the settings name them.
+"""
 
 from __future__ import annotations
 
@@ -17,36 +20,46 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from e2e.errors import optional_import
 from e2e.files import write_atomically
 
 
 class Screen:
-    """A progress line on a terminal, plain lines elsewhere, nothing on ranks that do not lead."""
+    """Prints messages, tables and a progress line.
 
-    PAUSE = 15.0  # seconds between two plain lines
+    On a terminal the progress line is updated in place; elsewhere it is printed again from time to time.
+
+    Parameters
+    ----------
+    is_leader : bool
+        Whether this is the rank that prints; all others print nothing.
+    """
+
+    PAUSE = 15.0
+    """Seconds between two progress lines where the output is not a terminal."""
 
     def __init__(self, is_leader: bool) -> None:
         self.is_leader = is_leader
         width = None if sys.stdout.isatty() else 140
         self.console = Console(quiet=not is_leader, highlight=False, soft_wrap=True, width=width)
         self._progress: Progress | None = None
-        self._said = 0.0
+        self._last_printed = 0.0
 
     def say(self, text: str) -> None:
-        """One line, above the progress line."""
+        """Print a message, above the progress line."""
         if self.console.is_terminal or not self.is_leader:
             self.console.print(text, markup=False)
         else:
             print(text, flush=True)
 
     def step(self, done: int, total: int, text: str) -> None:
-        """Move the progress line to ``done`` of ``total``."""
+        """Set the progress line to ``done`` of ``total``, followed by ``text``."""
         if not self.is_leader:
             return
         if not self.console.is_terminal:
             now = time.monotonic()
-            if now - self._said >= self.PAUSE:
-                self._said = now
+            if now - self._last_printed >= self.PAUSE:
+                self._last_printed = now
                 print(f"{done}/{total} {text}", flush=True)
             return
         if self._progress is None:
@@ -64,13 +77,13 @@ class Screen:
         )
 
     def pause(self) -> None:
-        """Take the progress line away."""
+        """Remove the progress line until the next :meth:`step`."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table of text."""
+        """Print a table; long cells are folded."""
         self.pause()
         if not self.is_leader:
             return
@@ -83,23 +96,26 @@ class Screen:
 
 
 class Tracker(Protocol):
-    """Another place for the metrics."""
+    """A service or file format that receives the metrics of a run."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Take the values of one step; steps never fall within a run of the program."""
+        """Record the values of one optimiser step; steps never decrease within a process."""
         ...
 
     def close(self) -> None:
-        """Finish."""
+        """Write what is buffered, and stop."""
         ...
 
 
 class MetricsLog:
-    """metrics.jsonl of a run: one JSON object a line, in order of the optimiser steps.
+    """Writes metrics.jsonl: one JSON object per line, in order of the optimiser steps.
 
-    Args:
-        path: the file; None writes nothing anywhere.
-        trackers: other places, which get the numbers, nested names joined by a slash.
+    Parameters
+    ----------
+    path : Path or None
+        The file; None: nothing is written or tracked.
+    trackers : sequence of Tracker
+        They receive the same numbers; nested names are joined by a slash.
     """
 
     def __init__(self, path: Path | None, trackers: Sequence[Tracker] = ()) -> None:
@@ -107,14 +123,14 @@ class MetricsLog:
         self._trackers = trackers
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of steps later than ``step``: a resumed run writes them again."""
+        """Remove the lines of steps after ``step``, which a resumed run writes again."""
         if self.path is None or not self.path.exists():
             return
         lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
         write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
 
     def write(self, **values: Any) -> None:
-        """Append one line; ``step`` is among the values."""
+        """Append one line; ``values`` must contain ``step``."""
         if self.path is None:
             return
         with self.path.open("a") as file:
@@ -123,28 +139,39 @@ class MetricsLog:
             tracker.log(dict(_numbers(values)), values["step"])
 
     def close(self) -> None:
-        """Finish what was sent elsewhere."""
+        """Close the trackers."""
         for tracker in self._trackers:
             tracker.close()
 
 
-def _numbers(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers among nested values, with their names joined by a slash."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _numbers(value, f"{before}{name}/")
+            yield from _numbers(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and name != "step":
-            yield before + name, value
+            yield prefix + name, value
 
 
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):
-        return float("inf")  # a line cut off when the run was stopped
+        return float("inf")  # the run was stopped while it wrote this line
 
 
 class TensorBoard:
-    """Event files in ``folder/tensorboard``. Of a resumed run, later steps written before are hidden."""
+    """Writes event files to ``folder/tensorboard``.
+
+    After a run is resumed, TensorBoard hides the steps that are written again.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder.
+    settings : str
+        Settings of the run as text; not used.
+    """
 
     def __init__(self, folder: Path, settings: str) -> None:
         self._folder, self._writer = folder / "tensorboard", None
@@ -152,7 +179,8 @@ class TensorBoard:
     def log(self, values: Mapping[str, float], step: int) -> None:
         """See :class:`Tracker`."""
         if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+            with optional_import("tracking", use="run.track=[tensorboard]"):
+                from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._folder), purge_step=step)
         for name, value in values.items():
@@ -165,23 +193,36 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases; ``offline`` writes to ``folder/wandb``, for ``wandb sync`` to send or not."""
+    """Logs to Weights & Biases.
+
+    A resumed run continues under the same id. Neither code nor console output is uploaded.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder.
+    settings : str
+        Settings of the run as text; stored with the run.
+    mode : str
+        ``offline`` writes to ``folder/wandb`` only, from where ``wandb sync`` can upload it; ``online``
+        uploads while the run proceeds.
+    """
 
     def __init__(self, folder: Path, settings: str, *, mode: str = "offline") -> None:
-        import wandb
+        with optional_import("tracking", use="run.track=[wandb]"):
+            import wandb
 
-        # A resumed run goes on under its own name; no code and no console output is taken along.
-        own = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
-        quiet = wandb.Settings(console="off", disable_git=True, save_code=False)
+        run_id = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
+        wandb_settings = wandb.Settings(console="off", disable_git=True, save_code=False)
         self._run = wandb.init(
             project="e2e",
             name=folder.name,
             dir=folder,
-            id=os.environ.get("WANDB_RUN_ID", own),  # a sweep's agent has names of its own
+            id=os.environ.get("WANDB_RUN_ID", run_id),  # a wandb sweep sets it
             resume="allow",
             mode=mode,  # pyright: ignore[reportArgumentType]
             config={"settings": settings},
-            settings=quiet,
+            settings=wandb_settings,
         )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -198,11 +239,11 @@ TRACKERS: dict[str, Callable[[Path, str], Tracker]] = {
     "wandb": Wandb,
     "wandb-online": partial(Wandb, mode="online"),
 }
-"""Name -> what makes a tracker of a run's folder and its settings as text."""
+"""Name -> constructor of a tracker, from the run folder and the settings as text."""
 
 
 def clock(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
+    """Return a duration as ``1:02:03``, or ``2:03`` if it is below an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

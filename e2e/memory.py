@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import weakref
 from collections import deque
 from pathlib import Path
@@ -13,33 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-"""Unit of a size, in lower case -> bytes."""
-
-
-def parse_bytes(text: str) -> int:
-    """Return the number of bytes that a size stands for.
-
-    Parameters
-    ----------
-    text
-        Such as ``8GiB``, ``500 MB`` or ``1000000``; see :data:`UNITS`.
-
-    Raises
-    ------
-    ValueError
-        The text is not a size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in UNITS:
-        raise ValueError(f"{text!r} is not a size such as 8GiB")
-    return int(float(match[1]) * UNITS[match[2].lower()])
-
-
-def show_bytes(count: float) -> str:
-    """Format a number of bytes, for example ``1.5 GiB`` or ``200 MiB``."""
-    return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
 
 
 class Slabs:

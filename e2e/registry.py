@@ -125,6 +125,10 @@ class Registry(Generic[T]):
         """Return all registered names, sorted."""
         return sorted(self._factories)
 
+    def library_names(self) -> list[str]:
+        """Return the names that other libraries add; see :meth:`register_library`."""
+        return [name for names, _ in self._libraries for name in names()]
+
     def factory(self, name: str) -> Callable[..., T]:
         """Return the constructor registered as ``name``.
 
@@ -138,7 +142,7 @@ class Registry(Generic[T]):
         for names, factory in self._libraries:
             if name.split(".")[0] in names():
                 return factory(name)
-        others = [other for names, _ in self._libraries for other in names()]
+        others = self.library_names()
         more = f" and {len(others)} names of other libraries" if others else ""
         raise UserError(
             f"unknown {self.kind} '{name}'{_nearest(name, [*self.names(), *others])}\n"

@@ -1,1 +1,1 @@
-"""Commands. Each parses, builds and calls; the work is done in e2e/."""
+"""Scripts for a checkout: the commands of ``e2e`` under ``torchrun`` and SLURM."""

@@ -8,7 +8,15 @@ import textwrap
 
 import pytest
 
-from e2e.errors import DamagedDataError, UserError, exit_code, format_list
+from e2e.errors import (
+    DamagedDataError,
+    Interrupted,
+    UserError,
+    describe_interrupt,
+    exit_code,
+    format_list,
+    optional_import,
+)
 from tests.helpers.paths import ROOT
 
 
@@ -45,8 +53,6 @@ def test_damaged_data_is_printed_by_the_rank_that_met_it(monkeypatch, capsys, ra
 def test_any_other_error_goes_on_its_way():
     with pytest.raises(ZeroDivisionError):
         exit_code(failing(ZeroDivisionError()))
-    with pytest.raises(KeyboardInterrupt):
-        exit_code(failing(KeyboardInterrupt()))
 
 
 SCRIPT = """
@@ -84,6 +90,35 @@ def test_a_long_list_is_shown_in_part_and_counted():
     assert format_list([]) == ""
 
 
-def test_ctrl_c_is_one_line_and_130_where_a_command_says_what_it_means(capsys):
+def test_ctrl_c_is_one_line_and_130(capsys):
     assert exit_code(failing(KeyboardInterrupt()), interrupted="stopped; go on") == 130
     assert capsys.readouterr().err == "\nstopped; go on\n"
+    assert exit_code(failing(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_what_was_interrupted_says_what_was_saved_on_rank_0_alone(monkeypatch, capsys):
+    def work() -> int:
+        with describe_interrupt(lambda: "epoch 3 is saved; continue with --resume"):
+            raise KeyboardInterrupt
+
+    assert exit_code(work, interrupted="another line") == 130
+    assert capsys.readouterr().err == "\nepoch 3 is saved; continue with --resume\n"
+    monkeypatch.setenv("RANK", "1")
+    assert exit_code(work) == 130
+    assert capsys.readouterr().err == ""
+    with pytest.raises(Interrupted):
+        work()
+
+
+def test_a_missing_optional_package_names_the_extra(capsys):
+    def work() -> int:
+        with optional_import("search", use="e2e sweep"):
+            import a_package_that_does_not_exist  # noqa: F401  # pyright: ignore
+        return 0
+
+    assert exit_code(work) == 2
+    assert capsys.readouterr().err == (
+        "error: e2e sweep needs the package 'a_package_that_does_not_exist', which is not installed\n"
+        '  pip install "e2e-mil[search]"\n'
+    )

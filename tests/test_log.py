@@ -1,4 +1,4 @@
-"""What a run tells elsewhere: TensorBoard's events, and Weights & Biases' files."""
+"""Trackers of a run: TensorBoard events and Weights & Biases files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def test_tensorboard_has_the_numbers_of_the_log_and_no_others(tmp_path):
+def test_tensorboard_has_exactly_the_numbers_of_the_log(tmp_path):
     log = open_log(tmp_path, "tensorboard")
     log.write(step=1, loss=0.5, skipped=False, slides=["a"])
     log.write(step=2, loss=None, val={"auc": 0.75, "kappa": None, "more": {"f1": 0.25}})
@@ -38,21 +38,21 @@ def test_tensorboard_has_the_numbers_of_the_log_and_no_others(tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_resumed_run_writes_over_the_steps_it_takes_again(tmp_path):
+def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
     log = open_log(tmp_path, "tensorboard")
     for step in (1, 2, 3):
         log.write(step=step, loss=float(step))
     log.close()
-    again = open_log(tmp_path, "tensorboard")
-    again.forget_after(1)
-    again.write(step=2, loss=20.0)
-    again.close()
+    resumed = open_log(tmp_path, "tensorboard")
+    resumed.forget_after(1)
+    resumed.write(step=2, loss=20.0)
+    resumed.close()
     assert scalars(tmp_path)["loss"] == [(1, 1.0), (2, 20.0)]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 20.0)]
 
 
-def test_nothing_is_tracked_unless_asked(tmp_path):
+def test_nothing_is_tracked_by_default(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.write(step=1, loss=0.5)
     log.close()
@@ -60,7 +60,7 @@ def test_nothing_is_tracked_unless_asked(tmp_path):
 
 
 @pytest.mark.slow
-def test_wandb_is_offline_unless_asked_and_takes_no_code_along(tmp_path, monkeypatch):
+def test_wandb_is_offline_by_default_and_uploads_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     log = open_log(tmp_path / "run", "wandb")

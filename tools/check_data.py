@@ -1,14 +1,18 @@
-"""Check a cohort before a run; see :mod:`e2e.runs.check`."""
-
-from __future__ import annotations
+"""Check a cohort before a run; the same as ``e2e check``."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from e2e.cli import run_verb
 from e2e.errors import exit_code
-from e2e.runs.check import main
+
+
+def main() -> int:
+    """Run ``e2e check`` on the arguments of this process."""
+    return run_verb("check", sys.argv[1:])
+
 
 if __name__ == "__main__":
     sys.exit(exit_code(main))

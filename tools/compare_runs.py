@@ -1,159 +1,17 @@
-"""Is one run better than another? Their predictions for the same slides, paired.
+"""Compare two runs on the same slides; the same as ``e2e compare``."""
 
-  python tools/compare_runs.py runs/a runs/b
-  python tools/compare_runs.py runs/a runs/b --split val --metric kappa_quadratic --json ab.json
-
-Reads settings.yaml, task.json and predictions.csv of both folders: of runs, or of what launch/evaluate.py
-leaves (RUN/evaluation). Prints the metric of each run, A - B,
-their 95 % intervals and the p of no difference: DeLong's for the AUC of two classes where every
-slide is its own case; else that of the paired bootstrap over cases, whose resamples are the same
-for both runs.
-"""
-
-from __future__ import annotations
-
-import argparse
-import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-
-from e2e.errors import UserError, exit_code, format_list
-from e2e.files import write_json
-from e2e.log import Screen
-from e2e.metrics.bootstrap import bootstrap_p, case_weights, confidence_interval, delong
-from e2e.metrics.values import LOWER_IS_BETTER
-from e2e.registry import did_you_mean
-from e2e.runs.saved import SavedPredictions, read_predictions
-
-EVALUATE_BOTH = (
-    "evaluate both on one table: launch/evaluate.py RUN data.labels=TABLE --out DIR; compare these"
-)
+from e2e.cli import run_verb
+from e2e.errors import exit_code
 
 
-def check_same(a: SavedPredictions, b: SavedPredictions) -> None:
-    """UserError where the runs are not selected on the same slides, cases, labels and outputs."""
-    if a.task.output_names != b.task.output_names:
-        kinds = [f"  {run.folder}: {', '.join(run.task.output_names)}" for run in (a, b)]
-        raise UserError("\n".join(["the runs have different outputs:", *kinds]))
-    ours, theirs = set(a.slides), set(b.slides)
-    only = [f"{s}: only in {a.folder}" for s in sorted(ours - theirs)]
-    only += [f"{s}: only in {b.folder}" for s in sorted(theirs - ours)]
-    if only:
-        raise UserError(
-            f"the runs are selected on different slides, {len(only)} of them:\n{format_list(only)}\n"
-            f"  {EVALUATE_BOTH}"
-        )
-    differ = [
-        f"{slide}: {'/'.join(x)} in {a.folder}, {'/'.join(y)} in {b.folder}"
-        for slide, x, y in zip(a.slides, a.cases_and_labels, b.cases_and_labels, strict=True)
-        if x != y
-    ]
-    if differ:
-        raise UserError(
-            f"the runs differ in case or label of {len(differ)} slides:\n{format_list(differ)}\n"
-            f"  {EVALUATE_BOTH}"
-        )
-
-
-def compare(
-    a: SavedPredictions, b: SavedPredictions, metric: str, *, draws: int, seed: int = 0
-) -> dict[str, Any]:
-    """``a``, ``b`` and ``difference`` with intervals, ``p`` (None: not defined) and its ``test``.
-
-    Raises:
-        UserError: the runs are not of the same slides, or have no such metric.
-    """
-    check_same(a, b)
-    weights = case_weights(a.cases, draws, seed)
-    found = [run.task.metrics(run.predicted, run.targets, weights) for run in (a, b)]
-    metric = metric or a.task.monitor
-    if any(metric not in values for values in found):
-        raise UserError(f"no metric '{metric}'{did_you_mean(metric, list(found[0]))}")
-    if a.task.fitted_reference(metric) != b.task.fitted_reference(metric):
-        raise UserError(
-            f"'{metric}' of the runs is not the same measure: its times, or its weights for censored cases, "
-            "are those of each run's own training cases and task.bins\n"
-            "  compare runs of one training split and task.bins, or by another metric: --metric c_index"
-        )
-    first, second = (values[metric] for values in found)
-    difference, p, test = (
-        confidence_interval(first - second),
-        bootstrap_p(first - second),
-        "paired bootstrap",
-    )
-    if metric == "auc" and a.predicted.shape[1] == 2 and len(set(a.cases)) == len(a.cases):
-        said = delong(a.predicted[:, 1], b.predicted[:, 1], a.targets == 1)
-        p, test = said.p, "DeLong"
-        difference |= {k: none_if_nan(v) for k, v in (("low", said.low), ("high", said.high))}
-    return {
-        "metric": metric,
-        "slides": len(a.slides),
-        "cases": len(set(a.cases)),
-        "draws": draws,
-        "undefined_draws": int(np.isnan(first - second)[1:].sum()),
-        "a": confidence_interval(first),
-        "b": confidence_interval(second),
-        "difference": difference,
-        "p": none_if_nan(p),
-        "test": test,
-    }
-
-
-def none_if_nan(value: float) -> float | None:
-    """For JSON, which has no NaN."""
-    return None if math.isnan(value) else value
-
-
-def rows(result: dict[str, Any], names: Sequence[str]) -> list[list[str]]:
-    """Run, value and 95 % interval, as words."""
-
-    def words(name: str, entry: dict[str, float | None]) -> list[str]:
-        numbers = ["undefined" if x is None else f"{x:.4f}" for x in entry.values()]
-        return [name, numbers[0], f"{numbers[1]} to {numbers[2]}"]
-
-    entries = [result[key] for key in ("a", "b", "difference")]
-    return [words(name, entry) for name, entry in zip([*names, "A - B"], entries, strict=True)]
-
-
-def main() -> None:
-    """Read, compare, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="two run folders, A and B")
-    parser.add_argument("--split", default="test", help="whose slides (test)")
-    parser.add_argument(
-        "--metric", default="", help="default: the one by which run A selected its epoch"
-    )
-    parser.add_argument("--draws", type=int, default=10_000, help="resamples of the cases")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers here")
-    args = parser.parse_args()
-    if args.draws < 1:
-        raise UserError(f"--draws must be at least 1, found {args.draws}")
-    a, b = (read_predictions(folder, args.split) for folder in args.runs)
-    result = compare(a, b, args.metric, draws=args.draws)
-    result |= {"split": args.split, "runs": [str(folder) for folder in args.runs]}
-    better = "lower" if result["metric"] in LOWER_IS_BETTER else "higher"
-    title = (
-        f"{args.split}: {result['slides']} slides of {result['cases']} cases, {better} is better"
-    )
-    names = [f"{letter}: {folder}" for letter, folder in zip("AB", args.runs, strict=True)]
-    screen = Screen(is_leader=True)
-    screen.table(title, ["run", result["metric"], "95 % interval"], rows(result, names))
-    p = "undefined" if result["p"] is None else f"{result['p']:.4g}"
-    screen.say(f"p = {p} ({result['test']}), {args.draws:,} resamples of the cases")
-    if result["undefined_draws"]:
-        screen.say(
-            f"{result['undefined_draws']:,} resamples leave it undefined and are not counted"
-        )
-    if args.json:
-        write_json(args.json, result)
+def main() -> int:
+    """Run ``e2e compare`` on the arguments of this process."""
+    return run_verb("compare", sys.argv[1:])
 
 
 if __name__ == "__main__":

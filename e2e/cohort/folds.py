@@ -145,13 +145,15 @@ def site_preserved_test_sets(
     for case, label in strata.items():
         counts[names.index(sites[case]), [labels.index(label), -1]] += 1
     scaled = counts / np.sqrt(counts.sum(axis=0) / folds)
-    starts = [_search(scaled, folds, mix_seed(seed, "sites", start)) for start in range(STARTS)]
+    starts = [
+        _improve_by_swaps(scaled, folds, mix_seed(seed, "sites", start)) for start in range(STARTS)
+    ]
     best = min(starts, key=lambda set_of: round(_imbalance(scaled, set_of, folds), 6))
     fold_of = dict(zip(names, best.tolist(), strict=True))
     return [{c for c in strata if fold_of[sites[c]] == fold} for fold in range(folds)]
 
 
-def _search(counts: NDArray[np.float64], folds: int, seed: int) -> NDArray[np.int64]:
+def _improve_by_swaps(counts: NDArray[np.float64], folds: int, seed: int) -> NDArray[np.int64]:
     """Return the set of each site: assigned by size, then moved and swapped until nothing is better.
 
     Moving ``d`` from set a to b changes the sum of squares by ``2 d (b - a + d)``; a swap of two

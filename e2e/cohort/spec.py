@@ -11,7 +11,7 @@ from typing import Literal
 class CohortSpec:
     """Where a cohort's label table, splits and data are, and how they are read.
 
-    Settings of a run are turned into one by :func:`e2e.runs.parts.cohort_spec`.
+    Settings of a run are turned into one by :func:`e2e.runs.cohort.cohort_spec`.
     """
 
     name: str = ""

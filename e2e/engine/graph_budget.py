@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from e2e.errors import OneRankError
-from e2e.memory import free_memory, parse_bytes, show_bytes
+from e2e.memory import free_memory
+from e2e.sizes import parse_bytes, show_bytes
 
 
 class GraphBudget:

@@ -1,1 +1,1 @@
-"""Metrics, their bootstrap intervals, and figures."""
+"""Metrics of classification, regression and survival, bootstrap confidence intervals, and figures."""

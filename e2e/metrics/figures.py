@@ -1,4 +1,4 @@
-"""Pictures of how a model did, and the numbers behind them: each a PNG and a CSV of the same name."""
+"""Figures of a model's results, each written as a PNG and as a CSV with its numbers."""
 
 from __future__ import annotations
 
@@ -19,178 +19,217 @@ from e2e.metrics.survival import kaplan_meier
 from e2e.metrics.values import ECE_BINS, Array
 
 Line = tuple[Array, Array]
-CHANCE: Line = (np.array([0.0, 1.0]), np.array([0.0, 1.0]))
+"""The x and the y of a line."""
+DIAGONAL: Line = (np.array([0.0, 1.0]), np.array([0.0, 1.0]))
+"""ROC of chance, and perfect calibration."""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Lines over a common pair of axes."""
+    """A figure of one or more lines over common axes."""
 
     name: str
-    """Of the files, such as ``roc``."""
+    """Name of the files, such as ``roc``."""
     title: str
+    """Title of the figure."""
     x: str
+    """Label of the x axis, and its column in the CSV."""
     y: str
+    """Label of the y axis, and its column in the CSV."""
     lines: Mapping[str, Line]
-    """What a line is of -> its x and y."""
+    """Label of a line -> its x and y."""
     steps: bool = False
-    """A value holds until the x of the next point."""
-    marks: str = "-"
-    """matplotlib's format of a line: ``o-`` marks its points, ``o`` does not join them."""
+    """Draw steps: each y holds until the x of the next point."""
+    line_format: str = "-"
+    """matplotlib's format string: ``o-`` marks the points, ``o`` does not join them."""
     reference: Line | None = None
     """A dashed line to compare with."""
-    shares: bool = True
-    """y goes from 0 to 1, and is shown so, whatever part of it the lines take."""
-    more: Mapping[str, NDArray[Any] | float] = field(default_factory=dict)
-    """Further numbers of each point, or one for all, for the CSV."""
+    is_fraction: bool = True
+    """y lies in [0, 1], and the axis always shows this range."""
+    extra_columns: Mapping[str, NDArray[Any] | float] = field(default_factory=dict)
+    """Further columns of the CSV: a number for each point, or one for all."""
 
     def draw(self) -> Canvas:
-        """The picture."""
+        """Return the matplotlib figure."""
         canvas, axes = _axes(self.title, self.x, self.y)
         if self.reference:
             axes.plot(*self.reference, color="0.7", linestyle="--", linewidth=1)
         for label, (x, y) in self.lines.items():
             style = "steps-post" if self.steps else "default"
-            # After a space: matplotlib leaves a name that begins with _ out of the legend.
-            axes.plot(x, y, self.marks, drawstyle=style, markersize=4, label=f" {label}")
-        if self.shares:
+            # After a space: matplotlib omits labels that begin with _ from the legend.
+            axes.plot(x, y, self.line_format, drawstyle=style, markersize=4, label=f" {label}")
+        if self.is_fraction:
             axes.set_ylim(-0.05, 1.05)
         axes.legend(frameon=False, fontsize=8)
         return canvas
 
     def table(self) -> pd.DataFrame:
-        """A row for each point: its line, x and y."""
+        """Return one row for each point: its line, x, y and the extra columns."""
         parts = [
-            pd.DataFrame({"line": k, self.x: x, self.y: y}) for k, (x, y) in self.lines.items()
+            pd.DataFrame({"line": label, self.x: x, self.y: y})
+            for label, (x, y) in self.lines.items()
         ]
-        return pd.concat(parts).assign(**self.more)
+        return pd.concat(parts).assign(**self.extra_columns)
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Counts of true class (rows) against predicted class (columns)."""
+    """A figure of counts by true class (rows) and predicted class (columns)."""
 
     name: str
+    """Name of the files, such as ``confusion``."""
     title: str
+    """Title of the figure."""
     classes: Sequence[str]
+    """Names of the C classes."""
     counts: NDArray[np.int64]
+    """(C, C) counts."""
 
     def draw(self) -> Canvas:
-        """The picture: shares of each row, with the counts written in."""
+        """Return the matplotlib figure: fractions of each row as colours, with the counts as text."""
         canvas, axes = _axes(self.title, "predicted", "label")
-        shares = self.counts / np.maximum(self.counts.sum(axis=1, keepdims=True), 1)
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        fractions = self.counts / np.maximum(self.counts.sum(axis=1, keepdims=True), 1)
+        axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
         for (row, column), count in np.ndenumerate(self.counts):
-            color = "white" if shares[row, column] > 0.5 else "black"
+            color = "white" if fractions[row, column] > 0.5 else "black"
             axes.text(column, row, f"{count:,}", ha="center", va="center", color=color, fontsize=8)
-        places = range(len(self.classes))
-        axes.set_xticks(places, self.classes, rotation=45, ha="right")
-        axes.set_yticks(places, self.classes)
+        ticks = range(len(self.classes))
+        axes.set_xticks(ticks, self.classes, rotation=45, ha="right")
+        axes.set_yticks(ticks, self.classes)
         return canvas
 
     def table(self) -> pd.DataFrame:
-        """A row for each true class, a column for each predicted one."""
+        """Return a row for each true class, with a column for each predicted class."""
         names = pd.Index(self.classes, name="label")
         return pd.DataFrame(self.counts, index=names, columns=list(self.classes)).reset_index()
 
 
 Figure = Curves | Matrix
+"""A figure that can be drawn and written as a table."""
 
 
-def write_figures(pictures: Iterable[Figure], folder: Path) -> None:
-    """``folder/<name>.png`` and ``.csv`` of each."""
+def write_figures(figures: Iterable[Figure], folder: Path) -> None:
+    """Write each figure as ``folder/<name>.png`` and ``folder/<name>.csv``.
+
+    Raises
+    ------
+    OutputError
+        A file cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for picture in pictures:
-        at = io.BytesIO()
-        with rc_context({"text.parse_math": False}):  # a class may be called $5$
-            picture.draw().savefig(at, format="png", dpi=150, bbox_inches="tight")
-        write_atomically(folder / f"{picture.name}.png", at.getvalue())
-        table = picture.table().to_csv(index=False).encode()
-        write_atomically(folder / f"{picture.name}.csv", table)
+    for figure in figures:
+        buffer = io.BytesIO()
+        with rc_context({"text.parse_math": False}):  # a class name such as $5$ is no formula
+            figure.draw().savefig(buffer, format="png", dpi=150, bbox_inches="tight")
+        write_atomically(folder / f"{figure.name}.png", buffer.getvalue())
+        table = figure.table().to_csv(index=False).encode()
+        write_atomically(folder / f"{figure.name}.csv", table)
 
 
 def classification_figures(
     probabilities: Array,
     labels: NDArray[np.int64],
     classes: Sequence[str],
-    decided: NDArray[np.int64],
+    predicted: NDArray[np.int64],
 ) -> list[Figure]:
-    """ROC, precision against recall, calibration and confusion.
+    """Return the ROC, precision-recall, calibration and confusion figures of a classifier.
 
-    Args:
-        probabilities: (n, C) that sum to 1.
-        labels: (n,) 0 to C - 1.
-        classes: their C names. Of two, the last is the positive one; of more, each against the rest.
-            A class that no slide has, or every slide, has no line.
-        decided: (n,) the class that is called.
+    Parameters
+    ----------
+    probabilities : ndarray, shape (n, C)
+        Class probabilities; each row sums to 1.
+    labels : ndarray of int, shape (n,)
+        True classes, 0 to C - 1.
+    classes : sequence of str, length C
+        Names of the classes. Of two, the last is the positive one; of more, each has a line against the
+        rest. A class that no slide or every slide belongs to has no line.
+    predicted : ndarray of int, shape (n,)
+        Predicted classes.
 
-    Returns:
-        The pictures; without ROC and precision where no class has a line.
+    Returns
+    -------
+    list of Figure
+        Without ROC and precision-recall if no class has a line.
     """
     from sklearn.metrics import confusion_matrix
 
-    asked = range(len(classes)) if len(classes) > 2 else [len(classes) - 1]
-    confused = confusion_matrix(labels, decided, labels=range(len(classes)))
+    positive_classes = range(len(classes)) if len(classes) > 2 else [len(classes) - 1]
+    counts = confusion_matrix(labels, predicted, labels=range(len(classes)))
     return [
-        *score_figures({classes[k]: (probabilities[:, k], labels == k) for k in asked}),
+        *score_figures({classes[k]: (probabilities[:, k], labels == k) for k in positive_classes}),
         calibration(probabilities.max(1), probabilities.argmax(1) == labels),
-        Matrix("confusion", "confusion", classes, confused),
+        Matrix("confusion", "confusion", classes, counts),
     ]
 
 
 def score_figures(scores: Mapping[str, tuple[Array, NDArray[np.bool_]]]) -> list[Figure]:
-    """ROC, and precision against recall: name -> (n,) scores, and whether each is a positive.
+    """Return the ROC and precision-recall figures of one or more scores.
 
-    What is never positive, or always, has no line; without any line there is no picture. The area
-    under a line is the AUC, and the average precision, of the metrics.
+    The areas under the lines are the AUC and the average precision of :mod:`e2e.metrics.values`.
+
+    Parameters
+    ----------
+    scores : mapping
+        Label of a line -> (n,) scores, and (n,) whether each bag is positive. A score whose bags are all
+        positive or all negative has no line.
+
+    Returns
+    -------
+    list of Figure
+        Empty if there is no line.
     """
     from sklearn.metrics import precision_recall_curve, roc_curve
 
     roc: dict[str, Line] = {}
-    precision: dict[str, Line] = {}
+    precision_recall: dict[str, Line] = {}
     for name, (score, positive) in scores.items():
         if 0 < positive.sum() < len(positive):
             roc[name] = roc_curve(positive, score)[:2]
-            right, recall, _ = precision_recall_curve(positive, score)
-            precision[name] = (recall, right)
+            precision, recall, _ = precision_recall_curve(positive, score)
+            precision_recall[name] = (recall, precision)
     if not roc:
         return []
-    rates = ("false positive rate", "true positive rate")
     return [
-        Curves("roc", "ROC", *rates, roc, reference=CHANCE),
-        # Steps: between two thresholds precision is not on the straight line (Davis & Goadrich 2006).
+        Curves("roc", "ROC", "false positive rate", "true positive rate", roc, reference=DIAGONAL),
+        # Steps: precision is not linear between two thresholds (Davis & Goadrich 2006).
         Curves(
             "precision_recall",
             "precision and recall",
             "recall",
             "precision",
-            precision,
+            precision_recall,
             steps=True,
         ),
     ]
 
 
-def calibration(confidence: Array, right: NDArray[np.bool_]) -> Curves:
-    """How often the likeliest class is right, by how probable the model calls it; see ECE.
+def calibration(confidence: Array, correct: NDArray[np.bool_]) -> Curves:
+    """Return the reliability diagram: accuracy of the most probable class against its probability.
 
-    Of ordered grades that is not always the one that is called (:func:`classification_figures`, ``decided``).
+    Bins have equal width, as in the expected calibration error (Guo et al. 2017, arXiv:1706.04599);
+    empty bins have no point. Of ordered grades, the most probable class is not always the predicted one.
 
-    Bins are equally wide (Guo et al. 2017, arXiv:1706.04599); those without a slide have no point.
+    Parameters
+    ----------
+    confidence : ndarray, shape (n,)
+        Probability of the most probable class.
+    correct : ndarray of bool, shape (n,)
+        Whether the most probable class is the true one.
     """
-    place = np.clip(np.ceil(confidence * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
-    counts = np.bincount(place, minlength=ECE_BINS)
-    held = counts > 0
-    said = np.bincount(place, confidence, ECE_BINS)[held] / counts[held]
-    true = np.bincount(place, right, ECE_BINS)[held] / counts[held]
+    bin_index = np.clip(np.ceil(confidence * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
+    counts = np.bincount(bin_index, minlength=ECE_BINS)
+    occupied = counts > 0
+    mean_confidence = np.bincount(bin_index, confidence, ECE_BINS)[occupied] / counts[occupied]
+    accuracy = np.bincount(bin_index, correct, ECE_BINS)[occupied] / counts[occupied]
     return Curves(
         "calibration",
         "calibration",
         "probability of the likeliest class",
         "share of slides of that class",
-        {f"{len(confidence):,} slides": (said, true)},
-        marks="o-",
-        reference=CHANCE,
-        more={"slides": counts[held]},
+        {f"{len(confidence):,} slides": (mean_confidence, accuracy)},
+        line_format="o-",
+        reference=DIAGONAL,
+        extra_columns={"slides": counts[occupied]},
     )
 
 
@@ -202,50 +241,77 @@ def survival_figures(
     survival: Array | None = None,
     edges: Sequence[float] = (),
 ) -> list[Figure]:
-    """Kaplan-Meier curves of the cases of low and of high risk; calibration of predicted survival.
+    """Return Kaplan-Meier curves of low and high risk, and the calibration of predicted survival.
 
-    Args:
-        risk: (n,) higher is an earlier event. The groups are cut at its median among these cases.
-        time: (n,) to the event, or to the last sight.
-        event: (n,) whether it was seen.
-        survival: (n, T) predicted chance to outlive each time of ``edges`` (T,); None: none.
-
-    The p in the title, and in the CSV, is that of :func:`log_rank`. In the calibration each point is a
+    The p-value in the title and in the CSV is that of :func:`log_rank`. Each point of the calibration is a
     quarter of the cases, by predicted survival at that time: its mean against the Kaplan-Meier estimate.
+
+    Parameters
+    ----------
+    risk : ndarray, shape (n,)
+        Higher for an earlier event. The groups are separated at the median of these cases.
+    time : ndarray, shape (n,)
+        Time of the event or of censoring.
+    event : ndarray of bool, shape (n,)
+        True where the event was observed.
+    survival : ndarray, shape (n, T), optional
+        Predicted probability to be free of the event after each of ``edges``; None: no calibration.
+    edges : sequence of float, length T
+        Times of the calibration.
     """
     high = risk > np.median(risk)
-    groups = {"low risk": ~high, "high risk": high}
-    lines = {
-        f"{name} ({own.sum():,}, {event[own].sum():,} events)": _survival_line(
-            time[own], event[own]
-        )
-        for name, own in groups.items()
-        if own.any()
-    }
+    lines: dict[str, Line] = {}
+    for name, in_group in (("low risk", ~high), ("high risk", high)):
+        if in_group.any():
+            label = f"{name} ({in_group.sum():,}, {event[in_group].sum():,} events)"
+            lines[label] = _survival_line(time[in_group], event[in_group])
     p = log_rank(time, event, high)
-    why = "no event tells them apart" if len(lines) == 2 else "one risk for all"
-    title = f"log-rank p = {p:.3g}" if np.isfinite(p) else f"log-rank p undefined: {why}"
-    axes, more = ("time", "without an event"), {"log_rank_p": p}
-    found: list[Figure] = [
-        Curves("kaplan_meier", title, *axes, lines, steps=True, more=more),
+    if np.isfinite(p):
+        title = f"log-rank p = {p:.3g}"
+    elif len(lines) == 2:
+        title = "log-rank p undefined: no event separates the groups"
+    else:
+        title = "log-rank p undefined: all risks are equal"
+    figures: list[Figure] = [
+        Curves(
+            "kaplan_meier",
+            title,
+            "time",
+            "without an event",
+            lines,
+            steps=True,
+            extra_columns={"log_rank_p": p},
+        ),
     ]
     if survival is not None and len(edges):
-        found.append(_survival_calibration(survival, edges, time, event))
-    return found
+        figures.append(_survival_calibration(survival, edges, time, event))
+    return figures
 
 
 def log_rank(time: Array, event: NDArray[np.bool_], high: NDArray[np.bool_]) -> float:
-    """Two-sided p of the log-rank test (Mantel 1966) of no difference between two groups, ``high`` or not.
+    """Return the two-sided p-value of the log-rank test (Mantel 1966) between two groups.
 
-    NaN where it is not defined: no event falls while both groups are at risk and some outlive it.
+    Parameters
+    ----------
+    time : ndarray, shape (n,)
+        Time of the event or of censoring.
+    event : ndarray of bool, shape (n,)
+        True where the event was observed.
+    high : ndarray of bool, shape (n,)
+        Whether a case belongs to the second group.
+
+    Returns
+    -------
+    float
+        NaN unless there is an event while both groups are at risk and some case outlives it.
     """
     from sksurv.compare import compare_survival
     from sksurv.util import Surv
 
-    at = np.unique(time[event])[:, None]
-    at_risk, died = time >= at, (time == at) & event
-    both = (at_risk & high).any(axis=1) & (at_risk & ~high).any(axis=1)
-    if not (both & (died.sum(axis=1) < at_risk.sum(axis=1))).any():
+    event_times = np.unique(time[event])[:, None]
+    at_risk, died = time >= event_times, (time == event_times) & event
+    both_at_risk = (at_risk & high).any(axis=1) & (at_risk & ~high).any(axis=1)
+    if not (both_at_risk & (died.sum(axis=1) < at_risk.sum(axis=1))).any():
         return np.nan
     return float(compare_survival(Surv.from_arrays(event, time), high)[1])
 
@@ -261,30 +327,46 @@ def _survival_calibration(
 ) -> Curves:
     lines: dict[str, Line] = {}
     for k, edge in enumerate(edges):
-        quarters = [own for own in np.array_split(np.argsort(survival[:, k]), 4) if len(own)]
-        said = np.array([survival[own, k].mean() for own in quarters])
+        quarters = [rows for rows in np.array_split(np.argsort(survival[:, k]), 4) if len(rows)]
+        predicted = np.array([survival[rows, k].mean() for rows in quarters])
         at = np.array([edge])
-        true = [
-            kaplan_meier(time[own], event[own], np.ones((1, len(own))), at)[0, 0]
-            for own in quarters
+        observed = [
+            kaplan_meier(time[rows], event[rows], np.ones((1, len(rows))), at)[0, 0]
+            for rows in quarters
         ]
-        lines[f"at {edge:.4g}"] = (said, np.array(true))
-    axes = ("predicted survival", "Kaplan-Meier estimate")
-    return Curves("calibration", "calibration", *axes, lines, marks="o-", reference=CHANCE)
+        lines[f"at {edge:.4g}"] = (predicted, np.array(observed))
+    return Curves(
+        "calibration",
+        "calibration",
+        "predicted survival",
+        "Kaplan-Meier estimate",
+        lines,
+        line_format="o-",
+        reference=DIAGONAL,
+    )
 
 
 def regression_figures(predicted: Array, targets: Array, name: str) -> list[Figure]:
-    """Predicted against true values, (n,) each."""
+    """Return the scatter plot of (n,) predictions against (n,) true values of the target ``name``."""
     both = np.concatenate([predicted, targets])
     ends = np.array([both.min(), both.max()])
-    line = {f"{len(targets):,} slides": (targets, predicted)}
-    axes, diagonal = ("label", "predicted"), (ends, ends)
+    points = {f"{len(targets):,} slides": (targets, predicted)}
     return [
-        Curves("scatter", name, *axes, line, marks="o", reference=diagonal, shares=False),
+        Curves(
+            "scatter",
+            name,
+            "label",
+            "predicted",
+            points,
+            line_format="o",
+            reference=(ends, ends),
+            is_fraction=False,
+        ),
     ]
 
 
 def _axes(title: str, x: str, y: str):
+    """An empty matplotlib figure and its axes."""
     canvas = Canvas(figsize=(4.5, 4.0))
     axes = canvas.add_subplot()
     axes.set(title=title, xlabel=x, ylabel=y)

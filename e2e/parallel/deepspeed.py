@@ -84,7 +84,7 @@ class DeepSpeed(DistributedStrategy):
         # ZeRO makes one flat tensor of each group, and fails on an empty one.
         groups = self.optimizer.param_groups
         groups[:] = [group for group in groups if group["params"]]
-        with _environment(self.device), _quiet():
+        with _deepspeed_environment(self.device), _quiet():
             deepspeed = _import_deepspeed()
             logger = logging.getLogger("DeepSpeed")
             self._restore.callback(logger.setLevel, logger.level)
@@ -365,7 +365,7 @@ def _advice(key: str, from_settings: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _environment(device: torch.device) -> Iterator[None]:
+def _deepspeed_environment(device: torch.device) -> Iterator[None]:
     """Set the variables that DeepSpeed reads inside the block; restore all variables afterwards."""
     before = dict(os.environ)
     os.environ.setdefault("DS_ACCELERATOR", device.type)

@@ -1,1 +1,1 @@
-"""Predictions of whole slides, their metrics, heatmaps and tables."""
+"""Predictions for slides, their metrics, and the figures, heatmaps and tables written from them."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.cohort.folds import tcga_sites
@@ -29,11 +32,23 @@ from e2e.training.checkpoint import check_weights, load_checkpoint, select_prefi
 Metrics = dict[str, dict[str, float | None]]
 """Metric -> ``value``, ``low`` and ``high``."""
 UNKNOWN_CENTRE = "unknown"
-"""Centre of slides for which the label table names none, where it does for others."""
+"""Centre of slides without one in the label table, if other slides have one."""
 
 
 def score(predictions: Sequence[Prediction], task: Task, *, draws: int, seed: int = 0) -> Metrics:
-    """Return each metric with its 95 % percentile interval over ``draws`` resamples of the cases."""
+    """Return each metric with its 95 % percentile interval over bootstrap resamples of the cases.
+
+    Parameters
+    ----------
+    predictions
+        Predictions with targets, one for each slide.
+    task
+        Computes the metrics.
+    draws
+        Number of resamples.
+    seed
+        Random seed of the resamples.
+    """
     return score_centres(predictions, task, [], draws=draws, seed=seed)[0]
 
 
@@ -49,8 +64,16 @@ def score_centres(
 
     Parameters
     ----------
+    predictions
+        Predictions with targets, one for each slide.
+    task
+        Computes the metrics.
     centres
         The centre of each prediction; empty: there are no results by centre.
+    draws
+        Number of resamples.
+    seed
+        Random seed of the resamples.
 
     Returns
     -------
@@ -80,8 +103,8 @@ def score_centres(
 def centres_of(predictions: Sequence[Prediction]) -> list[str]:
     """Return the centre of each prediction; empty if there are fewer than two centres.
 
-    The label table names it (``unknown`` where it does not); if it names none at all and all cases are
-    TCGA barcodes, they do.
+    Centres come from the label table, ``unknown`` where it has none for a slide. If it has none at all and
+    all cases are TCGA barcodes, the tissue source site of the barcode is used.
     """
     if any(prediction.centre for prediction in predictions):
         centres = [prediction.centre or UNKNOWN_CENTRE for prediction in predictions]
@@ -95,7 +118,13 @@ def centres_of(predictions: Sequence[Prediction]) -> list[str]:
 
 
 def metric_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows for the screen: one row a metric, one column a split and kind of weights."""
+    """Return the header and rows of a table: a row per metric, a column per split and kind of weights.
+
+    Parameters
+    ----------
+    report
+        The content of metrics.json, as :func:`evaluate_run` returns it.
+    """
     columns = {
         f"{split} ({weights})": report[split][weights]
         for split in ("val", "test")
@@ -139,6 +168,8 @@ def evaluate_run(
     ----------
     best
         Checkpoint of the selected epoch.
+    selected
+        Weights that selected the epoch: ``model`` or ``ema``.
     chosen_on
         Split on which the epoch was selected.
     draws
@@ -155,53 +186,77 @@ def evaluate_run(
     tensors, state = load_checkpoint(best)
     report: dict[str, Any] = {"epoch": state["best_epoch"] + 1, "selected_weights": selected}
     report["chosen_on"] = chosen_on
-    selected_predictions: list[Prediction] = []
+    evaluation = _Evaluation(model, items, view, strategy, screen, draws, heatmaps, out)
+    predictions: list[Prediction] = []
     for name in ("model", "ema"):
         weights = select_prefix(name, tensors)
-        if not weights:
-            continue
-        check_weights(strategy.shapes, weights, best)
-        task_for_weights, is_selected = task.for_weights(name), name == selected
-        for split in ("val", "test"):
-            slides = [item for item in items if item.slide.split == split]
-            if not slides:
-                continue
-            on_slide = None
-            if is_selected and split == "test":
-                folder = out / "heatmaps"
-                on_slide = _draw_heatmaps(task_for_weights, view, slides[:heatmaps], folder, screen)
-            with strategy.full_parameters(strategy.shard(weights)):
-                predictions = predict(
-                    model,
-                    slides,
-                    task=task_for_weights,
-                    view=view,
-                    strategy=strategy,
-                    screen=screen,
-                    on_slide=on_slide,
-                )
-            centres = centres_of(predictions) if is_selected else []
-            metrics, by_centre = score_centres(predictions, task_for_weights, centres, draws=draws)
-            results = report.setdefault(split, {"slides": len(slides)})
-            results[name] = metrics
-            if by_centre:
-                results["centres"] = by_centre
-            if is_selected:
-                selected_predictions += predictions
+        if weights:
+            check_weights(strategy.shapes, weights, best)
+            predictions += evaluation.run(
+                weights, task.for_weights(name), name, report, is_selected=name == selected
+            )
     if strategy.is_leader:
-        _write_results(selected_predictions, task.for_weights(selected), report, out)
+        _write_results(predictions, task.for_weights(selected), report, out)
     title = f"epoch {report['epoch']}, selected on {chosen_on} by {selected}"
     screen.table(title, *metric_table(report))
     return report
 
 
-def _draw_heatmaps(
-    task: Task, view: BagSpec, slides: Sequence[LabelledSlide], folder: Path, screen: Screen
-) -> OnSlide:
-    with_coords = [item for item in slides if item.record.coords is not None]
-    if len(with_coords) < len(slides):
-        screen.say("no heatmaps of slides without coordinates; see the setting data.coords")
-    return heatmap_writer(task, view.reader, folder, with_coords)
+@dataclass(frozen=True)
+class _Evaluation:
+    """Evaluates one kind of weights after the other."""
+
+    model: MILModel
+    items: Sequence[LabelledSlide]
+    view: BagSpec
+    strategy: Strategy
+    screen: Screen
+    draws: int
+    heatmaps: int | None
+    out: Path
+
+    def run(
+        self,
+        weights: Mapping[str, Tensor],
+        task: Task,
+        name: str,
+        report: dict[str, Any],
+        *,
+        is_selected: bool,
+    ) -> list[Prediction]:
+        """Add the metrics of these weights to the report; return the predictions of selected weights."""
+        predictions: list[Prediction] = []
+        for split in ("val", "test"):
+            slides = [item for item in self.items if item.slide.split == split]
+            if not slides:
+                continue
+            draw = self._heatmaps(task, slides) if is_selected and split == "test" else None
+            with self.strategy.full_parameters(self.strategy.shard(weights)):
+                of_split = predict(
+                    self.model,
+                    slides,
+                    task=task,
+                    view=self.view,
+                    strategy=self.strategy,
+                    screen=self.screen,
+                    on_slide=draw,
+                )
+            results = report.setdefault(split, {"slides": len(slides)})
+            centres = centres_of(of_split) if is_selected else []
+            results[name], by_centre = score_centres(of_split, task, centres, draws=self.draws)
+            if by_centre:
+                results["centres"] = by_centre
+            predictions += of_split if is_selected else []
+        return predictions
+
+    def _heatmaps(self, task: Task, slides: Sequence[LabelledSlide]) -> OnSlide:
+        drawn = slides[: self.heatmaps]
+        with_coords = [item for item in drawn if item.record.coords is not None]
+        if len(with_coords) < len(drawn):
+            self.screen.say(
+                "no heatmaps of slides without coordinates; see the setting data.coords"
+            )
+        return heatmap_writer(task, self.view.reader, self.out / "heatmaps", with_coords)
 
 
 def _write_results(
@@ -211,4 +266,4 @@ def _write_results(
     test = [prediction for prediction in predictions if prediction.split == "test"]
     if test:
         write_figures(task.figures(*to_arrays(test)), out / "figures")
-    write_json(out / "metrics.json", report)  # last: a run that has it is done
+    write_json(out / "metrics.json", report)  # last: its presence marks the run as finished

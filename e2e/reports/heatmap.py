@@ -1,4 +1,4 @@
-"""Heatmaps: the scores of a slide's patches as a picture and a table."""
+"""Heatmaps: the scores of the patches of a slide, as an image and a table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PANEL_PX = 768
 BACKGROUND = 245
 """Grey level where the slide has no patch."""
 NO_PIXELS = 200
-"""Grey level of patches whose pixels are not available, as of features."""
+"""Grey level of patches whose pixels are unavailable, as with features."""
 OVERLAY = 0.55
 """Opacity of the scores over the tissue."""
 
@@ -41,8 +41,18 @@ def heatmap_writer(
 ) -> Callable[[LabelledSlide, HeadOutput, list[float]], None]:
     """Return a function that writes a heatmap of each slide of ``items`` when it is predicted.
 
-    It is the ``on_slide`` of :func:`e2e.reports.predictions.predict`. From features there are no pixels:
-    the scores stand on grey.
+    It is meant as ``on_slide`` of :func:`e2e.reports.predictions.predict`.
+
+    Parameters
+    ----------
+    task
+        Determines the output that is shown, and the words of the caption.
+    reader
+        Decodes the patches; a reader of features has no pixels, and the scores are drawn over grey.
+    folder
+        Where heatmaps are written; it is created.
+    items
+        The slides to draw.
     """
     decoder = reader.decoder
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +78,7 @@ def heatmap_writer(
 def scores_of_prediction(
     output: HeadOutput, task: Task, predicted: Sequence[float]
 ) -> NDArray[np.float64] | None:
-    """Return :func:`patch_scores` for the output that a slide's prediction shows."""
+    """Return :func:`patch_scores` of the output that the heatmap of this prediction shows."""
     shown, _ = task.heatmap_output(predicted)
     return patch_scores(output, shown, partial(task.patch_predictions, predicted=predicted))
 
@@ -76,14 +86,18 @@ def scores_of_prediction(
 def patch_scores(
     output: HeadOutput, shown: int, score_instances: Callable[[Tensor], Tensor]
 ) -> NDArray[np.float64] | None:
-    """Return the (N,) scores of one slide's patches; None if the head has none.
+    """Return the (N,) scores of the patches of one slide; None if the head has none.
 
-    These are the instance scores of the output ``shown`` where the head says so; else the attention,
-    averaged over maps, or that of ``shown`` where each output has a map; else ``score_instances`` of the
-    instance scores.
+    The first that applies: the instance logits of output ``shown``, if the head asks for them
+    (``show_scores``); the attention map of ``shown``, if each output has its own; the attention averaged
+    over maps; ``score_instances`` of the instance logits.
 
     Parameters
     ----------
+    output
+        Output of the head for one slide.
+    shown
+        Index of the output that the heatmap shows.
     score_instances
         (N, C) instance logits -> (N,); see :meth:`e2e.tasks.base.Task.patch_predictions`.
     """
@@ -107,20 +121,24 @@ def draw_heatmap(
     caption: str,
     path: Path,
 ) -> None:
-    """Write ``path``.png (the slide, and beside it the scores over it) and ``path``.csv.
+    """Write ``path``.png, the slide beside the same slide overlaid with the scores, and ``path``.csv.
 
-    Colours are percentile ranks within the slide, because raw attention is often one hot patch among
-    near zeros; where patches overlap they show the mean. The table has, for each patch, its slide, the
-    x, y and side in level-0 pixels, the raw score and its percentile.
+    Colours are percentile ranks within the slide, because raw attention often has one large value among
+    near zeros; where patches overlap, the mean is shown. The table has for each patch its slide, its x, y
+    and side in level-0 pixels, the raw score and its percentile.
 
     Parameters
     ----------
+    item
+        The slide, which must have coordinates.
     scores
-        (N,), one for each patch.
+        (N,) scores, one for each patch.
     decoder
-        None: there are no pixels to show.
+        Decodes the patches; None: there are no pixels to show.
+    caption
+        Text above the panels.
     path
-        Of the files, without suffix.
+        Path of the files, without suffix.
 
     Raises
     ------

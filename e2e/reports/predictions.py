@@ -1,4 +1,4 @@
-"""Predictions for whole slides, and the table that holds them."""
+"""Predictions for slides from all of their patches, and predictions.csv."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from e2e.reports.heatmap import scores_of_prediction
 from e2e.tasks.base import Numbers, Task
 
 OnSlide = Callable[[LabelledSlide, HeadOutput, list[float]], None]
-"""Called for each slide with its output and its prediction."""
+"""Function called with each slide, the output of its head and its predicted values."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,19 @@ class Prediction:
     """What the model predicts for one slide."""
 
     case: str
+    """The case of the slide."""
     slide: str
+    """Id of the slide."""
     split: str
+    """Split of the slide; empty for new slides."""
     values: list[float]
     """The numbers of :meth:`e2e.tasks.base.Task.predict`."""
     target: Numbers
     """The label as the task encodes it; NaN where there is none."""
     entropy: float | None = None
-    """Of the attention; see :func:`attention_entropy`."""
+    """Normalised entropy of the attention; see :func:`attention_entropy`."""
     centre: str = ""
-    """As in the label table; empty where it does not say."""
+    """Centre in the label table; empty if it has none."""
 
 
 @torch.no_grad()
@@ -63,13 +66,25 @@ def predict(
 
     Parameters
     ----------
+    model
+        The model; left in eval mode.
+    items
+        The slides; the same list on every rank.
+    task
+        Turns logits into predictions.
+    view
+        How patches of a slide are read.
+    strategy
+        Ranks and device.
+    screen
+        Shows progress.
     on_slide
         Called for each slide on the rank that predicts it.
 
     Returns
     -------
     list of Prediction
-        Of all ranks, on every rank, sorted by split and slide.
+        The predictions of all ranks, on every rank, sorted by split and slide.
     """
     model.eval()
     predictions: list[Prediction] = []
@@ -99,9 +114,10 @@ def predict(
 
 
 def attention_entropy(output: HeadOutput) -> float | None:
-    """Return the entropy of one slide's attention over that of uniform attention, log N.
+    """Return the entropy of the attention over one slide, divided by that of uniform attention, log N.
 
-    The mean over attention maps; 1 for a slide of one patch; None for a head without attention.
+    It is averaged over attention maps. It is 1 for a slide of one patch, and None for a head without
+    attention.
     """
     if output.attention_logits is None:
         return None
@@ -121,7 +137,7 @@ def score_patches(
     strategy: Strategy,
     screen: Screen,
 ) -> dict[str, Tensor]:
-    """Return slide -> (N,) float32 scores of all patches of its first store, on every rank.
+    """Return slide -> (N,) float32 scores of all its patches, on every rank.
 
     Raises
     ------
@@ -147,7 +163,7 @@ def score_patches(
 
 
 def to_arrays(predictions: Sequence[Prediction]) -> tuple[Array, Array]:
-    """Return predictions and targets as arrays, one row for each slide."""
+    """Return predicted values and targets as float64 arrays, one row for each slide."""
     values = [prediction.values for prediction in predictions]
     targets = [prediction.target for prediction in predictions]
     return np.array(values, np.float64), np.array(targets, np.float64)
@@ -156,7 +172,7 @@ def to_arrays(predictions: Sequence[Prediction]) -> tuple[Array, Array]:
 def write_predictions(predictions: Sequence[Prediction], task: Task, path: Path) -> None:
     """Write a CSV with case, slide, split, label, prediction and attention entropy of each slide.
 
-    There is a column ``centre`` if the label table names any.
+    There is a column ``centre`` if a slide has one.
     """
     rows: list[dict[str, Any]] = []
     has_centres = any(prediction.centre for prediction in predictions)

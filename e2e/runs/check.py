@@ -1,19 +1,4 @@
-"""Check a cohort before a run: its table, stores or features, splits, and the memory it needs.
-
-  python tools/check_data.py --datasets panda                        table and stores as in the YAML
-  python tools/check_data.py --datasets panda data.labels=panda.csv  no store yet: the table alone
-  ... --model abmil data.features=[FOLDER]                           frozen features
-  ... --site tcga                                                    by centre too: from TCGA barcodes, or
-                                                                     a column (default:
-                                                                     data.columns.centre, if set)
-
-Whatever stops a run stops this command, because it uses the same code: it loads the cohort and builds
-the model as a run does, without downloading weights. Rows and slides that a run would drop or refuse
-are listed in the file of --problems. All features are read, to find NaN and damaged files.
-
-Exit codes: 0 a run would start, or, if there is no store yet, the table is in order; 2 a run would be
-refused, and the message says why.
-"""
+"""Check a cohort before a run: its table, stores or features, splits, and the memory it needs."""
 
 from __future__ import annotations
 
@@ -43,22 +28,24 @@ from e2e.cohort.readers import require_files
 from e2e.cohort.table import read_table, summarise_problems
 from e2e.errors import UserError, format_list
 from e2e.log import Screen
-from e2e.memory import free_memory, show_bytes
+from e2e.memory import free_memory
 from e2e.parallel import pick_device
+from e2e.runs.cohort import cohort_spec
 from e2e.runs.parts import (
     PROTOCOLS,
     REGISTRIES,
     build_task,
     check_training,
-    cohort_spec,
     fit_task,
     load_slides,
     make_parts,
     on_features,
-    process_settings,
 )
-from e2e.settings.cli import common_settings
+from e2e.runs.session import process_settings
+from e2e.settings.arguments import common_settings
+from e2e.settings.data_cli import check_parser
 from e2e.settings.schema import Data, Settings
+from e2e.sizes import show_bytes
 from e2e.slides import Slide
 from e2e.store.open import expand_store_paths
 from e2e.tasks.base import Task
@@ -68,46 +55,6 @@ BYTES_PER_PIXEL = 0.25
 """Of a stored patch: 16.0 and 17.8 kB for 256 px of two real H&E slides, JPEG quality 80, 0.5 um/px."""
 CHUNKS_IN_MEMORY = 3
 """Chunks whose pixels are in memory at once: one is encoded, two are prefetched."""
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line: the options of launch/train.py that make sense here.
-
-    Parameters
-    ----------
-    argv
-        The arguments; None for those of the process.
-
-    Returns
-    -------
-    argparse.Namespace
-        The options.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--datasets", required=True, help="a YAML of configs/datasets, or a path")
-    parser.add_argument("--model", default="e2e_r18_abmilx", help="as for launch/train.py")
-    parser.add_argument("-c", "--config", action="append", default=[], help="a further YAML file")
-    parser.add_argument(
-        "--site", metavar="COLUMN", help=f"column of the centre, or {TCGA}: from TCGA barcodes"
-    )
-    parser.add_argument(
-        "--problems",
-        type=Path,
-        default=Path("problems.csv"),
-        metavar="FILE.csv",
-        help="where unusable rows and slides are listed (%(default)s)",
-    )
-    parser.add_argument(
-        "--patches",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="patches per slide, for estimates without a store (%(default)s)",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_intermixed_args(argv)
 
 
 def read_slides(data: Data, targets: Sequence[str], site: str | None) -> list[Slide]:
@@ -385,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     UserError
         A run would be refused.
     """
-    args, screen = parse(argv), Screen(is_leader=True)
+    args, screen = check_parser().parse(argv), Screen(is_leader=True)
     settings, command = common_settings(args, REGISTRIES)
     data, task = settings.data, build_task(settings.task)
     table_alone = Path(data.labels).is_file() and not has_data(settings)

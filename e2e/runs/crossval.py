@@ -19,17 +19,48 @@ from e2e.cohort.load import read_cohort_folds
 from e2e.cohort.split_files import fold_table, read_text_table
 from e2e.cohort.splits import group_numbers
 from e2e.cohort.table import read_table, summarise_problems
-from e2e.errors import UserError, format_list
+from e2e.errors import UserError, describe_interrupt, format_list
 from e2e.files import create_folder, write_atomically, write_json
 from e2e.metrics.bootstrap import case_weights, confidence_interval
 from e2e.metrics.values import Array
+from e2e.runs.cohort import cohort_spec
 from e2e.runs.many import is_done, train_all, write_plan
-from e2e.runs.parts import build_task, cohort_spec
+from e2e.runs.parts import REGISTRIES, build_task
 from e2e.runs.saved import SavedPredictions, read_predictions
+from e2e.settings.arguments import common_settings
+from e2e.settings.cli import crossval_parser
 from e2e.settings.schema import Settings
 
 DEFAULT_VAL = 0.15
 """Fraction of the cases that are not tested to validate on, where data.cut.val is 0."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``e2e crossval`` and return its exit code."""
+    args = crossval_parser().parse(argv)
+    try:
+        seeds = [int(word) for word in args.seeds.split(",")] if args.seeds else []
+    except ValueError as error:
+        raise UserError(f"--seeds cannot be read: {error}") from error
+    if args.at_once < 1:
+        raise UserError(f"--at-once must be at least 1, found {args.at_once}")
+    settings, command = common_settings(args, REGISTRIES)
+    plan = make_plan(
+        settings,
+        command,
+        out=args.out,
+        num_folds=args.folds,
+        only=[word for word in args.only.split(",") if word],
+        seeds=seeds or [settings.run.seed],
+    )
+    plan.write()
+    slots = [word.replace("+", ",") for word in args.gpus.split(",") if word]
+    with describe_interrupt(
+        lambda: f"interrupted; finished runs are in {args.out}; the same command continues"
+    ):
+        train_trials(plan, slots or [""] * args.at_once, print)
+    print(write_results(plan, draws=settings.run.bootstrap))
+    return 0
 
 
 class Trial(NamedTuple):

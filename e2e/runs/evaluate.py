@@ -10,23 +10,30 @@ import pandas as pd
 
 from e2e.bags.spec import LabelledSlide
 from e2e.cohort.splits import EXTERNAL
-from e2e.errors import UserError, format_list
+from e2e.errors import UserError, describe_interrupt, format_list
 from e2e.files import create_folder
 from e2e.log import Screen
 from e2e.parallel import Strategy
 from e2e.reports.evaluate import evaluate_run
 from e2e.runs.folder import BEST, write_inputs
-from e2e.runs.parts import (
-    PROTOCOLS,
-    REGISTRIES,
-    Parts,
-    build_task,
-    prepare,
-    selected_weights,
-    session,
-)
+from e2e.runs.parts import PROTOCOLS, REGISTRIES, Parts, build_task, prepare, selected_weights
+from e2e.runs.processes import needs_ranks, run_ranks
+from e2e.runs.session import session
+from e2e.settings.cli import evaluate_parser
 from e2e.settings.layers import saved_settings
 from e2e.settings.schema import Settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``e2e evaluate`` and return its exit code."""
+    args = evaluate_parser().parse(argv)
+    settings = saved_settings(args.run, args.overrides, REGISTRIES)
+    if needs_ranks(args.gpus, on_cpu=settings.engine.device == "cpu"):
+        return run_ranks("evaluate", argv, args.gpus)
+    out = args.out or args.run / ("external" if args.external else "evaluation")
+    with describe_interrupt(lambda: "interrupted; the evaluation is not saved; run it again"):
+        evaluate(settings, args.run, out, external=args.external)
+    return 0
 
 
 def evaluate(settings: Settings, folder: Path, out: Path, *, external: bool = False) -> None:
@@ -34,13 +41,17 @@ def evaluate(settings: Settings, folder: Path, out: Path, *, external: bool = Fa
 
     ``out`` also receives the settings, cohort and task, so that tools can read it like a run folder.
 
-    Args:
-        external: the slides belong to a cohort that the run has never seen. All of them are the test
-            set, whatever splits the table has.
+    Parameters
+    ----------
+    external
+        The slides belong to a cohort that the run has never seen. All of them are the test
+        set, whatever splits the table has.
 
-    Raises:
-        UserError: the head, or the order of the classes, is not the run's; or see
-            :func:`e2e.runs.train.train`.
+    Raises
+    ------
+    UserError
+        The head, or the order of the classes, is not the run's; or see
+        :func:`e2e.runs.train.train`.
     """
     _check_same_model(settings, folder)
     if external:
@@ -66,11 +77,11 @@ def evaluate(settings: Settings, folder: Path, out: Path, *, external: bool = Fa
                     task=parts.task,
                     features=parts.features,
                 )
-        if external and (seen := _cases_seen_in_training(parts.items, folder)):
+        if external and (known_cases := _cases_seen_in_training(parts.items, folder)):
             screen.say(
-                f"warning: {len(seen)} case(s) have names that also occur in the run's training or "
+                f"warning: {len(known_cases)} case(s) have names that also occur in the run's training or "
                 "validation cases; if they are the same patients, the results are no estimate for new "
-                f"ones\n{format_list(seen)}"
+                f"ones\n{format_list(known_cases)}"
             )
         write_evaluation(settings, folder, out, parts, strategy, screen)
 
@@ -128,5 +139,5 @@ def _without_splits(settings: Settings) -> Settings:
 def _cases_seen_in_training(items: Sequence[LabelledSlide], folder: Path) -> list[str]:
     """Cases with names that occur in the training or validation split of the run."""
     cohort = pd.read_csv(folder / "cohort.csv", dtype=str, keep_default_na=False)
-    seen = set(cohort.loc[cohort["split"].isin(("train", "val")), "case"])
-    return sorted({item.slide.case for item in items} & seen)
+    used = set(cohort.loc[cohort["split"].isin(("train", "val")), "case"])
+    return sorted({item.slide.case for item in items} & used)

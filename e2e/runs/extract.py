@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import math
 import os
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
 import h5py
-import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -29,7 +24,7 @@ from e2e.bags.readers import PixelRowReader
 from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.encoders.base import ENCODERS, Encoder
 from e2e.engine.batchnorm import FrozenBatchNorm
-from e2e.errors import DamagedDataError, UserError, format_list
+from e2e.errors import PARTLY_DONE, DamagedDataError, UserError, describe_interrupt
 from e2e.files import write_atomically, write_json
 from e2e.images.decode import build_decoder
 from e2e.log import Screen
@@ -41,18 +36,51 @@ from e2e.parallel import (
     pick_device,
 )
 from e2e.registry import did_you_mean
+from e2e.runs.feature_folder import FeatureFolder, check_recipe, magnification, slide_file
+from e2e.runs.processes import needs_ranks, run_ranks
+from e2e.settings.cli import extract_parser
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore
+from e2e.store.open import expand_store_paths, open_store
 from e2e.store.pack import pack
-from e2e.store.records import PatchReader, SlideRecord
+from e2e.store.records import PatchReader
 from e2e.store.sources import SlideFiles, read_mpp
 from e2e.wsi.slide import find_slides
 from e2e.wsi.tiling import Tiling
 
-PARTLY_DONE = 3
-"""Exit code: done, but some slides failed; they are listed."""
-
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``e2e extract`` and return its exit code."""
+    args = extract_parser().parse(argv)
+    options = encoder_options(args.encoder, args.options)
+    if needs_ranks(args.gpus, on_cpu=args.device == "cpu"):
+        return run_ranks("extract", argv, args.gpus)
+    shared = {
+        "size": args.size,
+        "batch": args.batch,
+        "precision": args.precision,
+        "dtype": args.dtype,
+        "device": args.device,
+    }
+    with describe_interrupt(
+        lambda: f"interrupted; finished slides are in {args.out}; the same command continues"
+    ):
+        if args.slides is None:
+            files = [file for entry in args.stores for file in expand_store_paths(entry)]
+            stores = [open_store(file, args.coords) for file in files]
+            return extract(stores, args.encoder, options, args.out, **shared)
+        return extract_slides(
+            args.slides,
+            args.encoder,
+            options,
+            args.out,
+            tiling=Tiling(mpp=args.mpp, patch_px=args.patch_size),
+            mpp_override=args.mpp_override,
+            workers=args.workers,
+            **shared,
+        )
 
 
 class Extractor:
@@ -113,37 +141,6 @@ class Extractor:
         return torch.autocast(self.device.type, self._autocast, cache_enabled=False)
 
 
-@dataclass(frozen=True)
-class FeatureFolder:
-    """Folder for the features of slides that were cut by one grid, in TRIDENT's layout."""
-
-    out: Path
-    magnification: float | None
-    patch_px: int
-    overlap: int
-    encoder: str
-
-    @property
-    def grid(self) -> Path:
-        """Folder of the grid, such as ``20x_256px_0px_overlap``."""
-        scale = "unknown" if self.magnification is None else f"{self.magnification:g}x"
-        return self.out / f"{scale}_{self.patch_px}px_{self.overlap}px_overlap"
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the features."""
-        return self.grid / f"features_{self.encoder}"
-
-    @property
-    def recipe(self) -> Path:
-        """File that says how the features were made."""
-        return self.grid / f"_config_feats_{self.encoder}.json"
-
-    def file(self, slide: str) -> Path:
-        """File of one slide's features."""
-        return self.folder / f"{slide}.h5"
-
-
 def extract(
     stores: Sequence[PatchReader],
     encoder: str,
@@ -196,29 +193,43 @@ def extract(
         screen = Screen(strategy.is_leader)
         try:
             with strategy.detect_lost_ranks():
-                items, problems = _readable_slides(stores)
-                network = _build_encoder(encoder, options)
-                size = size or network.required_size
-                autocast = autocast_dtype(precision, strategy.device)
-                recipe = _describe(encoder, options, network, size, autocast, dtype)
-                folders = {item.slide.id: _feature_folder(item, out, encoder) for item in items}
-                _write_recipes(set(folders.values()), recipe, strategy)
-                missing = _slides_without_features(items, folders, strategy)
-                screen.say(
-                    f"{len(missing)} slides to encode, {len(items) - len(missing)} already done: {encoder} "
-                    f"({network.dim} features) on {strategy.world_size} x {strategy.device}"
+                return _extract_share(
+                    stores, encoder, options, out, strategy, screen, size, batch, precision, dtype
                 )
-                extractor = Extractor(
-                    network, strategy.device, autocast=autocast, dtype=DTYPES[dtype]
-                )
-                spec = BagSpec(PixelRowReader(build_decoder("auto", strategy.device), size))
-                problems += _encode_share(
-                    extractor, missing, folders, spec, batch, strategy, screen
-                )
-                return _report(strategy.gather_objects(problems), folders, screen)
         finally:
             screen.pause()
             strategy.close()
+
+
+def _extract_share(
+    stores: Sequence[PatchReader],
+    encoder: str,
+    options: Mapping[str, Any],
+    out: Path,
+    strategy: Strategy,
+    screen: Screen,
+    size: int | None,
+    batch: int,
+    precision: str,
+    dtype: str,
+) -> int:
+    """Encode the slides of this rank, and report those of all ranks; see :func:`extract`."""
+    items, problems = _readable_slides(stores)
+    network = _build_encoder(encoder, options)
+    size = size or network.required_size
+    autocast = autocast_dtype(precision, strategy.device)
+    recipe = _describe(encoder, options, network, size, autocast, dtype)
+    folders = {item.slide.id: _feature_folder(item, out, encoder) for item in items}
+    _write_recipes(set(folders.values()), recipe, strategy)
+    missing = _slides_without_features(items, folders, strategy)
+    screen.say(
+        f"{len(missing)} slides to encode, {len(items) - len(missing)} already done: {encoder} "
+        f"({network.dim} features) on {strategy.world_size} x {strategy.device}"
+    )
+    extractor = Extractor(network, strategy.device, autocast=autocast, dtype=DTYPES[dtype])
+    spec = BagSpec(PixelRowReader(build_decoder("auto", strategy.device), size))
+    problems += _encode_share(extractor, missing, folders, spec, batch, strategy, screen)
+    return _report(strategy.gather_objects(problems), folders, screen)
 
 
 def extract_slides(
@@ -309,47 +320,6 @@ def weights_digest(encoder: Encoder) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def magnification(mpp: float | None) -> float | None:
-    """Return the magnification of patches with ``mpp`` micrometres per pixel: 20 at 0.5.
-
-    Scanners that differ by up to 10 % count as the same. None if ``mpp`` is unknown.
-    """
-    if not mpp:
-        return None
-    exact = 10 / mpp
-    nominal = 10 * 2.0 ** round(math.log2(exact / 10))
-    return nominal if abs(exact / nominal - 1) <= 0.1 else round(exact, 2)
-
-
-def slide_file(features: Tensor, record: SlideRecord, folder: FeatureFolder) -> bytes:
-    """Return an HDF5 file as TRIDENT 0.3 writes it, with the text "None" for what is unknown."""
-    scale = record.level0_px / record.patch_px if record.patch_px else 0.0
-    level0_magnification = folder.magnification and round(folder.magnification * scale, 2)
-    attributes: dict[str, Any] = {
-        "patch_size": record.patch_px,
-        "patch_size_level0": round(record.level0_px) or "None",
-        "level0_magnification": level0_magnification or "None",
-        "target_magnification": folder.magnification or "None",
-        "overlap": folder.overlap,
-        "name": record.slide,
-        "savetodir": str(folder.grid),
-        "level0_width": record.width or "None",
-        "level0_height": record.height or "None",
-        "mpp": record.mpp
-        or "None",  # of the patches, in um per pixel; TRIDENT has no such attribute
-    }
-    content = io.BytesIO()
-    with h5py.File(content, "w") as h5:
-        dataset = h5.create_dataset("features", data=features.numpy())
-        dataset.attrs.update(
-            name=record.slide, savetodir=str(folder.folder), encoder=folder.encoder
-        )
-        if record.coords is not None:
-            coords = h5.create_dataset("coords", data=record.coords.astype(np.int64))
-            coords.attrs.update(attributes)
-    return content.getvalue()
 
 
 def _describe(
@@ -462,34 +432,11 @@ def _write_recipes(
     """
     folders = sorted(folders, key=str)
     for folder in folders:
-        _check_recipe(folder, recipe)
+        check_recipe(folder, recipe)
     strategy.barrier()  # until every rank has checked
     if strategy.is_leader:
         for folder in folders:
             write_json(folder.recipe, recipe)
-
-
-def _check_recipe(folder: FeatureFolder, recipe: Mapping[str, Any]) -> None:
-    if not folder.recipe.is_file():
-        if any(folder.folder.glob("*.h5")):
-            raise UserError(
-                f"{folder.folder} holds features that another program made\n  choose another --out"
-            )
-        return
-    try:
-        earlier = json.loads(folder.recipe.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{folder.recipe} is damaged: {error}") from error
-    if earlier != recipe:
-        differences = [
-            f"{key}: {earlier.get(key)} in the folder, {value} now"
-            for key, value in recipe.items()
-            if earlier.get(key) != value
-        ]
-        raise UserError(
-            f"{folder.folder} holds features that were made in another way\n{format_list(differences)}\n"
-            "  choose another --out, or remove these"
-        )
 
 
 def _slides_without_features(

@@ -36,8 +36,10 @@ def locked(folder: Path) -> Iterator[None]:
 
     Where the file system has no locks, or the folder cannot be written, nothing is locked.
 
-    Raises:
-        UserError: another process holds the lock.
+    Raises
+    ------
+    UserError
+        Another process holds the lock.
     """
     path = folder / LOCK
     try:
@@ -95,8 +97,10 @@ def write_inputs(
 def load_task(name: str, options: Mapping[str, Any], folder: Path) -> Task:
     """The task ``name``, as it was fitted to the training slides of the run in ``folder``.
 
-    Raises:
-        UserError: the folder has no task.json, or one of another task.
+    Raises
+    ------
+    UserError
+        The folder has no task.json, or one of another task.
     """
     task, file = TASKS.build(name, **options), folder / TASK
     if not file.is_file():

@@ -6,11 +6,9 @@ Cross-validation, search and studies share it.
 from __future__ import annotations
 
 import json
-import os
 import queue
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +18,7 @@ from typing import Any
 
 from e2e.errors import UserError, format_list
 from e2e.files import write_json
-
-ROOT = Path(__file__).resolve().parents[2]
+from e2e.runs.processes import child_environment, command_line
 
 
 def write_plan(file: Path, plan: Mapping[str, Any], what: str) -> None:
@@ -65,18 +62,18 @@ def start_or_resume(command: Sequence[str], folder: Path) -> list[str]:
 
 
 def run_command(
-    script: str,
+    command: str,
     arguments: Sequence[str],
     log: Path,
     gpus: str = "",
     wrapper: Sequence[str] = (),
 ) -> int:
-    """Run one of the project's commands to its end and return its exit code.
+    """Run ``e2e <command>`` to its end and return its exit code.
 
     Parameters
     ----------
-    script
-        Such as ``launch/train.py``.
+    command
+        Such as ``train``.
     log
         File to which the command line and its output are appended.
     gpus
@@ -85,19 +82,16 @@ def run_command(
     wrapper
         Command that runs the command, such as one that measures its memory; it is not logged.
     """
-    start, environment = [sys.executable], dict(os.environ)
-    if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = gpus
-    num_processes = len(gpus.split(","))
-    if num_processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone"]
-        start += [f"--nproc-per-node={num_processes}"]
-    command = [*start, str(ROOT / script), *arguments]
+    changes = {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
+    num_ranks = len(gpus.split(","))
+    ranks = [f"--gpus={num_ranks}"] if num_ranks > 1 else []
+    words = command_line(command, [*arguments, *ranks])
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
-        print(f"$ {shlex.join(command)}", file=file, flush=True)
+        print(f"$ {shlex.join(words)}", file=file, flush=True)
+        environment = child_environment(changes)
         done = subprocess.run(
-            [*wrapper, *command], stdout=file, stderr=file, env=environment, check=False
+            [*wrapper, *words], stdout=file, stderr=file, env=environment, check=False
         )
     return done.returncode
 
@@ -137,7 +131,7 @@ def train_all(
             on_gpu = f" on GPU {slot}" if slot else ""
             report(f"{time.strftime('%H:%M:%S')}  {folder.name}{on_gpu}")
             arguments = start_or_resume(runs[folder], folder)
-            code = run_command("launch/train.py", arguments, log, slot)
+            code = run_command("train", arguments, log, slot)
         finally:
             free_slots.put(slot)
         if code:

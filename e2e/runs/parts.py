@@ -1,16 +1,16 @@
-"""From settings to parts: the one place where a section becomes the objects it describes."""
+"""From settings to the parts of a run: cohort, task, model, loader."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import e2e.encoders
@@ -24,7 +24,6 @@ from e2e.bags.sampler import SAMPLERS
 from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.cohort.features import describe_features
 from e2e.cohort.load import load_cohort
-from e2e.cohort.spec import CohortSpec
 from e2e.cohort.splits import AS_PUBLISHED, HONEST, SplitProtocol
 from e2e.cohort.table import Problem
 from e2e.encoders.base import ENCODERS
@@ -33,14 +32,13 @@ from e2e.errors import UserError
 from e2e.heads.base import HEADS, Head
 from e2e.images.augment import AUGMENTS
 from e2e.images.decode import build_decoder
-from e2e.images.threads import decoder_threads
-from e2e.log import Screen
 from e2e.losses.base import REGULARISERS, Regulariser
-from e2e.memory import free_memory, parse_bytes
-from e2e.parallel import Strategy, autocast_dtype, build_strategy, float32_precision, pick_device
+from e2e.memory import free_memory
+from e2e.parallel import autocast_dtype
+from e2e.runs.cohort import cohort_spec
 from e2e.runs.folder import check_same_features, load_task
-from e2e.settings.layers import CONFIGS
 from e2e.settings.schema import BagSettings, Data, Engine, Optim, Plugin, Select, Settings
+from e2e.sizes import parse_bytes
 from e2e.store.open import expand_store_paths, open_store
 from e2e.tasks.base import TASKS, Task
 from e2e.training.losses import check_losses
@@ -60,12 +58,12 @@ PROTOCOLS = {"honest": HONEST, "as_published": AS_PUBLISHED}
 
 
 def build_task(plugin: Plugin) -> Task:
-    """The task of the settings, which has seen no training slides yet."""
+    """Return the task of the settings, not yet fitted to training slides."""
     return TASKS.build(plugin.name, **plugin.options)
 
 
 def on_features(settings: Settings) -> bool:
-    """Whether the run reads frozen features (the two-stage mode), and not patches."""
+    """Return whether the run reads frozen features (two-stage training) instead of patches."""
     return ENCODERS.plugin_class(settings.encoder.name).input_kind == "features"
 
 
@@ -77,20 +75,27 @@ def build_model(
     trained: bool,
     width: int | None = None,
 ) -> MILModel:
-    """Encoder and head, initialised from the run's seed.
+    """Build encoder and head, initialised from the run's seed.
 
-    Args:
-        width: of the cohort's features; None for patches.
-        trained: weights will be loaded from a checkpoint, so none are fetched for the encoder.
+    Parameters
+    ----------
+    trained
+        Weights will be loaded from a checkpoint, so none are fetched for the encoder.
+    width
+        Width of the cohort's features; None for patches.
+
+    Raises
+    ------
+    UserError
+        The settings make no model, or contradict each other.
     """
     engine = settings.engine
     options = dict(settings.encoder.options)
-    pretrained = bool(options.get("pretrained") or options.get("weights"))
     if width is not None:
         if options["dim"] not in (0, width):
             raise UserError(
                 f"encoder.dim={options['dim']}, but the features are of width {width}\n"
-                "  leave encoder.dim out, or set data.features to those of the encoder meant"
+                "  leave encoder.dim out, or set data.features to features of that width"
             )
         options["dim"] = width
     if trained:
@@ -100,11 +105,8 @@ def build_model(
         encoder = ENCODERS.build(settings.encoder.name, **options)
         head = build_head(settings.head, encoder.dim, task.num_outputs)
     regularisers = build_regularisers(settings, head, encoder.dim)
-    policy = engine.batch_norm
-    has_norms = any(isinstance(module, _BatchNorm) for module in encoder.modules())
-    if policy == "auto":
-        policy = "frozen" if pretrained or not has_norms else "chunk"
-    if has_norms:
+    policy = batch_norm_policy(engine.batch_norm, encoder, settings.encoder.options)
+    if _has_batch_norm(encoder):
         _check_policy(engine, policy)
     if engine.checkpoint_blocks:
         encoder.checkpoint_blocks()
@@ -113,12 +115,7 @@ def build_model(
         head,
         chunk=sys.maxsize if encoder.input_kind == "features" else engine.chunk,
         batch_norm=policy,
-        # Not where weights may lie in pieces; a compiled encoder fuses by itself; blocks that are
-        # checkpointed are encoded again when the folded weights are gone.
-        fold=engine.fold
-        and not engine.compile
-        and not engine.checkpoint_blocks
-        and engine.strategy in ("auto", "ddp"),
+        fold=_may_fold(engine),
         train_encoder=settings.optim.train_encoder,
         autocast=autocast_dtype(engine.precision, device),
         keep_graphs=engine.keep_graphs,
@@ -131,68 +128,76 @@ def build_model(
     return model.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
+def _may_fold(engine: Engine) -> bool:
+    """Whether frozen BatchNorms may be folded into convolutions, if the settings allow it.
+
+    Not with sharded weights; not where torch.compile fuses by itself, nor where blocks are checkpointed,
+    which are encoded again when the folded weights are gone.
+    """
+    has_whole_weights = engine.strategy in ("auto", "ddp")
+    is_eager = not engine.compile and not engine.checkpoint_blocks
+    return engine.fold and is_eager and has_whole_weights
+
+
+def batch_norm_policy(policy: str, encoder: nn.Module, options: Mapping[str, Any]) -> str:
+    """Return the BatchNorm policy that ``auto`` stands for; any other is returned as it is.
+
+    Parameters
+    ----------
+    policy : str
+        ``auto``, or a policy of :mod:`e2e.engine.batchnorm`.
+    encoder : nn.Module
+        The encoder.
+    options : mapping
+        The options it was built with, which say whether its weights are pretrained.
+    """
+    if policy != "auto":
+        return policy
+    is_pretrained = bool(options.get("pretrained") or options.get("weights"))
+    return "frozen" if is_pretrained or not _has_batch_norm(encoder) else "chunk"
+
+
+def _has_batch_norm(encoder: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in encoder.modules())
+
+
 def build_head(plugin: Plugin, in_dim: int, num_outputs: int) -> Head:
-    """The head of the settings; UserError where an option's value makes no head."""
-    endless = [
-        k for k, v in plugin.options.items() if isinstance(v, float) and not math.isfinite(v)
-    ]
+    """Build the head of the settings.
+
+    Raises
+    ------
+    UserError
+        The value of an option is invalid.
+    """
     try:
-        if endless:
-            raise ValueError(f"{endless[0]} is not finite")
+        for name, value in plugin.options.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is not finite")
         return HEADS.build(plugin.name, in_dim, num_outputs, **plugin.options)
     except (ValueError, RuntimeError, ZeroDivisionError, AssertionError) as error:
-        given = ", ".join(f"{key}={value}" for key, value in plugin.options.items())
+        options = ", ".join(f"{key}={value}" for key, value in plugin.options.items())
         raise UserError(
-            f"head '{plugin.name}' cannot be built: {error}\n  its options are {given}"
+            f"head '{plugin.name}' cannot be built: {error}\n  its options are {options}"
         ) from error
 
 
 def build_regularisers(settings: Settings, head: Head, dim: int) -> list[Regulariser]:
-    """Those with a weight, each asked whether it goes with the head."""
-    # All are built, so that a wrong option is told even where the weight is 0.
-    built = [REGULARISERS.build(name, **options) for name, options in settings.losses.items()]
-    made = [regulariser for regulariser in built if regulariser.weight.peak]
-    if made:
+    """Build the regularisers with a weight above 0, and check that each fits the head."""
+    # All are built, so that an invalid option is reported even where the weight is 0.
+    regularisers = [
+        REGULARISERS.build(name, **options) for name, options in settings.losses.items()
+    ]
+    active = [regulariser for regulariser in regularisers if regulariser.weight.peak]
+    if active:
         with torch.random.fork_rng([]):
             example = head(torch.zeros(1, 2, dim), torch.ones(1, 2, dtype=torch.bool))
-        for regulariser in made:
+        for regulariser in active:
             regulariser.check(example)
-    return made
-
-
-@contextmanager
-def process_settings(settings: Settings) -> Iterator[None]:
-    """Set what holds for the whole process inside the block, and restore it afterwards.
-
-    These are the precision of float32 products and the number of decoder threads.
-    """
-    with float32_precision(settings.engine.precision), decoder_threads(settings.data.workers):
-        yield
-
-
-@contextmanager
-def session(settings: Settings) -> Iterator[tuple[Strategy, Screen]]:
-    """Strategy and screen of a run, closed at the end of the block; see also :func:`process_settings`."""
-    engine = settings.engine
-    config = Path(engine.deepspeed)
-    with process_settings(settings):
-        strategy = build_strategy(
-            pick_device(engine.device),
-            engine.strategy,
-            deepspeed=config if config.is_file() else CONFIGS.parent / config,
-            timeout=60 * engine.timeout,
-        )
-        screen = Screen(strategy.is_leader)
-        try:
-            with strategy.detect_lost_ranks():
-                yield strategy, screen
-        finally:
-            screen.pause()
-            strategy.close()
+    return active
 
 
 def _check_graphs(engine: Engine, device: torch.device) -> None:
-    """UserError where CUDA graphs are asked for without CUDA."""
+    """Raise UserError if CUDA graphs are wanted without a CUDA device."""
     if engine.cuda_graphs and device.type != "cuda":
         raise UserError(
             f"engine.cuda_graphs=true needs a CUDA device; this run is on {device.type}\n"
@@ -201,7 +206,7 @@ def _check_graphs(engine: Engine, device: torch.device) -> None:
 
 
 def _check_policy(engine: Engine, policy: str) -> None:
-    """UserError where an option of the engine does not go with the BatchNorm policy."""
+    """Raise UserError if an option of the engine does not work with the BatchNorm policy."""
     for option in ("compile", "checkpoint_blocks"):
         if getattr(engine, option) and policy != "frozen":
             why = {
@@ -209,13 +214,13 @@ def _check_policy(engine: Engine, policy: str) -> None:
                 "checkpoint_blocks": "runs BatchNorm a second time, which would move the statistics",
             }[option]
             raise UserError(
-                f"engine.{option}=true does not go with engine.batch_norm={policy}: it {why}\n"
+                f"engine.{option}=true does not work with engine.batch_norm={policy}: it {why}\n"
                 f"  set engine.batch_norm=frozen, or engine.{option}=false"
             )
 
 
 def build_view(data: Data, bag: BagSettings, device: torch.device, *, features: bool) -> BagSpec:
-    """What evaluation sees of a slide: all patches, as stored but for their size; or all features."""
+    """Return how evaluation reads a slide: all of its patches, resized and not augmented, or all features."""
     if features:
         free = free_memory(torch.device("cpu")) / 2
         return BagSpec(
@@ -232,7 +237,7 @@ def build_loader(
     model: MILModel,
     task: Task,
 ) -> TrainingLoader:
-    """The bags of the training slides; ``view`` is that of evaluation."""
+    """Return the loader of the training slides; ``view`` is how evaluation reads them."""
     engine, bag = settings.engine, settings.bag
     augment = AUGMENTS.build(settings.augment.name, bag.size, **settings.augment.options)
     keep = None if engine.keep == "none" else engine.keep
@@ -260,29 +265,32 @@ def build_loader(
 def build_validation(
     settings: Settings, items: Sequence[LabelledSlide], view: BagSpec, task: Task
 ) -> tuple[list[LabelledSlide], BagSpec]:
-    """What the epochs are compared on: slides of validation, and what is seen of them each time."""
+    """Return the slides to validate on after an epoch, and how they are read."""
     select, seed = settings.select, settings.run.seed
     cache = None
     if view.reader.input_kind == "pixels":
         cache = PixelCache(parse_bytes(select.cache))
-    seen = replace(view, seed=seed, bag_size=select.patches, cache=cache)
-    return subset_slides(items, select.slides, group=task.group, seed=seed), seen
+    subset = subset_slides(items, select.slides, group=task.group, seed=seed)
+    return subset, replace(view, seed=seed, bag_size=select.patches, cache=cache)
 
 
 def selected_weights(optim: Optim, select: Select) -> str:
-    """Whose validation selects the epoch, and whose predictions count: ``model`` or ``ema``."""
+    """Return which weights are evaluated and select the epoch: ``model`` or ``ema``."""
     selected = select.weights
     if selected == "auto":
         selected = "ema" if optim.ema else "model"
     if selected == "ema" and not optim.ema:
-        raise UserError("select.weights=ema needs optim.ema over 0")
+        raise UserError(
+            "select.weights=ema needs a moving average of the weights, but optim.ema=0\n"
+            "  set optim.ema=0.9997, or select.weights=model"
+        )
     return selected
 
 
 def build_schedule(
     optim: Optim, select: Select, *, save_every: int, max_bad_steps: int, rescore: int
 ) -> Schedule:
-    """What the trainer needs of the settings."""
+    """Return what the trainer needs of the settings."""
     return Schedule(
         lr=optim.lr,
         encoder_lr=optim.encoder_lr,
@@ -305,7 +313,13 @@ def build_schedule(
 
 
 def first_recipe(data: Data) -> dict[str, Any]:
-    """How the patches of ``data.stores`` were made; UserError when no file of them is there."""
+    """Return how the patches of ``data.stores`` were cut.
+
+    Raises
+    ------
+    UserError
+        No file matches.
+    """
     for entry in data.stores:
         for path in expand_store_paths(entry):
             return open_store(path).recipe
@@ -341,11 +355,15 @@ def prepare(
 ) -> Parts:
     """Load the cohort, fit the task and build the model.
 
-    Args:
-        run: folder of a trained run, from which the fitted task is read and whose weights will be
-            loaded, so that no pretrained ones are fetched; None for a new run.
-        problems_file: where unusable rows are listed; None on ranks other than the leader.
-        protocol: what the splits are used for; None for the run's own.
+    Parameters
+    ----------
+    run
+        Folder of a trained run, from which the fitted task is read and whose weights will be loaded, so
+        that no pretrained ones are fetched; None for a new run.
+    problems_file
+        Where unusable rows are listed; None on ranks other than the leader.
+    protocol
+        What the splits are used for; None for the run's own.
     """
     plugin = settings.task
     task = build_task(plugin) if run is None else load_task(plugin.name, plugin.options, run)
@@ -367,46 +385,6 @@ def prepare(
     )
 
 
-def cohort_spec(data: Data, *, name: str = "") -> CohortSpec:
-    """Return what is needed to load the cohort that the settings describe.
-
-    Parameters
-    ----------
-    data
-        The settings of the cohort.
-    name
-        Name of the cohort, for messages.
-
-    Returns
-    -------
-    CohortSpec
-        For :func:`e2e.cohort.load.load_cohort`.
-    """
-    return CohortSpec(
-        name=name,
-        labels=data.labels,
-        slide_column=data.columns.slide,
-        case_column=data.columns.case,
-        split_column=data.columns.split,
-        centre_column=data.columns.centre,
-        split_names=data.splits,
-        slide_suffix=data.slide_suffix,
-        slide_separator=data.slide_separator,
-        split_file=data.split_file,
-        fold=data.fold,
-        val_share=data.cut.val,
-        test_share=data.cut.test,
-        stores=tuple(data.stores),
-        scales=tuple(map(tuple, data.scales)),
-        features=tuple(data.features),
-        coords=data.coords,
-        unit="case" if data.unit == "case" else "slide",
-        unmatched="drop" if data.unmatched == "drop" else "error",
-        source=data.source,
-        pack_options=data.pack,
-    )
-
-
 def load_slides(
     settings: Settings,
     task: Task,
@@ -415,10 +393,12 @@ def load_slides(
     problems_file: Path | None,
     protocol: SplitProtocol,
 ) -> tuple[list[LabelledSlide], list[Problem]]:
-    """The cohort as :func:`e2e.cohort.load.load_cohort` has it.
+    """Load the cohort of the settings; see :func:`e2e.cohort.load.load_cohort`.
 
-    Raises:
-        UserError: see there; or an update has too few bags for the task.
+    Raises
+    ------
+    UserError
+        See there; or an update has too few bags for the loss of the task.
     """
     if task.loss_couples_bags and settings.optim.bags < 2:
         raise UserError(
@@ -436,10 +416,10 @@ def load_slides(
 
 
 def fit_task(settings: Settings, task: Task, items: Sequence[LabelledSlide]) -> None:
-    """Fit the task to the slides that the run's protocol has; UserError where nothing can be learned."""
+    """Fit the task to the slides of the splits that the run's protocol names."""
     splits = PROTOCOLS[settings.run.protocol].fit_splits
-    learned = [item for item in items if item.slide.split in splits]
-    task.fit([item.target for item in learned], [item.slide.case for item in learned])
+    slides = [item for item in items if item.slide.split in splits]
+    task.fit([item.target for item in slides], [item.slide.case for item in slides])
 
 
 def make_parts(
@@ -452,15 +432,21 @@ def make_parts(
     problems: list[Problem],
     features: dict[str, Any] | None,
 ) -> Parts:
-    """The model and what it sees of the slides.
+    """Build the model and decide how it reads the slides.
 
-    Args:
-        trained: weights will be loaded, so none are fetched.
-        problems: what of the cohort was left out.
-        features: of :func:`e2e.cohort.features.describe_features`; None for patches.
+    Parameters
+    ----------
+    trained
+        Weights will be loaded, so none are fetched.
+    problems
+        Rows and slides of the cohort that were left out.
+    features
+        See :func:`e2e.cohort.features.describe_features`; None for patches.
 
-    Raises:
-        UserError: the settings make no model, or the head needs places that a slide does not have.
+    Raises
+    ------
+    UserError
+        The settings make no model, or the head needs coordinates that a slide does not have.
     """
     view = build_view(settings.data, settings.bag, device, features=features is not None)
     width = features["width"] if features else None
@@ -471,7 +457,7 @@ def make_parts(
 
 
 def check_training(settings: Settings, parts: Parts, device: torch.device, world_size: int) -> None:
-    """UserError where training would fail: all that can be told before the first step."""
+    """Raise UserError for everything that can be found before the first update and would stop training."""
     selected_weights(settings.optim, settings.select)
     train, model = parts.of_split("train"), parts.model
     loader = build_loader(settings, train, parts.view, model=model, task=parts.task)

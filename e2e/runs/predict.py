@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from e2e.bags.spec import LabelledSlide
 from e2e.cohort.features import check_values, describe_features
 from e2e.cohort.readers import open_feature_readers
+from e2e.errors import PARTLY_DONE, describe_interrupt
 from e2e.files import create_folder
 from e2e.log import Screen
 from e2e.parallel import Strategy, pick_device
 from e2e.reports.heatmap import heatmap_writer
+from e2e.reports.predictions import Prediction, write_predictions
 from e2e.reports.predictions import predict as predict_slides
-from e2e.reports.predictions import write_predictions
 from e2e.runs.folder import BEST, check_same_features, load_task
-from e2e.runs.parts import (
-    first_recipe,
-    make_parts,
-    on_features,
-    process_settings,
-    selected_weights,
-)
+from e2e.runs.parts import REGISTRIES, first_recipe, make_parts, on_features, selected_weights
+from e2e.runs.session import process_settings
+from e2e.settings.cli import predict_parser
+from e2e.settings.layers import saved_settings
 from e2e.settings.schema import Settings
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore
@@ -34,8 +34,23 @@ from e2e.training.checkpoint import check_weights, load_checkpoint, select_prefi
 from e2e.wsi.slide import find_slides
 from e2e.wsi.tiling import Tiling
 
-PARTLY_DONE = 3
-"""Exit code: done, but some slides failed; they are listed."""
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``e2e predict`` and return its exit code."""
+    args = predict_parser().parse(argv)
+    settings = saved_settings(args.run, args.overrides, REGISTRIES)
+    out = args.out or args.run / "predict"
+    with describe_interrupt(
+        lambda: f"interrupted; patches that were cut stay in {out}; the same command continues"
+    ):
+        return predict(
+            settings,
+            args.run,
+            args.slides,
+            out,
+            mpp_override=args.mpp_override,
+            workers=args.workers,
+        )
 
 
 def predict(
@@ -51,14 +66,19 @@ def predict(
 
     Slides are cut with the tiling of the run's training slides.
 
-    Args:
-        slides: a slide file or a folder of them; for a two-stage run, a file or folder of features.
+    Parameters
+    ----------
+    slides
+        A slide file or a folder of them; for a two-stage run, a file or folder of features.
 
-    Returns:
+    Returns
+    -------
         0, or 3 when some slides could not be read or hold no tissue.
 
-    Raises:
-        UserError: the features come from another encoder, or cannot be used.
+    Raises
+    ------
+    UserError
+        The features come from another encoder, or cannot be used.
     """
     with process_settings(settings):
         return _predict(settings, folder, slides, out, mpp_override=mpp_override, workers=workers)
@@ -73,34 +93,19 @@ def _predict(
     mpp_override: Path | None,
     workers: int,
 ) -> int:
-    tensors, _ = load_checkpoint(folder / BEST)
+    weights, _ = load_checkpoint(folder / BEST)
     screen = Screen(is_leader=True)
     create_folder(out)
     selected = selected_weights(settings.optim, settings.select)
     task = load_task(settings.task.name, settings.task.options, folder).for_weights(selected)
-    features, packed = None, None
+    packed = None
     if on_features(settings):
-        items, features = _read_features(settings, slides, folder, task, screen)
+        items = unlabelled_slides(open_feature_readers([str(slides)]), task)
     else:
-        packed = _pack_like_training(settings, slides, out, mpp_override, workers, screen)
-        items = _unlabelled([PatchStore(out / "slides.lmdb")], task)
-    strategy = Strategy(pick_device(settings.engine.device))
-    parts = make_parts(
-        settings, task, items, strategy.device, trained=True, problems=[], features=features
-    )
-    weights = select_prefix(selected, tensors)
-    strategy.setup(parts.model, None, clip=None)
-    check_weights(strategy.shapes, weights, folder / BEST)
-    strategy.load(weights)
-    with_coords = [item for item in items if item.record.coords is not None]
-    predictions = predict_slides(
-        parts.model,
-        items,
-        task=task,
-        view=parts.view,
-        strategy=strategy,
-        screen=screen,
-        on_slide=heatmap_writer(task, parts.view.reader, out / "heatmaps", with_coords),
+        packed = pack_like_training(settings, slides, out, mpp_override, workers, screen)
+        items = unlabelled_slides([PatchStore(out / "slides.lmdb")], task)
+    predictions = predict_items(
+        settings, folder, weights, items, task, screen, heatmaps=out / "heatmaps"
     )
     write_predictions(predictions, task, out / "predictions.csv")
     screen.say(f"{len(predictions)} slides predicted: {out}/predictions.csv, {out}/heatmaps/")
@@ -110,18 +115,83 @@ def _predict(
     return 0
 
 
-def _read_features(
-    settings: Settings, path: Path, folder: Path, task: Task, screen: Screen
-) -> tuple[list[LabelledSlide], dict[str, Any]]:
-    """The slides of a file or folder of features, checked against those the run was trained on."""
-    items = _unlabelled(open_feature_readers([str(path)]), task)
+def predict_items(
+    settings: Settings,
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    items: Sequence[LabelledSlide],
+    task: Task,
+    screen: Screen,
+    *,
+    heatmaps: Path | None = None,
+) -> list[Prediction]:
+    """Predict slides with the selected weights of a run.
+
+    Parameters
+    ----------
+    settings : Settings
+        Those of the run.
+    folder : Path
+        The run folder.
+    weights : mapping
+        The tensors of the selected epoch's checkpoint, as :func:`load_checkpoint` returns them.
+    items : sequence of LabelledSlide
+        The slides, with their patches or features.
+    task : Task
+        The task as fitted to the run's training slides.
+    screen : Screen
+        Where progress is shown.
+    heatmaps : Path, optional
+        Folder in which to draw a heatmap of each slide with coordinates.
+
+    Raises
+    ------
+    UserError
+        The features come from another encoder than the run's, or cannot be used.
+    """
+    features = check_features_of_run(settings, folder, items, screen)
+    strategy = Strategy(pick_device(settings.engine.device))
+    parts = make_parts(
+        settings, task, list(items), strategy.device, trained=True, problems=[], features=features
+    )
+    selected = select_prefix(selected_weights(settings.optim, settings.select), weights)
+    strategy.setup(parts.model, None, clip=None)
+    check_weights(strategy.shapes, selected, folder / BEST)
+    strategy.load(selected)
+    on_slide = None
+    if heatmaps is not None:
+        with_coords = [item for item in items if item.record.coords is not None]
+        on_slide = heatmap_writer(task, parts.view.reader, heatmaps, with_coords)
+    return predict_slides(
+        parts.model,
+        items,
+        task=task,
+        view=parts.view,
+        strategy=strategy,
+        screen=screen,
+        on_slide=on_slide,
+    )
+
+
+def check_features_of_run(
+    settings: Settings, folder: Path, items: Sequence[LabelledSlide], screen: Screen
+) -> dict[str, Any] | None:
+    """Return what the features of the slides are; None for a run on patches.
+
+    Raises
+    ------
+    UserError
+        They come from another encoder than the run's, or cannot be used.
+    """
+    if not on_features(settings):
+        return None
     features = describe_features(items)
     check_same_features(features, folder)
     check_values(items, screen)
-    return items, features
+    return features
 
 
-def _pack_like_training(
+def pack_like_training(
     settings: Settings,
     slides: Path,
     out: Path,
@@ -137,12 +207,13 @@ def _pack_like_training(
     return pack(source, out / "slides.lmdb", workers=workers, progress=_PackProgress(screen))
 
 
-def _unlabelled(stores: Sequence[SlideReader], task: Task) -> list[LabelledSlide]:
+def unlabelled_slides(readers: Sequence[SlideReader], task: Task) -> list[LabelledSlide]:
+    """Return every slide of stores or features, each its own case, without a label."""
     unknown = task.encode(dict.fromkeys(task.columns, ""))
     return [
-        LabelledSlide(Slide(id=slide, case=slide, split="", target={}), store, unknown)
-        for store in stores
-        for slide in store.slides
+        LabelledSlide(Slide(id=slide, case=slide, split="", target={}), reader, unknown)
+        for reader in readers
+        for slide in reader.slides
     ]
 
 

@@ -1,23 +1,4 @@
-"""Cut a cohort into folds, by case and stratified; or check published splits and convert them.
-
-  python tools/make_splits.py --labels T.csv --case case --slide slide --label label --out DIR
-  ... --repeats 3                     three times five folds, each time cut anew
-  ... --site tcga                     no centre is tested in two folds, or trained on where it is tested
-                                      (from TCGA barcodes, or name the column of the centre)
-  ... --inner 4                       nested: in each fold four choices of the validation cases
-  ... --few-shot 16                   16 training cases of each class
-  ... --splits published/             use the splits of CLAM, ABMILX, Patho-Bench, STAMP or AEM
-
-Validation cases are cut from the training cases, stratified; with --site from the training centres.
-DIR/splits.csv is the label table with a column fold_<k> for each fold, to train on with
-data.split_file=DIR/splits.csv data.fold=0; DIR/clam/ has the same in CLAM's format, and DIR/made.json
-the options. For survival, --label is the event column, so that each fold has its share of events.
-A column of many different numbers is stratified by five groups of them. Cases with a blank label are
-divided evenly too. A case whose slides have several classes is not used by --few-shot. If a row names
-several slides: --slide-separator ";".
-
-Exit codes: 0 the files are written and the counts printed; 2 a user error, explained in one message.
-"""
+"""Cut a cohort into folds, by case and stratified; or check published splits and convert them."""
 
 from __future__ import annotations
 
@@ -54,67 +35,8 @@ from e2e.errors import UserError, format_list
 from e2e.files import write_atomically
 from e2e.log import Screen
 from e2e.seeds import mix_seed
+from e2e.settings.data_cli import SPLIT_DEFAULTS, splits_parser
 from e2e.slides import Slide
-
-CUT_DEFAULTS = {"folds": 5, "repeats": 1, "val": 0.15, "inner": None}
-"""Options that say how to cut, with their defaults; none of them goes with published splits."""
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line.
-
-    Parameters
-    ----------
-    argv
-        The arguments; None for those of the process.
-
-    Returns
-    -------
-    argparse.Namespace
-        The options.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--labels", type=Path, required=True, metavar="TABLE.csv", help="the label table"
-    )
-    parser.add_argument(
-        "--case", required=True, metavar="COLUMN", help="column of the case (patient) ids"
-    )
-    parser.add_argument(
-        "--slide", metavar="COLUMN", help="column of the slide ids (default: that of --case)"
-    )
-    parser.add_argument(
-        "--slide-suffix", default="", metavar=".svs", help="removed from the end of slide ids"
-    )
-    parser.add_argument(
-        "--slide-separator", metavar="SIGN", help="separates several slide ids in one cell"
-    )
-    parser.add_argument("--label", required=True, metavar="COLUMN", help="column to stratify by")
-    parser.add_argument(
-        "--site", metavar="COLUMN", help=f"column of the centre, or {TCGA}: from TCGA barcodes"
-    )
-    parser.add_argument("--folds", type=int, help="number of folds; each case is tested in one (5)")
-    parser.add_argument("--repeats", type=int, help="number of times the folds are cut anew (1)")
-    share = parser.add_mutually_exclusive_group()
-    share.add_argument("--val", type=float, help="validation share of the training cases (0.15)")
-    share.add_argument(
-        "--inner", type=int, metavar="K", help="nested: K validation sets for each fold"
-    )
-    parser.set_defaults(**CUT_DEFAULTS)
-    parser.add_argument(
-        "--few-shot", type=int, metavar="N", help="keep N training cases of each class"
-    )
-    parser.add_argument(
-        "--splits", type=Path, metavar="PATH", help="published splits: a file or folder"
-    )
-    parser.add_argument(
-        "--allow-missing", action="store_true", help="allow splits that lack a class"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
-    return parser.parse_args(argv)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -131,7 +53,7 @@ def check_options(args: argparse.Namespace) -> None:
             f"--val must be a share of the training cases, at least 0 and below 1, not {args.val}"
         )
     if args.splits:
-        options = [f"--{k}" for k, default in CUT_DEFAULTS.items() if getattr(args, k) != default]
+        options = [f"--{k}" for k, default in SPLIT_DEFAULTS.items() if getattr(args, k) != default]
         if options:
             raise UserError(
                 f"--splits uses folds as published, so {', '.join(options)} has no effect\n"
@@ -320,7 +242,7 @@ def output_files(
         files |= {args.out / "clam" / name: content for name, content in clam.items()}
     # Names without their folders, so that the file is the same wherever the splits are made.
     options = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}
-    recipe = {k: v for k, v in options.items() if not (args.splits and k in CUT_DEFAULTS)}
+    recipe = {k: v for k, v in options.items() if not (args.splits and k in SPLIT_DEFAULTS)}
     recipe["labels_blake2b"] = hashlib.blake2b(args.labels.read_bytes(), digest_size=16).hexdigest()
     files[args.out / "made.json"] = (json.dumps(recipe, indent=1) + "\n").encode()
     return files
@@ -370,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     UserError
         The table, the splits or the options cannot be used.
     """
-    args = parse(argv)
+    args = splits_parser().parse(argv)
     check_options(args)
     slides = group_numbers(read_slides(args), args.label)
     sites = single_sites(slides, args.site) if args.site else None

@@ -5,17 +5,48 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import yaml
 
-from e2e.errors import UserError, format_list
+from e2e.errors import UserError, describe_interrupt, format_list, optional_import
 from e2e.files import read_text, write_json
 from e2e.metrics.values import LOWER_IS_BETTER
 from e2e.runs.many import is_done, run_command, start_or_resume, write_plan
+from e2e.runs.parts import REGISTRIES, build_task
+from e2e.settings.arguments import common_settings
+from e2e.settings.cli import sweep_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``e2e sweep`` and return its exit code."""
+    args = sweep_parser().parse(argv)
+    if args.trials < 1:
+        raise UserError(f"--trials must be at least 1, found {args.trials}")
+    settings, command = common_settings(args, REGISTRIES)
+    if settings.run.protocol != "honest":
+        raise UserError(
+            f"run.protocol={settings.run.protocol} chooses on the test, a search on validation alone\n"
+            "  leave it out"
+        )
+    with describe_interrupt(
+        lambda: f"interrupted; finished trials are in {args.out}; the same command continues"
+    ):
+        best = search(
+            command,
+            read_space(args.space),
+            out=args.out,
+            trials=args.trials,
+            metric=args.metric or build_task(settings.task).monitor,
+            seed=args.seed,
+            report=print,
+        )
+    print(f"best: {best['metric']} {best['value']:.4f} on validation, {best['run']}")
+    return 0
 
 
 def read_space(path: Path) -> dict[str, Any]:
@@ -45,7 +76,8 @@ def read_space(path: Path) -> dict[str, Any]:
 
 
 def _is_range(entry: object) -> bool:
-    from optuna.distributions import FloatDistribution, IntDistribution
+    with optional_import("search", use="e2e sweep"):
+        from optuna.distributions import FloatDistribution, IntDistribution
 
     if isinstance(entry, list):
         choices = (str, int, float, bool, list, NoneType)
@@ -100,21 +132,43 @@ def search(
         ``out`` holds another search, a training failed (the message names its log), or the metric is
         undefined in every trial. Where it is undefined in some, these count as the worst.
     """
-    import optuna
+    with optional_import("search", use="e2e sweep"):
+        import optuna  # noqa: F401
 
     plan = {"command": list(command), "space": dict(space), "metric": metric}
     write_plan(out / "sweep.json", plan, "search")
+    with _quiet_optuna():
+        return _run_trials(
+            command, space, _open_study(out, metric, seed), out, trials, metric, report
+        )
+
+
+@contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    """Keep Optuna from printing a line for each trial inside the block."""
+    import optuna
+
+    verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        storage=f"sqlite:///{out.resolve()}/optuna.db",
-        study_name="sweep",
-        sampler=optuna.samplers.TPESampler(seed=seed),
-        direction="minimize" if metric in LOWER_IS_BETTER else "maximize",
-        load_if_exists=True,
-    )
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def _run_trials(
+    command: Sequence[str],
+    space: Mapping[str, Any],
+    study: Any,
+    out: Path,
+    trials: int,
+    metric: str,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    from optuna.trial import TrialState
+
     worst = math.inf if metric in LOWER_IS_BETTER else -math.inf
-    _requeue_stopped_trials(study)
-    complete = (optuna.trial.TrialState.COMPLETE,)
+    complete = (TrialState.COMPLETE,)
     while len(study.get_trials(deepcopy=False, states=complete)) < trials:
         trial = study.ask()
         settings = {name: _suggest(trial, name, entry) for name, entry in space.items()}
@@ -134,13 +188,22 @@ def search(
     return best
 
 
-def _requeue_stopped_trials(study: Any) -> None:
-    """Mark trials that an earlier command left running as failed, and try their settings again."""
-    from optuna.trial import TrialState
+def _open_study(out: Path, metric: str, seed: int) -> Any:
+    """Create the study in ``out``, or open it; settings of trials that were stopped are tried again."""
+    import optuna
 
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
+    study = optuna.create_study(
+        storage=f"sqlite:///{out.resolve()}/optuna.db",
+        study_name="sweep",
+        sampler=optuna.samplers.TPESampler(seed=seed),
+        direction="minimize" if metric in LOWER_IS_BETTER else "maximize",
+        load_if_exists=True,
+    )
+    running = (optuna.trial.TrialState.RUNNING,)
+    for trial in study.get_trials(deepcopy=False, states=running):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         study.enqueue_trial(trial.params)
+    return study
 
 
 def evaluate_trial(
@@ -151,7 +214,7 @@ def evaluate_trial(
         overrides = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
         log = folder.with_name(f"{folder.name}.log")
         arguments = start_or_resume([*command, *overrides], folder)
-        code = run_command("launch/train.py", arguments, log)
+        code = run_command("train", arguments, log)
         if code:
             raise UserError(
                 f"the run {folder.name} ended with exit code {code}; see {log}\n"

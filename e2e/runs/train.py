@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from e2e.bags.spec import LabelledSlide
 from e2e.cohort.features import check_values
 from e2e.engine.model import MILModel
+from e2e.errors import describe_interrupt
 from e2e.files import write_json
 from e2e.log import TRACKERS, MetricsLog, Screen, clock
 from e2e.parallel import Strategy
@@ -21,8 +23,10 @@ from e2e.reports.predictions import predict as predict_slides
 from e2e.reports.predictions import score_patches, to_arrays
 from e2e.runs.evaluate import problems_file, write_evaluation
 from e2e.runs.folder import BEST, TASK, check_is_new, locked, write_inputs
+from e2e.runs.options_help import describe_topic
 from e2e.runs.parts import (
     PROTOCOLS,
+    REGISTRIES,
     Parts,
     build_loader,
     build_schedule,
@@ -30,20 +34,50 @@ from e2e.runs.parts import (
     check_training,
     prepare,
     selected_weights,
-    session,
 )
+from e2e.runs.processes import needs_ranks, run_ranks
+from e2e.runs.session import session
+from e2e.settings.arguments import settings_from_args
+from e2e.settings.cli import train_parser
 from e2e.settings.layers import dump_settings, flatten_settings
 from e2e.settings.schema import Settings
 from e2e.training.checkpoint import check_weights, load_checkpoint, select_prefix
 from e2e.training.trainer import LAST, Trainer
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``e2e train`` and return its exit code."""
+    args = train_parser().parse(argv)
+    if args.help_topic:
+        print(describe_topic(args.help_topic, REGISTRIES))
+        return 0
+    settings, folder = settings_from_args(args, REGISTRIES)
+    if args.print_config:
+        print(dump_settings(settings), end="")
+        return 0
+    if needs_ranks(args.gpus, on_cpu=settings.engine.device == "cpu"):
+        return run_ranks("train", argv, args.gpus)
+    with describe_interrupt(lambda: _how_to_continue(folder)):
+        train(settings, folder, resume=bool(args.resume))
+    return 0
+
+
+def _how_to_continue(folder: Path) -> str:
+    if not (folder / "settings.yaml").is_file():
+        return "interrupted before training started; nothing was saved"
+    saved = f"checkpoint {folder / LAST}" if (folder / LAST).is_file() else "no checkpoint yet"
+    return f"interrupted; {saved}; to continue: e2e train --resume {folder}"
+
+
 def train(settings: Settings, folder: Path, *, resume: bool) -> None:
     """Train in ``folder`` (new, or with ``resume`` a stopped run's), then evaluate the selected epoch.
 
-    Raises:
-        UserError: the folder is in use; data, weights or settings are wrong, or differ between ranks.
-        LostRankError: another process of the run died or does not answer.
+    Raises
+    ------
+    UserError
+        The folder is in use; data, weights or settings are wrong, or differ between ranks.
+    LostRankError
+        Another process of the run died or does not answer.
     """
     with session(settings) as (strategy, screen), ExitStack() as lock:
         if resume:

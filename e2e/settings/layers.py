@@ -16,9 +16,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from e2e.errors import UserError
 from e2e.registry import Registry, did_you_mean
+from e2e.settings.configs import config_folder, config_names, find_config
 from e2e.settings.schema import SECTIONS, Plugin, Settings, require
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 Layer = tuple[str, dict[str, Any]]
 """Where values come from (for messages), and section -> key -> value."""
@@ -67,9 +66,42 @@ def load_settings(
     """
     heads = registries["head"].names()
     layers = [DEFAULTS, _config_layer("datasets", datasets), _model_layer(model, heads)]
-    layers += [_read_yaml(Path(path)) for path in files]
+    layers += [_read_yaml(find_config(path)) for path in files]
     layers += [_override_layer(text) for text in overrides]
     return _merge_layers(layers, registries, {"datasets": datasets, "model": model})
+
+
+def load_model_plugins(
+    model: str,
+    options: Mapping[str, Mapping[str, Any]],
+    registries: Mapping[str, Registry[Any]],
+) -> dict[str, Plugin]:
+    """Return the encoder and the head of a model, without the rest of the settings.
+
+    Parameters
+    ----------
+    model
+        As for :func:`load_settings`.
+    options
+        Section (``encoder``, ``head``) -> options that replace those of the model.
+    registries
+        As for :func:`load_settings`.
+
+    Raises
+    ------
+    UserError
+        There is no such model, encoder or head, or an option is wrong.
+    """
+    source, tree = _model_layer(model, registries["head"].names())
+    sections = ("encoder", "head")
+    layers: list[Layer] = [
+        (source, {section: tree[section] for section in sections if section in tree}),
+        (f"model '{model}'", {section: dict(options.get(section, {})) for section in sections}),
+    ]
+    names = {section: _required_plugin_name(section, layers) for section in sections}
+    schema = {s: _option_schema(s, registries[s], names[s]) for s in sections}
+    values = _to_objects(_merge_trees(layers, schema, names))
+    return {s: Plugin(names[s], dataclasses.asdict(values[s])) for s in sections}
 
 
 def saved_settings(
@@ -242,19 +274,18 @@ def _option_schema(section: str, registry: Registry[Any], name: str) -> Any:
 
 def _config_layer(kind: str, name: str) -> Layer:
     """Read ``name`` of a folder of configs/, or the YAML file that it is the path of."""
-    folder = CONFIGS / kind
-    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    is_file = name.endswith((".yaml", ".yml"))
+    path = find_config(name) if is_file else config_folder() / kind / f"{name}.yaml"
     if not path.is_file():
-        names = [file.stem for file in folder.glob("*.yaml")]
         raise UserError(
-            f"no {kind} '{name}'{did_you_mean(name, names)}\n  or give the path of a YAML file"
+            f"no {kind} '{name}'{did_you_mean(name, config_names(kind))}\n  or give the path of a YAML file"
         )
     return _read_yaml(path)
 
 
 def _model_layer(name: str, heads: Sequence[str]) -> Layer:
     """Read a YAML of configs/models, or parse ``e2e_<encoder>_<head>`` or the name of a head."""
-    if name.endswith((".yaml", ".yml")) or (CONFIGS / "models" / f"{name}.yaml").is_file():
+    if name.endswith((".yaml", ".yml")) or name in config_names("models"):
         return _config_layer("models", name)
     source = f"--model {name}"
     if name in heads:  # on frozen features, where all of a slide's patches are cheap
@@ -277,7 +308,7 @@ def split_model_name(name: str, heads: Sequence[str] = ()) -> tuple[str, str]:
     """
     parts = name.split("_", 2)
     if len(parts) != 3 or parts[0] != "e2e" or not all(parts):
-        names = [*(file.stem for file in (CONFIGS / "models").glob("*.yaml")), *heads]
+        names = [*config_names("models"), *heads]
         raise UserError(
             f"no model '{name}'{did_you_mean(name, names)}\n  or e2e_<encoder>_<head>, such as e2e_r18_abmil;"
             " a head alone is trained on frozen features"

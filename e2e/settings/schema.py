@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from e2e.errors import UserError
-from e2e.memory import parse_bytes
+from e2e.sizes import parse_bytes
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from e2e.errors import UserError, format_list
+from e2e.errors import UserError, format_list, optional_import
 from e2e.store.cluster_worker import (
     Ticket,
     installed_versions,
@@ -400,11 +400,6 @@ def _rewrite(file: Path, recipe: dict[str, Any], slides: Sequence[str]) -> None:
 
 
 def _import_dask() -> ModuleType:
-    try:
+    with optional_import("cluster", use="--scheduler"):
         import distributed
-    except ImportError as error:
-        raise UserError(
-            f"--scheduler needs Dask, which is not installed ({error})\n"
-            "  pip install -r requirements.txt, or omit --scheduler to pack on this machine"
-        ) from error
     return distributed

@@ -211,7 +211,7 @@ class Classification(Task):
         is_labelled = np.isfinite(targets)
         probabilities, labels = predicted[is_labelled], targets[is_labelled].astype(np.int64)
         return classification_metrics(
-            probabilities, labels, weights[:, is_labelled], decided=self._decide(probabilities)
+            probabilities, labels, weights[:, is_labelled], predicted=self._decide(probabilities)
         )
 
     def figures(self, predicted: Array, targets: Array) -> list[Figure]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from e2e.errors import UserError
 from e2e.metrics.figures import Figure, regression_figures
-from e2e.metrics.values import Array, Values, regression_metrics
+from e2e.metrics.regression import regression_metrics
+from e2e.metrics.values import Array, Values
 from e2e.tasks.base import TASKS, Task, TaskExample, check_choice, choose_monitor
 
 LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
@@ -120,7 +121,7 @@ class Regression(Task):
         return self.mean + self.sd * logits.double()
 
     def metrics(self, predicted: Array, targets: Array, weights: Array) -> Values:
-        """See :func:`e2e.metrics.values.regression_metrics`."""
+        """See :func:`e2e.metrics.regression.regression_metrics`."""
         return regression_metrics(predicted[:, 0], targets, weights)
 
     def figures(self, predicted: Array, targets: Array) -> list[Figure]:

@@ -381,10 +381,10 @@ class Trainer:
             progress.stale += 1
         loss = progress.loss_sum / progress.losses if progress.losses else None  # all were bad
         monitor = self.task.monitor
-        shown = "  ".join(f"{k} {_format_value(v[monitor])}" for k, v in metrics.items())
+        shown = "  ".join(f"{k} {_format_metric(v[monitor])}" for k, v in metrics.items())
         mark = "  *" if progress.stale == 0 else ""
         self.screen.say(
-            f"epoch {progress.epoch + 1:3d}  loss {_format_value(loss, 4)}  val {monitor}: {shown}{mark}"
+            f"epoch {progress.epoch + 1:3d}  loss {_format_metric(loss, 4)}  val {monitor}: {shown}{mark}"
         )
         if self.strategy.is_leader:
             self.log.write(step=progress.step, epoch=progress.epoch, train_loss=loss, val=metrics)
@@ -490,5 +490,5 @@ def to_host(values: Tensor) -> Callable[[], list[float]]:
     return read
 
 
-def _format_value(value: float | None, digits: int = 3) -> str:
+def _format_metric(value: float | None, digits: int = 3) -> str:
     return "undefined" if value is None else f"{value:.{digits}f}"

@@ -20,7 +20,8 @@ from e2e.cohort.readers import open_patch_readers
 from e2e.errors import DamagedDataError, UserError
 from e2e.images.augment import Augment
 from e2e.images.decode import build_decoder
-from e2e.runs.parts import build_task, cohort_spec
+from e2e.runs.cohort import cohort_spec
+from e2e.runs.parts import build_task
 from e2e.settings.schema import Columns, Data, Plugin
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore, StoreWriter

@@ -7,12 +7,13 @@ import pytest
 
 from e2e.cohort.load import load_cohort
 from e2e.errors import UserError
-from e2e.runs.parts import build_task, cohort_spec
-from e2e.settings.layers import CONFIGS
+from e2e.runs.cohort import cohort_spec
+from e2e.runs.parts import build_task
+from e2e.settings.configs import config_folder
 from tests.helpers.configured_cohorts import SLIDES, load, small_cohort
 from tests.helpers.stores import write_store
 
-COHORTS = sorted(path.stem for path in (CONFIGS / "datasets").glob("*.yaml"))
+COHORTS = sorted(path.stem for path in (config_folder() / "datasets").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", COHORTS)

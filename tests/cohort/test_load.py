@@ -18,8 +18,9 @@ from e2e.cohort.load import load_cohort
 from e2e.cohort.match import explain_unmatched_ids
 from e2e.cohort.split_files import clam_files, fold_table, read_text_table
 from e2e.errors import UserError
+from e2e.runs.cohort import cohort_spec
 from e2e.runs.crossval import make_plan
-from e2e.runs.parts import REGISTRIES, build_task, cohort_spec
+from e2e.runs.parts import REGISTRIES, build_task
 from e2e.settings.layers import load_settings
 from e2e.settings.schema import Columns, Cut, Data, Plugin, Settings
 from e2e.slides import Slide
@@ -345,7 +346,7 @@ def crossval_settings(cohort: Path, *overrides: str) -> Settings:
 
 def test_folds_that_a_cross_validation_cuts_are_of_whole_rows(cohort):
     settings, out = crossval_settings(cohort), cohort / "cv"
-    make_plan(settings, (), out=out, cut=2, only=(), seeds=[0])
+    make_plan(settings, (), out=out, num_folds=2, only=(), seeds=[0])
     for fold in "01":
         chosen = {"split_file": str(out / "splits.csv"), "fold": fold}
         data = replace(settings.data, **chosen, cut=Cut(val=0.5))
@@ -362,11 +363,11 @@ def test_a_cross_validation_tells_bad_cells_before_any_training(cohort):
     splits.write_text("slide,fold\ns0.svs;s1.svs,train\ns1.svs;s2.svs,test\n")
     settings = crossval_settings(cohort, f"data.split_file={splits}")
     with pytest.raises(UserError, match=r"fold 0: 's1' is in train and test"):
-        make_plan(settings, (), out=cohort / "cv", cut=None, only=(), seeds=[0])
+        make_plan(settings, (), out=cohort / "cv", num_folds=None, only=(), seeds=[0])
     settings, labels = crossval_settings(cohort), cohort / "labels.csv"
     labels.write_text(labels.read_text().replace("s2.svs;s3.svs", "s2.svs;s2.svs"))
     with pytest.raises(UserError, match=r"s2.svs: listed twice in its row \(labels.csv line 3\)"):
-        make_plan(settings, (), out=cohort / "cv", cut=2, only=(), seeds=[0])
+        make_plan(settings, (), out=cohort / "cv", num_folds=2, only=(), seeds=[0])
 
 
 # --- rows that are labelled in part, or not at all ---

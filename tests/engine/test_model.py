@@ -18,8 +18,8 @@ from e2e.engine.model import MILModel, ReplayError, seeded
 from e2e.errors import UserError
 from e2e.heads.base import HEADS, Head, HeadOutput
 from e2e.losses.base import Regulariser
-from e2e.memory import parse_bytes
 from e2e.parallel import Strategy
+from e2e.sizes import parse_bytes
 from tests.helpers.models import CPU, SIZES, SmallEncoder, apart, gradients, make_bag, make_model
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5}

@@ -6,6 +6,9 @@ import sys
 
 from e2e.errors import exit_code
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+"""PyTorch's own ``torchrun``, which turns the exit code of a rank into 1."""
+
 
 def call(main, monkeypatch, capsys, *argv: object) -> tuple[int, str]:
     """Run a command in this process; its exit code and what it said on stderr."""

@@ -47,7 +47,7 @@ def write_slide(path, *, seed=0, size=(320, 256), mpp=4.0, tissue=True, resoluti
     return canvas
 
 
-def find_damage(path, tile):
+def damage(path, tile):
     with tifffile.TiffFile(path) as tiff:
         offset, count = tiff.pages[0].dataoffsets[tile], tiff.pages[0].databytecounts[tile]
     with path.open("r+b") as file:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, inputs, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
@@ -119,7 +119,7 @@ def near(scores: NDArray, coords: NDArray) -> NDArray:
 
 
 @settings(max_examples=30)
-@inputs(st.integers(0, 10_000), st.integers(15, 60), st.integers(8, 20))
+@given(st.integers(0, 10_000), st.integers(15, 60), st.integers(8, 20))
 def test_neither_order_nor_place_on_the_slide_nor_the_grids_step_matters(seed, count, side):
     draw = np.random.default_rng(seed)
     scores, coords = draw.normal(size=(count, 2)), grid(count, side, seed)
@@ -135,7 +135,7 @@ def test_neither_order_nor_place_on_the_slide_nor_the_grids_step_matters(seed, c
 
 
 @settings(max_examples=50)
-@inputs(st.integers(0, 10_000), st.integers(1, 30))
+@given(st.integers(0, 10_000), st.integers(1, 30))
 def test_copies_of_patches_change_nothing(seed, count):
     draw = np.random.default_rng(seed)
     scores, coords = draw.normal(size=(count, 2)), grid(count, 8, seed)

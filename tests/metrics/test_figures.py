@@ -1,4 +1,4 @@
-"""Pictures and the numbers behind them: the numbers are those of the metrics, and each has its picture."""
+"""Figures: their numbers agree with the metrics, and each is written as an image and a table."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def test_the_area_under_each_precision_line_as_drawn_is_the_average_precision(cl
         assert abs(np.trapezoid(y, x)) == pytest.approx(want, abs=1e-12)
 
 
-def test_calibrations_gaps_weighted_by_slides_are_the_expected_calibration_error():
+def test_calibration_gaps_weighted_by_slides_equal_the_expected_calibration_error():
     shares, labels = drawn(3)
     curve = calibration(shares.max(1), shares.argmax(1) == labels)
-    [(said, true)] = curve.lines.values()
-    slides = curve.more["slides"]
+    [(confidence, accuracy)] = curve.lines.values()
+    slides = curve.extra_columns["slides"]
     assert slides.sum() == len(labels)
-    gap = (slides * abs(said - true)).sum() / slides.sum()
+    gap = (slides * abs(confidence - accuracy)).sum() / slides.sum()
     assert gap == pytest.approx(ece(shares, labels, np.ones((1, len(labels))))[0], abs=1e-12)
 
 
@@ -80,7 +80,7 @@ def test_confusion_has_labels_in_rows_and_predictions_in_columns():
     assert counts.tolist() == [[1, 1], [0, 1]]
 
 
-def test_a_class_that_no_slide_has_gets_no_line_and_one_class_alone_no_roc():
+def test_an_absent_class_has_no_line_and_a_single_class_no_roc():
     shares, labels = drawn(3)
     names, called = ["a", "b", "c"], shares.argmax(1)
     some, one = labels < 2, labels == 0
@@ -90,7 +90,7 @@ def test_a_class_that_no_slide_has_gets_no_line_and_one_class_alone_no_roc():
     assert set(alone) == {"calibration", "confusion"}
 
 
-def test_each_picture_is_a_png_with_a_csv_of_its_points(tmp_path: Path):
+def test_each_figure_is_a_png_with_a_csv_of_its_points(tmp_path: Path):
     line = (np.array([0.0, 0.5]), np.array([1.0, 0.25]))
     pictures = [
         Curves("steps", "t", "months", "alive", {"low": line, "high": line}, steps=True),
@@ -137,19 +137,21 @@ def test_survival_of_two_risk_groups_by_hand():
     assert list(curves.lines) == ["low risk (3, 2 events)", "high risk (3, 2 events)"]
 
 
-def test_the_log_rank_p_is_small_where_risks_tell_and_undefined_where_all_are_one():
+def test_log_rank_p_is_small_for_informative_risks_and_undefined_for_equal_risks():
     rng = np.random.default_rng(0)
     risk = rng.normal(size=200)
     time = rng.exponential(np.exp(-2 * risk)) + 1e-3
     event = rng.uniform(size=200) < 0.8
-    told = survival_figures(risk, time, event)[0].title
-    blind = survival_figures(rng.normal(size=200), time, event)[0].title
+    informative = survival_figures(risk, time, event)[0].title
+    uninformative = survival_figures(rng.normal(size=200), time, event)[0].title
     table = survival_figures(risk, time, event)[0].table()
-    assert set(table["log_rank_p"].map("{:.3g}".format)) == {told.removeprefix("log-rank p = ")}
+    assert set(table["log_rank_p"].map("{:.3g}".format)) == {
+        informative.removeprefix("log-rank p = ")
+    }
     assert (
-        float(told.removeprefix("log-rank p = "))
+        float(informative.removeprefix("log-rank p = "))
         < 1e-6
-        < float(blind.removeprefix("log-rank p = "))
+        < float(uninformative.removeprefix("log-rank p = "))
     )
     assert "undefined" in survival_figures(np.zeros(200), time, event)[0].title
 
@@ -158,12 +160,12 @@ def test_the_log_rank_p_is_small_where_risks_tell_and_undefined_where_all_are_on
     ("time", "event"),
     [
         ([1, 2, 3, 4], [0, 0, 0, 0]),  # nobody died
-        ([1, 2, 3, 4], [0, 0, 0, 1]),  # one did, when nobody else was in sight
-        ([3, 4, 1, 2], [0, 1, 0, 0]),  # or nobody of the other group
+        ([1, 2, 3, 4], [0, 0, 0, 1]),  # one did, after everybody else was censored
+        ([3, 4, 1, 2], [0, 1, 0, 0]),  # or after everybody of the other group was
         ([5, 5, 5, 5], [1, 1, 1, 1]),  # or all at once
     ],
 )
-def test_a_test_set_whose_events_tell_nothing_has_its_curves_and_no_p(tmp_path, time, event):
+def test_a_test_set_without_informative_events_has_curves_and_no_p(tmp_path, time, event):
     curve = np.full((4, 1), 0.5)
     drawn = survival_figures(
         np.array([1.0, 2, 3, 4]),
@@ -173,11 +175,11 @@ def test_a_test_set_whose_events_tell_nothing_has_its_curves_and_no_p(tmp_path, 
         edges=(2.5,),
     )
     write_figures(drawn, tmp_path)
-    assert drawn[0].title == "log-rank p undefined: no event tells them apart"
+    assert drawn[0].title == "log-rank p undefined: no event separates the groups"
     assert {path.stem for path in tmp_path.glob("*.png")} == {"kaplan_meier", "calibration"}
 
 
-def test_shares_are_shown_from_0_to_1_whatever_part_of_it_the_lines_take():
+def test_fractions_are_shown_from_0_to_1_whatever_the_range_of_the_lines():
     time, event = np.arange(1.0, 21), np.arange(20) < 2  # nine in ten are left at the end
     [curves] = survival_figures(np.arange(20.0), time, event)
     low, high = curves.draw().axes[0].get_ylim()
@@ -186,18 +188,18 @@ def test_shares_are_shown_from_0_to_1_whatever_part_of_it_the_lines_take():
     assert numbers.draw().axes[0].get_ylim()[0] > 30
 
 
-def test_survival_that_is_predicted_right_lies_on_the_diagonal():
+def test_correctly_predicted_survival_lies_on_the_diagonal():
     rng = np.random.default_rng(1)
     scale = rng.uniform(0.5, 4, 8000)
     time, edges = rng.exponential(scale), (0.5, 2.0)
     survival = np.exp(-np.array(edges) / scale[:, None])
     curves = by_name(survival_figures(-scale, time, time > 0, survival=survival, edges=edges))
-    for said, true in curves["calibration"].lines.values():
-        np.testing.assert_allclose(said, true, atol=0.03)
-    assert np.ptp(said) > 0.2
+    for predicted, observed in curves["calibration"].lines.values():
+        np.testing.assert_allclose(predicted, observed, atol=0.03)
+    assert np.ptp(predicted) > 0.2
 
 
-def test_numbers_are_shown_against_their_labels():
+def test_regression_figure_shows_predictions_against_labels():
     [picture] = regression_figures(np.array([1.0, 2.0]), np.array([0.0, 3.0]), "age")
     [(x, y)] = picture.lines.values()
     assert (x.tolist(), y.tolist()) == ([0, 3], [1, 2])

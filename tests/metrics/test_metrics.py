@@ -14,6 +14,7 @@ from sklearn import metrics as sk
 from e2e.cohort.folds import tcga_sites
 from e2e.errors import UserError
 from e2e.metrics.bootstrap import bootstrap_p, by_group, case_weights, confidence_interval, delong
+from e2e.metrics.regression import regression_metrics
 from e2e.metrics.values import (
     accuracy,
     auc,
@@ -29,7 +30,6 @@ from e2e.metrics.values import (
     log_loss,
     multilabel_metrics,
     precision_macro,
-    regression_metrics,
 )
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -48,7 +48,7 @@ def bags(seed: int, classes: int, count: int = 60, *, ties: bool = False):
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_auc_is_scikit_learns(seed, ties):
+def test_auc_equals_scikit_learn(seed, ties):
     probabilities, labels, weights = bags(seed, 2, ties=ties)
     score = np.round(probabilities[:, 1], 1) if ties else probabilities[:, 1]
     expected = [sk.roc_auc_score(labels, score, sample_weight=row) for row in weights]
@@ -64,7 +64,7 @@ def test_auc_by_hand():
 
 
 @pytest.mark.parametrize("classes", [3, 6])
-def test_macro_auc_is_scikit_learns(classes):
+def test_macro_auc_equals_scikit_learn(classes):
     probabilities, labels, weights = bags(1, classes)
     expected = [
         sk.roc_auc_score(
@@ -77,7 +77,7 @@ def test_macro_auc_is_scikit_learns(classes):
 
 @pytest.mark.parametrize("classes", [2, 3, 6])
 @pytest.mark.parametrize("seed", range(3))
-def test_metrics_of_the_confusion_table_are_scikit_learns(classes, seed):
+def test_metrics_of_the_confusion_matrix_equal_scikit_learn(classes, seed):
     probabilities, labels, weights = bags(seed, classes)
     predicted = probabilities.argmax(axis=1)
     table = confusion(predicted, labels, classes, weights)
@@ -94,13 +94,13 @@ def test_metrics_of_the_confusion_table_are_scikit_learns(classes, seed):
         (lambda t: kappa(t, 1), sk.cohen_kappa_score, {"weights": "linear"}),
         (lambda t: kappa(t, 2), sk.cohen_kappa_score, {"weights": "quadratic"}),
     ]
-    for ours, theirs, options in pairs:
-        expected = [theirs(labels, predicted, sample_weight=w, **options) for w in weights]
-        np.testing.assert_allclose(ours(table), expected, err_msg=str(theirs), **EXACT)
+    for metric, reference, options in pairs:
+        expected = [reference(labels, predicted, sample_weight=w, **options) for w in weights]
+        np.testing.assert_allclose(metric(table), expected, err_msg=str(reference), **EXACT)
 
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
-def test_a_class_that_is_only_predicted_counts_as_scikit_learn_counts_it():
+def test_a_class_that_is_only_predicted_counts_as_in_scikit_learn():
     labels, predicted = np.array([0, 0, 1, 1, 3]), np.array([0, 2, 1, 1, 3])
     table = confusion(predicted, labels, 5, np.ones((1, 5)))
     assert f1_macro(table).tolist() == [
@@ -111,13 +111,13 @@ def test_a_class_that_is_only_predicted_counts_as_scikit_learn_counts_it():
 
 
 @pytest.mark.parametrize("classes", [2, 5])
-def test_log_loss_is_scikit_learns(classes):
+def test_log_loss_equals_scikit_learn(classes):
     probabilities, labels, weights = bags(2, classes)
     expected = [sk.log_loss(labels, probabilities, sample_weight=row) for row in weights]
     np.testing.assert_allclose(log_loss(probabilities, labels, weights), expected, **EXACT)
 
 
-def test_a_certain_mistake_costs_much_and_not_infinitely_much():
+def test_log_loss_of_a_confident_error_is_finite():
     loss = log_loss(np.array([[1.0, 0.0]]), np.array([1]), np.ones((1, 1)))
     assert loss.tolist() == [pytest.approx(-math.log(1e-12))]
 
@@ -160,13 +160,13 @@ def test_two_classes_have_the_auc_of_the_second():
     assert all(value.shape == (5,) for value in values.values())
 
 
-def test_what_is_not_defined_is_nan_and_nothing_else_is():
+def test_exactly_the_undefined_metrics_are_nan():
     probabilities, labels = np.array([[0.2, 0.5, 0.3], [0.5, 0.3, 0.2]]), np.array([0, 0])
     values = classification_metrics(probabilities, labels, np.ones((1, 2)))
     undefined = {name for name, value in values.items() if np.isnan(value).any()}
     assert undefined == {"auc_macro_ovr", "ap_macro_ovr"}  # no positives at all of two classes
     assert values["balanced_accuracy"].tolist() == [0.5]  # over the one class that is present
-    # Only one class, always predicted: nothing that chance could get wrong.
+    # Only one class, always predicted: chance cannot disagree.
     table = confusion(np.array([1, 1]), np.array([1, 1]), 3, np.ones((1, 2)))
     assert np.isnan(kappa(table, 0)).all()
     assert np.isnan(kappa(table, 2)).all()
@@ -175,7 +175,7 @@ def test_what_is_not_defined_is_nan_and_nothing_else_is():
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_average_precision_is_scikit_learns(seed, ties):
+def test_average_precision_equals_scikit_learn(seed, ties):
     probabilities, labels, weights = bags(seed, 2, ties=ties)
     score = np.round(probabilities[:, 1], 1) if ties else probabilities[:, 1]
     expected = [sk.average_precision_score(labels, score, sample_weight=row) for row in weights]
@@ -190,33 +190,33 @@ def test_average_precision_by_hand():
     ]
 
 
-def test_metrics_of_the_positive_class_are_scikit_learns():
+def test_metrics_of_the_positive_class_equal_scikit_learn():
     probabilities, labels, weights = bags(4, 2)
     values = classification_metrics(probabilities, labels, weights)
     predicted = probabilities.argmax(axis=1)
-    for name, theirs in [
+    for name, reference in [
         ("f1", sk.f1_score),
         ("precision", sk.precision_score),
         ("recall", sk.recall_score),
     ]:
-        expected = [theirs(labels, predicted, sample_weight=row) for row in weights]
+        expected = [reference(labels, predicted, sample_weight=row) for row in weights]
         np.testing.assert_allclose(values[name], expected, err_msg=name, **EXACT)
 
 
 @pytest.mark.parametrize("classes", [2, 4])
-def test_the_brier_score_is_scikit_learns(classes):
+def test_brier_score_equals_scikit_learn(classes):
     probabilities, labels, weights = bags(3, classes)
     expected = [sk.brier_score_loss(labels, probabilities, sample_weight=row) for row in weights]
     np.testing.assert_allclose(brier(probabilities, labels, weights), expected, **EXACT)
 
 
-def test_the_calibration_error_by_hand():
-    # Four bins. 0.6 and 0.7 share (0.5, 0.75]: one of two right, so |1/2 - 0.65|. 0.75 is its upper
+def test_calibration_error_by_hand():
+    # Four bins. 0.6 and 0.7 share (0.5, 0.75]: one of two correct, so |1/2 - 0.65|. 0.75 is its upper
     # edge: with 0.75 right, three bags: accuracy 2/3, confidence 2.05 / 3. 0.9 wrong: 0.9.
     sure = np.array([0.6, 0.7, 0.75, 0.9])
     probabilities, labels = np.c_[1 - sure, sure], np.array([1, 0, 1, 0])
-    found = ece(probabilities, labels, np.array([[1.0, 1, 1, 1], [1, 0, 0, 1]]), bins=4)
-    np.testing.assert_allclose(found, [(abs(2 - 2.05) + 0.9) / 4, (0.4 + 0.9) / 2])
+    errors = ece(probabilities, labels, np.array([[1.0, 1, 1, 1], [1, 0, 0, 1]]), bins=4)
+    np.testing.assert_allclose(errors, [(abs(2 - 2.05) + 0.9) / 4, (0.4 + 0.9) / 2])
 
 
 def test_a_resample_without_any_bag_has_no_metrics():
@@ -231,7 +231,7 @@ def test_one_class_has_no_auc_and_no_average_precision():
         assert np.isnan(auc(score, positive, once)).all()
         assert np.isnan(average_precision(score, positive, once)).all()
     mixed = np.array([True, False])
-    assert np.isnan(auc(np.array([np.nan, 0.5]), mixed, once)).all()  # a score that is no number
+    assert np.isnan(auc(np.array([np.nan, 0.5]), mixed, once)).all()  # a score that is NaN
     never = classification_metrics(np.array([[0.9, 0.1]] * 2), np.array([0, 1]), once)
     assert np.isnan(never["precision"]).all()  # nothing is predicted positive
     assert never["recall"].tolist() == [0.0]
@@ -244,15 +244,13 @@ binary = st.lists(
 
 @settings(deadline=None)
 @given(binary, st.randoms(use_true_random=False))
-def test_only_the_order_of_scores_counts_nor_that_of_bags_and_a_bag_of_weight_two_is_two(
-    rows, random
-):
+def test_values_depend_on_the_order_of_scores_not_of_bags_and_weight_two_is_two_bags(rows, random):
     score, positive, weight = (np.array(column) for column in zip(*rows, strict=True))
     weights = weight[None].astype(np.float64)
     order = np.array(random.sample(range(len(rows)), len(rows)))
     for metric in (auc, average_precision):
         expected = metric(score / 7, positive, weights)
-        for found in (
+        for actual in (
             metric(np.exp(score) - 50, positive, weights),
             metric(score[order] / 7, positive[order], weights[:, order]),
             metric(
@@ -261,15 +259,15 @@ def test_only_the_order_of_scores_counts_nor_that_of_bags_and_a_bag_of_weight_tw
                 np.ones((1, weight.sum())),
             ),
         ):
-            np.testing.assert_allclose(found, expected, **EXACT)
+            np.testing.assert_allclose(actual, expected, **EXACT)
     backwards = auc(-score / 7, positive, weights)
     np.testing.assert_allclose(backwards, 1 - auc(score / 7, positive, weights), **EXACT)
 
 
-# --- several labels, numbers ---
+# --- multilabel classification and regression ---
 
 
-def test_each_label_of_several_is_judged_by_itself_on_the_bags_where_it_is_known():
+def test_each_label_is_evaluated_on_the_bags_that_have_it():
     rng = np.random.default_rng(0)
     probabilities, targets = rng.random((50, 3)), (rng.random((50, 3)) < 0.4).astype(float)
     targets[:20, 1] = np.nan
@@ -280,12 +278,12 @@ def test_each_label_of_several_is_judged_by_itself_on_the_bags_where_it_is_known
     for name, rows, column in (("er", slice(0, 50), 0), ("pr", slice(20, 50), 1)):
         truth, score = targets[rows, column], probabilities[rows, column]
         for row, weight in enumerate(weights[:, rows]):
-            given = {"sample_weight": weight}
-            expected = sk.roc_auc_score(truth, score, **given)
+            options = {"sample_weight": weight}
+            expected = sk.roc_auc_score(truth, score, **options)
             assert values[f"auc_{name}"][row] == pytest.approx(expected)
-            expected = sk.average_precision_score(truth, score, **given)
+            expected = sk.average_precision_score(truth, score, **options)
             assert values[f"ap_{name}"][row] == pytest.approx(expected)
-            expected = sk.f1_score(truth, score > 0.5, **given)
+            expected = sk.f1_score(truth, score > 0.5, **options)
             assert values[f"f1_{name}"][row] == pytest.approx(expected)
     assert np.isnan(values["auc_her2"]).all()  # one class
     assert np.isnan(values["auc_macro"]).all()
@@ -300,7 +298,7 @@ def test_each_label_of_several_is_judged_by_itself_on_the_bags_where_it_is_known
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_metrics_of_numbers_are_scipys_and_scikit_learns(ties):
+def test_regression_metrics_equal_scipy_and_scikit_learn(ties):
     rng = np.random.default_rng(1)
     x, y = rng.normal(5, 2, (2, 40))
     y += x
@@ -321,7 +319,7 @@ def test_metrics_of_numbers_are_scipys_and_scikit_learns(ties):
 
 def test_constant_numbers_have_no_correlation_and_constant_targets_no_r2():
     x, y = np.array([0.1, 0.1, 0.3]), np.array([0.2, 0.7, 0.7])
-    # The first resample draws alike predictions, the second alike targets, the third nothing.
+    # The first resample has equal predictions, the second equal targets, the third no bag.
     weights = np.array([[1.0, 2, 0], [0, 1, 3], [0, 0, 0]])
     values = regression_metrics(x, y, weights)
     undefined = {name: np.isnan(value).tolist() for name, value in values.items()}
@@ -336,11 +334,11 @@ def test_constant_numbers_have_no_correlation_and_constant_targets_no_r2():
     assert all(np.isnan(value).all() for value in nothing.values())
 
 
-# --- two runs ---
+# --- comparison of two runs ---
 
 
 def brute_force(first, second, positive):
-    """AUCs and the variance of their difference from the kernel of every pair: DeLong's eq. 4-6."""
+    """AUCs and the variance of their difference, from all pairs (DeLong's eq. 4-6)."""
     kernels = []
     for score in (first, second):
         ill, well = score[positive][:, None], score[~positive][None]
@@ -354,33 +352,33 @@ def brute_force(first, second, positive):
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_delongs_test_is_that_of_all_pairs(seed, ties):
+def test_delongs_test_equals_the_computation_over_all_pairs(seed, ties):
     rng = np.random.default_rng(seed)
     positive = np.arange(41) % 3 == 0
     first, second = rng.normal(size=(2, 41)) + positive * [[1.0], [0.4]]
     first = np.round(first) if ties else first
     a, b, variance = brute_force(first, second, positive)
-    found = delong(first, second, positive)
-    assert found[:2] == pytest.approx((a, b), rel=1e-12)
+    result = delong(first, second, positive)
+    assert result[:2] == pytest.approx((a, b), rel=1e-12)
     error = math.sqrt(variance)
-    assert found.p == pytest.approx(math.erfc(abs(a - b) / error / math.sqrt(2)), rel=1e-9)
+    assert result.p == pytest.approx(math.erfc(abs(a - b) / error / math.sqrt(2)), rel=1e-9)
     span = a - b - 1.959963984540054 * error, a - b + 1.959963984540054 * error
-    assert (found.low, found.high) == pytest.approx(span, rel=1e-9)
-    turned = delong(np.exp(first), second, positive)
-    assert turned == pytest.approx(found, rel=1e-12)
+    assert (result.low, result.high) == pytest.approx(span, rel=1e-9)
+    transformed = delong(np.exp(first), second, positive)
+    assert transformed == pytest.approx(result, rel=1e-12)
 
 
 def test_delongs_test_by_hand():
-    # Positives 3 and 2, negatives 2.5 and 1: pairs 1 1 / 0 1, AUC 3/4; the other ranks all right.
+    # Positives 3 and 2, negatives 2.5 and 1: pairs 1 1 / 0 1, AUC 3/4; the other ranks all correctly.
     # Differences of the pairs 0 0 / -1 0: rows 0, -1/2 and columns -1/2, 0, each of variance 1/8;
     # so 1/8 / 2 + 1/8 / 2 = 1/8.
     positive = np.array([True, True, False, False])
-    found = delong(np.array([3.0, 2, 2.5, 1]), np.array([4.0, 3, 2, 1]), positive)
-    assert found[:2] == (0.75, 1.0)
-    assert found.p == pytest.approx(math.erfc(0.25 / math.sqrt(1 / 8) / math.sqrt(2)))
+    result = delong(np.array([3.0, 2, 2.5, 1]), np.array([4.0, 3, 2, 1]), positive)
+    assert result[:2] == (0.75, 1.0)
+    assert result.p == pytest.approx(math.erfc(0.25 / math.sqrt(1 / 8) / math.sqrt(2)))
 
 
-def test_delongs_test_is_not_defined_without_variance_or_with_one_bag_of_a_class():
+def test_delongs_test_is_undefined_without_variance_or_with_one_bag_of_a_class():
     positive, score = np.array([True, True, False, False]), np.array([3.0, 2, 2.5, 1])
     same = delong(score, 2 * score, positive)
     assert same[:2] == (0.75, 0.75)
@@ -388,21 +386,21 @@ def test_delongs_test_is_not_defined_without_variance_or_with_one_bag_of_a_class
     assert np.isnan(delong(score[1:], score[1:], positive[1:])).all()
 
 
-def test_delongs_p_and_that_of_the_bootstrap_agree_on_many_cases():
+def test_p_values_of_delong_and_bootstrap_agree_on_many_cases():
     rng = np.random.default_rng(7)
     positive = rng.random(300) < 0.5
     shared = rng.normal(size=300) + positive
     first, second = (shared + rng.normal(0, s, 300) for s in (0.5, 1.0))
     weights = case_weights([str(k) for k in range(300)], 4000, seed=0)
     apart = auc(first, positive, weights) - auc(second, positive, weights)
-    found = delong(first, second, positive)
-    assert 0.001 < found.p < 0.2
-    assert bootstrap_p(apart) == pytest.approx(found.p, rel=0.5)
+    result = delong(first, second, positive)
+    assert 0.001 < result.p < 0.2
+    assert bootstrap_p(apart) == pytest.approx(result.p, rel=0.5)
     low, high = np.percentile(apart[1:], [2.5, 97.5])
-    assert (low, high) == pytest.approx((found.low, found.high), abs=0.1 * (high - low))
+    assert (low, high) == pytest.approx((result.low, result.high), abs=0.1 * (high - low))
 
 
-def test_the_bootstraps_p_by_hand():
+def test_bootstrap_p_by_hand():
     assert bootstrap_p(np.r_[0.1, np.ones(97), -1, -1]) == pytest.approx(2 * 3 / 100)
     assert bootstrap_p(np.r_[0.1, np.ones(99)]) == pytest.approx(2 / 100)  # never 0
     assert bootstrap_p(np.zeros(50)) == 1
@@ -421,30 +419,32 @@ def test_each_centre_has_its_own_metrics_and_one_class_has_no_auc():
     weights = case_weights(cases, 5, seed=0)
     sites = tcga_sites(cases)
     centres = [sites[case] for case in cases]
-    given = {"groups": centres, "cases": cases}
-    found = by_group(classification_metrics, probabilities, labels, weights, **given)
-    assert {name: group[:2] for name, group in found.items()} == {"A2": (40, 20), "E9": (20, 10)}
+    options = {"groups": centres, "cases": cases}
+    groups = by_group(classification_metrics, probabilities, labels, weights, **options)
+    assert {name: group[:2] for name, group in groups.items()} == {"A2": (40, 20), "E9": (20, 10)}
     expected = classification_metrics(probabilities[:40], labels[:40], weights[:, :40])
-    for name, value in found["A2"].values.items():
+    for name, value in groups["A2"].values.items():
         np.testing.assert_allclose(value, expected[name], err_msg=name, **EXACT)
-    assert confidence_interval(found["E9"].values["auc"]) == {
+    assert confidence_interval(groups["E9"].values["auc"]) == {
         "value": None,
         "low": None,
         "high": None,
     }
-    assert confidence_interval(found["E9"].values["accuracy"])["value"] is not None
+    assert confidence_interval(groups["E9"].values["accuracy"])["value"] is not None
 
 
 @pytest.mark.parametrize("case", ["A2-A0T2", "TCGA-A2", "TCGA-A2X-A0T2", ""])
-def test_a_case_that_is_no_tcga_barcode_names_no_centre(case):
-    with pytest.raises(UserError, match="no TCGA barcode"):
+def test_a_case_that_is_no_tcga_barcode_has_no_centre(case):
+    with pytest.raises(
+        UserError, match=r"1 case id.s. are not TCGA barcodes, so their centre is unknown"
+    ):
         tcga_sites([case])
 
 
 # --- intervals ---
 
 
-def test_a_resample_draws_cases_and_not_slides():
+def test_a_resample_draws_cases_not_slides():
     cases = ["a", "b", "a", "c", "b", "a"]
     weights = case_weights(cases, 200, seed=0)
     assert weights.shape == (201, 6)
@@ -465,14 +465,14 @@ def test_every_resample_has_as_many_cases_as_there_are(cases, seed):
     assert (weights[:, first].sum(axis=1) == len(first)).all()
 
 
-def test_cases_are_drawn_as_often_as_chance_has_it():
+def test_draws_of_a_case_are_binomial():
     counts = case_weights(["a", "b", "c", "d"], 20_000, seed=3)[1:]
     # Binomial(4, 1/4): mean 1, variance 3/4.
     np.testing.assert_allclose(counts.mean(axis=0), 1, atol=5 * np.sqrt(0.75 / 20_000))
     np.testing.assert_allclose(counts.var(axis=0), 0.75, atol=0.05)
 
 
-def test_the_interval_is_that_of_a_plain_loop():
+def test_interval_equals_that_of_a_plain_loop():
     rng = np.random.default_rng(5)
     probabilities, labels, _ = bags(3, 2, count=80)
     cases = [f"case{number // 2}" for number in range(80)]
@@ -493,7 +493,7 @@ def test_the_interval_is_that_of_a_plain_loop():
     assert fast["high"] == pytest.approx(high, abs=0.08 * width)
 
 
-def test_an_interval_leaves_out_what_is_not_defined():
+def test_an_interval_leaves_out_undefined_resamples():
     values = np.r_[0.7, np.arange(101) / 100, np.full(50, np.nan)]
     assert confidence_interval(values) == {
         "value": 0.7,

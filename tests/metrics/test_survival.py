@@ -37,7 +37,7 @@ def cohort(request):
 
 
 def halves(cohort):
-    """Every other case for fitting the censoring, and those of the rest it can judge."""
+    """Every other case for fitting the censoring, and those of the rest with a defined G."""
     outcome, risk, time, event = cohort
     train = np.arange(len(time)) % 2 == 0
     test = ~train & (time < time[train].max())
@@ -46,7 +46,7 @@ def halves(cohort):
 
 
 def copies(weights, *arrays):
-    """The arrays with each row as often as its weight says."""
+    """The arrays, with each row repeated as often as its weight."""
     times = weights.astype(int)
     return [np.repeat(a, times, axis=0) for a in arrays]
 
@@ -55,30 +55,30 @@ def resamples(count, draws=3):
     return case_weights([str(k) for k in range(count)], draws, seed=1)
 
 
-def test_kaplan_meier_and_the_chance_to_be_in_sight_are_scikit_survivals(cohort):
+def test_kaplan_meier_and_censoring_equal_scikit_survival(cohort):
     outcome, _, time, event = cohort
     points, chance = kaplan_meier_estimator(event, time)
-    ours = sm.kaplan_meier(time, event, np.ones((1, len(time))), points)
-    np.testing.assert_allclose(ours[0], chance, **CLOSE)
-    reference = CensoringDistributionEstimator().fit(outcome)
-    expected = reference.predict_proba(points)
-    ours = sm.Censoring.fit(time, event)(points)
-    np.testing.assert_allclose(ours, np.where(expected > 0, expected, np.nan), **CLOSE)
+    values = sm.kaplan_meier(time, event, np.ones((1, len(time))), points)
+    np.testing.assert_allclose(values[0], chance, **CLOSE)
+    estimator = CensoringDistributionEstimator().fit(outcome)
+    expected = estimator.predict_proba(points)
+    values = sm.Censoring.fit(time, event)(points)
+    np.testing.assert_allclose(values, np.where(expected > 0, expected, np.nan), **CLOSE)
 
 
 def test_kaplan_meier_by_hand():
-    # Times 1 2 2 3; events at 1, 2 and 3, one lost at 2: 3/4, x 2/3, x 0.
+    # Times 1 2 2 3; events at 1, 2 and 3, one censored at 2: 3/4, x 2/3, x 0.
     time, event = np.array([1.0, 2, 2, 3]), np.array([True, True, False, True])
     at = np.array([0.5, 1, 2, 2.5, 3])
     curve = sm.kaplan_meier(time, event, np.ones((1, 4)), at)
     np.testing.assert_allclose(curve, [[1, 3 / 4, 1 / 2, 1 / 2, 0]])
-    # In sight: only the one lost at 2, of two then at risk (the event at 2 came first).
+    # Uncensored: only the one censored at 2 leaves, of two then at risk (the event at 2 came first).
     curve = sm.kaplan_meier(time, event, np.ones((1, 4)), at, of_censoring=True)
     np.testing.assert_allclose(curve, [[1, 1, 1 / 2, 1 / 2, 1 / 2]])
     assert np.isnan(sm.Censoring.fit(time, event)(np.array([3.1]))).all()
 
 
-def test_harrells_c_is_scikit_survivals_in_every_resample(cohort):
+def test_harrells_c_equals_scikit_survival_in_every_resample(cohort):
     _, risk, time, event = cohort
     weights = resamples(len(time))
     expected = []
@@ -89,7 +89,7 @@ def test_harrells_c_is_scikit_survivals_in_every_resample(cohort):
     assert expected[0] > 0.5  # age and positive nodes are risks
 
 
-def test_ties_of_time_are_scikit_survivals():
+def test_ties_of_time_are_treated_as_in_scikit_survival():
     rng = np.random.default_rng(0)
     for _ in range(20):
         time, risk = rng.integers(1, 5, 25).astype(float), rng.integers(0, 4, 25).astype(float)
@@ -97,20 +97,20 @@ def test_ties_of_time_are_scikit_survivals():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             expected = sk.concordance_index_censored(event, time, risk)[0]
-        ours = sm.c_index(risk, time, event, np.ones((1, 25)))
-        np.testing.assert_allclose(ours, expected, **CLOSE)
+        values = sm.c_index(risk, time, event, np.ones((1, 25)))
+        np.testing.assert_allclose(values, expected, **CLOSE)
 
 
 def test_blocks_of_events_do_not_change_the_c_index(cohort, monkeypatch):
     _, risk, time, event = cohort
     weights = resamples(len(time))
-    whole = sm.c_index(risk, time, event, weights)
+    in_one_block = sm.c_index(risk, time, event, weights)
     monkeypatch.setattr(sm, "EVENTS_AT_ONCE", 7)
-    np.testing.assert_allclose(sm.c_index(risk, time, event, weights), whole, **CLOSE)
+    np.testing.assert_allclose(sm.c_index(risk, time, event, weights), in_one_block, **CLOSE)
 
 
 def test_harrells_c_by_hand():
-    # Events at 1 and 3, lost at 2 and 4. Pairs: 1 with 2, 3, 4; 3 with 4.
+    # Events at 1 and 3, censored at 2 and 4. Pairs: 1 with 2, 3, 4; 3 with 4.
     time, event = np.array([1.0, 2, 3, 4]), np.array([True, False, True, False])
     risk = np.array([3.0, 3, 5, 1])  # a tie, wrong, right; right
     weights = np.array([[1.0, 1, 1, 1], [2, 1, 1, 3]])
@@ -121,16 +121,16 @@ def test_harrells_c_by_hand():
 def test_a_higher_risk_is_an_earlier_event():
     time, event, once = np.array([1.0, 2, 3]), np.ones(3, bool), np.ones((1, 3))
     assert sm.c_index(-time, time, event, once) == 1
-    assert sm.c_index(time, time, event, once) == 0  # never turned round for the user
+    assert sm.c_index(time, time, event, once) == 0  # the sign is never changed for the user
     censoring = sm.Censoring(np.array([9.0]), np.array([1.0]))
-    given = {"times": np.array([1.5, 2.5]), "censoring": censoring}
-    assert sm.dynamic_auc(-time, time, event, once, **given).tolist() == [[1, 1]]
-    assert sm.dynamic_auc(time, time, event, once, **given).tolist() == [[0, 0]]
+    options = {"times": np.array([1.5, 2.5]), "censoring": censoring}
+    assert sm.dynamic_auc(-time, time, event, once, **options).tolist() == [[1, 1]]
+    assert sm.dynamic_auc(time, time, event, once, **options).tolist() == [[0, 0]]
     assert sm.c_index_uno(-time, time, event, once, censoring=censoring) == 1
 
 
 @pytest.mark.parametrize("share", [None, 0.5])
-def test_unos_c_is_scikit_survivals(cohort, share):
+def test_unos_c_equals_scikit_survival(cohort, share):
     train, test, risk, time, event, censoring = halves(cohort)
     tau = None if share is None else float(np.quantile(time, share))
     weights = resamples(len(time))
@@ -138,17 +138,17 @@ def test_unos_c_is_scikit_survivals(cohort, share):
     for row in weights:
         outcome, r = copies(row, test, risk)
         expected.append(sk.concordance_index_ipcw(train, outcome, r, tau=tau)[0])
-    ours = sm.c_index_uno(risk, time, event, weights, censoring=censoring, tau=tau or np.inf)
-    np.testing.assert_allclose(ours, expected, **CLOSE)
+    values = sm.c_index_uno(risk, time, event, weights, censoring=censoring, tau=tau or np.inf)
+    np.testing.assert_allclose(values, expected, **CLOSE)
 
 
-def test_the_time_dependent_auc_is_scikit_survivals(cohort):
+def test_dynamic_auc_equals_scikit_survival(cohort):
     train, test, risk, time, event, censoring = halves(cohort)
     times = np.quantile(time, [0.1, 0.3, 0.5, 0.7])
     weights = resamples(len(time))
-    given = {"times": times, "censoring": censoring}
-    each = sm.dynamic_auc(risk, time, event, weights, **given)
-    mean = sm.dynamic_auc_mean(risk, time, event, weights, **given)
+    options = {"times": times, "censoring": censoring}
+    each = sm.dynamic_auc(risk, time, event, weights, **options)
+    mean = sm.dynamic_auc_mean(risk, time, event, weights, **options)
     for number, row in enumerate(weights):
         outcome, r = copies(row, test, risk)
         expected, expected_mean = sk.cumulative_dynamic_auc(train, outcome, r, times)
@@ -156,31 +156,31 @@ def test_the_time_dependent_auc_is_scikit_survivals(cohort):
         np.testing.assert_allclose(mean[number], expected_mean, **CLOSE)
 
 
-def test_the_integrated_brier_score_is_scikit_survivals(cohort):
+def test_integrated_brier_score_equals_scikit_survival(cohort):
     train, test, risk, time, event, censoring = halves(cohort)
     times = np.quantile(time, [0.1, 0.3, 0.5, 0.7])
     hazard = np.exp((risk - risk.mean()) / risk.std()) / time.mean()
     survival = np.exp(-hazard[:, None] * times)
     weights = resamples(len(time))
     for part in (slice(None), slice(2), slice(2, None)):
-        given = {"times": times[part], "censoring": censoring}
-        found = sm.integrated_brier(survival[:, part], time, event, weights, **given)
+        options = {"times": times[part], "censoring": censoring}
+        scores = sm.integrated_brier(survival[:, part], time, event, weights, **options)
         for number, row in enumerate(weights):
             outcome, s = copies(row, test, survival[:, part])
             expected = sk.integrated_brier_score(train, outcome, s, times[part])
-            np.testing.assert_allclose(found[number], expected, **CLOSE)
+            np.testing.assert_allclose(scores[number], expected, **CLOSE)
 
 
-def test_a_weighting_has_the_same_values_alone_and_among_many(cohort):
+def test_a_weighting_has_the_same_values_alone_and_in_a_batch(cohort):
     *_, risk, time, event, censoring = halves(cohort)
     weights, times = resamples(len(time), draws=150), np.quantile(time, [0.2, 0.6])
-    given = {"times": times, "censoring": censoring}
-    found = {
-        "dynamic_auc": lambda w: sm.dynamic_auc(risk, time, event, w, **given),
+    options = {"times": times, "censoring": censoring}
+    metrics = {
+        "dynamic_auc": lambda w: sm.dynamic_auc(risk, time, event, w, **options),
         "kaplan_meier": lambda w: sm.kaplan_meier(time, event, w, times),
         "c_index": lambda w: sm.c_index(risk, time, event, w)[:, None],
     }
-    for name, metric in found.items():
+    for name, metric in metrics.items():
         alone = np.concatenate([metric(row[None]) for row in weights])
         np.testing.assert_allclose(metric(weights), alone, err_msg=name, **CLOSE)
 
@@ -189,41 +189,41 @@ def test_a_weighting_has_the_same_values_alone_and_among_many(cohort):
 
 
 @pytest.mark.parametrize("ties", ["breslow", "efron"])
-def test_the_baseline_hazard_and_its_survival_are_scikit_survivals(cohort, ties):
+def test_baseline_hazard_and_its_survival_equal_scikit_survival(cohort, ties):
     outcome, risk, time, event = cohort
     numbers = (risk[:, None] - risk.mean()) / risk.std()
     model = CoxPHSurvivalAnalysis(ties=ties).fit(numbers, outcome)
-    found = model.predict(numbers)
-    ours = sm.Baseline.fit(found, time, event, np.ones(len(time)))
-    theirs = model.cum_baseline_hazard_
-    np.testing.assert_allclose(np.exp(ours(theirs.x)), theirs.y, **CLOSE)
+    risks = model.predict(numbers)
+    baseline = sm.Baseline.fit(risks, time, event, np.ones(len(time)))
+    expected_baseline = model.cum_baseline_hazard_
+    np.testing.assert_allclose(np.exp(baseline(expected_baseline.x)), expected_baseline.y, **CLOSE)
     at = np.quantile(time, [0.1, 0.5, 0.9])
-    survival = np.exp(-np.exp(ours(at) + found[:, None]))
+    survival = np.exp(-np.exp(baseline(at) + risks[:, None]))
     expected = np.stack([curve(at) for curve in model.predict_survival_function(numbers)])
     np.testing.assert_allclose(survival, expected, **CLOSE)
 
 
 def test_the_baseline_hazard_by_hand():
-    # Hazards 1, 2, 4, 3; an event at 1, one lost and one event at 2, an event at 3.
+    # Hazards 1, 2, 4, 3; an event at 1, one censored and one event at 2, an event at 3.
     risk = np.log([1.0, 2, 4, 3])
     time, event = np.array([1.0, 2, 2, 3]), np.array([True, False, True, True])
-    found = sm.Baseline.fit(risk, time, event, np.ones(4))
+    baseline = sm.Baseline.fit(risk, time, event, np.ones(4))
     at = np.array([0.5, 1, 1.9, 2, 3, 9])
     steps = np.cumsum([0, 1 / 10, 0, 1 / 9, 1 / 3, 0])
-    np.testing.assert_allclose(np.exp(found(at)), steps, **CLOSE)
+    np.testing.assert_allclose(np.exp(baseline(at)), steps, **CLOSE)
     # Weights 1, 1, 1/2, 1: sums of 1 + 2 + 2 + 3, of 2 + 2 + 3, of 3.
     half = sm.Baseline.fit(risk, time, event, np.array([1, 1, 0.5, 1]))
     np.testing.assert_allclose(np.exp(half(at[-1:])), [1 / 8 + 0.5 / 7 + 1 / 3], **CLOSE)
 
 
-def test_a_shift_of_all_risks_is_taken_back_by_the_baseline_hazard(cohort):
+def test_a_shift_of_all_risks_is_compensated_by_the_baseline_hazard(cohort):
     _, risk, time, event = cohort
     risk, once = (risk - risk.mean()) / risk.std(), np.ones(len(time))
     near, far = (sm.Baseline.fit(risk + by, time, event, once) for by in (0, 2000))
     np.testing.assert_allclose(far.log_hazard + 2000, near.log_hazard, rtol=1e-9, atol=1e-9)
 
 
-def test_what_is_not_defined_is_nan():
+def test_undefined_values_are_nan():
     time, risk = np.array([1.0, 2, 3]), np.array([1.0, 2, 3])
     none, once = np.zeros(3, bool), np.array([[1.0, 1, 1], [0, 0, 1], [1, 1, 0]])
     assert np.isnan(sm.c_index(risk, time, none, once)).all()  # no event, no pair
@@ -233,12 +233,12 @@ def test_what_is_not_defined_is_nan():
     assert np.isnan(sm.c_index(risk, time, first, once)).tolist() == [False, True, False]
     assert np.isnan(sm.c_index(np.array([1.0, np.nan, 2]), time, first, once)).all()
     censoring = sm.Censoring(np.array([5.0]), np.array([1.0]))
-    given = {"times": np.array([0.5, 1.5, 3.5]), "censoring": censoring}
+    options = {"times": np.array([0.5, 1.5, 3.5]), "censoring": censoring}
     # No case yet at 0.5, no control left at 3.5.
-    each = sm.dynamic_auc(risk, time, first, once[:1], **given)
+    each = sm.dynamic_auc(risk, time, first, once[:1], **options)
     assert np.isnan(each).tolist() == [[True, False, True]]
-    assert np.isnan(sm.dynamic_auc_mean(risk, time, none, once[:1], **given)).all()
-    # Nobody is followed beyond 3.5; the training cases' last time, 5 or 1, ends what is known of sight.
+    assert np.isnan(sm.dynamic_auc_mean(risk, time, none, once[:1], **options)).all()
+    # Nobody is followed beyond 3.5; G is undefined after the last training time, 5 or 1.
     short = sm.Censoring(np.array([1.0]), np.array([1.0]))
     for g, times, undefined in (
         (censoring, [0.5, 1.5], False),
@@ -254,20 +254,20 @@ def test_what_is_not_defined_is_nan():
     )
 
 
-def test_survival_metrics_hold_what_is_given_and_leave_out_what_is_not_known(cohort):
+def test_survival_metrics_follow_the_arguments_and_ignore_missing_targets(cohort):
     _, _, risk, time, event, censoring = halves(cohort)
     targets = np.c_[time, event]
     weights = resamples(len(time))
     assert set(sm.survival_metrics(risk, targets, weights)) == {"c_index"}
     times = np.quantile(time, [0.2, 0.5])
-    given = {"censoring": censoring, "times": times, "survival": np.full((len(time), 2), 0.6)}
-    values = sm.survival_metrics(risk, targets, weights, **given)
+    options = {"censoring": censoring, "times": times, "survival": np.full((len(time), 2), 0.6)}
+    values = sm.survival_metrics(risk, targets, weights, **options)
     assert set(values) == {"c_index", "c_index_uno", "auc_dynamic_mean", "integrated_brier"}
     assert all(v.shape == (4,) and np.isfinite(v).all() for v in values.values())
     more = np.r_[targets, [[np.nan, 1], [2.0, np.nan]]]
-    given["survival"] = np.full((len(more), 2), 0.6)
+    options["survival"] = np.full((len(more), 2), 0.6)
     again = sm.survival_metrics(
-        np.r_[risk, 99, -99], more, np.c_[weights, np.ones((4, 2))], **given
+        np.r_[risk, 99, -99], more, np.c_[weights, np.ones((4, 2))], **options
     )
     for name, value in values.items():
         np.testing.assert_allclose(again[name], value, err_msg=name, **CLOSE)
@@ -281,31 +281,29 @@ people = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(people, st.randoms(use_true_random=False))
-def test_only_the_order_of_risks_counts_nor_that_of_cases_and_a_case_of_weight_two_is_two(
-    rows, random
-):
+def test_values_depend_on_the_order_of_risks_not_of_cases_and_weight_two_is_two_cases(rows, random):
     risk, time, event, weight = (np.array(column) for column in zip(*rows, strict=True))
     risk, time, weights = risk.astype(float), time.astype(float), weight[None].astype(float)
     censoring = sm.Censoring.fit(time, event)
-    given = {"censoring": censoring, "times": np.array([1.0, 2.0, 4.0])}
+    options = {"censoring": censoring, "times": np.array([1.0, 2.0, 4.0])}
 
     def values(r, t, e, w):
-        found = [sm.c_index(r, t, e, w), sm.c_index_uno(r, t, e, w, censoring=censoring)]
-        return [*found, sm.dynamic_auc_mean(r, t, e, w, **given)]
+        concordance = [sm.c_index(r, t, e, w), sm.c_index_uno(r, t, e, w, censoring=censoring)]
+        return [*concordance, sm.dynamic_auc_mean(r, t, e, w, **options)]
 
     expected = values(risk, time, event, weights)
-    turned = values(np.exp(3 * risk) - 50, time, event, weights)
+    transformed = values(np.exp(3 * risk) - 50, time, event, weights)
     order = np.array(random.sample(range(len(rows)), len(rows)))
     shuffled = values(risk[order], time[order], event[order], weights[:, order])
     r, t, e = copies(weight, risk, time, event)
     double = values(r, t, e, np.ones((1, len(r)))) if len(r) else expected
-    for found in (turned, shuffled, double):
-        np.testing.assert_allclose(np.ravel(found), np.ravel(expected), **CLOSE)
+    for actual in (transformed, shuffled, double):
+        np.testing.assert_allclose(np.ravel(actual), np.ravel(expected), **CLOSE)
     backwards = sm.c_index(-risk, time, event, weights)
     np.testing.assert_allclose(backwards, 1 - expected[0], **CLOSE)
 
 
-def test_an_event_that_is_neither_0_nor_1_is_no_event_and_no_censoring():
+def test_an_event_that_is_neither_0_nor_1_is_an_error():
     for coded in ([1, 2], [0, -1]):
         with pytest.raises(ValueError, match="neither 0 nor 1"):
             sm.survival_metrics(np.ones(2), np.c_[[1.0, 2.0], coded], np.ones((1, 2)))

@@ -23,7 +23,8 @@ from e2e.runs.extract import extract
 from e2e.runs.parts import REGISTRIES
 from e2e.runs.predict import predict
 from e2e.runs.train import train
-from e2e.settings.cli import settings_from_args, train_parser
+from e2e.settings.arguments import settings_from_args
+from e2e.settings.cli import train_parser
 from e2e.settings.schema import Settings
 from tests.helpers import feature_cohort as feature_runs
 from tests.helpers import patch_cohort as patch_runs
@@ -220,7 +221,7 @@ def train_once(arguments: list[str], out: Path, *, strategy: str = "auto") -> tu
     """Train one epoch in a new folder, with settings that change the process."""
     arguments += ["optim.epochs=1", "engine.precision=fp32", "data.workers=3"]
     arguments += [f"engine.strategy={strategy}", f"run.out={unused_path(out)}"]
-    settings, folder = settings_from_args(train_parser("").parse_args(arguments), REGISTRIES)
+    settings, folder = settings_from_args(train_parser().parse(arguments), REGISTRIES)
     train(settings, folder, resume=False)
     return settings, folder
 

@@ -32,13 +32,13 @@ BAR = 24  # px of the caption over it
 
 
 @given(st.lists(st.sampled_from([-1.5, 0.0, 1e-9, 0.25, 3.0]) | st.floats(-10, 10), min_size=2))
-def test_ranks_are_scipys_from_0_to_1(scores):
+def test_percentile_ranks_equal_scipy_and_lie_in_0_to_1(scores):
     values = np.array(scores)
     expected = (rankdata(values) - 1) / (len(values) - 1)
     np.testing.assert_allclose(percentile_ranks(values), expected, atol=1e-12)
 
 
-def test_equal_scores_are_in_the_middle():
+def test_equal_scores_have_rank_one_half():
     assert percentile_ranks(np.array([0.3])).tolist() == [0.5]
     assert percentile_ranks(np.full(4, 0.3)).tolist() == [0.5] * 4
     assert percentile_ranks(np.array([5.0, 1.0, 5.0])).tolist() == [0.75, 0.0, 0.75]
@@ -56,7 +56,7 @@ def test_attention_is_averaged_over_its_maps():
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
 
 
-def test_of_maps_that_each_belong_to_a_class_that_of_the_class_is_shown():
+def test_class_maps_show_the_map_of_the_class():
     logits = torch.tensor([[[0.0, 0.0, float("-inf")], [3.0, 3.0, 3.0]]])
     output = HeadOutput(torch.zeros(1, 2), attention_logits=logits, class_maps=True)
     for shown, expected in ((0, [1 / 2, 1 / 2, 0]), (1, [1 / 3] * 3)):
@@ -87,7 +87,7 @@ def max_of_five(outputs: int) -> tuple[HeadOutput, list[HeadOutput]]:
     return output, alone
 
 
-def test_the_max_heads_scores_come_from_its_patches():
+def test_scores_of_the_max_head_are_those_of_its_patches():
     output, alone = max_of_five(3)
     scores = patch_scores(output, 2, lambda logits: logits.softmax(dim=-1)[:, 2])
     assert scores is not None
@@ -95,7 +95,7 @@ def test_the_max_heads_scores_come_from_its_patches():
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
-def test_of_one_output_a_patch_has_what_the_slide_would_have_with_it_alone():
+def test_with_one_output_a_patch_has_the_logit_of_a_slide_of_that_patch():
     output, alone = max_of_five(1)
     scores = patch_scores(output, 0, lambda logits: logits[:, 0])
     assert scores is not None
@@ -104,17 +104,17 @@ def test_of_one_output_a_patch_has_what_the_slide_would_have_with_it_alone():
     assert scores.max() == pytest.approx(output.logits.item())
 
 
-def test_a_head_whose_scores_are_its_map_shows_them_with_their_sign():
+def test_a_head_that_shows_its_scores_keeps_their_sign():
     logits, scores = torch.zeros(1, 2, 3), torch.tensor([[[1.0, -4.0], [-2.0, 5.0], [0.0, 0.5]]])
     output = HeadOutput(torch.zeros(1, 2), logits, scores, class_maps=True, show_scores=True)
     for shown in (0, 1):
-        found = patch_scores(output, shown, unasked)
-        assert found is not None
-        np.testing.assert_array_equal(found, scores[0, :, shown])
+        of_output = patch_scores(output, shown, unasked)
+        assert of_output is not None
+        np.testing.assert_array_equal(of_output, scores[0, :, shown])
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
-def test_attrimils_map_is_what_each_patch_adds_to_the_logit_of_the_class(outputs):
+def test_attrimil_map_is_the_contribution_of_each_patch_to_the_class_logit(outputs):
     torch.manual_seed(0)
     head = HEADS.build("attrimil", 8, outputs).eval()
     with torch.no_grad():
@@ -151,7 +151,7 @@ def drawn(item, tmp_path) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO((path.parent / "s.v1.png").read_bytes())))
 
 
-def test_the_table_holds_the_coordinates_of_the_store_and_the_raw_scores(item, tmp_path):
+def test_the_table_has_the_coordinates_of_the_store_and_the_raw_scores(item, tmp_path):
     drawn(item, tmp_path)
     table = pd.read_csv(tmp_path / "maps" / "s.v1.csv")
     assert list(table.columns) == ["slide", "x", "y", "side", "score", "percentile"]
@@ -169,11 +169,11 @@ def cell(picture: np.ndarray, x: int, y: int, panel: int) -> np.ndarray:
     return picture[BAR + int((y + 0.5) * step), left + int((x + 0.5) * step)].astype(int)
 
 
-def test_the_picture_has_the_tissue_on_the_left_and_the_scores_over_it_on_the_right(item, tmp_path):
+def test_the_image_shows_tissue_on_the_left_and_scores_over_it_on_the_right(item, tmp_path):
     picture = drawn(item, tmp_path)
     assert picture.shape == (2 * SIDE // 3 + BAR, 2 * SIDE + 72, 3)
-    places = [(0, 0), (1, 0), (2, 0), (0, 1), (2, 1)]
-    for (x, y), colour, rank in zip(places, COLOURS, [0.25, 1.0, 0.5, 0.75, 0.0], strict=True):
+    cells = [(0, 0), (1, 0), (2, 0), (0, 1), (2, 1)]
+    for (x, y), colour, rank in zip(cells, COLOURS, [0.25, 1.0, 0.5, 0.75, 0.0], strict=True):
         assert cell(picture, x, y, 0) == pytest.approx(np.array(colour), abs=4)
         heat = np.array(colormaps["turbo"](rank)[:3]) * 255
         assert cell(picture, x, y, 1) == pytest.approx(0.45 * np.array(colour) + 0.55 * heat, abs=4)
@@ -181,7 +181,7 @@ def test_the_picture_has_the_tissue_on_the_left_and_the_scores_over_it_on_the_ri
         assert cell(picture, 1, 1, panel).tolist() == [245] * 3  # no patch, no colour
 
 
-def test_an_id_with_slashes_is_no_way_out_of_the_folder(tmp_path):
+def test_an_id_with_slashes_stays_in_the_folder(tmp_path):
     name = "../../out/s"
     with StoreWriter(tmp_path / "x.lmdb", RECIPE) as writer:
         writer.add(record(name, 2), [jpeg(0), jpeg(1)])
@@ -196,7 +196,7 @@ def test_an_id_with_slashes_is_no_way_out_of_the_folder(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*") if path.suffix == "") == ["run"]
 
 
-def test_where_patches_overlap_their_mean_is_shown(tmp_path):
+def test_overlapping_patches_show_their_mean(tmp_path):
     coords = np.array([(0, 0), (32, 0), (64, 0)], np.int32)  # of 64 px, each half on the next
     black = jpeg(Image.new("RGB", (32, 32), "black"), quality=95)
     with StoreWriter(tmp_path / "x.lmdb", RECIPE) as writer:
@@ -242,7 +242,7 @@ def test_patches_touch_however_many_there_are_in_a_row(tmp_path, columns):
     assert picture[BAR + 1, :SIDE].max() < 20
 
 
-def test_of_a_narrow_slide_the_caption_is_there_to_its_end(tmp_path):
+def test_the_caption_of_a_narrow_slide_is_complete(tmp_path):
     caption = "TCGA-A1-A0SB-01Z-00-DX1.B34C267B   predicted malignant (0.98)   label malignant"
     narrow, wide = (
         strip(tmp_path / name, columns, 40, caption)[:BAR]
@@ -252,7 +252,7 @@ def test_of_a_narrow_slide_the_caption_is_there_to_its_end(tmp_path):
     assert dark[0] == dark[1] > 100
 
 
-def test_a_patch_that_cannot_be_decoded_is_named_with_what_to_do(tmp_path):
+def test_an_undecodable_patch_is_named_with_the_fix(tmp_path):
     jpegs = [jpeg(k) for k in range(300)]
     jpegs[270] = b"\xff\xd8 no more"
     with StoreWriter(tmp_path / "x.lmdb", RECIPE) as writer:
@@ -268,7 +268,7 @@ def test_a_patch_that_cannot_be_decoded_is_named_with_what_to_do(tmp_path):
     assert not list(tmp_path.glob("s.*"))
 
 
-def test_one_patch_is_a_picture_too(tmp_path):
+def test_a_slide_of_one_patch_has_an_image(tmp_path):
     with StoreWriter(tmp_path / "x.lmdb", RECIPE) as writer:
         writer.add(record("s", 1), [jpeg(0)])
     slide = Slide("s", "s", "test", {})

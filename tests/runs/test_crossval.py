@@ -14,6 +14,7 @@ import pytest
 from e2e.errors import UserError
 from e2e.metrics.bootstrap import case_weights
 from e2e.metrics.values import auc
+from e2e.runs import crossval
 from e2e.runs import many as child
 from e2e.runs.crossval import Plan, Trial, make_plan, summarise, train_trials, write_tables
 from e2e.runs.parts import REGISTRIES
@@ -82,7 +83,7 @@ def test_all_folds_are_judged_as_one_test_set_a_seed_under_the_same_resamples_of
 
 def test_folds_whose_models_are_on_other_scales_are_judged_by_themselves(monkeypatch):
     found = folds(seeds=1)
-    monkeypatch.setattr(type(BINARY), "pools", False)
+    monkeypatch.setattr(type(BINARY), "can_pool_folds", False)
     each = [area([run], np.ones((1, 8)))[0] for run in found.values()]
     assert row_of(found, "auc").all_folds["value"] == pytest.approx(np.mean(each))
 
@@ -152,7 +153,7 @@ def test_a_run_that_fails_ends_the_others_before_they_begin_and_names_its_log(tm
             ["--folds", "3", "data.split_file=s.csv"],
             "data.split_file=null data.fold=null to make new ones",
         ),
-        (["--folds", "99"], "16 cases cannot be laid in 99 folds"),
+        (["--folds", "99"], "16 cases cannot be divided into 99 folds"),
         (["--folds", "3", "--seeds", "a"], "--seeds cannot be read"),
         (["--folds", "3", "--at-once", "0"], "--at-once must be at least 1"),
     ],
@@ -167,10 +168,8 @@ def test_a_mistake_is_told_before_any_training(cohort, monkeypatch, capsys, word
 
 def test_the_seed_of_the_settings_is_the_seed_of_the_runs(cohort, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(
-        command.crossval, "train_trials", lambda plan, *_: asked.extend(plan.trials)
-    )
-    monkeypatch.setattr(command.crossval, "report", lambda *_, **__: "")
+    monkeypatch.setattr(crossval, "train_trials", lambda plan, *_: asked.extend(plan.trials))
+    monkeypatch.setattr(crossval, "write_results", lambda *_, **__: "")
     words = [*own_words(cohort), "--folds", "2", "--out", cohort / "cv", "run.seed=5"]
     assert call(command.main, monkeypatch, capsys, *words) == (0, "")
     assert call(command.main, monkeypatch, capsys, *words, "--seeds", "1,2") == (0, "")
@@ -184,7 +183,7 @@ def test_a_file_in_the_place_of_the_folder_is_one_message(cohort, monkeypatch, c
         code, said = call(command.main, monkeypatch, capsys, *words)
         assert (code, said.splitlines()[0]) == (
             2,
-            f"error: cannot make the folder {out}: {WHY[out.name]}",
+            f"error: cannot create the folder {out}: {WHY[out.name]}",
         )
 
 
@@ -253,12 +252,12 @@ def test_each_word_of_gpus_is_a_run_at_a_time_that_sees_those_alone(tmp_path, mo
     seen = []
 
     def note(command, *, env, **options):
-        seen.append((env.get("CUDA_VISIBLE_DEVICES"), [w for w in command if "nproc" in w]))
+        seen.append((env.get("CUDA_VISIBLE_DEVICES"), [w for w in command if "gpus" in w]))
         return type("Ended", (), {"returncode": 0})
 
     monkeypatch.setattr(child.subprocess, "run", note)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for slot in ("", "3", "0,1"):
-        child.run_script("launch/train.py", [], tmp_path / "log", slot)
-    assert seen == [(None, []), ("3", []), ("0,1", ["--nproc-per-node=2"])]
+        child.run_command("train", [], tmp_path / "log", slot)
+    assert seen == [(None, []), ("3", []), ("0,1", ["--gpus=2"])]
     assert sys.executable in (tmp_path / "log").read_text()

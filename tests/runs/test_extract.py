@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from e2e.bags.loader import full_bag
 from e2e.bags.readers import PixelRowReader
@@ -22,20 +21,20 @@ from e2e.encoders.base import ENCODERS
 from e2e.engine.model import MILModel
 from e2e.errors import UserError, exit_code
 from e2e.features.reader import open_features
-from e2e.heads.base import HeadOutput
+from e2e.heads.base import Head, HeadOutput
 from e2e.images.decode import build_decoder
 from e2e.runs.extract import encoder_options, extract, magnification, weights_digest
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore, StoreWriter
 from e2e.store.records import SlideRecord
 from launch import extract as command
+from tests.helpers.commands import TORCHRUN
 from tests.helpers.paths import ROOT
 from tests.helpers.stores import jpeg, patches, record, write_store
 
 COUNTS = {"s1": 7, "s2": 3, "s3": 5, "s4": 1}
 ENCODER = "test_resnet"
 RANDOM = {"pretrained": False}
-BIN = Path(sys.executable).parent
 CPU = torch.device("cpu")
 
 
@@ -61,7 +60,7 @@ def features_of(out: Path) -> Path:
     return folder
 
 
-class Seen(nn.Module):
+class Seen(Head):
     """A head that keeps what it is given."""
 
     def forward(self, features, mask, coords=None) -> HeadOutput:
@@ -255,7 +254,9 @@ def test_killed_in_the_middle_and_run_again_it_is_as_if_it_never_was(store, tmp_
 )
 def test_features_made_in_another_way_are_not_mixed(store, tmp_path, change, word):
     run(store, tmp_path / "out")
-    with pytest.raises(UserError, match=rf"made in another way\n  {word}: .* there, .* now"):
+    with pytest.raises(
+        UserError, match=rf"made in another way\n  {word}: .* in the folder, .* now"
+    ):
         run(store, tmp_path / "out", **change)
 
 
@@ -266,7 +267,9 @@ def test_other_weights_under_the_same_name_are_noticed(store, tmp_path):
     run(store, tmp_path / "out")
     options = {**RANDOM, "weights": str(tmp_path / "w.pt")}
     how = {"precision": "fp32", "dtype": "float32"}
-    with pytest.raises(UserError, match=r"made in another way\n.*weights: \w+ there, \w+ now"):
+    with pytest.raises(
+        UserError, match=r"made in another way\n.*weights: \w+ in the folder, \w+ now"
+    ):
         extract([store], ENCODER, options, tmp_path / "out", **how)
 
 
@@ -315,7 +318,7 @@ def test_features_that_are_not_finite_are_not_written(store, tmp_path, capsys):
     options = {"weights": str(tmp_path / "w.pt")}
     how = {"precision": "fp32", "device": "cpu", "dtype": "float16"}
     assert extract([store], ENCODER, options, tmp_path / "out", **how) == 3
-    assert "slide 's1' patch 0: its feature has NaN or Inf" in capsys.readouterr().out
+    assert "slide 's1' patch 0: its feature is NaN or infinite" in capsys.readouterr().out
     assert not list((tmp_path / "out").rglob("*.h5"))
 
 
@@ -351,10 +354,10 @@ def test_the_command_reads_stores_and_says_what_it_did(store, tmp_path, monkeypa
     argv = ["--stores", tmp_path / "*.lmdb", "--encoder", ENCODER, "encoder.pretrained=false",
             "--out", tmp_path / "out", "--device", "cpu"]  # fmt: skip
     code, said, _ = call(monkeypatch, capsys, *argv)
-    assert (code, "4 slides to encode, 0 are there already" in said) == (0, True)
+    assert (code, "4 slides to encode, 0 already done" in said) == (0, True)
     assert open_features(features_of(tmp_path / "out")).features("s1").dtype == torch.float16
     code, said, _ = call(monkeypatch, capsys, *argv)
-    assert (code, "0 slides to encode, 4 are there already" in said) == (0, True)
+    assert (code, "0 slides to encode, 4 already done" in said) == (0, True)
     code, _, wrong = call(monkeypatch, capsys, *argv, "--size", 48)
     assert (code, wrong.startswith("error: ")) == (2, True)
 
@@ -405,7 +408,7 @@ def test_a_vit_gets_the_size_that_it_is_built_for(store, tmp_path, monkeypatch, 
 def test_two_ranks_share_the_slides(store, tmp_path):
     argv = ["--stores", store.path, "--encoder", ENCODER, "encoder.pretrained=false", "--out",
             tmp_path / "out", "--device", "cpu", "--dtype", "float32", "--batch", "4"]  # fmt: skip
-    ranks = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "launch/extract.py"]
+    ranks = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "launch/extract.py"]
     done = subprocess.run(
         [str(word) for word in (*ranks, *argv)],
         check=False, cwd=ROOT, capture_output=True, text=True,

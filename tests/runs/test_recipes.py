@@ -12,15 +12,16 @@ import torch
 
 from e2e.runs.parts import REGISTRIES, build_model, build_task, on_features
 from e2e.runs.train import train
-from e2e.settings.cli import settings_from_args, train_parser
-from e2e.settings.layers import CONFIGS
+from e2e.settings.arguments import settings_from_args
+from e2e.settings.cli import train_parser
+from e2e.settings.configs import config_folder
 from e2e.settings.schema import Settings
 from tests.helpers.configured_cohorts import small_cohort
 from tests.helpers.feature_cohort import write_slide
 from tests.helpers.paths import ROOT
 from tests.helpers.stores import write_store
 
-RECIPES = sorted(path.stem for path in (CONFIGS / "recipes").glob("*.yaml"))
+RECIPES = sorted(path.stem for path in (config_folder() / "recipes").glob("*.yaml"))
 HEAD_PARAMETERS = {
     "abmilx_r18_panda": 2_546_305,
     "abmilx_r18_brca": 135_265,
@@ -32,7 +33,7 @@ HEAD_PARAMETERS = {
 
 
 def header(recipe: str) -> str:
-    lines = (CONFIGS / "recipes" / f"{recipe}.yaml").read_text().splitlines()
+    lines = (config_folder() / "recipes" / f"{recipe}.yaml").read_text().splitlines()
     return "\n".join(line.removeprefix("#") for line in lines if line.startswith("#"))
 
 
@@ -43,7 +44,7 @@ def command(recipe: str) -> list[str]:
 
 
 def settings_for(recipe: str, *more: str) -> tuple[Settings, Path]:
-    return settings_from_args(train_parser("x").parse_args([*command(recipe), *more]), REGISTRIES)
+    return settings_from_args(train_parser().parse([*command(recipe), *more]), REGISTRIES)
 
 
 @pytest.fixture(autouse=True)

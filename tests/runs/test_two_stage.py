@@ -28,13 +28,12 @@ from e2e.heads.base import HEADS
 from e2e.slides import Slide
 from e2e.tasks.base import TASKS
 from launch import evaluate, predict, train
-from tests.helpers.commands import call
+from tests.helpers.commands import TORCHRUN, call
 from tests.helpers.feature_cohort import COUNTS, D, arguments, features_of, write_slide
 from tests.helpers.feature_cohort import cohort as cohort
 from tests.helpers.paths import ROOT
 
 CPU = torch.device("cpu")
-BIN = Path(sys.executable).parent
 
 
 def write_unusable(folder: Path, k: int) -> None:
@@ -190,7 +189,7 @@ def test_two_ranks_train_a_head_as_one_process_does(cohort, monkeypatch, capsys)
         train.main, monkeypatch, capsys, *arguments(cohort, f"run.out={cohort}/run1")
     )
     assert code == 0, message
-    line = [BIN / "torchrun", "--standalone", "--nproc-per-node=2", ROOT / "launch" / "train.py"]
+    line = [*TORCHRUN, "--standalone", "--nproc-per-node=2", ROOT / "launch" / "train.py"]
     line += arguments(cohort, f"run.out={cohort}/run2")
     done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -260,7 +259,7 @@ def test_features_of_val_and_test_that_are_not_finite_stop_a_run_before_it_begin
 @pytest.mark.slow
 def test_each_rank_looks_over_a_share_and_one_that_finds_nothing_stops_too(cohort):
     write_unusable(cohort / "feats", 13)
-    line = [BIN / "torchrun", "--standalone", "--nproc-per-node=2"]
+    line = [*TORCHRUN, "--standalone", "--nproc-per-node=2"]
     line += [ROOT / "launch" / "train.py", *arguments(cohort)]
     done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr[-2000:]
@@ -478,7 +477,7 @@ def test_a_file_in_the_place_of_a_folder_is_one_message(cohort, monkeypatch, cap
     assert call(train.main, monkeypatch, capsys, *few)[0] == 0
     out = cohort / "file" / "again"
     code, said = call(evaluate.main, monkeypatch, capsys, cohort / "run", "--out", out)
-    assert (code, f"cannot make the folder {out}: Not a directory" in said) == (2, True)
+    assert (code, f"cannot create the folder {out}: Not a directory" in said) == (2, True)
 
 
 def test_the_published_protocol_chooses_on_test_fits_on_all_and_says_so(
@@ -570,12 +569,12 @@ def test_the_weights_that_extraction_noted_are_part_of_who_made_features(tmp_pat
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("head.embed_dim=0", "embed_dim must be at least 1, found 0"),
-        ("head.attn_dim=-1", "attn_dim must be at least 1, found -1"),
+        ("head.embed_dim=0", "embed_dim=0 must be 1 or more"),
+        ("head.attn_dim=-1", "attn_dim=-1 must be 1 or more"),
         ("head.dropout=1.5", "head 'abmil' cannot be built: dropout probability"),
         ("head.dropout=nan", "dropout is not finite"),
         ("encoder.dim=999", "encoder.dim=999, but the features are of width 12"),
-        ("aem.top_k=0", "aem.top_k must be at least 1"),  # even where its weight is 0
+        ("aem.top_k=0", "aem.top_k=0 must be 1 or more"),  # even where its weight is 0
         ("head.gated=3", "head.gated must be true or false, found '3'"),
     ],
 )

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from e2e.errors import UserError
 from e2e.runs.parts import REGISTRIES, build_model, build_schedule, build_task
-from e2e.settings.cli import settings_from_args, settings_help, train_parser
+from e2e.settings.arguments import settings_from_args
+from e2e.settings.cli import settings_help, train_parser
+from e2e.settings.configs import config_folder
 from e2e.settings.layers import (
-    CONFIGS,
     dump_settings,
     load_settings,
     saved_settings,
@@ -241,7 +242,7 @@ def test_a_mistake_is_one_message_with_its_dotted_path(override):
     ("overrides", "expected"),
     [
         ("engine.batch_norm=frozen engine.cuda_graphs=true", "needs a CUDA device"),
-        ("engine.batch_norm=chunk", "does not go with engine.batch_norm=chunk"),
+        ("engine.batch_norm=chunk", "does not work with engine.batch_norm=chunk"),
     ],
 )
 def test_a_compiled_encoder_is_refused_where_it_would_be_wrong(overrides, expected):
@@ -381,7 +382,7 @@ def test_a_folder_without_settings_is_no_run(tmp_path):
 
 
 def parse(*arguments: str):
-    return train_parser("x").parse_args(arguments)
+    return train_parser().parse(arguments)
 
 
 def test_the_command_line_names_layers_folder_and_overrides(layer):
@@ -398,7 +399,7 @@ def test_a_stopped_run_goes_on_with_its_own_settings_alone(tmp_path):
     settings = load("optim.lr=0.5")
     (tmp_path / "settings.yaml").write_text(dump_settings(settings))
     assert settings_from_args(parse("--resume", str(tmp_path)), REGISTRIES) == (settings, tmp_path)
-    with pytest.raises(UserError, match="--resume goes on with the run's own settings"):
+    with pytest.raises(UserError, match="--resume continues with the settings of the run"):
         settings_from_args(parse("--resume", str(tmp_path), "optim.lr=1"), REGISTRIES)
 
 
@@ -430,7 +431,7 @@ def test_the_help_lists_every_setting_with_its_meaning():
 
 
 @pytest.mark.parametrize(
-    "path", sorted((CONFIGS / "datasets").glob("*.yaml")), ids=lambda p: p.stem
+    "path", sorted((config_folder() / "datasets").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_every_cohort_builds(path):
     settings = load(datasets=path.stem)
@@ -440,7 +441,9 @@ def test_every_cohort_builds(path):
     assert settings.data.stores
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "models").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((config_folder() / "models").glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_every_model_builds(path):
     settings = load(model=path.stem)
     options = settings.head.options
@@ -454,7 +457,7 @@ def test_every_model_builds(path):
     assert load("encoder.pretrained=false", model=path.stem).encoder.options["pretrained"] is False
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(config_folder().glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_further_layer_fits(path):
     load(files=[path], model="e2e_r18_abmilx")
 

@@ -520,9 +520,8 @@ def test_files_that_cannot_be_gone_on_with_are_named(tmp_path, client):
 
 def test_options_that_make_no_sense_and_a_missing_dask_are_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [str(TOOL.parent), *sys.path])
-    import pack_lmdb  # pyright: ignore[reportMissingImports]
-
     from e2e.errors import exit_code
+    from tools import pack_lmdb
 
     command = ["pack_lmdb.py", "--slides", str(cohort(tmp_path / "slides", 1)), "--out", "o.lmdb"]
     for options, words in (
@@ -531,7 +530,7 @@ def test_options_that_make_no_sense_and_a_missing_dask_are_told(tmp_path, monkey
             "uses the workers of the cluster",
         ),
         (["--scheduler", "local", "--workers", "0"], "give --workers 1 or more"),
-        (["--scheduler", "local"], "needs Dask, which is not installed"),
+        (["--scheduler", "local"], "needs the package 'distributed', which is not installed"),
     ):
         monkeypatch.setitem(sys.modules, "distributed", None)
         monkeypatch.setattr(sys, "argv", [*command, *options])

@@ -180,7 +180,7 @@ def test_bad_slides_are_named_with_a_reason_and_the_others_go_on(tmp_path):
     assert listed["s1"]["path"] == str(slides / "s1.tif")
     for slide, words in {
         "s1": "cannot be read at x=",
-        "s2": "no format that OpenSlide knows",
+        "s2": "has a format that OpenSlide does not know",
         "s3": "--mpp-override",
         "glass": "no patch with enough tissue",
         "coarse": "magnified",
@@ -503,7 +503,7 @@ def test_the_tool_tells_by_its_exit_code_whether_every_slide_is_in(tmp_path):
             ["--slides", ".", "--coords", ".", "--tissue", "0.1"],
             "--tissue cannot be used with --coords",
         ),
-        (["--slides", ".", "--overlap", "300"], "overlap is in pixels"),
+        (["--slides", ".", "--overlap", "300"], "overlap must be in pixels"),
         (["--slides", ".", "--quality", "0"], "--quality 0: must be 1 to 100"),
         (["--slides", ".", "--mpp", "0"], "more than 0, not 0"),
     ],
@@ -514,9 +514,8 @@ def test_a_mistake_is_explained_before_anything_is_made(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.svs").touch()
     monkeypatch.setattr(sys, "path", [str(TOOL.parent), *sys.path])
-    import pack_lmdb
-
     from e2e.errors import exit_code
+    from tools import pack_lmdb
 
     monkeypatch.setattr(sys, "argv", ["pack_lmdb.py", "--out", "o.lmdb", *options])
     assert exit_code(pack_lmdb.main) == 2

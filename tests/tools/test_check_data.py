@@ -147,7 +147,7 @@ MODELS = {
         ["engine.batch_norm=sync", "engine.chunk=20"], "needs all patches of a rank in one chunk",
     ),
     "weights to judge that are not kept": (
-        ["select.weights=ema", "optim.ema=0"], "select.weights=ema needs optim.ema",
+        ["select.weights=ema", "optim.ema=0"], "select.weights=ema needs a moving average",
     ),
     "a regulariser that the head cannot have": (
         ["spatial.weight=1", "--model", "e2e_r18_mean"], "spatial.weight=1, but the head",
@@ -287,7 +287,7 @@ def test_the_rate_of_events_hangs_on_the_code_which_is_asked_and_never_guessed(c
     survival(cohort, ["1", "1", "1", "0"] * 4)
     code, _, error = said(*SURVIVAL)
     assert code == 2
-    assert "which code of column 'dead' means that the event was" in error
+    assert "which code of column 'dead' is an observed event" in error
     _, out, _ = said(*SURVIVAL, "task.event=1", "task.bins=2")
     assert "dead: '0' 4, '1' 12" in out
     assert "6 with an event (75%; '1' in dead)" in out

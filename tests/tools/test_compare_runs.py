@@ -158,7 +158,11 @@ def table_of(change):
         (table_of(lambda t: t.assign(case="one")), (), "s3: c3/yes in"),
         (table_of(lambda t: pd.concat([t, t[:1]])), (), "slides twice"),
         (table_of(lambda t: t.drop(columns="prob_yes")), (), "has no column prob_yes"),
-        (table_of(lambda t: t.assign(prob_yes="x")), (), "a prediction or label that is no number"),
+        (
+            table_of(lambda t: t.assign(prob_yes="x")),
+            (),
+            "a prediction or label that is not a number",
+        ),
         (
             table_of(lambda t: t),
             ("--split", "val"),
@@ -215,7 +219,7 @@ def test_survival_judged_at_other_times_is_compared_by_what_does_not_hang_on_the
     for metric in ("integrated_brier", "auc_dynamic_mean", "survival_nll"):
         words = ("--draws", 20, "--metric", metric)
         code, _, error = call(monkeypatch, capsys, a, b, *words)
-        assert (code, f"'{metric}' of the runs is not the same measure" in error) == (2, True)
+        assert (code, f"'{metric}' cannot be compared" in error) == (2, True)
         assert call(monkeypatch, capsys, b, c, *words)[0] == 0
     assert call(monkeypatch, capsys, a, b, "--draws", 20)[0] == 0
     assert call(monkeypatch, capsys, a, b, "--draws", 20, "--metric", "c_index_uno")[0] == 0
@@ -226,4 +230,4 @@ def test_predictions_that_are_no_table_are_one_message(tmp_path, monkeypatch, ca
     run = run_folder(tmp_path / "a", of_two([0.1, 0.9]), [0, 1])
     (run / "predictions.csv").write_bytes(content)
     code, _, error = call(monkeypatch, capsys, run, run)
-    assert (code, "predictions.csv is no readable table" in error) == (2, True)
+    assert (code, "predictions.csv is not a readable table" in error) == (2, True)

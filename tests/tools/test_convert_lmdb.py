@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from e2e.errors import UserError
+from e2e.runs import convert as convert_lmdb
 from e2e.store.lmdb import PatchStore, StoreWriter
 from tests.helpers.abmilx_lmdb import put, write_coords, write_seed
 from tests.helpers.paths import ROOT
 from tests.helpers.stores import jpeg, patches, picture
-from tools import convert_lmdb
 
 TOOL = ROOT / "tools" / "convert_lmdb.py"
 

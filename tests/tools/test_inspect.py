@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from e2e.errors import UserError
+from e2e.runs.inspect import CELL, main, span
 from e2e.store.lmdb import StoreWriter
 from tests.helpers.paths import ROOT
 from tests.helpers.stores import RECIPE, jpeg, patches, record, write_store
-from tools.inspect_lmdb import CELL, main, span
 
 TOOL = ROOT / "tools" / "inspect_lmdb.py"
 
@@ -116,7 +116,7 @@ def test_every_fault_is_named(tmp_path, capsys):
     faults = [line.removeprefix("  FAULT ") for line in lines if line.startswith("  FAULT ")]
     assert faults[0] == f"{path}: the record of slide 'b' is damaged"
     assert faults[1].startswith("slide 'a' patch 7: is not a readable JPEG (")
-    assert faults[2] == "slide 'a' patch 70: is 48x48 px, the record says 32 px"
+    assert faults[2] == "slide 'a' patch 70: is 48x48 px, but the record says 32 px"
     assert faults[3:] == ["slide 'c' patch 5: checksum differs", "slide 'c' patch 6: missing"]
     assert lines[-1] == "  verified 160 patches: 5 fault(s)"
 
@@ -125,7 +125,7 @@ def test_a_slide_of_another_size_throughout_is_a_fault_in_every_patch(tmp_path, 
     write(tmp_path / "x.lmdb", a=[jpeg(n, width=48) for n in range(3)])
     code, lines = inspect(capsys, tmp_path / "x.lmdb", "--verify")
     assert code == 3
-    assert sum("is 48x48 px, the record says 32 px" in line for line in lines) == 3
+    assert sum("is 48x48 px, but the record says 32 px" in line for line in lines) == 3
 
 
 def test_a_damaged_record_is_told_even_without_verifying(tmp_path, capsys):

@@ -5,7 +5,6 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import openslide
@@ -18,16 +17,28 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from e2e.errors import UserError
-from tools import make_toy
-from tools.make_toy import AXIS_RATIO, Box, SlideSpec, glyph, main, paint, plan, ring_outlines
+from e2e.toy import cohort as make_toy
+from e2e.toy.cohort import main
+from e2e.toy.paint import (
+    AXIS_RATIO,
+    LABELS,
+    Box,
+    SlideSpec,
+    draw_settings,
+    glyph,
+    paint,
+    plan,
+    ring_outlines,
+)
+from tests.helpers.paths import ROOT
 
-TOOL = Path(make_toy.__file__)
+TOOL = ROOT / "tools" / "make_toy.py"
 SMALLEST = make_toy.SMALLEST_SIZE
 
 
 def twins(kind, split="train"):
     """One slide painted with either label."""
-    pair = [SlideSpec("c", "c-1", split, label) for label in make_toy.LABELS]
+    pair = [SlideSpec("c", "c-1", split, label) for label in LABELS]
     return [paint(spec, kind, SMALLEST[kind], seed=0) for spec in pair]
 
 
@@ -181,8 +192,8 @@ def test_that_check_would_see_a_few_grey_levels(colours):
 @pytest.mark.parametrize("kind", list(make_toy.KINDS))
 def test_test_slides_are_painted_as_no_training_slide_is(kind):
     rng = np.random.default_rng(0)
-    train = [make_toy.draw_settings(rng, kind, test=False) for _ in range(50)]
-    test = [make_toy.draw_settings(rng, kind, test=True) for _ in range(50)]
+    train = [draw_settings(rng, kind, test=False) for _ in range(50)]
+    test = [draw_settings(rng, kind, test=True) for _ in range(50)]
     apart = {
         name
         for name in train[0]

@@ -136,7 +136,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, before):
     )
     assert f"cannot write {path}: File too large" in done.stdout
     assert "free disk space" in done.stdout
-    assert ("the one before it is kept" in done.stdout) == before
+    assert ("the previous file is unchanged" in done.stdout) == before
     assert [p.name for p in tmp_path.iterdir()] == ["last.safetensors"] * before
     if before:
         loaded, state = load_checkpoint(path)

@@ -36,8 +36,8 @@ from e2e.encoders.base import ENCODERS
 from e2e.engine.model import MILModel, pad, seeded
 from e2e.features.reader import FeatureFiles, open_features
 from e2e.heads.base import HEADS
-from e2e.memory import show_bytes
 from e2e.parallel import build_strategy
+from e2e.sizes import show_bytes
 from e2e.slides import Slide
 from e2e.tasks.base import TASKS
 from e2e.training.losses import bag_losses

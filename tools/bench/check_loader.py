@@ -18,7 +18,7 @@ from e2e.bags.prefetch import AHEAD
 from e2e.errors import UserError
 from e2e.images.augment import Augment
 from e2e.images.decode import DECODERS, Decoder, build_decoder
-from e2e.memory import show_bytes
+from e2e.sizes import show_bytes
 from tools.bench import engine, pixels, stream, timing
 from tools.bench.patches import COLD_ROUNDS, Bench, Pixels
 from tools.bench.rows import Row, report

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 import e2e.heads  # noqa: F401
 from e2e.heads.base import HEADS, Head
-from e2e.memory import parse_bytes
+from e2e.sizes import parse_bytes
 from tools.bench.process import (
     call_in_fresh_process,
     process_memory,

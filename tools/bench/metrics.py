@@ -17,6 +17,7 @@ import numpy as np
 from e2e.metrics import survival as sm
 from e2e.metrics import values as m
 from e2e.metrics.bootstrap import case_weights
+from e2e.metrics.regression import regression_metrics
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def main() -> None:
         )
     timed("auc", lambda: m.auc(raw[:, 0], raw[:, 1] > 0.5, weights))
     timed("average_precision", lambda: m.average_precision(raw[:, 0], raw[:, 1] > 0.5, weights))
-    timed("all of regression", lambda: m.regression_metrics(raw[:, 0], raw[:, 1], weights))
+    timed("all of regression", lambda: regression_metrics(raw[:, 0], raw[:, 1], weights))
     follow, event = rng.exponential(size=n), rng.random(n) < 0.5
     at, g = np.quantile(follow, np.linspace(0.1, 0.9, 9)), sm.Censoring.fit(follow, event)
     followed = raw[:, 0], follow, event, weights

@@ -175,7 +175,7 @@ def drawn_jpegs(side: int) -> list[bytes]:
     """Return patches of the toy cohort's tissue as JPEGs."""
     from PIL import Image
 
-    from tools.make_toy import SlideSpec, paint
+    from e2e.toy.paint import SlideSpec, paint
 
     jpegs = []
     for number in range(2):

@@ -8,7 +8,7 @@ patches, as many optimiser steps as `all`), `same_patches` (the same, trained on
 more steps), `frozen` (frozen encoder, all patches) and `frozen_whole` (the same with the whole encoder,
 without encoder.stage). Each arm's learning rate is the candidate with the best validation AUC (then log
 loss) for the first seed; the other seeds follow. No training run gets a test slide: its label table has
-none, and launch/evaluate.py evaluates only the runs with the selected rates.
+none, and `e2e evaluate` evaluates only the runs with the selected rates.
 
 Every run is one of the project's commands, with its output in OUT/runs/*.log. Run the same command again
 to continue after a stop: finished runs are kept. OUT/study.json and study.md are written after every seed:

@@ -19,8 +19,9 @@ from e2e.errors import UserError
 from e2e.files import write_atomically, write_json
 from e2e.metrics.bootstrap import case_weights, confidence_interval
 from e2e.metrics.values import Array, auc
+from e2e.runs.cohort import cohort_spec
 from e2e.runs.many import is_done, run_command, start_or_resume, write_plan
-from e2e.runs.parts import REGISTRIES, build_task, cohort_spec
+from e2e.runs.parts import REGISTRIES, build_task
 from e2e.settings.layers import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,7 +173,7 @@ class Study:
             arguments += [f"data.labels={self.out}/labels_without_test.csv"]
             arguments += ["data.unmatched=drop"]  # the test slides of the store
             arguments += [f"select.every={-(-arm.epochs // self.validations)}"]
-            self.run("launch/train.py", start_or_resume(arguments, folder), folder.name)
+            self.run("train", start_or_resume(arguments, folder), folder.name)
         report = json.loads((folder / "metrics.json").read_text())
         return {
             k: report["val"][report["selected_weights"]][k]["value"] for k in ("auc", "log_loss")
@@ -184,7 +185,7 @@ class Study:
         if not is_done(folder / "test"):
             arguments = [str(folder), "--out", str(folder / "test")]
             arguments += [f"data.labels={self.out}/labels_test.csv"]
-            self.run("launch/evaluate.py", arguments, f"{folder.name}_test")
+            self.run("evaluate", arguments, f"{folder.name}_test")
         table = pd.read_csv(folder / "test" / "predictions.csv", dtype={"case": str, "slide": str})
         return table[table["split"] == "test"].reset_index(drop=True)
 
@@ -192,7 +193,7 @@ class Study:
         """Return the folder of a run."""
         return self.out / "runs" / f"{arm.name}_lr{lr:g}_seed{seed}"
 
-    def run(self, script: str, arguments: list[str], name: str) -> None:
+    def run(self, command: str, arguments: list[str], name: str) -> None:
         """Run one of the project's commands and record its seconds and peak memory.
 
         Raises
@@ -201,11 +202,11 @@ class Study:
             The command failed.
         """
         log = self.out / "runs" / f"{name}.log"
-        print(f"{time.strftime('%H:%M:%S')}  {script} {name}", flush=True)
+        print(f"{time.strftime('%H:%M:%S')}  e2e {command} {name}", flush=True)
         start, peak_file = time.monotonic(), self.out / "peak_kib.txt"
         peak_file.unlink(missing_ok=True)
         wrapper = [sys.executable, "-I", "-S", str(PEAK_MEMORY), str(peak_file)]
-        code = run_command(script, arguments, log, wrapper=wrapper)
+        code = run_command(command, arguments, log, wrapper=wrapper)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
         peak = int(peak_file.read_text()) / 1024 if peak_file.is_file() else 0.0
         self.memory[name] = max(self.memory.get(name, 0.0), peak)
@@ -213,7 +214,7 @@ class Study:
         write_json(self.out / "memory.json", self.memory)
         if code:
             raise UserError(
-                f"{script} ended with exit code {code}; see {log}\n"
+                f"e2e {command} ended with exit code {code}; see {log}\n"
                 "  fix the cause, then run the same command again: finished runs are kept"
             )
 

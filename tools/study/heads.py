@@ -5,7 +5,7 @@
 
 Arms: each head of --heads with each aem.weight of --aem, in two kinds. `e2e` trains encoder and head
 on all patches of a slide, the encoder cut as the configuration says; `frozen` trains the head alone on
-features of the whole encoder with the same weights, from --features or made first by launch/extract.py.
+features of the whole encoder with the same weights, from --features or made first by `e2e extract`.
 The head section of the configuration sets the options that a head has.
 A kind has one learning rate, or candidates from which each arm selects as in tools/study/arms.py.
 No training run gets a test slide.
@@ -79,7 +79,7 @@ class HeadStudy(Study):
             for key, value in encoder.options.items():
                 if key != "stage" and value != defaults[key][1]:
                     arguments.append(f"encoder.{key}={json.dumps(value)}")
-            self.run("launch/extract.py", arguments, "features")
+            self.run("extract", arguments, "features")
             write_json(done, sorted(map(str, out.glob("*/features_*/"))))
         return [Path(text) for text in json.loads(done.read_text())]
 
