@@ -48,7 +48,13 @@ VAGUE_NAMES = frozenset(
 
 PARALLEL = {f"e2e/parallel/{name}.py" for name in ("ddp", "fsdp", "deepspeed")}
 OWNERS = {
-    "lmdb": {"e2e/store/lmdb.py", "e2e/store/snapshot.py", "tools/bench/bench_loader.py"},
+    "lmdb": {
+        "e2e/store/lmdb.py",
+        "e2e/store/snapshot.py",
+        "tools/bench/patches.py",
+        "tools/bench/pixels.py",
+        "tools/bench/stream.py",
+    },
     "openslide": {"e2e/wsi/slide.py"},
     "timm": {"e2e/encoders/timm.py", "e2e/encoders/foundation.py"},
     "torch.distributed": {*PARALLEL, "e2e/parallel/launcher.py"},
@@ -58,10 +64,10 @@ OWNERS = {
     "torch.utils.tensorboard": {"e2e/log.py"},
     "optuna": {"e2e/runs/sweep.py"},
     "omegaconf": {"e2e/settings/layers.py"},
-    "simplejpeg": {"e2e/images/decode.py", "tools/bench/bench_loader.py"},
-    "turbojpeg": {"e2e/images/decode.py", "tools/bench/bench_loader.py"},
+    "simplejpeg": {"e2e/images/decode.py", "tools/bench/pixels.py"},
+    "turbojpeg": {"e2e/images/decode.py", "tools/bench/pixels.py"},
     "jpeg4py": {"e2e/images/decode.py"},
-    "nvidia.dali": {"e2e/images/decode.py", "tools/bench/bench_loader.py"},
+    "nvidia.dali": {"e2e/images/decode.py", "tools/bench/pixels.py"},
     "distributed": {"e2e/store/cluster.py"},
 }
 """Library -> the only files that may import it."""

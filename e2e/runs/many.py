@@ -37,9 +37,9 @@ def write_plan(file: Path, plan: Mapping[str, Any], what: str) -> None:
     if file.is_file():
         earlier = json.loads(file.read_bytes())
         differences = [
-            f"{key}: {earlier.get(key)} in the folder, {value} now"
-            for key, value in plan.items()
-            if earlier.get(key) != value
+            f"{key}: {earlier.get(key)} in the folder, {plan.get(key)} now"
+            for key in dict.fromkeys([*earlier, *plan])
+            if earlier.get(key) != plan.get(key)
         ]
         if differences:
             raise UserError(
@@ -61,7 +61,13 @@ def start_or_resume(command: Sequence[str], folder: Path) -> list[str]:
     return [*command, f"run.out={folder}"]
 
 
-def run_command(command: str, arguments: Sequence[str], log: Path, gpus: str = "") -> int:
+def run_command(
+    command: str,
+    arguments: Sequence[str],
+    log: Path,
+    gpus: str = "",
+    wrapper: Sequence[str] = (),
+) -> int:
     """Run ``e2e <command>`` to its end and return its exit code.
 
     Parameters
@@ -73,6 +79,8 @@ def run_command(command: str, arguments: Sequence[str], log: Path, gpus: str = "
     gpus
         GPU numbers that the command may use, such as ``0,1``: one process is started for each. Empty:
         one process, and whatever devices the machine has.
+    wrapper
+        Command that runs the command, such as one that measures its memory; it is not logged.
     """
     changes = {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
     num_ranks = len(gpus.split(","))
@@ -82,7 +90,9 @@ def run_command(command: str, arguments: Sequence[str], log: Path, gpus: str = "
     with log.open("a") as file:
         print(f"$ {shlex.join(words)}", file=file, flush=True)
         environment = child_environment(changes)
-        done = subprocess.run(words, stdout=file, stderr=file, env=environment, check=False)
+        done = subprocess.run(
+            [*wrapper, *words], stdout=file, stderr=file, env=environment, check=False
+        )
     return done.returncode
 
 

@@ -6,14 +6,15 @@ import argparse
 import json
 from pathlib import Path
 
-import bench_heads as bench
-import check_heads
 import pytest
 import torch
-from check_engine import Row
-from check_heads import BATCH, WIDTH, Times, Training
 
 from e2e.errors import UserError
+from tools.bench import check_heads, head_step
+from tools.bench import heads as bench
+from tools.bench.check_heads import BATCH, WIDTH, Times, Training
+from tools.bench.head_step import HeadStep
+from tools.bench.rows import Row
 
 pytestmark = pytest.mark.slow
 
@@ -21,16 +22,13 @@ CPU = torch.device("cpu")
 SIZES = [3, 9, 4, 8, 5, 7, 6, 2, 9, 3]
 
 
-def one(head: str, *more: str) -> argparse.Namespace:
-    return bench.parse(["--one", "fused", "--head", head, "--in-dim", "8", *more])
-
-
 # --- the table ---
 
 
 def test_a_figure_has_time_memory_and_the_number_of_parameters():
-    args = bench.parse(["--in-dim", "8", "--options", "embed_dim=4", "attn_dim=3", "gated=false"])
-    found = bench.in_own_process(args, "abmil", 30, "fused")
+    line = ["--head", "abmil", "--in-dim", "8", "--patches", "30"]
+    args = bench.parse([*line, "--options", "embed_dim=4", "attn_dim=3", "gated=false"])
+    found = head_step.measure(bench.step_of(args))
     norm, project, score, classify = 16, 8 * 4 + 4, (4 * 3 + 3) + 3, 4 * 2 + 2
     assert found["parameters"] == norm + project + score + classify
     assert found["seconds"] > 0
@@ -54,12 +52,12 @@ def test_the_step_is_of_the_heads_own_loss_too():
     head = bench.HEADS.build("dsmil", 8, 2)
     features, mask = torch.randn(1, 5, 8), torch.ones(1, 5, dtype=torch.bool)
     output, target = head(features, mask), torch.zeros(1, dtype=torch.long)
-    own = head.aux_loss(output, target, bench.by_bag)
+    own = head.aux_loss(output, target, head_step.loss_per_bag)
     assert own is not None
-    (bench.by_bag(output.logits, target).mean() + own).backward()
+    (head_step.loss_per_bag(output.logits, target).mean() + own).backward()
     expected = {name: parameter.grad.clone() for name, parameter in head.named_parameters()}
     head.zero_grad()
-    bench.step(head, features, mask, one("dsmil"))
+    head_step.forward_backward(head, features, mask, HeadStep("dsmil", in_dim=8))
     for name, parameter in head.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name])
 
@@ -67,11 +65,11 @@ def test_the_step_is_of_the_heads_own_loss_too():
 def test_the_table_has_every_head_at_the_sizes_that_were_asked_for(monkeypatch, capsys):
     asked = []
 
-    def figure(args, head, n, kernel):
-        asked.append((head, n, kernel))
+    def figure(step):
+        asked.append((step.head, step.patches, step.kernel))
         return {"parameters": 1234, "seconds": 0.5, "peak_mib": 7.0}
 
-    monkeypatch.setattr(bench, "in_own_process", figure)
+    monkeypatch.setattr(head_step, "measure", figure)
     assert bench.main(["--table"]) == 0
     names = bench.HEADS.names()
     assert asked == [(head, n, "fused") for head in names for n in (1000, 10_000, 50_000)]
@@ -82,7 +80,7 @@ def test_the_table_has_every_head_at_the_sizes_that_were_asked_for(monkeypatch, 
 
 def test_an_option_without_a_value_is_refused():
     with pytest.raises(UserError, match="KEY=VALUE"):
-        bench.options(["heads"])
+        bench.parse_options(["heads"])
 
 
 # --- an epoch on cached features ---
@@ -141,12 +139,12 @@ def test_turns_are_the_whole_epoch_or_some_of_all_its_parts():
     assert check_heads.turns_of(125, 20, 5) == [(0, 5), (30, 5), (60, 5), (90, 5)]
 
 
-def times(ours: float, wide: float, *, off: float = 0.0) -> dict[str, Times]:
+def times(training: float, wide: float, *, off: float = 0.0) -> dict[str, Times]:
     def way(factor: float, losses: list[float]) -> Times:
         return Times({0: factor, 1: 2 * factor}, {0: factor, 1: 2 * factor}, losses)
 
     return {
-        "ours": way(ours, [0.7, 0.6 + off]),
+        "training": way(training, [0.7, 0.6 + off]),
         "resident": way(1.0, [0.7, 0.6]),
         "files": way(1.2, []),
         "resident again": way(1.0, []),
@@ -166,24 +164,25 @@ def times(ours: float, wide: float, *, off: float = 0.0) -> dict[str, Times]:
 def test_an_epoch_over_the_bar_or_of_other_losses_falls_short(found, good):
     row = check_heads.epoch_row("mean", found, SIZES, CPU)
     assert row.good is good
-    assert f"{found['ours'].cpu[0]:.3f}" in row.measured
+    assert f"{found['training'].cpu[0]:.3f}" in row.measured
 
 
 def test_padding_is_the_share_of_rows_without_a_patch():
-    assert check_heads.padded_share([[0, 1], [2]], [1, 3, 5]) == pytest.approx(2 / 11)
-    (row,) = check_heads.padding(argparse.Namespace(bags=1000))
+    assert check_heads.padding_fraction([[0, 1], [2]], [1, 3, 5]) == pytest.approx(2 / 11)
+    (row,) = check_heads.padding(HeadStep("mean"), argparse.Namespace(bags=1000))
     assert row.good is True
 
 
 def test_a_head_whose_memory_grows_faster_than_its_patches_falls_short(monkeypatch):
-    def figure(args, head, n, kernel):
-        if head == "max" and n > 1000:
+    def figure(step):
+        if step.head == "max" and step.patches > 1000:
             return {"failed": "over 8GiB"}
-        power = 2 if kernel == "dense" or head == "mean" else 1
-        return {"parameters": 1, "seconds": 0.1, "peak_mib": (n / 1000) ** power}
+        power = 2 if step.kernel == "dense" or step.head == "mean" else 1
+        return {"parameters": 1, "seconds": 0.1, "peak_mib": (step.patches / 1000) ** power}
 
-    monkeypatch.setattr(bench, "in_own_process", figure)
-    rows = list(check_heads.heads(bench.parse(["--check", "--patches", "1000", "50000"])))
+    monkeypatch.setattr(head_step, "measure", figure)
+    args = bench.parse(["--check", "--patches", "1000", "50000"])
+    rows = list(check_heads.heads(bench.step_of(args), args))
     good = {row.what.split(",")[0]: row.good for row in rows}
     assert [head for head, fine in good.items() if not fine] == ["max", "mean"]
     assert sorted(good) == bench.HEADS.names()
@@ -191,7 +190,7 @@ def test_a_head_whose_memory_grows_faster_than_its_patches_falls_short(monkeypat
 
 def test_a_row_that_falls_short_makes_the_check_fail(monkeypatch, capsys):
     rows = [Row("a", "<= 1", "2", "-", good) for good in (True, None, False)]
-    monkeypatch.setitem(check_heads.ROWS, "padding", lambda args: iter(rows))
+    monkeypatch.setitem(check_heads.ROWS, "padding", lambda step, args: iter(rows))
     assert bench.main(["--check", "--rows", "padding"]) == 1
     said = capsys.readouterr().out.splitlines()
     assert [line[:4] for line in said[:3]] == ["ok  ", "    ", "FAIL"]
@@ -199,8 +198,8 @@ def test_a_row_that_falls_short_makes_the_check_fail(monkeypatch, capsys):
 
 
 def test_unknown_rows_are_named():
-    with pytest.raises(UserError, match=r"no row speeds; known: epoch, padding, heads"):
-        check_heads.check(["speeds"], bench.parse([]))
+    with pytest.raises(UserError, match=r"no row speeds\n  choose from: epoch, padding, heads"):
+        check_heads.check(["speeds"], HeadStep("mean"), bench.parse([]))
 
 
 def test_the_check_times_both_heads_over_the_training_path(capsys):

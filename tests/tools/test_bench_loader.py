@@ -10,16 +10,16 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import bench_loader as bench
-import check_loader
 import numpy as np
 import pytest
 import torch
-from bench_loader import Bench, OtherPixelsError, Sizes
-from check_engine import Row
 
 from e2e.errors import UserError
 from e2e.images.augment import Augment
+from tools.bench import check_loader, loader, patches, pixels, stream, timing
+from tools.bench.patches import Bench, Sizes
+from tools.bench.rows import Row
+from tools.bench.stream import OtherPixelsError
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ SMALL = ["--size", "64"] + [
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     folder = tmp_path_factory.mktemp("bench")
-    return Bench(folder, bench.drawn(64)[:7], 64, SIZES, sorted(os.sched_getaffinity(0)))
+    return Bench(folder, patches.drawn_jpegs(64)[:7], 64, SIZES, sorted(os.sched_getaffinity(0)))
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def _threads():
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[dict], list[str]]:
     cores = os.sched_getaffinity(0)
-    code = bench.main([*SMALL, *arguments])
+    code = loader.main([*SMALL, *arguments])
     assert os.sched_getaffinity(0) == cores
     lines = capsys.readouterr().out.splitlines()
     return code, [json.loads(line) for line in lines if line.startswith("{")], lines
@@ -85,23 +85,25 @@ def test_a_row_that_falls_short_makes_the_check_fail(monkeypatch, small, good, c
 
 
 def test_unknown_rows_are_named(small):
-    with pytest.raises(UserError, match=r"no row colds; known: parts, overhead, reference"):
+    with pytest.raises(UserError, match=r"no row colds\n  choose from: parts, overhead, reference"):
         check_loader.check(["colds"], small)
 
 
 def test_our_pixels_are_those_of_the_bare_loop_and_of_the_published_way(small):
-    library = bench.simplejpeg_library()
-    ours = partial(bench.ours, small, small.reader())
+    library = pixels.simplejpeg_library()
+    ours = partial(pixels.training_pixels, small, small.reader())
     assert [len(chunk) for chunk in ours()] == [8, 8, 4]
-    bench.require_same("bare", ours(), bench.bare(small, library))
-    bench.require_same("published", ours(), bench.reference(small, library))
+    stream.require_same("bare", ours(), pixels.bare_loop(small, library))
+    stream.require_same("published", ours(), pixels.published_loader(small, library))
 
 
 @pytest.mark.parametrize("options", [{"fastdct": True}, {"colorspace": "BGR"}])
 def test_other_pixels_are_refused(small, options):
-    other = bench.simplejpeg_library(**options)
+    other = pixels.simplejpeg_library(**options)
     with pytest.raises(OtherPixelsError, match=r"^x: pixels differ by up to \d+, "):
-        bench.require_same("x", bench.ours(small, small.reader()), bench.bare(small, other))
+        stream.require_same(
+            "x", pixels.training_pixels(small, small.reader()), pixels.bare_loop(small, other)
+        )
 
 
 @pytest.mark.parametrize("short", [[], [torch.zeros(2, 3)], [torch.zeros(2, 3), torch.zeros(1, 3)]])
@@ -109,27 +111,29 @@ def test_fewer_pixels_are_refused(short):
     whole = [torch.zeros(2, 3), torch.zeros(2, 3)]
     for a, b in ((whole, short), (short, whole)):
         with pytest.raises(OtherPixelsError, match="chunks of"):
-            bench.require_same("x", iter(a), iter(b))
+            stream.require_same("x", iter(a), iter(b))
 
 
 def test_windows_are_those_that_the_augmentation_cuts(small):
-    whole = bench.windows_of(small, Augment(flip="none", size=48))
+    whole = pixels.windows_of(small, Augment(flip="none", size=48))
     np.testing.assert_allclose(whole, np.tile([0, 0, 64, 64], (20, 1)), atol=0.1)
     augment = Augment(flip="none", crop=0.25, size=48)
-    windows = bench.windows_of(small, augment)
+    windows = pixels.windows_of(small, augment)
     assert len(np.unique(windows, axis=0)) == 20
-    ours = partial(bench.ours, small, small.reader(augment))
-    _, gap = bench.difference(bench.normalised(ours()), bench.resized_by_pillow(small, windows))
+    ours = partial(pixels.training_pixels, small, small.reader(augment))
+    _, gap = stream.difference(pixels.normalised(ours()), pixels.resized_by_pillow(small, windows))
     shifted = np.roll(windows, 1, axis=0)
-    _, wrong = bench.difference(bench.normalised(ours()), bench.resized_by_pillow(small, shifted))
+    _, wrong = stream.difference(
+        pixels.normalised(ours()), pixels.resized_by_pillow(small, shifted)
+    )
     assert gap < 0.1
     assert wrong > 10 * gap
 
 
 def test_windows_of_patches_too_large_for_8_bits_are_refused(tmp_path):
     large = Bench(tmp_path, [b""], 512, SIZES, [0])
-    with pytest.raises(UserError, match="512: windows are read off 8-bit pictures"):
-        bench.windows_of(large, Augment(flip="none", size=48))
+    with pytest.raises(UserError, match="512: windows are read off 8-bit images"):
+        pixels.windows_of(large, Augment(flip="none", size=48))
 
 
 def test_ways_take_turns_and_turn_the_order_round():
@@ -139,20 +143,20 @@ def test_ways_take_turns_and_turn_the_order_round():
         order.append(name)
         return []
 
-    found = bench.time_ways({name: partial(way, name) for name in "ab"}, 3)
+    found = timing.time_ways({name: partial(way, name) for name in "ab"}, 3)
     assert "".join(order) == "ba" + "ab" + "ba" + "ab"
     assert {name: len(times.cpu) for name, times in found.items()} == {"a": 3, "b": 3}
 
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios_and_half_of_them_lie_in_its_spread():
-    assert bench.ratio([2.0, 30.0, 40.0], [1.0, 10.0, 1.0]) == 3.0
-    assert bench.spread([4.0, 2.0, 3.0, 1.0, 5.0], [1.0] * 5) == (2.0, 4.0)
+    assert timing.ratio([2.0, 30.0, 40.0], [1.0, 10.0, 1.0]) == 3.0
+    assert timing.spread([4.0, 2.0, 3.0, 1.0, 5.0], [1.0] * 5) == (2.0, 4.0)
 
 
 def test_cpu_seconds_are_also_those_of_children():
     child = get_context("fork").Process(target=_spin)
     child.start()
-    while bench.cpu_seconds() - time.process_time() < 0.05:
+    while timing.cpu_seconds() - time.process_time() < 0.05:
         assert child.is_alive(), "3 s of a child went by unseen"
     child.terminate()
     child.join()
@@ -166,18 +170,20 @@ def _spin() -> None:
 def test_a_file_is_evicted_and_refused_where_it_cannot_be(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(1 << 20))
-    assert bench.pages_in_memory(str(path)) == (256, 256)
+    assert stream.pages_in_memory(str(path)) == (256, 256)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         assert sum(mapped[::4096]) == 0  # now these pages are in use
         with pytest.raises(UserError, match=r"256 of 256 pages of .* stay in memory"):
-            bench.evict(str(path))
-    bench.evict(str(path))
-    assert bench.pages_in_memory(str(path)) == (0, 256)
+            stream.evict(str(path))
+    stream.evict(str(path))
+    assert stream.pages_in_memory(str(path)) == (0, 256)
 
 
 def test_both_ways_of_a_cold_read_start_with_no_page_and_read_the_same(small):
     found = [
-        bench.alone("cold_read", store=str(small.large), slide="c3", count=5, number=4, way=way)
+        stream.measure(
+            stream.cold_read, store=str(small.large), slide="c3", count=5, number=4, way=way
+        )
         for way in ("store", "single")
     ]
     assert [one["held_before"] for one in found] == [0, 0]
@@ -186,8 +192,8 @@ def test_both_ways_of_a_cold_read_start_with_no_page_and_read_the_same(small):
 
 
 def test_memory_of_a_stream_comes_from_a_process_of_its_own(small):
-    found = bench.alone(
-        "stream_memory", store=str(small.large), chunk=8, decoder="auto", view="training"
+    found = stream.measure(
+        stream.stream_memory, store=str(small.large), chunk=8, decoder="auto", mode="training"
     )
     assert found["patches"] == 60
     assert found["pixels"] == 8 * 3 * 64 * 64
@@ -202,26 +208,26 @@ def test_two_workers_are_measured_beside_bare_loops(small):
 
 def test_a_child_that_fails_is_named(tmp_path):
     with pytest.raises(UserError, match=r"(?s)stream_memory: exit code 2.*no patch store at"):
-        bench.alone(
-            "stream_memory",
+        stream.measure(
+            stream.stream_memory,
             store=str(tmp_path / "x.lmdb"),
             chunk=8,
             decoder="auto",
-            view="training",
+            mode="training",
         )
 
 
 def test_patches_of_another_size_are_refused(tmp_path, small):
-    args = bench.parse(["--store", str(small.store.path), "--size", "256"])
-    with pytest.raises(UserError, match=r"holds no patches of 256 px, but of \[64\]"):
-        bench.tissue(args, tmp_path)
+    args = loader.parse(["--store", str(small.store.path), "--size", "256"])
+    with pytest.raises(UserError, match=r"has no patches of 256 px, but of \[64\]"):
+        patches.read_jpegs(args, tmp_path)
 
 
 def test_slides_are_cut_and_one_without_a_scale_is_named(tmp_path, shared_data: Path):
     slides = [str(path) for path in sorted((shared_data / "slides").glob("[ct]*.svs"))]
-    args = bench.parse(["--slides", slides[0]])
-    jpegs, origin = bench.tissue(args, tmp_path)
+    args = loader.parse(["--slides", slides[0]])
+    jpegs, origin = patches.read_jpegs(args, tmp_path)
     assert len(jpegs) > 10
     assert f"{len(jpegs)} patches of 1 slides" in origin
     with pytest.raises(UserError, match=r"(?s)slide 'tcga.*cannot be cut.*--slide-mpp gives"):
-        bench.tissue(bench.parse(["--slides", slides[1]]), tmp_path / "other")
+        patches.read_jpegs(loader.parse(["--slides", slides[1]]), tmp_path / "other")

@@ -8,11 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bench_mil_tables as bench
 import numpy as np
 import pytest
 import torch
-from bench_mil_tables import BagTable, cut, fit, pad, read_table, run_seed, summary
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +18,16 @@ from e2e.errors import exit_code
 from e2e.heads.base import HEADS
 from e2e.heads.mean import MeanMIL
 from tests.helpers.paths import ROOT
+from tools.bench import mil_tables as bench
+from tools.bench.mil_tables import (
+    BagTable,
+    fit,
+    make_folds,
+    pad,
+    read_table,
+    run_seed,
+    summary,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -120,7 +128,7 @@ def test_the_classic_tables_are_as_published(shared_data, name):
 def test_folds_are_disjoint_cover_all_bags_and_share_each_class_out_evenly(folds, a, b, seed):
     table = table_of([0] * (folds + a) + [1] * (folds + b))
     everyone = np.arange(len(table.labels))
-    found = cut(table, folds, seed)
+    found = make_folds(table, folds, seed)
     assert len(found) == folds
     for train, test in found:
         assert np.array_equal(np.sort(np.r_[train, test]), everyone)
@@ -131,7 +139,7 @@ def test_folds_are_disjoint_cover_all_bags_and_share_each_class_out_evenly(folds
 
 
 def test_each_seed_cuts_its_own_folds():
-    tests = [[test.tolist() for _, test in cut(HALF, 5, seed)] for seed in (0, 0, 1)]
+    tests = [[test.tolist() for _, test in make_folds(HALF, 5, seed)] for seed in (0, 0, 1)]
     assert tests[0] == tests[1] != tests[2]
 
 
@@ -153,7 +161,7 @@ def changed(table: BagTable, bags: np.ndarray) -> BagTable:
 
 
 def test_what_is_trained_depends_on_the_training_bags_alone(short):
-    train, test = cut(HALF, 5, seed=0)[0]
+    train, test = make_folds(HALF, 5, seed=0)[0]
 
     def weights(table: BagTable) -> torch.Tensor:
         head, _ = fit(table, "abmil", train, seed=0)
@@ -233,7 +241,7 @@ def test_the_mean_over_seeds_has_its_standard_error_and_t_interval():
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["bench_mil_tables.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["mil_tables.py", *map(str, arguments)])
     return exit_code(bench.main)
 
 
@@ -277,10 +285,10 @@ def test_a_torn_or_missing_file_is_refused(monkeypatch, tmp_path, capsys):
     ("arguments", "said"),
     [
         (["--heads", "abmil,abmill"], "unknown head 'abmill'; did you mean 'abmil'?"),
-        (["--heads", ","], "--heads names none"),
-        (["--folds", 1], "--folds must be 2 or more, found 1"),
-        (["--seeds", 0], "--seeds must be 1 or more"),
-        (["--workers", 0], "--workers must be 1 or more"),
+        (["--heads", ","], "--heads names no head"),
+        (["--folds", 1], "--folds 1: must be 2 or more"),
+        (["--seeds", 0], "--seeds 0: must be 1 or more"),
+        (["--workers", 0], "--workers 0: must be 1 or more"),
         (["--heads", "abmil", "--folds", 16], "15 bag(s) of label 0, fewer than 16 folds"),
         (["--heads", "abmil", "--json", "/proc/none/out.json"], "cannot write"),
     ],
@@ -297,7 +305,7 @@ def test_a_table_and_two_heads_give_lines_a_file_and_a_table(tmp_path):
     path, out = write(tmp_path / "drawn.csv", HALF), tmp_path / "new" / "out.json"
     given = ["--table", path, "--heads", "mean,abmil", "--folds", 2, "--seeds", 2, "--json", out]
     done = subprocess.run(
-        [sys.executable, "tools/bench/bench_mil_tables.py", *map(str, given), "--workers", "1"],
+        [sys.executable, "tools/bench/mil_tables.py", *map(str, given), "--workers", "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,

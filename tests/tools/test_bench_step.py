@@ -6,13 +6,13 @@ import json
 import subprocess
 import sys
 
-import bench_step
-import check_engine
 import pytest
-from bench_step import Way, Work, parse_way, slope, write_store
 
 from e2e.errors import UserError
 from tests.helpers.paths import ROOT
+from tools.bench import check_engine, engine
+from tools.bench.engine import Way, Work, parse_way, slope, write_store
+from tools.bench.rows import Row
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ SMALL = ["--patches", "12", "--size", "32", "--chunk", "5", "--rounds", "1", "--
 
 def run(*arguments: str) -> tuple[int, list[dict], str]:
     done = subprocess.run(
-        [sys.executable, "tools/bench/bench_step.py", *arguments, *SMALL],
+        [sys.executable, "tools/bench/step.py", *arguments, *SMALL],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -75,12 +75,12 @@ def test_the_slope_is_that_of_the_line():
 
 
 def test_unknown_rows_are_named():
-    with pytest.raises(UserError, match=r"no row speeds; known: gradient, bf16, memory"):
+    with pytest.raises(UserError, match=r"no row speeds\n  choose from: gradient, bf16, memory"):
         check_engine.check(["speeds"], long=False)
 
 
 def test_a_row_that_falls_short_makes_the_check_fail(monkeypatch, capsys):
-    rows = [check_engine.Row("a", "<= 1", "2", "-", good) for good in (True, None, False)]
+    rows = [Row("a", "<= 1", "2", "-", good) for good in (True, None, False)]
     monkeypatch.setitem(check_engine.ROWS, "bf16", lambda folder: iter(rows))
     assert check_engine.check(["bf16"], long=False) == 1
     said = capsys.readouterr().out.splitlines()
@@ -100,12 +100,12 @@ def test_all_ways_step_on_the_same_bag(tmp_path):
     store = write_store(tmp_path, [12], 32)
     work = Work(patches=12, size=32, chunk=5, head="abmil")
     found = [
-        bench_step.gradients(
-            bench_step.build_model(work, way),
-            bench_step.bag_of(store, [12], work, way),
+        engine.gradients(
+            engine.build_model(work, way),
+            engine.make_update(store, [12], work, way),
             way,
             check_engine.CPU,
         )
-        for way in bench_step.KNOWN.values()
+        for way in engine.WAYS.values()
     ]
-    assert all(bench_step.apart(one, found[0]) < 1e-5 for one in found)
+    assert all(engine.relative_distance(one, found[0]) < 1e-5 for one in found)

@@ -11,7 +11,8 @@ import pytest
 
 from e2e.errors import exit_code
 from tests.helpers.study_cohort import cohort as cohort
-from tools.study import study
+from tools.study import arms as study
+from tools.study import base
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.slow
 def test_equal_steps_and_equal_patches():
     # Slides of 40, 10 and 30 patches, two an update: 2 updates an epoch. All: 80 patches an epoch;
     # 16 a bag: 16 + 10 + 16 = 42. 5 epochs of all are 400 patches, 400 / 42 = 9.52 epochs of 42.
-    arms = study.plan([40, 10, 30], bag=16, bags=2, epochs=5, frozen_epochs=7)
+    arms = base.plan_arms([40, 10, 30], bag=16, bags=2, epochs=5, frozen_epochs=7)
     found = {a.name: (a.bag, a.train_encoder, a.epochs, a.steps, a.patches) for a in arms.values()}
     assert found == {
         "all": (None, True, 5, 10, 400),
@@ -33,7 +34,7 @@ def test_equal_steps_and_equal_patches():
 
 
 def compare(scores, positive, cases, draws=500):
-    return study.paired(
+    return base.compare_auc(
         {name: np.array(rows, float) for name, rows in scores.items()},
         np.array(positive), cases, draws=draws,
     )  # fmt: skip
@@ -111,7 +112,7 @@ def test_resamples_are_those_of_a_plain_loop():
 
 
 def call(monkeypatch, cohort, *more: str) -> int:
-    argv = ["study.py", "--datasets", f"{cohort}/cohort.yaml", "--out", f"{cohort}/out"]
+    argv = ["arms.py", "--datasets", f"{cohort}/cohort.yaml", "--out", f"{cohort}/out"]
     argv += ["--epochs", "2", "--bag", "3", "--draws", "50", "--validations", "1"]
     monkeypatch.setattr(sys, "argv", [*argv, "encoder.name=test_resnet", "bag.size=null", *more])
     return exit_code(study.main)
@@ -138,7 +139,7 @@ def test_a_study_of_two_arms(cohort, monkeypatch, capfd):
     assert set(pd.read_csv(tuned / "predictions.csv")["split"]) == {"val"}  # never saw a test slide
     assert "all - this" in (cohort / "out" / "study.md").read_text()
     assert call(monkeypatch, cohort, *asked, "optim.clip=2.0") == 2  # not these runs' settings
-    assert "another plan" in capfd.readouterr().err
+    assert "holds another study" in capfd.readouterr().err
 
 
 def test_mistakes_are_messages(cohort, monkeypatch, capsys):

@@ -12,7 +12,8 @@ import pytest
 
 from e2e.errors import exit_code
 from tests.helpers.study_cohort import cohort  # noqa: F401  (a fixture)
-from tools.study import study_heads
+from tools.study import heads as study_heads
+from tools.study.base import PEAK_MEMORY
 
 pytestmark = pytest.mark.slow
 
@@ -39,8 +40,8 @@ TIED = predictions([0.5] * SLIDES)
 
 
 @pytest.fixture
-def judge() -> study_heads.Judge:
-    return study_heads.Judge(RIGHT, "b", draws=200)
+def evaluation() -> study_heads.Evaluation:
+    return study_heads.Evaluation(RIGHT, "b", draws=200)
 
 
 def test_a_head_takes_the_options_it_has():
@@ -59,31 +60,33 @@ def test_a_head_takes_the_options_it_has():
     assert arms[0].settings()[-3:] == mean
 
 
-def test_a_difference_is_ours_minus_the_others_over_the_seeds_both_have(judge):
-    assert judge.auc_minus([RIGHT], [TIED]) == {"value": 0.5, "low": 0.5, "high": 0.5}
-    assert judge.auc_minus([WRONG], [RIGHT])["value"] == -1
+def test_a_difference_is_ours_minus_the_others_over_the_seeds_both_have(evaluation):
+    assert evaluation.auc_minus([RIGHT], [TIED]) == {"value": 0.5, "low": 0.5, "high": 0.5}
+    assert evaluation.auc_minus([WRONG], [RIGHT])["value"] == -1
     # The second seed of ours has no other to be paired with.
-    assert judge.auc_minus([RIGHT, WRONG], [TIED])["value"] == 0.5
-    assert judge.auc([RIGHT, WRONG, TIED])["test_auc"] == [1, 0, 0.5]
-    assert judge.auc([RIGHT, WRONG, TIED])["mean_test_auc"]["value"] == 0.5
+    assert evaluation.auc_minus([RIGHT, WRONG], [TIED])["value"] == 0.5
+    assert evaluation.auc([RIGHT, WRONG, TIED])["test_auc"] == [1, 0, 0.5]
+    assert evaluation.auc([RIGHT, WRONG, TIED])["mean_test_auc"]["value"] == 0.5
 
 
-def test_entropies_are_paired_by_slide(judge):
+def test_entropies_are_paired_by_slide(evaluation):
     low = np.linspace(0.1, 0.8, SLIDES)
     ours, base = predictions([0] * SLIDES, low + 0.2), predictions([0] * SLIDES, low)
-    assert judge.entropy([ours, base]) == pytest.approx(low + 0.1)
+    assert evaluation.entropy([ours, base]) == pytest.approx(low + 0.1)
     # As much on every slide, so in every resample.
-    assert judge.entropy_minus([ours], [base]) == pytest.approx(
+    assert evaluation.entropy_minus([ours], [base]) == pytest.approx(
         {"value": 0.2, "low": 0.2, "high": 0.2}
     )
-    assert judge.entropy([RIGHT]) is None  # no such column
-    assert judge.entropy_minus([ours], [RIGHT]) is None
-    assert judge.entropy([predictions([0] * SLIDES, np.nan)]) is None  # a head without attention
+    assert evaluation.entropy([RIGHT]) is None  # no such column
+    assert evaluation.entropy_minus([ours], [RIGHT]) is None
+    assert (
+        evaluation.entropy([predictions([0] * SLIDES, np.nan)]) is None
+    )  # a head without attention
 
 
-def test_runs_with_other_test_slides_are_refused(judge):
+def test_runs_with_other_test_slides_are_refused(evaluation):
     with pytest.raises(study_heads.UserError, match="same test slides"):
-        judge.auc([RIGHT, RIGHT[::-1].reset_index(drop=True)])
+        evaluation.auc([RIGHT, RIGHT[::-1].reset_index(drop=True)])
 
 
 def test_the_tables_put_a_head_in_a_row_and_aem_next_to_none():
@@ -110,15 +113,15 @@ def test_the_tables_put_a_head_in_a_row_and_aem_next_to_none():
     assert f"| e2e | abmil | 0.1 | 0.900 | {span} | {minus} | 0.500 |  |" in said
 
 
-def test_a_commands_memory_is_its_own():
+def test_a_commands_memory_is_its_own(tmp_path):
     # Not the driver's, which is larger than a bare interpreter; and its exit code is passed on.
     bulk = "import sys; x = bytearray(80 << 20); print(len(x)); sys.exit(7)"
     found = []
     for program in ("pass", bulk):
-        line = [sys.executable, "-I", "-S", "-c", study_heads.MEASURE]
+        line = [sys.executable, "-I", "-S", str(PEAK_MEMORY), str(tmp_path / "peak")]
         line += [sys.executable, "-I", "-S", "-c", program]
         done = subprocess.run(line, capture_output=True, check=False)
-        found.append((int(done.stdout) / 1024, done.returncode))
+        found.append((int((tmp_path / "peak").read_text()) / 1024, done.returncode))
     (small, ok), (large, failed) = found
     assert small < 40
     assert 75 < large - small < 90
@@ -126,7 +129,7 @@ def test_a_commands_memory_is_its_own():
 
 
 def call(monkeypatch, cohort, *more: str) -> int:  # noqa: F811
-    argv = ["study_heads.py", "--datasets", f"{cohort}/cohort.yaml", "--out", f"{cohort}/out"]
+    argv = ["heads.py", "--datasets", f"{cohort}/cohort.yaml", "--out", f"{cohort}/out"]
     argv += ["--epochs", "1", "--draws", "20", "--validations", "1"]
     monkeypatch.setattr(sys, "argv", [*argv, "encoder.name=test_resnet", "bag.size=null", *more])
     return exit_code(study_heads.main)
@@ -155,7 +158,7 @@ def test_a_study_of_heads(cohort, monkeypatch, capfd):  # noqa: F811
     assert "name: features" in said
     assert "weight: 0.1" in said
     assert call(monkeypatch, cohort, "--heads", "abmil", "optim.clip=2.0") == 2
-    assert "another plan" in capfd.readouterr().err
+    assert "holds another study" in capfd.readouterr().err
 
 
 def test_mistakes_are_messages(cohort, monkeypatch, capsys):  # noqa: F811

@@ -1,7 +1,6 @@
-"""The figures that the engine must show, a row each: what, bar, measured, control. Run by bench_step.py.
+"""Acceptance check of the engine: gradients, memory, speed and ranks; run by tools/bench/step.py --check.
 
-A control is the same measurement of something broken on purpose, or of the plain way: a check that
-could not fail would say nothing.
+Each row compares a measured value with its bar and with a control (see tools/bench/rows.py).
 """
 
 from __future__ import annotations
@@ -12,19 +11,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import bench_step as bench
 import torch
 import torch.multiprocessing as mp
-from bench_step import Way, Work
 from torch.nn.functional import cross_entropy
 
 from e2e.bags.chunk_plan import cut_update
@@ -39,52 +35,19 @@ from e2e.images.decode import build_decoder
 from e2e.parallel import build_strategy
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore
+from tools.bench import engine
+from tools.bench.engine import Way, Work
+from tools.bench.process import process_memory, reset_peak_memory
+from tools.bench.rows import Row, report
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the report; ``good`` None: nothing to hold, a figure for the record."""
-
-    what: str
-    bar: str
-    measured: str
-    control: str
-    good: bool | None
-
-    def __str__(self) -> str:
-        mark = {True: "ok  ", False: "FAIL", None: "    "}[self.good]
-        return f"{mark} {self.what} | bar {self.bar} | measured {self.measured} | control {self.control}"
-
-
-def report(
-    rows: Mapping[str, Callable[[], Iterator[Row]]],
-    names: Sequence[str] | None,
-    tail: Callable[[], str] = str,
-) -> int:
-    """Print the rows of ``names`` (None: all), and ``tail`` at the end; 1 where one falls short.
-
-    Raises:
-        UserError: a name is unknown.
-    """
-    unknown = [name for name in names or () if name not in rows]
-    if unknown:
-        raise UserError(f"no row {', '.join(unknown)}; known: {', '.join(rows)}")
-    began, short = time.monotonic(), 0
-    for name in names or rows:
-        for row in rows[name]():
-            print(row, flush=True)
-            short += row.good is False
-    print(f"{short} short of the bar; {(time.monotonic() - began) / 60:.1f} minutes{tail()}")
-    return 1 if short else 0
-
-
 def gradient(folder: Path) -> Iterator[Row]:
-    """Recomputed against kept graphs, every head, dropout and stochastic depth on."""
+    """Gradients with recomputed against kept graphs: every head, with dropout and stochastic depth."""
     sizes = (23, 1, 17)
-    store = bench.write_store(folder, sizes, 64)
+    store = engine.write_store(folder, sizes, 64)
     for dtype, bound in (("float64", 1e-12), ("float32", 1e-5)):
         for policy in ("frozen", "chunk"):
             worst, broken = ("", -1.0), float("inf")
@@ -103,33 +66,33 @@ def gradient(folder: Path) -> Iterator[Row]:
 
 
 def _exact_against_naive(store: PatchStore, sizes: Sequence[int], work: Work, way: Way) -> float:
-    found = []
+    both = []
     for keep in ("none", "all"):
         way = dataclasses.replace(way, keep_graphs=keep)
-        model = bench.build_model(work, way)
-        found.append(bench.gradients(model, bench.bag_of(store, sizes, work, way), way, CPU))
-    return bench.apart(*found)
+        model = engine.build_model(work, way)
+        both.append(engine.gradients(model, engine.make_update(store, sizes, work, way), way, CPU))
+    return engine.relative_distance(*both)
 
 
 def bf16(folder: Path) -> Iterator[Row]:
     """The gradient of 256 chunks under bf16 autocast, against fp32.
 
-    Of a difference of logits: cross entropy would scale the whole gradient by one rounded number,
-    whose error hides the rest.
+    It is the gradient of a difference of logits: cross entropy would scale all of it by one rounded
+    number, whose error hides the rest.
     """
-    store = bench.write_store(folder, [256], 64)
+    store = engine.write_store(folder, [256], 64)
 
     def gradient_of(chunk: int, precision: str, *, fold: bool, cached: bool = False) -> Any:
         work, way = Work(chunk=chunk), Way("x", precision=precision, fold=fold)
-        model, bag = bench.build_model(work, way), bench.bag_of(store, [256], work, way)
-        with _autocast_cache(cached), mock.patch.object(bench, "cross_entropy", _logit_difference):
-            return bench.gradients(model, bag, way, CPU)
+        model, bag = engine.build_model(work, way), engine.make_update(store, [256], work, way)
+        with _autocast_cache(cached), mock.patch.object(engine, "cross_entropy", _logit_difference):
+            return engine.gradients(model, bag, way, CPU)
 
     exact = gradient_of(256, "fp32", fold=False)
-    naive = bench.apart(gradient_of(256, "bf16", fold=False), exact)
-    cached = bench.apart(gradient_of(1, "bf16", fold=False, cached=True), exact)
+    naive = engine.relative_distance(gradient_of(256, "bf16", fold=False), exact)
+    cached = engine.relative_distance(gradient_of(1, "bf16", fold=False, cached=True), exact)
     for fold in (False, True):
-        chunked = bench.apart(gradient_of(1, "bf16", fold=fold), exact)
+        chunked = engine.relative_distance(gradient_of(1, "bf16", fold=fold), exact)
         yield Row(
             f"bf16 gradient against fp32, 256 chunks{', folded' if fold else ''}",
             f"<= 1.25 x one piece ({naive:.4f})",
@@ -157,25 +120,25 @@ def _autocast_cache(on: bool) -> Iterator[None]:
 
 
 def memory(folder: Path) -> Iterator[Row]:
-    """Peak memory against the number of patches, JPEG bytes taken off.
+    """Peak memory against the number of patches, without the JPEG bytes.
 
-    With the plain mean of the features, which shows what the engine holds; what heads hold besides is
-    for the record.
+    The mean of the features is the head, which shows what the engine holds; the memory of other heads
+    is reported.
     """
     sizes, small, few = (256, 1024, 4096, 8192), (64, 256), (1024, 2048)
-    store = bench.write_store(folder, (*sizes, *small, *few), 64)
+    store = engine.write_store(folder, (*sizes, *small, *few), 64)
 
     def growth(way: Way, work: Work, counts: Sequence[int]) -> float:
         points = []
         for count in counts:
             sized = dataclasses.replace(work, patches=count)
-            found = bench.memory_of(sized, way, store, threads=1)
-            points.append((count, found["peak"] - found["jpeg_bytes"] * count))
-        return bench.slope(points) / 1000
+            measured = engine.measure_memory(sized, way, store, threads=1)
+            points.append((count, measured["peak"] - measured["jpeg_bytes"] * count))
+        return engine.slope(points) / 1000
 
     mean = Work(head="mean", embed_dim=0)
-    exact = growth(bench.KNOWN["exact"], mean, sizes)
-    naive = growth(bench.KNOWN["naive"], mean, small)
+    exact = growth(engine.WAYS["exact"], mean, sizes)
+    naive = growth(engine.WAYS["naive"], mean, small)
     yield Row(
         "memory a patch, N = 256 to 8,192 at 64 px, r18, mean of the features",
         "<= 8 KB",
@@ -184,24 +147,24 @@ def memory(folder: Path) -> Iterator[Row]:
         exact <= 8 < naive,
     )
     for head in ("abmil", "abmilx"):
-        more = growth(bench.KNOWN["exact"], Work(head=head), few)
+        more = growth(engine.WAYS["exact"], Work(head=head), few)
         what = f"memory a patch with {head}, 512 wide, N = 1,024 to 2,048"
         yield Row(what, "reported", f"{more:.2f} KB", "the head's own graph", None)
 
 
 def speed(folder: Path) -> Iterator[Row]:
-    """Time against naive, the same mathematics, one thread, median CPU seconds in ABBA order."""
+    """Time relative to the naive way: same mathematics, one thread, median CPU seconds in ABBA order."""
     work = Work(patches=256, chunk=32)
-    store = bench.write_store(folder, [256], 64)
+    store = engine.write_store(folder, [256], 64)
     ways = [
         Way("naive", mode="naive"),
         Way("recomputed", fold=False),
         Way("kept", fold=False, keep_graphs="64GiB"),
     ]
-    found = bench.time_ways(ways, work, store, rounds=8)
-    naive = found["naive"]["cpu_seconds"]
+    times = engine.time_ways(ways, work, store, rounds=8)
+    naive = times["naive"]["cpu_seconds"]
     for name, bar in (("recomputed", 1.45), ("kept", 1.05)):
-        ratio = found[name]["cpu_seconds"] / naive
+        ratio = times[name]["cpu_seconds"] / naive
         control = f"naive {work.patches / naive:.0f} patches/s; theory for recomputing: 4/3"
         yield Row(
             f"time, {name} over naive, fp32", f"<= {bar}x", f"{ratio:.3f}x", control, ratio <= bar
@@ -211,7 +174,7 @@ def speed(folder: Path) -> Iterator[Row]:
 def layout(folder: Path) -> Iterator[Row]:
     """Folding and channels_last, each alone and together; bf16 where the processor has it."""
     work = Work(patches=128, chunk=32)
-    store = bench.write_store(folder, [128], 64)
+    store = engine.write_store(folder, [128], 64)
     ways = [
         Way("plain", fold=False, channels_last=False),
         Way("folded", channels_last=False),
@@ -220,20 +183,21 @@ def layout(folder: Path) -> Iterator[Row]:
     ]
     if has_amx():
         ways.append(Way("both, bf16", precision="bf16"))
-    found = bench.time_ways(ways, work, store, rounds=6)
+    times = engine.time_ways(ways, work, store, rounds=6)
 
-    def gradient(way: Way) -> bench.Gradients:
-        return bench.gradients(
-            bench.build_model(work, way), bench.bag_of(store, [128], work, way), way, CPU
+    def gradient(way: Way) -> engine.Gradients:
+        return engine.gradients(
+            engine.build_model(work, way), engine.make_update(store, [128], work, way), way, CPU
         )
 
-    def in_double(way: Way) -> bench.Gradients:
+    def in_double(way: Way) -> engine.Gradients:
         return gradient(dataclasses.replace(way, precision="fp32", dtype="float64"))
 
     single, double = gradient(ways[0]), in_double(ways[0])
     for way in ways[1:]:
-        ratio = found[way.name]["cpu_seconds"] / found["plain"]["cpu_seconds"]
-        gap, rounding = bench.apart(in_double(way), double), bench.apart(gradient(way), single)
+        ratio = times[way.name]["cpu_seconds"] / times["plain"]["cpu_seconds"]
+        gap = engine.relative_distance(in_double(way), double)
+        rounding = engine.relative_distance(gradient(way), single)
         same = gap <= 1e-10  # float32 says less: other kernels round otherwise
         control = f"gradient differs by {gap:.1e} in fp64, {rounding:.1e} as timed"
         yield Row(
@@ -250,7 +214,7 @@ def layout(folder: Path) -> Iterator[Row]:
 
 
 def has_amx() -> bool:
-    """Whether bf16 matrix products have an engine of their own."""
+    """Return whether this processor has a matrix unit for bf16."""
     try:
         return "amx_bf16" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -258,22 +222,25 @@ def has_amx() -> bool:
 
 
 def sharded(folder: Path) -> Iterator[Row]:
-    """1,000 patches over two ranks, 437 and 563, against one process; and what each rank holds."""
-    bench.write_store(folder, [1000, 8], 64)
+    """A bag of 1,000 patches on two ranks, 437 and 563, against one process; memory of each rank."""
+    engine.write_store(folder, [1000, 8], 64)
     mp.spawn(_one_rank, args=(folder, _free_port()), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
     two = torch.load(folder / "rank0.pt", weights_only=True)
     other = torch.load(folder / "rank1.pt", weights_only=True)
     way = Way("x")
     work = Work(patches=1000, chunk=63)
     store = PatchStore(folder / "bench.lmdb")
-    one = bench.gradients(
-        bench.build_model(work, way), bench.bag_of(store, [1000], work, way), way, CPU
+    one = engine.gradients(
+        engine.build_model(work, way), engine.make_update(store, [1000], work, way), way, CPU
     )
-    gap, broken = bench.apart(two["good"], one), bench.apart(two["broken"], one)
+    gap, broken = (
+        engine.relative_distance(two["good"], one),
+        engine.relative_distance(two["broken"], one),
+    )
     what = "a bag of 1,000 over 2 ranks (437 + 563), fp32"
     control = f"own rows not times world_size: {broken:.1e}"
     yield Row(what, "<= 1e-6", f"{gap:.1e}", control, gap <= 1e-6 < broken)
-    held = [float(found["held"]) / 2**20 for found in (two, other)]
+    held = [float(rank["held"]) / 2**20 for rank in (two, other)]
     ratio, want = held[0] / held[1], 437 / 563
     yield Row(
         "memory of the two ranks, graphs kept",
@@ -293,56 +260,59 @@ def _one_rank(rank: int, folder: Path, port: int) -> None:
     strategy = build_strategy(CPU)
     store = PatchStore(folder / "bench.lmdb")
     work, way = Work(patches=1000, chunk=63), Way("x", keep_graphs="all")
-    model = bench.build_model(work, way)
-    bench.gradients(model, bench.bag_of(store, [8], work, way), way, CPU)
+    model = engine.build_model(work, way)
+    engine.gradients(model, engine.make_update(store, [8], work, way), way, CPU)
     strategy.setup(model, lambda m: torch.optim.SGD(m.parameters(), lr=0.0), clip=None)
     chunks = [chunk for group in cut_update([1000], 63) for chunk in group]
     item = LabelledSlide(Slide("n1000", "n1000", "train", {}), store, torch.tensor(0))
-    view = BagSpec(PixelRowReader(build_decoder(), augment=Augment(), keep="jpeg"))
-    found: dict[str, Any] = {}
+    spec = BagSpec(PixelRowReader(build_decoder(), augment=Augment(), keep="jpeg"))
+    measured: dict[str, Any] = {}
     for name in ("good", "broken"):
         model.zero_grad(set_to_none=True)
-        before = bench.resident()
-        Path("/proc/self/clear_refs").write_text("5")
-        bag = make_bag([item], view, [chunks[:7], chunks[7:]], rank=rank)
+        before = process_memory()
+        reset_peak_memory()
+        bag = make_bag([item], spec, [chunks[:7], chunks[7:]], rank=rank)
         assert bag.num_patches == (437, 563)[rank]
         if name == "broken":
             strategy.gather_rows = partial(_gather_without_factor, strategy.gather_rows)
         outputs = strategy.module(bag, CPU, strategy)
         loss = cross_entropy(outputs[0].logits, bag.target, reduction="none") * bag.weight
         strategy.backward(loss.sum())
-        found[name] = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+        grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        measured[name] = {k: grad.clone() for k, grad in grads.items()}
         if name == "good":
-            found["held"] = torch.tensor(bench.resident()["VmHWM"] - before["VmRSS"])
-    torch.save(found, folder / f"rank{rank}.pt")
+            measured["held"] = torch.tensor(process_memory()["VmHWM"] - before["VmRSS"])
+    torch.save(measured, folder / f"rank{rank}.pt")
     strategy.close()
 
 
 def _gather_without_factor(
     gather: Callable[..., torch.Tensor], rows: torch.Tensor, counts: Sequence[int]
 ) -> torch.Tensor:
-    """The same rows, with half the gradient."""
+    """Return the gathered rows with half of their gradient."""
     return gather(rows / 2 + rows.detach() / 2, counts)
 
 
 def strategies(folder: Path) -> Iterator[Row]:
-    """Five SGD steps of every strategy at two ranks; the tests measure, this reports."""
+    """Five SGD steps of every strategy on two ranks, as measured by the tests."""
     name = "tests/processes/test_strategies.py"
     tests = ("test_two_ranks_take_the_steps_of_one_process", "test_a_broken_reduction_is_seen")
     cases = _pytest(ROOT, folder, [f"{name}::{test}" for test in tests])
-    found: dict[str, tuple[float, float, bool]] = {}
+    results: dict[str, tuple[float, float, bool]] = {}
     broken: dict[str, float] = {}
     for case in cases:
-        told = {p.attrib["name"]: p.attrib["value"] for p in case.iter("property")}
-        if "broken" in told:
-            broken[told["kind"]] = float(told["broken"])
-        elif "apart" in told:
-            worst, bar, good = found.get(told["kind"], (0.0, 0.0, True))
-            worst = max(worst, float(told["apart"]))
-            found[told["kind"]] = worst, float(told["bar"]), good and _passed(case)
-    if not found:
-        raise UserError(f"{name} reported nothing; run it by itself")
-    for kind, (worst, bar, good) in found.items():
+        properties = {p.attrib["name"]: p.attrib["value"] for p in case.iter("property")}
+        if "broken" in properties:
+            broken[properties["kind"]] = float(properties["broken"])
+        elif "apart" in properties:
+            worst, bar, good = results.get(properties["kind"], (0.0, 0.0, True))
+            worst = max(worst, float(properties["apart"]))
+            results[properties["kind"]] = worst, float(properties["bar"]), good and _passed(case)
+    if not results:
+        raise UserError(
+            f"{name} reported no properties\n  run it by itself: python -m pytest {name}"
+        )
+    for kind, (worst, bar, good) in results.items():
         control = f"reduction broken: {broken[kind]:.1e}" if kind in broken else "as for the others"
         good = good and worst <= bar < broken.get(kind, float("inf"))
         yield Row(f"{kind}, 2 ranks, 5 SGD steps", f"<= {bar:g}", f"{worst:.1e}", control, good)
@@ -378,11 +348,11 @@ CONTROLS = (
         "tests/processes/test_strategies.py::test_two_ranks_take_the_steps_of_one_process",
     ),
 )
-"""What is broken, in which file, this text, into this text, and the test that must turn red."""
+"""Name, file, text that is replaced, its replacement, and the test that must fail then."""
 
 
 def controls(folder: Path) -> Iterator[Row]:
-    """Each break, in a copy of the code, turns its named test red; unbroken they are green."""
+    """Each control breaks a copy of the code; its test must fail there and pass without it."""
     for what, file, old, new, test in CONTROLS:
         copy = folder / what.replace(" ", "_")
         copy.mkdir()
@@ -391,7 +361,10 @@ def controls(folder: Path) -> Iterator[Row]:
         shutil.copy(ROOT / "pyproject.toml", copy)
         text = (copy / file).read_text()
         if text.count(old) != 1:
-            raise UserError(f"check_engine.CONTROLS: {file} holds {text.count(old)} times {old!r}")
+            raise UserError(
+                f"{file} contains the text of the control '{what}' {text.count(old)} times, not once\n"
+                "  adapt CONTROLS in tools/bench/check_engine.py"
+            )
         green = [_passed(case) for case in _pytest(copy, folder, [test])]
         (copy / file).write_text(text.replace(old, new))
         red = [not _passed(case) for case in _pytest(copy, folder, [test])]
@@ -429,35 +402,35 @@ def _passed(case: ElementTree.Element) -> bool:
 
 
 def whole_slide(folder: Path, *, threads: int) -> Iterator[Row]:
-    """A slide of 20,000 patches at 224 px, one step on all of them, twice."""
+    """A slide of 20,000 patches at 224 px: one step on all of them, without and with kept graphs."""
     count = 20_000
-    store = bench.write_store(folder, [count, 64], 224)
+    store = engine.write_store(folder, [count, 64], 224)
     work, norms = Work(patches=count, size=224, chunk=64), []
     for name, keep in (("nothing kept", "none"), ("again, 4 GiB of graphs kept", "4GiB")):
         way = Way(name, keep_graphs=keep, precision="bf16" if has_bf16() else "fp32")
-        found = bench.memory_of(work, way, store, threads=threads)
-        norms.append(found["gradient_norm"])
+        measured = engine.measure_memory(work, way, store, threads=threads)
+        norms.append(measured["gradient_norm"])
         gap = abs(norms[-1] / norms[0] - 1)
         yield Row(
             f"20,000 patches at 224 px, r18, {way.precision}, {threads} threads, {name}",
             "reported; gradient norm alike to 1e-4",
-            f"{found['peak'] / 2**20:,.0f} MiB peak, {found['seconds'] / 60:.1f} min",
+            f"{measured['peak'] / 2**20:,.0f} MiB peak, {measured['seconds'] / 60:.1f} min",
             f"gradient norm {norms[-1]:.6g}, differs by {gap:.1e}",
             gap <= 1e-4,
         )
 
 
 def has_bf16() -> bool:
-    """Whether this processor multiplies bf16."""
+    """Return whether this processor multiplies bf16."""
     return any(word in Path("/proc/cpuinfo").read_text() for word in ("avx512_bf16", "amx_bf16"))
 
 
 def _free_port() -> int:
     import socket
 
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 ROWS: dict[str, Callable[[Path], Iterator[Row]]] = {
@@ -466,7 +439,7 @@ ROWS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 
 def check(names: Sequence[str] | None, *, long: bool, threads: int = 1) -> int:
-    """Print every row; 1 where one falls short."""
+    """Print every row and return the exit code: 1 where one is short of its bar."""
     rows = dict(ROWS) | ({"whole_slide": partial(whole_slide, threads=threads)} if long else {})
 
     def in_folder(make: Callable[[Path], Iterator[Row]]) -> Iterator[Row]:

@@ -1,14 +1,14 @@
-"""What lifelines finds on scikit-survival's data sets, for tests/metrics/test_lifelines.py.
+"""Reference results of lifelines on scikit-survival's data sets, for tests/metrics/test_lifelines.py.
 
-lifelines asks for another pandas than this project does, so it has an environment of its own:
+lifelines needs another version of pandas than this project, so it has an environment of its own:
 
 python -m venv ref && ref/bin/pip install lifelines==0.30.3 "pandas<3" scikit-survival==0.28.0 && \\
     ref/bin/python tools/bench/reference_lifelines.py
 
-Each data set is fitted with its times in days, as they are, and in months begun, where most events are
-tied. The JSON says what the covariates are, how words are coded and how the numbers are standardised.
-The coefficients are of Efron's ties, which is all lifelines has, and of no penalty; its baseline hazard
-is Breslow's all the same, of a case of average covariates (it centres them).
+Each data set is fitted with its times in days, unchanged, and in months rounded up, where most events are
+tied. The JSON describes the covariates, the codes of words and how numbers are standardised. Coefficients
+are without penalty, with Efron's method for ties, the only one of lifelines; its baseline hazard is
+Breslow's, of a case with average covariates (lifelines centres them).
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ GBSG2: Codes = {
     "tgrade": {"I": 1, "II": 2, "III": 3},
     "tsize": None,
 }
-"""Covariate -> the number of each word; None: the column is numbers."""
+"""Covariate -> code of each word; None for a column of numbers."""
 SETS = {
     "whas500": (load_whas500, "fstat", "lenfol", WHAS500),
     "gbsg2": (load_gbsg2, "cens", "time", GBSG2),
 }
 UNITS = (1.0, 30.4375)
-"""Days: a day, a month."""
+"""Units of time in days: a day, a month."""
 OUT = Path(__file__).resolve().parents[2] / "tests" / "metrics" / "lifelines.json"
 
 
@@ -61,17 +61,17 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=OUT)
     out = parser.parse_args().out
-    found: dict[str, Any] = {"made_by": "tools/bench/reference_lifelines.py"}
+    reference: dict[str, Any] = {"made_by": "tools/bench/reference_lifelines.py"}
     libraries = {"lifelines": lifelines, "scikit-survival": sksurv, "pandas": pd}
     libraries |= {"numpy": np, "scipy": scipy}
-    found["versions"] = {name: library.__version__ for name, library in libraries.items()}
-    found["sets"] = {name: of_set(name) for name in SETS}
-    out.write_text(json.dumps(found, indent=1) + "\n")
+    reference["versions"] = {name: library.__version__ for name, library in libraries.items()}
+    reference["sets"] = {name: of_set(name) for name in SETS}
+    out.write_text(json.dumps(reference, indent=1) + "\n")
     print(f"{out}: {out.stat().st_size:,} bytes")
 
 
 def of_set(name: str) -> dict[str, Any]:
-    """What the data set is, and what lifelines finds on it with the times in each unit, rounded up."""
+    """Return a description of the data set and lifelines' results with times in each unit, rounded up."""
     load, event_field, time_field, codes = SETS[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of scikit-survival's reader, about pandas
@@ -95,8 +95,8 @@ def of_set(name: str) -> dict[str, Any]:
 
 
 def of_cases(table: pd.DataFrame, time: Array, event: NDArray[np.bool_]) -> dict[str, Any]:
-    """Cox's model of these covariates, and the curves of the halves of lower and higher risk by it."""
-    # Its own bound on the steps leaves the coefficients at 1e-7; nothing is penalised.
+    """Return Cox's model of these covariates and the curves of the halves of lower and higher risk."""
+    # The default tolerance leaves errors of 1e-7 in the coefficients.
     fitter = CoxPHFitter(baseline_estimation_method="breslow", penalizer=0.0)
     fitter.fit(
         table.assign(time=time, event=event),
@@ -107,7 +107,7 @@ def of_cases(table: pd.DataFrame, time: Array, event: NDArray[np.bool_]) -> dict
     risk = fitter.predict_log_partial_hazard(table).to_numpy()
     high = risk > np.median(risk)
     at = np.quantile(time, [0.05, 0.25, 0.5, 0.75, 0.95], method="nearest")
-    at[1::2] += 0.5  # some at a time of cases, some between
+    at[1::2] += 0.5  # some at times of cases, some between
     test = logrank_test(time[high], time[~high], event[high], event[~high])
     groups = {"all": np.ones_like(high), "low_risk": ~high, "high_risk": high}
     return {
@@ -117,20 +117,20 @@ def of_cases(table: pd.DataFrame, time: Array, event: NDArray[np.bool_]) -> dict
         "concordance_index": concordance_index(time, -risk, event),
         "at": at.tolist(),
         "baseline_cumulative_hazard": steps(fitter.baseline_cumulative_hazard_, at),
-        "kaplan_meier": {name: curve(time[own], event[own], at) for name, own in groups.items()},
+        "kaplan_meier": {name: curve(time[rows], event[rows], at) for name, rows in groups.items()},
         "high_risk_cases": int(high.sum()),
         "log_rank": {"statistic": test.test_statistic, "p": test.p_value},
     }
 
 
 def steps(curve_of_times: pd.DataFrame, at: Sequence[float] | Array) -> list[float]:
-    """The one column's value at the last time of its index up to each of ``at``; 0 before the first."""
+    """Return the column's value at the last index up to each of ``at``; 0 before the first."""
     points, values = curve_of_times.index.to_numpy(), curve_of_times.iloc[:, 0].to_numpy()
     return np.r_[0.0, values][np.searchsorted(points, at, side="right")].tolist()
 
 
 def curve(time: Array, event: NDArray[np.bool_], at: Array) -> list[float]:
-    """lifelines' Kaplan-Meier estimate."""
+    """Return lifelines' Kaplan-Meier estimate."""
     return KaplanMeierFitter().fit(time, event).survival_function_at_times(at).tolist()
 
 

@@ -1,23 +1,23 @@
 """Heads on tables of bags, by repeated cross-validation: accuracy, AUC, balanced accuracy, time.
 
-  tools/bench/bench_mil_tables.py  # three classic tables, eight heads
-  tools/bench/bench_mil_tables.py --table FILE.csv.gz --heads abmil,gabmil --folds 10 --seeds 5 --json O.json
-  tools/bench/bench_mil_tables.py --check  # abmil against Ilse et al.; exit 1 if short
+  tools/bench/mil_tables.py                                  # three classic tables, eight heads
+  tools/bench/mil_tables.py --table FILE.csv.gz --heads abmil,gabmil --folds 10 --seeds 5 --json OUT.json
+  tools/bench/mil_tables.py --check                          # abmil against Ilse et al.; exit 1 if short
 
-A table is a CSV file, gzipped or not, with or without a line of names: label, bag, then features, a row
-an instance. A bag's label is the largest of its rows'. Labels are any numbers, two classes or more.
+A table is a CSV file, gzipped or not, with or without a header: label, bag, then features, a row for each
+instance. A bag's label is the largest of its rows'. Labels are any numbers, of two or more classes.
 
-Protocol: every seed cuts the bags into its own folds, stratified by label; each fold is tested once by
-a head that was trained on the others. Features are standardised by the training rows of that training.
-Nothing is chosen on a test fold: a recipe fixed beforehand, the same for every table and head (an option
-is set where the head has it), the weights after the last epoch. A figure is the mean over seeds of
-a seed's mean over folds. Beside it stand its standard error over seeds, as in Ilse et al., and a 95 %
-t interval made of that: they speak of other folds and starts on the same bags, not of other bags.
+Protocol: every seed splits the bags into folds of its own, stratified by label; each fold is tested once
+by a head trained on the others. Features are standardised by the training rows. Nothing is selected on a
+test fold: the recipe is fixed beforehand and the same for every table and head (an option is set where
+the head has it), and the weights are those after the last epoch. A result is the mean over seeds of the
+mean over folds. Its standard error is over seeds, as in Ilse et al., and gives a 95 % t interval: both
+describe other folds and initial weights on the same bags, not other bags.
 
 The recipe is from the literature and was not searched: 100 epochs, learning rate 5e-4 and weight decay
 5e-3 are those of Ilse et al. for these tables (arXiv:1802.04712), where a step is one bag and the decay
-Adam's L2 term; here a step is 8 bags, for speed, the optimiser this project's AdamW with a cosine, and the
-projection one layer of 128, the middle one of their 256-128-64.
+Adam's L2 term; here a step is 8 bags, for speed, the optimiser is this project's AdamW with a cosine, and
+the projection is one layer of 128, the middle one of their 256-128-64.
 """
 
 from __future__ import annotations
@@ -59,13 +59,14 @@ from e2e.files import write_json
 from e2e.heads.base import HEADS, Head
 from e2e.metrics.values import Array, classification_metrics
 from e2e.training.optim import build_optimizer, learning_rate
+from tools.bench.rows import Row, report
 
 Indices = NDArray[np.int64]
-Figures = dict[str, float]
+Values = dict[str, float]
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = ("musk1.csv.gz", "elephant.csv.gz", "ucsb_breast_cancer.csv.gz")
-SHOWN = ("abmil", "gabmil", "abmilx", "dsmil", "clam_sb", "transmil", "mean", "max")
+DEFAULT_HEADS = ("abmil", "gabmil", "abmilx", "dsmil", "clam_sb", "transmil", "mean", "max")
 
 EPOCHS = 100
 BATCH = 8
@@ -74,7 +75,7 @@ RATE = 5e-4
 """AdamW's learning rate, which falls to 0 along a cosine."""
 DECAY = 5e-3
 OPTIONS = {"embed_dim": 128, "dropout": 0.25}
-"""Of a head that has them; all else is the head's default."""
+"""Options of heads that have them; all others are the head's defaults."""
 METRICS = ("accuracy", "auc", "balanced_accuracy")
 
 PUBLISHED = {
@@ -104,23 +105,25 @@ class BagTable:
 
 
 def read_table(path: Path) -> BagTable:
-    """The bags of a file, sorted by the bag's id.
+    """Return the bags of a file, sorted by their ids.
 
-    Raises:
-        UserError: no such file, no such table, a cell that is no finite number, or one class alone.
+    Raises
+    ------
+    UserError
+        The file is missing or is no table, a cell is not a finite number, or there is only one class.
     """
     frame = read_cells(path)
     if frame.shape[1] < 3:
         raise UserError(
             f"{path} has {frame.shape[1]} column(s)\n"
-            "  a table has label, bag and one feature or more, separated by commas"
+            "  a table has the columns label, bag and at least one feature, separated by commas"
         )
     names = frame[1].str.strip()
-    if not (named := names.str.len() > 0).all():
-        raise UserError(f"{path} has no bag id in data row {int(named.argmin()) + 1}, column 2")
+    if not (has_id := names.str.len() > 0).all():
+        raise UserError(f"{path} has no bag id in data row {int(has_id.argmin()) + 1}, column 2")
     values = frame.drop(columns=1).apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
     for row, column in np.argwhere(~np.isfinite(values))[:1]:
-        column += column > 0  # the bag's
+        column += column > 0  # skips the bag id
         raise UserError(
             f"{path} has '{frame.iat[row, column]}' in data row {row + 1}, column {column + 1}\n"
             "  every label and feature must be a finite number: fill such cells or drop their rows"
@@ -130,16 +133,18 @@ def read_table(path: Path) -> BagTable:
     offsets = np.r_[0, np.cumsum(np.bincount(bag))]
     classes, labels = np.unique(np.maximum.reduceat(rows[:, 0], offsets[:-1]), return_inverse=True)
     if len(classes) < 2:
-        raise UserError(f"all {len(ids)} bags of {path} have label {classes[0]:g}; two are needed")
+        raise UserError(
+            f"all {len(ids)} bags of {path} have label {classes[0]:g}; a table needs two classes"
+        )
     return BagTable(path, rows[:, 1:], offsets, labels, tuple(classes.tolist()))
 
 
 def read_cells(path: Path) -> pd.DataFrame:
-    """The file's cells without its line of names; column 1 as text, the others as they look."""
+    """Return the file's cells without its header; column 1 as text, the types of others are inferred."""
     try:
         with path.open("rb") as file:
-            packed = file.read(2) == b"\x1f\x8b"
-        with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig") as file:
+            is_gzipped = file.read(2) == b"\x1f\x8b"
+        with (gzip.open if is_gzipped else open)(path, "rt", encoding="utf-8-sig") as file:
             lines = ((number, line) for number, line in enumerate(file) if line.strip())
             blank, first = next(lines, (0, ""))
         return pd.read_csv(
@@ -148,7 +153,7 @@ def read_cells(path: Path) -> pd.DataFrame:
             skiprows=blank + (not is_number(first.split(",")[0].strip(' "'))),
             dtype={1: str},  # as written: 01 is not 1, and NA is a name
             keep_default_na=False,
-            compression="gzip" if packed else None,
+            compression="gzip" if is_gzipped else None,
             encoding="utf-8-sig",
             low_memory=False,
         )
@@ -157,7 +162,7 @@ def read_cells(path: Path) -> pd.DataFrame:
 
 
 def is_number(text: str) -> bool:
-    """Whether it is one, as ``float`` reads it."""
+    """Return whether ``float`` can read the text."""
     try:
         float(text)
     except ValueError:
@@ -165,8 +170,8 @@ def is_number(text: str) -> bool:
     return True
 
 
-def cut(table: BagTable, folds: int, seed: int) -> list[tuple[Indices, Indices]]:
-    """(training bags, test bags) of each fold; UserError where a class has fewer bags than folds."""
+def make_folds(table: BagTable, folds: int, seed: int) -> list[tuple[Indices, Indices]]:
+    """Return (training bags, test bags) of each fold; UserError if a class has fewer bags than folds."""
     counts = np.bincount(table.labels)
     if counts.min() < folds:
         raise UserError(
@@ -178,22 +183,22 @@ def cut(table: BagTable, folds: int, seed: int) -> list[tuple[Indices, Indices]]
 
 
 def standardise(table: BagTable, bags: Indices) -> Tensor:
-    """All rows (R, D), less the mean and over the standard deviation of the rows of ``bags``."""
+    """Return all rows (R, D), standardised by mean and standard deviation of the rows of ``bags``."""
     bag_of_row = np.repeat(np.arange(len(table.labels)), np.diff(table.offsets))
     scaler = StandardScaler().fit(table.features[np.isin(bag_of_row, bags)])
     return torch.from_numpy(scaler.transform(table.features)).float()
 
 
 def pad(table: BagTable, rows: Tensor, bags: Indices) -> tuple[Tensor, Tensor]:
-    """Features (B, N, D) of ``bags`` and mask (B, N); padding repeats a bag's last row."""
+    """Return features (B, N, D) of ``bags`` and mask (B, N); padding repeats a bag's last row."""
     first, count = table.offsets[bags, None], np.diff(table.offsets)[bags, None]
-    place = np.arange(count.max())
-    chosen = torch.from_numpy(first + np.minimum(place, count - 1))
-    return rows[chosen], torch.from_numpy(place < count)
+    position = np.arange(count.max())
+    row_numbers = torch.from_numpy(first + np.minimum(position, count - 1))
+    return rows[row_numbers], torch.from_numpy(position < count)
 
 
 def fit(table: BagTable, name: str, bags: Indices, *, seed: int) -> tuple[Head, Tensor]:
-    """Head ``name`` trained on ``bags`` alone, and all rows as it wants them."""
+    """Return head ``name`` trained on ``bags`` alone, and all rows standardised for it."""
     rows, labels = standardise(table, bags), torch.from_numpy(table.labels)
     torch.manual_seed(seed)
     options = {key: value for key, value in OPTIONS.items() if key in HEADS.options(name)}
@@ -201,15 +206,15 @@ def fit(table: BagTable, name: str, bags: Indices, *, seed: int) -> tuple[Head, 
     optimizer = build_optimizer(head, lr=RATE, weight_decay=DECAY)
     steps, good = EPOCHS * -(-len(bags) // BATCH), torch.tensor(True)
     order = (bags[torch.randperm(len(bags)).numpy()] for _ in range(EPOCHS))
-    some = (epoch[k : k + BATCH] for epoch in order for k in range(0, len(bags), BATCH))
-    for step, batch in enumerate(some):
+    batches = (epoch[k : k + BATCH] for epoch in order for k in range(0, len(bags), BATCH))
+    for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = group["lr_scale"] * learning_rate(step, peak=RATE, warmup=0, steps=steps)
         output, target = head(*pad(table, rows, batch)), labels[batch]
         loss = cross_entropy(output.logits, target)
-        extra = head.aux_loss(output, target, partial(cross_entropy, reduction="none"))
+        aux_loss = head.aux_loss(output, target, partial(cross_entropy, reduction="none"))
         optimizer.zero_grad()
-        (loss if extra is None else loss + extra).backward()
+        (loss if aux_loss is None else loss + aux_loss).backward()
         optimizer.step()
         head.record_bags([output], target, list)
         head.after_step(good)
@@ -218,49 +223,57 @@ def fit(table: BagTable, name: str, bags: Indices, *, seed: int) -> tuple[Head, 
 
 @torch.inference_mode()
 def predict(head: Head, table: BagTable, rows: Tensor, bags: Indices) -> Array:
-    """Probabilities (bags, C)."""
+    """Return probabilities (bags, C)."""
     batches = np.split(bags, range(BATCH, len(bags), BATCH))
-    found = torch.cat([head(*pad(table, rows, batch)).logits for batch in batches])
-    return found.double().softmax(dim=1).numpy()
+    logits = torch.cat([head(*pad(table, rows, batch)).logits for batch in batches])
+    return logits.double().softmax(dim=1).numpy()
 
 
-def run_seed(table: BagTable, name: str, seed: int, *, folds: int, shuffled: bool) -> list[Figures]:
-    """The figures of each fold; a function of its arguments alone, but for ``cpu_seconds``."""
-    if shuffled:  # a control: nothing is left to learn
+def run_seed(table: BagTable, name: str, seed: int, *, folds: int, shuffled: bool) -> list[Values]:
+    """Return the metrics of each fold; all but ``cpu_seconds`` depend on the arguments alone.
+
+    Parameters
+    ----------
+    shuffled
+        Whether to permute the labels, as a control.
+    """
+    if shuffled:
         drawn = np.random.default_rng(seed).permutation(table.labels)
         table = dataclasses.replace(table, labels=drawn)
-    found = []
-    for fold, (train, test) in enumerate(cut(table, folds, seed)):
-        began = time.process_time()
+    folds_metrics = []
+    for fold, (train, test) in enumerate(make_folds(table, folds, seed)):
+        start = time.process_time()
         head, rows = fit(table, name, train, seed=1000 * seed + fold)
-        spent = time.process_time() - began
+        spent = time.process_time() - start
         probabilities = predict(head, table, rows, test)
         if not np.isfinite(probabilities).all():
             raise UserError(f"{name} on {table.path} diverged (seed {seed}, fold {fold})")
-        once = np.ones((1, len(test)))
-        values = classification_metrics(probabilities, table.labels[test], once)
+        unweighted = np.ones((1, len(test)))
+        values = classification_metrics(probabilities, table.labels[test], unweighted)
         if len(table.classes) > 2:
             values["auc"] = values["auc_macro_ovr"]
-        found.append({key: float(values[key][0]) for key in METRICS} | {"cpu_seconds": spent})
-    return found
+        folds_metrics.append(
+            {key: float(values[key][0]) for key in METRICS} | {"cpu_seconds": spent}
+        )
+    return folds_metrics
 
 
 def measure(
     tables: Sequence[BagTable], heads: Sequence[str], args: argparse.Namespace, *, shuffled: bool
 ) -> Iterator[dict[str, Any]]:
-    """A result for each table and head, as soon as its seeds are through."""
+    """Yield a result for each table and head, as soon as its seeds are done."""
     jobs = list(product(tables, heads, range(args.seeds)))
     run = partial(run_seed, folds=args.folds, shuffled=shuffled)
     # Fresh interpreters, because OpenMP does not survive a fork; a thread each.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, context, torch.set_num_threads, (1,)) as pool:
-        found = pool.map(run, *zip(*jobs, strict=True))
+        results = pool.map(run, *zip(*jobs, strict=True))
         for table, name in product(tables, heads):
-            yield describe(table, name, list(islice(found, args.seeds)))
+            yield describe(table, name, list(islice(results, args.seeds)))
 
 
-def describe(table: BagTable, name: str, seeds: Sequence[Sequence[Figures]]) -> dict[str, Any]:
-    """One JSON line of what was measured."""
+def describe(table: BagTable, name: str, seeds: Sequence[Sequence[Values]]) -> dict[str, Any]:
+    """Return the result of a table and head, as written in its JSON line."""
     counts = np.bincount(table.labels).tolist()
     return {
         "table": table.name,
@@ -276,107 +289,117 @@ def describe(table: BagTable, name: str, seeds: Sequence[Sequence[Figures]]) -> 
 
 
 def summary(values: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Mean over seeds of the mean over folds, its standard error and 95 % t interval, each seed's.
+    """Return the mean over seeds of the mean over folds, its standard error and 95 % t interval.
 
-    ``values`` are (seeds, folds). A single seed has no error: those are None.
+    Parameters
+    ----------
+    values
+        (seeds, folds) of a metric.
+
+    Returns
+    -------
+    dict
+        ``mean``, ``se``, ``low``, ``high`` and ``seeds``, the mean of each seed. A single seed has no
+        standard error: ``se``, ``low`` and ``high`` are None.
     """
     means = np.mean(values, axis=1)
-    found = {"mean": float(means.mean()), "se": None, "low": None, "high": None}
+    result = {"mean": float(means.mean()), "se": None, "low": None, "high": None}
     if len(means) > 1:
         error = float(means.std(ddof=1)) / len(means) ** 0.5
         half = float(stats.t.ppf(0.975, len(means) - 1)) * error
-        found |= {"se": error, "low": found["mean"] - half, "high": found["mean"] + half}
-    return found | {"seeds": means.tolist()}
+        result |= {"se": error, "low": result["mean"] - half, "high": result["mean"] + half}
+    return result | {"seeds": means.tolist()}
 
 
 def bench(tables: Sequence[BagTable], heads: Sequence[str], args: argparse.Namespace) -> int:
-    """Every head on every table: JSON lines as they come, the file, then the table."""
+    """Measure every head on every table: print JSON lines, write the file, print the table."""
     titles = ("table", "head", "accuracy", "95 %", "AUC", "balanced accuracy", "CPU s a training")
-    shown, results = Table(*titles), []
+    printed, results = Table(*titles), []
     recipe = {"epochs": EPOCHS, "batch": BATCH, "lr": RATE, "weight_decay": DECAY, **OPTIONS}
-    report = {"recipe": recipe, "shuffled": args.shuffle, "results": results}
+    document = {"recipe": recipe, "shuffled": args.shuffle, "results": results}
     if args.json:
-        write_json(args.json, report)  # at once, so that a place not writable costs no run
+        write_json(args.json, document)  # now, so that an error to write it costs no training
     for result in measure(tables, heads, args, shuffled=args.shuffle):
         print(json.dumps(result), flush=True)
         results.append(result)
         if args.json:
-            write_json(args.json, report)
+            write_json(args.json, document)
         low, high = result["accuracy"]["low"], result["accuracy"]["high"]
-        shown.add_row(
+        printed.add_row(
             result["table"],
             result["head"],
-            words(result["accuracy"]),
+            mean_and_error(result["accuracy"]),
             "" if low is None else f"{low:.3f} to {high:.3f}",
-            words(result["auc"]),
-            words(result["balanced_accuracy"]),
+            mean_and_error(result["auc"]),
+            mean_and_error(result["balanced_accuracy"]),
             f"{result['cpu_seconds']:.2f}",
         )
-    Console().print(shown)
+    Console().print(printed)
     return 0
 
 
-def words(figure: dict[str, Any]) -> str:
+def mean_and_error(metric: dict[str, Any]) -> str:
     """``0.900 +- 0.012``: the mean and its standard error."""
-    error = "" if figure["se"] is None else f" +- {figure['se']:.3f}"
-    return f"{figure['mean']:.3f}{error}"
+    error = "" if metric["se"] is None else f" +- {metric['se']:.3f}"
+    return f"{metric['mean']:.3f}{error}"
 
 
 def check(tables: Sequence[BagTable], args: argparse.Namespace) -> int:
-    """Print a row a table; 1 where abmil is under what was published less its interval."""
-    from check_engine import Row
+    """Print a row for each table and return the exit code: 1 where abmil is short of published results."""
+    return report({"abmil": partial(rows_of_abmil, tables, args)}, None)
 
-    short = 0
+
+def rows_of_abmil(tables: Sequence[BagTable], args: argparse.Namespace) -> Iterator[Row]:
+    """Accuracy of abmil against the published one less its standard error; the control is shuffled labels."""
     controls = list(measure(tables, ["abmil"], args, shuffled=True))
-    real = measure(tables, ["abmil"], args, shuffled=False)
-    for table, found, control in zip(tables, real, controls, strict=True):
-        what = f"accuracy of abmil on {table.name}, {args.folds} folds, {args.seeds} seeds"
-        measured = f"{words(found['accuracy'])} (AUC {words(found['auc'])})"
-        broken = f"shuffled labels: {words(control['accuracy'])}"
+    results = measure(tables, ["abmil"], args, shuffled=False)
+    for table, result, control in zip(tables, results, controls, strict=True):
         bar, good = "reported", None
         if table.name in PUBLISHED:
             published, error = PUBLISHED[table.name]
-            least = published - error
             bar = f">= {published:.3f} - {error:.3f}"
-            good = found["accuracy"]["mean"] >= least > control["accuracy"]["mean"]
-        print(Row(what, bar, measured, broken, good), flush=True)
-        short += good is False
-    print(f"{short} short of the bar")
-    return 1 if short else 0
+            good = result["accuracy"]["mean"] >= published - error > control["accuracy"]["mean"]
+        yield Row(
+            f"accuracy of abmil on {table.name}, {args.folds} folds, {args.seeds} seeds",
+            bar,
+            f"{mean_and_error(result['accuracy'])} (AUC {mean_and_error(result['auc'])})",
+            f"shuffled labels: {mean_and_error(control['accuracy'])}",
+            good,
+        )
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; ``heads`` are known ones, each once."""
+    """Read the command line; ``heads`` holds each name once."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--table", type=Path, nargs="+", help="files (default: the three in --data)")
+    add("--table", type=Path, nargs="+", help="files of tables (default: the three of --data)")
     add("--data", type=Path, default=ROOT.parent / "shared/data/mil_tables", help="their folder")
     add("--folds", type=int, default=10)
-    add("--seeds", type=int, default=5, help="how many times the bags are cut into folds")
-    add("--workers", type=int, default=os.cpu_count(), help="processes, of one thread each")
+    add("--seeds", type=int, default=5, help="how many times the bags are split into folds")
+    add("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
     add("--json", type=Path, help="file of all results")
-    add("--shuffle", action="store_true", help="labels drawn anew over the bags: a control")
+    add("--shuffle", action="store_true", help="permute the labels of the bags, as a control")
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--heads", default=",".join(SHOWN), help="comma-separated")
-    either.add_argument("--check", action="store_true", help="abmil against what was published")
+    either.add_argument("--heads", default=",".join(DEFAULT_HEADS), help="comma-separated")
+    either.add_argument("--check", action="store_true", help="abmil against published results")
     args = parser.parse_args(argv)
     for name, least in (("folds", 2), ("seeds", 1), ("workers", 1)):
         if getattr(args, name) < least:
-            raise UserError(f"--{name} must be {least} or more, found {getattr(args, name)}")
+            raise UserError(f"--{name} {getattr(args, name)}: must be {least} or more")
     args.heads = list(dict.fromkeys(filter(None, map(str.strip, args.heads.split(",")))))
     if not args.heads:
-        raise UserError(f"--heads names none; known: {', '.join(HEADS.names())}")
+        raise UserError(f"--heads names no head\n  choose from: {', '.join(HEADS.names())}")
     return args
 
 
 def main() -> int:
-    """Refuse what cannot be run, then measure or check."""
+    """Check the tables and heads, then measure or check."""
     args = parse()
     tables = [read_table(path) for path in args.table or [args.data / name for name in TABLES]]
     for table in tables:
-        cut(table, args.folds, seed=0)
+        make_folds(table, args.folds, seed=0)
     if args.check:
         return check(tables, args)
     for name in args.heads:

@@ -1,7 +1,7 @@
-"""How long the intervals take: every metric under DRAWS resamples of CASES simulated cases.
+"""Time of the confidence intervals: every metric under DRAWS resamples of CASES simulated cases.
 
-OMP_NUM_THREADS=1 python tools/bench/bench_metrics.py
-python tools/bench/bench_metrics.py --cases 10000 --draws 1000
+OMP_NUM_THREADS=1 python tools/bench/metrics.py
+python tools/bench/metrics.py --cases 10000 --draws 1000
 """
 
 import argparse
@@ -21,23 +21,23 @@ from e2e.metrics.regression import regression_metrics
 
 
 def main() -> None:
-    """One line a metric."""
+    """Print a line for each metric."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", type=int, default=2000)
-    parser.add_argument("--draws", type=int, default=10_000)
+    parser.add_argument("--cases", type=int, default=2000, help="simulated cases")
+    parser.add_argument("--draws", type=int, default=10_000, help="resamples")
     args = parser.parse_args()
     rng, n = np.random.default_rng(0), args.cases
 
     def timed(name: str, call: Callable[[], object]) -> None:
-        began, worked = time.perf_counter(), time.process_time()
+        wall, cpu = time.perf_counter(), time.process_time()
         call()
-        took = time.perf_counter() - began, time.process_time() - worked
-        print(f"{took[0]:7.2f} {took[1]:7.2f}  {name}", flush=True)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        print(f"{wall:7.2f} {cpu:7.2f}  {name}", flush=True)
 
     print(f"{args.draws:,} draws of {n:,} cases, numpy {np.__version__}")
-    print("seconds, of which the processor worked")
+    print("wall seconds, CPU seconds")
     cases = [str(k) for k in range(n)]
     timed("case_weights", lambda: case_weights(cases, args.draws, 0))
     weights = case_weights(cases, args.draws, 0)
@@ -45,10 +45,10 @@ def main() -> None:
     for classes in (2, 6):
         labels = rng.integers(0, classes, n)
         chance = raw[:, :classes] / raw[:, :classes].sum(1, keepdims=True)
-        given = chance, labels, weights
+        arguments = chance, labels, weights
         timed(
             f"all of classification, {classes} classes",
-            lambda g=given: m.classification_metrics(*g),
+            lambda a=arguments: m.classification_metrics(*a),
         )
     timed("auc", lambda: m.auc(raw[:, 0], raw[:, 1] > 0.5, weights))
     timed("average_precision", lambda: m.average_precision(raw[:, 0], raw[:, 1] > 0.5, weights))
@@ -58,10 +58,10 @@ def main() -> None:
     followed = raw[:, 0], follow, event, weights
     targets = np.c_[follow, event]
     curves = np.exp(-at * (0.5 + raw[:, :1]))
-    known = {"censoring": g, "times": at, "survival": curves}
+    reference = {"censoring": g, "times": at, "survival": curves}
     timed(
         "all of survival, 9 times, half of the cases with events",
-        lambda: sm.survival_metrics(raw[:, 0], targets, weights, **known),
+        lambda: sm.survival_metrics(raw[:, 0], targets, weights, **reference),
     )
     timed("c_index", lambda: sm.c_index(*followed))
     timed("c_index_uno", lambda: sm.c_index_uno(*followed, censoring=g))

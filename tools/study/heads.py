@@ -1,27 +1,24 @@
 """Heads on frozen features against end to end, and AEM against no AEM, paired over cases.
 
-  python tools/study/study_heads.py --out heads --seeds 0 --epochs 6 encoder.weights=FILE
-  python tools/study/study_heads.py --out aem --heads abmil --aem 0,0.1 --seeds 0,1,2,3,4 encoder.weights=FILE
+  python tools/study/heads.py --out heads --seeds 0 --epochs 6 encoder.weights=FILE
+  python tools/study/heads.py --out aem --heads abmil --aem 0,0.1 --seeds 0,1,2,3,4 encoder.weights=FILE
 
 Arms: each head of --heads with each aem.weight of --aem, in two kinds. `e2e` trains encoder and head
 on all patches of a slide, the encoder cut as the configuration says; `frozen` trains the head alone on
-features of the whole encoder with the same weights, from --features or made first by launch/extract.py.
-All heads have the widths of the configuration's head section, as far as they have such an option.
-A kind's learning rate is given; of several candidates each arm takes its best as tools/study/study.py does.
-No training run sees a test slide.
+features of the whole encoder with the same weights, from --features or made first by `e2e extract`.
+The head section of the configuration sets the options that a head has.
+A kind has one learning rate, or candidates from which each arm selects as in tools/study/arms.py.
+No training run gets a test slide.
 
-Every run is one of the commands a user would type, with its output in OUT/runs/*.log. Run it again to
-go on after a stop: finished runs are kept, and heads, weights and seeds may be added. OUT/study.json
+Every run is one of the project's commands, with its output in OUT/runs/*.log. Run the same command again
+to continue after a stop: finished runs are kept, and heads, weights and seeds may be added. OUT/study.json
 and study.md are written after every run: test AUC with 95 % percentile intervals over cases, minutes
 and peak resident memory of the training command, entropy of the attention over test slides (0 to 1).
 """
 
 import argparse
 import json
-import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -40,96 +37,60 @@ from e2e.heads.base import HEADS
 from e2e.metrics.bootstrap import case_weights, confidence_interval
 from e2e.metrics.values import Array, auc
 from e2e.registry import did_you_mean
-from e2e.runs.processes import child_environment, command_line
-from tools.study.study import ROOT, Arm, Study, choose, paired, plan
+from tools.study.base import ROOT, Arm, Study, compare_auc, plan_arms, select_rate
 
 RATES = {"e2e": (3e-4,), "frozen": (1e-3,)}
-"""Kind -> learning rates each of its arms chooses from."""
-HEADS_ASKED = "mean,abmil,abmilx,clam_sb,dsmil,transmil"
-MEASURE = """
-import os, subprocess, sys
-process = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
-_, status, usage = os.wait4(process.pid, 0)
-print(usage.ru_maxrss, end="")
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
-"""Runs a command and prints its peak memory in KiB. Linux counts a child's from its parent's on, and
-the study itself is as large as a small run, so a small process has to be the parent."""
+"""Kind -> candidate learning rates of its arms."""
+DEFAULT_HEADS = "mean,abmil,abmilx,clam_sb,dsmil,transmil"
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class HeadArm(Arm):
-    """A head, and what becomes of the encoder before it."""
+    """A head with a frozen or a trained encoder."""
 
     kind: str = ""
     head: str = ""
     aem: float = 0.0
-    more: list[str] = field(default_factory=list)  # settings
+    more: list[str] = field(default_factory=list)
+    """Further settings."""
 
     def settings(self) -> list[str]:
-        """What sets this arm apart on the command line."""
+        """Return the settings of this arm, as on the command line."""
         return [*super().settings(), *self.more]
 
 
 class HeadStudy(Study):
-    """The runs of a study of heads, with the memory each took."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        super().__init__(args)
-        file = self.out / "memory.json"
-        self.memory: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
-
-    def step(self, command: str, arguments: list[str], name: str) -> None:
-        """As there, and the command's peak resident memory."""
-        log = self.out / "runs" / f"{name}.log"
-        print(f"{time.strftime('%H:%M:%S')}  e2e {command} {name}", flush=True)
-        words = command_line(command, arguments)
-        started = time.monotonic()
-        with log.open("a") as file:
-            print(f"$ {shlex.join(words)}", file=file, flush=True)
-            measured = [sys.executable, "-I", "-S", "-c", MEASURE, *words]
-            done = subprocess.run(
-                measured, stdout=subprocess.PIPE, stderr=file, env=child_environment(), check=False
-            )
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-        self.memory[name] = max(self.memory.get(name, 0.0), int(done.stdout or 0) / 1024)
-        write_json(self.out / "times.json", self.seconds)
-        write_json(self.out / "memory.json", self.memory)
-        if done.returncode:
-            raise UserError(
-                f"e2e {command} ended with exit code {done.returncode}; {log} says why\n"
-                "  mend it, then run the study again: it goes on from here"
-            )
+    """The runs of a study of heads, and the frozen features they share."""
 
     def features(self) -> list[Path]:
-        """Folders of the features of the whole encoder, made if they are not there."""
+        """Return the folders of the whole encoder's features, which are extracted first if missing."""
         encoder, out, done = (
             self.settings.encoder,
             self.out / "features",
             self.out / "features.json",
         )
         if not done.is_file():
-            known = ENCODERS.options(encoder.name)
-            asked = ["--stores", *self.settings.data.stores, "--encoder", encoder.name]
-            asked += ["--out", str(out)]
+            defaults = ENCODERS.options(encoder.name)
+            arguments = ["--stores", *self.settings.data.stores, "--encoder", encoder.name]
+            arguments += ["--out", str(out)]
             if self.settings.bag.size:
-                asked += ["--size", str(self.settings.bag.size)]
+                arguments += ["--size", str(self.settings.bag.size)]
             for key, value in encoder.options.items():
-                if key != "stage" and value != known[key][1]:
-                    asked.append(f"encoder.{key}={json.dumps(value)}")
-            self.step("extract", asked, "features")
+                if key != "stage" and value != defaults[key][1]:
+                    arguments.append(f"encoder.{key}={json.dumps(value)}")
+            self.run("extract", arguments, "features")
             write_json(done, sorted(map(str, out.glob("*/features_*/"))))
         return [Path(text) for text in json.loads(done.read_text())]
 
     def cost(self, name: str) -> Row:
-        """Minutes and MiB of a command."""
+        """Return minutes and peak MiB of a command."""
         minutes, mib = self.seconds.get(name, 0.0) / 60, self.memory.get(name, 0.0)
         return {"minutes": round(minutes, 2), "mib": round(mib)}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; lists are read."""
+    """Read the command line and its lists."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -137,15 +98,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--datasets", default="lung_detection", help="as for launch/train.py")
     add("-c", "--config", action="append", help="YAML layers (default: configs/study.yaml)")
     add("--out", type=Path, required=True, help="folder of all runs and the tables")
-    add("--features", type=Path, help="frozen features (default: made in OUT/features)")
-    add("--heads", default=HEADS_ASKED, help="comma-separated")
+    add("--features", type=Path, help="frozen features (default: extracted to OUT/features)")
+    add("--heads", default=DEFAULT_HEADS, help="comma-separated")
     add("--aem", default="0", help="values of aem.weight, comma-separated")
     add("--kinds", default="frozen,e2e", help="frozen, e2e or both")
-    add("--seeds", default="0", help="comma-separated; the first chooses among learning rates")
-    add("--epochs", type=int, default=8, help="of e2e")
-    add("--frozen-epochs", type=int, help="of frozen (default: --epochs)")
-    add("--lr", action="append", default=[], metavar="KIND=LR[,LR]", help="a kind's candidates")
-    add("--validations", type=int, default=4, help="of a run: every arm can pick an epoch as often")
+    add("--seeds", default="0", help="comma-separated; the first selects learning rates")
+    add("--epochs", type=int, default=8, help="epochs of e2e")
+    add("--frozen-epochs", type=int, help="epochs of frozen (default: --epochs)")
+    add("--lr", action="append", default=[], metavar="KIND=LR[,LR]", help="candidates of a kind")
+    add("--validations", type=int, default=4, help="validations of a run, equal for all arms")
     add("--draws", type=int, default=2000, help="resamples of the cases")
     add("overrides", nargs="*", metavar="section.key=value", help="settings, for every arm")
     parser.set_defaults(model="e2e_r18_abmil")  # the arms name their heads
@@ -154,13 +115,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     try:
         args.seeds = [int(word) for word in args.seeds.split(",")]
         args.aem = [float(word) for word in args.aem.split(",")]
-        given = dict(word.split("=") for word in args.lr)
-        rates = {k: tuple(map(float, text.split(","))) for k, text in given.items()}
+        candidates = dict(word.split("=") for word in args.lr)
+        rates = {k: tuple(map(float, text.split(","))) for k, text in candidates.items()}
     except ValueError as error:
         raise UserError(f"--seeds, --aem or --lr cannot be read: {error}") from error
     args.kinds, args.heads = args.kinds.split(","), args.heads.split(",")
     if unknown := {*args.kinds, *rates} - RATES.keys():
-        raise UserError(f"no kind {', '.join(sorted(unknown))}\n  there are: {', '.join(RATES)}")
+        raise UserError(f"no kind {', '.join(sorted(unknown))}\n  choose from: {', '.join(RATES)}")
     for head in args.heads:
         if head not in HEADS.names():
             raise UserError(f"no head '{head}'{did_you_mean(head, HEADS.names())}")
@@ -169,48 +130,58 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def kinds(study: HeadStudy, args: argparse.Namespace) -> dict[str, HeadArm]:
-    """What the arms of each kind have in common."""
-    both = plan(
+    """Return what the arms of each kind have in common."""
+    arms = plan_arms(
         study.prepare(),
-        bag=1,  # of arms that are none of this study's
+        bag=1,  # of arms that this study does not have
         bags=study.settings.optim.bags,
         epochs=args.epochs,
         frozen_epochs=args.frozen_epochs or args.epochs,
     )
-    made = {"e2e": HeadArm(**asdict(both["all"]), kind="e2e")}
+    common = {"e2e": HeadArm(**asdict(arms["all"]), kind="e2e")}
     if "frozen" in args.kinds:
         folders = [args.features.resolve()] if args.features else study.features()
         more = ["encoder.name=features", f"data.features=[{','.join(map(str, folders))}]"]
-        made["frozen"] = HeadArm(**asdict(both["frozen_whole"]), kind="frozen", more=more)
-    return {kind: made[kind] for kind in args.kinds}
+        common["frozen"] = HeadArm(**asdict(arms["frozen_whole"]), kind="frozen", more=more)
+    return {kind: common[kind] for kind in args.kinds}
 
 
 def arms_of(
     kind: HeadArm, heads: Sequence[str], weights: Sequence[float], options: Mapping[str, Any]
 ) -> list[HeadArm]:
-    """The arms of a kind; of ``options`` each head takes those it has."""
-    made: list[HeadArm] = []
+    """Return the arms of a kind; each head gets those of ``options`` that it has."""
+    arms: list[HeadArm] = []
     for head in heads:
-        known = HEADS.options(head)
-        more = [f"head.{k}={json.dumps(v)}" for k, v in options.items() if k in known]
+        head_options = HEADS.options(head)
+        more = [f"head.{k}={json.dumps(v)}" for k, v in options.items() if k in head_options]
         more = [*kind.more, f"head.name={head}", *more]
         for weight in weights:
             name = f"{kind.kind}_{head}" + (f"_aem{weight:g}" if weight else "")
             extra = [f"aem.weight={weight:g}"] if weight else []
-            made.append(replace(kind, name=name, head=head, aem=weight, more=more + extra))
-    return made
+            arms.append(replace(kind, name=name, head=head, aem=weight, more=more + extra))
+    return arms
 
 
 def head_options(files: Sequence[str]) -> dict[str, Any]:
-    """The head section of the configuration, later files winning."""
-    found: dict[str, Any] = {}
+    """Return the options of the configuration's head section; later files override earlier ones."""
+    options: dict[str, Any] = {}
     for file in files:
-        found |= (yaml.safe_load(Path(file).read_text()) or {}).get("head") or {}
-    return {key: value for key, value in found.items() if key != "name"}
+        options |= (yaml.safe_load(Path(file).read_text()) or {}).get("head") or {}
+    return {key: value for key, value in options.items() if key != "name"}
 
 
-class Judge:
-    """Test slides, and what arms are worth on them: (seeds, slides) of each arm."""
+class Evaluation:
+    """Metrics of arms on the test slides.
+
+    Parameters
+    ----------
+    slides
+        Predictions of any run, for labels and cases.
+    last
+        Name of the positive class.
+    draws
+        Resamples of the cases.
+    """
 
     def __init__(self, slides: pd.DataFrame, last: str, draws: int) -> None:
         self.slides, self.last, self.draws = slides, last, draws
@@ -218,38 +189,38 @@ class Judge:
         self.cases: list[str] = slides["case"].tolist()
 
     def scores(self, tables: Sequence[pd.DataFrame]) -> Array:
-        """Probabilities of the positive class."""
+        """Return (seeds, slides) probabilities of the positive class."""
         if any(not table["slide"].equals(self.slides["slide"]) for table in tables):
-            raise UserError("the runs do not have the same test slides; use another --out")
+            raise UserError("the runs do not have the same test slides\n  use another --out")
         return np.stack([table[f"prob_{self.last}"] for table in tables])
 
     def auc(self, tables: Sequence[pd.DataFrame]) -> Row:
-        """Each seed's AUC, and their mean with its confidence_interval."""
-        scores, once = self.scores(tables), np.ones((1, len(self.slides)))
-        means, _ = paired({"all": scores}, self.positive, self.cases, draws=self.draws)
-        each = [float(auc(row, self.positive, once)[0]) for row in scores]
+        """Return the AUC of each seed, and their mean with its confidence interval."""
+        scores, unweighted = self.scores(tables), np.ones((1, len(self.slides)))
+        means, _ = compare_auc({"all": scores}, self.positive, self.cases, draws=self.draws)
+        each = [float(auc(row, self.positive, unweighted)[0]) for row in scores]
         return {"test_auc": each, "mean_test_auc": means["all"]}
 
-    def auc_minus(self, ours: Sequence[pd.DataFrame], base: Sequence[pd.DataFrame]) -> Row:
-        """How much higher our AUC is, over the seeds both have."""
-        pairs = list(zip(ours, base, strict=False))
-        a, b = (self.scores(tables) for tables in zip(*pairs, strict=True))
+    def auc_minus(self, tables: Sequence[pd.DataFrame], base: Sequence[pd.DataFrame]) -> Row:
+        """Return the AUC of ``tables`` minus that of ``base``, over the seeds of both."""
+        pairs = list(zip(tables, base, strict=False))
+        a, b = (self.scores(of_arm) for of_arm in zip(*pairs, strict=True))
         both = {"all": a, "base": b}
-        return paired(both, self.positive, self.cases, draws=self.draws)[1]["base"]
+        return compare_auc(both, self.positive, self.cases, draws=self.draws)[1]["base"]
 
     def entropy(self, tables: Sequence[pd.DataFrame]) -> Array | None:
-        """(slides,) of the attention, meaned over seeds; None for a head without."""
+        """Return (slides,) attention entropies, the mean over seeds; None for a head without attention."""
         column = "attention_entropy"
         if any(column not in table or table[column].isna().any() for table in tables):
             return None
         return np.mean([table[column] for table in tables], axis=0)
 
     def entropy_minus(
-        self, ours: Sequence[pd.DataFrame], base: Sequence[pd.DataFrame]
+        self, tables: Sequence[pd.DataFrame], base: Sequence[pd.DataFrame]
     ) -> Row | None:
-        """How much higher the entropy of our attention is, over the seeds both have."""
-        pairs = list(zip(ours, base, strict=False))
-        a, b = (self.entropy(tables) for tables in zip(*pairs, strict=True))
+        """Return the attention entropy of ``tables`` minus that of ``base``, over the seeds of both."""
+        pairs = list(zip(tables, base, strict=False))
+        a, b = (self.entropy(of_arm) for of_arm in zip(*pairs, strict=True))
         if a is None or b is None:
             return None
         weights = case_weights(self.cases, self.draws, seed=0)
@@ -259,29 +230,29 @@ class Judge:
 def report(
     study: HeadStudy,
     arms: Sequence[HeadArm],
-    chosen: Mapping[str, Any],
+    selected: Mapping[str, Any],
     done: Mapping[str, list[pd.DataFrame]],
     seeds: Sequence[int],
     draws: int,
 ) -> None:
-    """What is known after the runs in ``done``: written to study.json and study.md, and printed."""
+    """Write the results of the runs in ``done`` to study.json and study.md, and print them."""
     slides, by = next(iter(done.values()))[0], {(a.kind, a.head, a.aem): a.name for a in arms}
-    judge = Judge(slides, study.task.output_names[-1], draws)
+    evaluation = Evaluation(slides, study.task.output_names[-1], draws)
     rows: list[Row] = []
     for arm in arms:
         if not (tables := done.get(arm.name)):
             continue
         ran = seeds[: len(tables)]
-        costs = [study.cost(study.folder(arm, chosen[arm.name]["lr"], s).name) for s in ran]
-        row = asdict(arm) | chosen[arm.name] | {"seeds": list(ran)} | judge.auc(tables)
+        costs = [study.cost(study.folder(arm, selected[arm.name]["lr"], s).name) for s in ran]
+        row = asdict(arm) | selected[arm.name] | {"seeds": list(ran)} | evaluation.auc(tables)
         row |= {key: [cost[key] for cost in costs] for key in ("minutes", "mib")}
-        entropy = judge.entropy(tables)
+        entropy = evaluation.entropy(tables)
         row["attention_entropy"] = None if entropy is None else float(entropy.mean())
         if arm.kind == "e2e" and (base := done.get(by.get(("frozen", arm.head, arm.aem), ""))):
-            row["minus_frozen"] = judge.auc_minus(tables, base)
+            row["minus_frozen"] = evaluation.auc_minus(tables, base)
         if arm.aem and (base := done.get(by.get((arm.kind, arm.head, 0.0), ""))):
-            row["minus_plain"] = judge.auc_minus(tables, base)
-            row["entropy_minus_plain"] = judge.entropy_minus(tables, base)
+            row["minus_plain"] = evaluation.auc_minus(tables, base)
+            row["entropy_minus_plain"] = evaluation.entropy_minus(tables, base)
         rows.append(row)
     count = {"slides": len(slides), "cases": slides["case"].nunique(), "draws": draws}
     extraction = study.cost("features") if "features" in study.memory else None
@@ -291,15 +262,15 @@ def report(
     print(f"\n{as_text(result)}", flush=True)
 
 
-def span(found: Mapping[str, float | None] | None) -> str:
-    """A value with its confidence_interval; empty where there is none."""
-    if found is None or found["value"] is None:
+def span(interval: Mapping[str, float | None] | None) -> str:
+    """Return a value with its confidence interval; empty for None."""
+    if interval is None or interval["value"] is None:
         return ""
-    return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**found)
+    return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**interval)
 
 
 def as_text(result: Mapping[str, Any]) -> str:
-    """The tables as Markdown, and the learning rates."""
+    """Return the tables as Markdown, and the learning rates."""
     head = "{slides} test slides of {cases} cases; 95 % intervals over {draws} resamples of cases"
     lines = [head.format(**result["test"])]
     if result["extraction"]:
@@ -318,7 +289,7 @@ def as_text(result: Mapping[str, Any]) -> str:
 
 
 def head_table(by: Mapping[tuple[str, str], Row]) -> list[str]:
-    """A row a head, without AEM."""
+    """Return the rows of the heads, without AEM."""
     lines = [
         "| head | seeds | test AUC, frozen | test AUC, end to end | end to end - frozen "
         "| min a run, frozen | end to end | MiB, frozen | end to end |",
@@ -336,7 +307,7 @@ def head_table(by: Mapping[tuple[str, str], Row]) -> list[str]:
 
 
 def aem_table(arms: Sequence[Row]) -> list[str]:
-    """A row an arm, next to the same without AEM."""
+    """Return the rows of the arms, each with its difference to the same arm without AEM."""
     lines = [
         "| kind | head | aem.weight | test AUC a seed | mean | minus weight 0 "
         "| attention entropy | minus weight 0 |",
@@ -352,24 +323,24 @@ def aem_table(arms: Sequence[Row]) -> list[str]:
 
 
 def main() -> None:
-    """Seed by seed, arm by arm: train, judge, report."""
+    """Train, evaluate and report, seed by seed and arm by arm."""
     args = parse()
     study = HeadStudy(args)
     common = kinds(study, args)
-    study.keep_to(common)
+    study.write_plan(common)
     options = head_options(args.config)
     groups = [arms_of(kind, args.heads, args.aem, options) for kind in common.values()]
     arms = [arm for pair in zip(*groups, strict=True) for arm in pair]
-    chosen: dict[str, Any] = {}
+    selected: dict[str, Any] = {}
     done: dict[str, list[pd.DataFrame]] = {}
     for seed in args.seeds:
         for arm in arms:
-            if arm.name not in chosen:
-                chosen[arm.name] = choose(study, arm, args.rates[arm.kind], seed)
-            study.train(arm, chosen[arm.name]["lr"], seed)
-            table = study.test(arm, chosen[arm.name]["lr"], seed)
+            if arm.name not in selected:
+                selected[arm.name] = select_rate(study, arm, args.rates[arm.kind], seed)
+            study.train(arm, selected[arm.name]["lr"], seed)
+            table = study.test(arm, selected[arm.name]["lr"], seed)
             done.setdefault(arm.name, []).append(table)
-            report(study, arms, chosen, done, args.seeds, args.draws)
+            report(study, arms, selected, done, args.seeds, args.draws)
 
 
 if __name__ == "__main__":
