@@ -212,6 +212,7 @@ class Wandb:
         with optional_import("tracking", use="run.track=[wandb]"):
             import wandb
 
+        self._excepthook = sys.excepthook
         run_id = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
         wandb_settings = wandb.Settings(console="off", disable_git=True, save_code=False)
         self._run = wandb.init(
@@ -230,8 +231,10 @@ class Wandb:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """See :class:`Tracker`."""
+        """See :class:`Tracker`. Also restores what wandb set for the whole process."""
         self._run.finish()
+        os.environ.pop("WANDB_SERVICE", None)
+        sys.excepthook = self._excepthook
 
 
 TRACKERS: dict[str, Callable[[Path, str], Tracker]] = {

@@ -20,7 +20,7 @@ import os
 import pickle
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -77,6 +77,8 @@ def connect(scheduler: str, workers: int) -> Iterator[Client]:
     dask = _import_dask()
     logger = logging.getLogger("distributed.client")
     with ExitStack() as stack:
+        # Dask sets variables for its workers in this process too.
+        stack.callback(_restore_environment, dict(os.environ))
         # It logs the traceback of a lost connection, which is reported as a message here.
         stack.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.CRITICAL)
@@ -93,6 +95,12 @@ def connect(scheduler: str, workers: int) -> Iterator[Client]:
                 "  give --scheduler the address that `dask scheduler` prints, tcp://HOST:PORT, or local"
             ) from error
         yield stack.enter_context(client)
+
+
+def _restore_environment(variables: Mapping[str, str]) -> None:
+    for name in os.environ.keys() - variables.keys():
+        del os.environ[name]
+    os.environ.update(variables)
 
 
 def _start_local_cluster(dask: ModuleType, workers: int) -> Any:

@@ -192,6 +192,11 @@ def test_ranks_keep_the_exit_code_and_one_of_them_prints(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def deliver_interrupts() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so do its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [[], ["--gpus", "2"]], ids=["one process", "two ranks"])
 def test_an_interrupted_run_says_how_to_continue_and_continues(cohort, tmp_path, ranks):
@@ -200,6 +205,7 @@ def test_an_interrupted_run_says_how_to_continue_and_continues(cohort, tmp_path,
     process = subprocess.Popen(
         command("train", *ranks, *words), cwd=tmp_path, env=child_environment(),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=deliver_interrupts,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while process.poll() is None and not (out / "last.safetensors").exists():

@@ -259,7 +259,7 @@ def test_features_of_val_and_test_that_are_not_finite_stop_a_run_before_it_begin
 @pytest.mark.slow
 def test_each_rank_looks_over_a_share_and_one_that_finds_nothing_stops_too(cohort):
     write_unusable(cohort / "feats", 13)
-    line = [*TORCHRUN, "--standalone", "--nproc-per-node=2"]
+    line = [sys.executable, ROOT / "launch" / "torchrun.py", "--standalone", "--nproc-per-node=2"]
     line += [ROOT / "launch" / "train.py", *arguments(cohort)]
     done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr[-2000:]
