@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import sympy  # noqa: F401  (adds a warning filter when PyTorch first imports it, in whichever test that is)
 
 from e2e.store.lmdb import PatchStore
 from tests.helpers.paths import SHARED_DATA
