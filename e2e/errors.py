@@ -6,7 +6,9 @@ A user error is printed as one message, without a traceback.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -70,6 +72,59 @@ def describe_interrupt(describe: Callable[[], str]) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         raise Interrupted(describe()) from error
+    except LostRankError as error:
+        # Ctrl-C reaches every rank; the others may have ended before this one came to raise its own.
+        if _interrupt_received.is_set():
+            raise Interrupted(describe()) from error
+        raise
+
+
+_interrupt_received = threading.Event()
+
+RETRY_INTERRUPT = 0.05
+"""Seconds until an interrupt that Python has dropped is sent again."""
+
+
+@contextmanager
+def reliable_interrupts() -> Iterator[None]:
+    """Let no Ctrl-C inside the block be lost.
+
+    Python drops an exception that is raised while it runs a weak reference's callback or a ``__del__``,
+    KeyboardInterrupt too: it prints "Exception ignored in ..." and the program runs on. Inside the
+    block such an interrupt is sent again a moment later. Where Ctrl-C is ignored or handled by other code, as
+    in a job that a shell has put in the background, nothing changes.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    hook_before = sys.unraisablehook
+    retries: list[threading.Timer] = []
+
+    def receive(*_: object) -> None:
+        _interrupt_received.set()
+        raise KeyboardInterrupt
+
+    def retry(unraisable: sys.UnraisableHookArgs) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            hook_before(unraisable)
+            return
+        main_thread = threading.main_thread().ident
+        retries.append(
+            threading.Timer(RETRY_INTERRUPT, signal.pthread_kill, [main_thread, signal.SIGINT])
+        )
+        retries[-1].start()
+
+    _interrupt_received.clear()
+    sys.unraisablehook = retry
+    signal.signal(signal.SIGINT, receive)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = hook_before
+        for timer in retries:
+            timer.cancel()
 
 
 @contextmanager
@@ -126,7 +181,8 @@ def exit_code(main: Callable[[], int | None], *, interrupted: str | None = None)
     """
     is_leader = os.environ.get("RANK", "0") == "0"
     try:
-        return main() or 0
+        with reliable_interrupts():
+            return main() or 0
     except UserError as error:
         if error.on_every_rank or is_leader:
             _print_error(f"error: {error}")
