@@ -272,7 +272,7 @@ class StoredPixels(PixelSource):
             [patch] = cut_rows(rows, error.index, error.index + 1)
             raise DamagedDataError(
                 f"{patch.reader.path}: slide '{patch.slide}' patch {patch.indices[0]} {error}\n"
-                "  list all damaged patches with tools/inspect_lmdb.py --verify, then pack the slide again"
+                "  list all damaged patches with e2e inspect --verify, then pack the slide again"
             ) from error
         return pixels.flip(1) if self._reader.bgr else pixels
 

@@ -109,7 +109,7 @@ def require_files(spec: CohortSpec, targets: Sequence[str], *, features: bool = 
     for what, entry in missing:
         if what != "label table" and "*" not in entry:
             lines.append(f"  {_how_to_make(what, entry, spec)}")
-    lines.append("  to try the system without slides of your own: make demo")
+    lines.append("  to try the system without slides of your own: e2e demo")
     raise UserError("\n".join(lines))
 
 
@@ -117,7 +117,7 @@ def _how_to_make(kind: str, path: str, spec: CohortSpec) -> str:
     """Return the command that makes missing features or a missing patch store."""
     if kind == "features":
         stores = " ".join(spec.stores) or "FILE.lmdb"
-        command = f"python launch/extract.py --stores {stores} --encoder NAME --out {path}"
+        command = f"e2e extract --stores {stores} --encoder NAME --out {path}"
         return f"make the features: {command}"
-    command = f"python tools/pack_lmdb.py --slides SLIDES --out {path} {spec.pack_options}"
+    command = f"e2e pack --slides SLIDES --out {path} {spec.pack_options}"
     return f"make the store: {command}".rstrip()

@@ -125,7 +125,7 @@ def trident(path: Path) -> Layout | None:
 
 
 def _read_weights_digest(folder: Path) -> dict[str, Any]:
-    """Return what launch/extract.py wrote about the encoder's weights beside a folder of features."""
+    """Return what e2e extract wrote about the encoder's weights beside a folder of features."""
     config = folder.with_name(f"_config_feats_{folder.name.removeprefix('features_')}.json")
     try:
         return {"weights": json.loads(config.read_bytes())["weights"]}

@@ -58,7 +58,7 @@ def open_features(path: str | os.PathLike[str]) -> FeatureFiles:
     Parameters
     ----------
     path : str or path-like
-        A folder of TRIDENT, CLAM, STAMP or ``launch/extract.py``, a folder of ``.pt`` or ``.npy`` files
+        A folder of TRIDENT, CLAM, STAMP or ``e2e extract``, a folder of ``.pt`` or ``.npy`` files
         named by slide, or an HDF5 file of AEM.
 
     Returns
@@ -86,7 +86,7 @@ def open_features(path: str | os.PathLike[str]) -> FeatureFiles:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"no features at {path}\n  make them with launch/extract.py")
+        raise UserError(f"no features at {path}\n  make them with e2e extract")
     layouts = {name: FEATURE_FORMATS.build(name, path) for name in FEATURE_FORMATS.names()}
     matches = {name: layout for name, layout in layouts.items() if layout is not None}
     if len(matches) == 1:

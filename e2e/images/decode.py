@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from e2e.errors import UserError
+from e2e.errors import UserError, optional_import
 from e2e.images.jpeg_header import Buffer, read_frame_header
 from e2e.images.threads import CONCURRENT_CALLS, decoder_pool, num_threads
 from e2e.memory import Slabs
@@ -197,8 +197,9 @@ class TurboJpeg(CpuDecoder):
     """PyTurboJPEG with the system's libturbojpeg. Does not decode CMYK."""
 
     def __init__(self, device: torch.device) -> None:
-        try:
+        with optional_import("turbojpeg", use="data.decoder=turbojpeg"):
             import turbojpeg
+        try:
 
             class StrictTurboJPEG(turbojpeg.TurboJPEG):
                 # The library only warns of a damaged file, and whether a warning is shown is up to filters
@@ -208,7 +209,7 @@ class TurboJpeg(CpuDecoder):
 
             self._rgb = turbojpeg.TJPF_RGB
             self._turbo = StrictTurboJPEG()
-        except (ImportError, RuntimeError, OSError) as error:
+        except (RuntimeError, OSError) as error:
             raise _missing_library("turbojpeg", error) from error
 
     def decode_one(self, jpeg: Buffer, row: NDArray[np.uint8]) -> None:
@@ -221,13 +222,13 @@ class Jpeg4Py(CpuDecoder):
     """jpeg4py with the system's libturbojpeg. Does not decode CMYK."""
 
     def __init__(self, device: torch.device) -> None:
-        try:
+        with optional_import("turbojpeg", use="data.decoder=jpeg4py"):
             import jpeg4py
-
+        try:
             self._jpeg = jpeg4py.JPEG
             # Here, because a JPEG object without a library cannot even be deleted cleanly.
             jpeg4py.initialize()
-        except (ImportError, OSError) as error:
+        except OSError as error:
             raise _missing_library("jpeg4py", error) from error
 
     def decode_one(self, jpeg: Buffer, row: NDArray[np.uint8]) -> None:
@@ -369,7 +370,7 @@ class Dali(BatchDecoder):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        advice = "pip install nvidia-dali-cuda130, or set data.decoder=auto, which needs no DALI"
+        advice = 'pip install "e2e-mil[dali]", or set data.decoder=auto, which needs no DALI'
         try:
             self._ndd, self._process = _import_dali()
         except (ImportError, OSError) as error:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from e2e.errors import UserError, format_list
+from e2e.errors import UserError, format_list, optional_import
 from e2e.parallel.base import STEP, MakeOptimizer, Tensors, make_parameters_contiguous
 from e2e.parallel.ddp import DistributedStrategy
 
@@ -379,8 +379,9 @@ def _deepspeed_environment(device: torch.device) -> Iterator[None]:
 
 
 def _import_deepspeed() -> Any:
-    import deepspeed
-    import deepspeed.ops
+    with optional_import("deepspeed", use="engine.strategy=deepspeed"):
+        import deepspeed
+        import deepspeed.ops
 
     # Its first use would compile for minutes, only to sum small tensors faster on one machine.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

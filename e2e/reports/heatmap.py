@@ -225,7 +225,7 @@ def _mosaic(item: LabelledSlide, record: SlideRecord, decoder: Decoder) -> NDArr
         except UndecodableError as error:
             raise DamagedDataError(
                 f"{store.path}: slide '{item.slide.id}' patch {rows[error.index]} {error}\n"
-                "  tools/inspect_lmdb.py --verify lists all of them; pack the slide again"
+                "  e2e inspect --verify lists all of them; pack the slide again"
             ) from error
         for row, image in zip(rows, images, strict=True):
             x, y = corners[row]

@@ -348,5 +348,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     if table_alone:
         screen.say(f"the label table is in order; next: {missing}")
     else:
-        screen.say(f"next: torchrun launch/train.py {shlex.join(command)}")
+        screen.say(f"next: e2e train {shlex.join(command)}")
     return 0

@@ -178,7 +178,7 @@ def _fold_file(settings: Settings, out: Path, num_folds: int | None) -> Path:
     if not num_folds:
         raise UserError(
             "a cross-validation needs folds\n  give --folds 5 to make them by case, or use those of a file:"
-            " data.split_file=FILE (tools/make_splits.py makes one)"
+            " data.split_file=FILE (e2e splits makes one)"
         )
     path, table = out / "splits.csv", make_fold_table(settings, num_folds)
     if path.is_file() and path.read_bytes() != table:

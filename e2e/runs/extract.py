@@ -265,7 +265,7 @@ def extract_slides(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "--slides works in one process\n"
-            "  pack the slides with tools/pack_lmdb.py, then give --stores to torchrun"
+            "  pack the slides with e2e pack, then give --stores to torchrun"
         )
     _build_encoder(encoder, options)  # before hours of packing: its weights may be missing
     mpp_by_slide = read_mpp(mpp_override) if mpp_override else {}

@@ -86,5 +86,5 @@ def _read_table(path: Path, folder: Path) -> pd.DataFrame:
     except ValueError as error:  # pandas: an empty file, not a table, another encoding
         raise UserError(
             f"{path} is not a readable table: {error}\n"
-            f"  launch/evaluate.py {folder} --out {folder} writes it again"
+            f"  e2e evaluate {folder} --out {folder} writes it again"
         ) from error

@@ -62,7 +62,7 @@ class PatchStore:
     Parameters
     ----------
     path : str or path-like
-        The store, as written by ``tools/pack_lmdb.py``.
+        The store, as written by ``e2e pack``.
 
     Raises
     ------
@@ -73,7 +73,7 @@ class PatchStore:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise UserError(f"no patch store at {self.path}\n  make it with tools/pack_lmdb.py")
+            raise UserError(f"no patch store at {self.path}\n  make it with e2e pack")
         self.recipe: dict[str, Any]
         self._numbers: dict[str, tuple[int, int]]
         self.recipe, self._numbers = read_snapshot(self.path, self._read_contents)
@@ -328,7 +328,7 @@ def _read_header(txn: lmdb.Transaction, path: Path) -> dict[str, Any]:
         is_abmilx = txn.get(b"__pn__") is not None or txn.get(b"__keys__") is not None
         kind = "an LMDB of the ABMILX project" if is_abmilx else "an LMDB of another kind"
         kind = kind if txn.stat()["entries"] else "an empty LMDB"
-        raise UserError(f"{path} is not a patch store: {kind}\n  make one with tools/pack_lmdb.py")
+        raise UserError(f"{path} is not a patch store: {kind}\n  make one with e2e pack")
     header = json.loads(bytes(value))
     if header.get("format") != FORMAT:
         raise UserError(

@@ -19,7 +19,7 @@ def open_store(
     Parameters
     ----------
     path : str or path-like
-        A patch store of ``tools/pack_lmdb.py``; or an LMDB of the ABMILX project, either its file or a
+        A patch store of ``e2e pack``; or an LMDB of the ABMILX project, either its file or a
         folder with ``data.mdb``.
     coords : str or path-like, optional
         Folder of the .h5 files of CLAM or TRIDENT that an LMDB of the ABMILX project was cut by. Patch

@@ -244,5 +244,5 @@ def missing_patch_error(
     )
     return DamagedDataError(
         f"{path}: slide '{slide}' {fault}\n"
-        "  pack the slide again; tools/inspect_lmdb.py --verify lists all faults"
+        "  pack the slide again; e2e inspect --verify lists all faults"
     )

@@ -42,7 +42,7 @@ def test_missing_data_are_an_error_with_table_columns_and_store(name, tmp_path, 
         assert column in text.partition("(columns ")[2]
     for store in data.stores:
         assert f"patch store not found: {store}" in text
-        assert f"tools/pack_lmdb.py --slides SLIDES --out {store} {data.pack}" in text
+        assert f"e2e pack --slides SLIDES --out {store} {data.pack}" in text
 
 
 @pytest.mark.parametrize("name", COHORTS)

@@ -376,7 +376,7 @@ def refused(store: FeatureFiles, slide: str, *words: str) -> None:
 
 
 def test_nothing_there_and_nothing_known(tmp_path):
-    with pytest.raises(UserError, match=r"no features at .*\n  make them with launch/extract.py"):
+    with pytest.raises(UserError, match=r"no features at .*\n  make them with e2e extract"):
         open_features(tmp_path / "nowhere")
     with pytest.raises(UserError, match="found: an empty folder"):
         open_features(tmp_path)

@@ -264,7 +264,7 @@ def test_an_undecodable_patch_is_named_with_the_fix(tmp_path):
         draw_heatmap(
             damaged, np.arange(300.0), decoder=build_decoder(), caption="", path=tmp_path / "s"
         )
-    assert "tools/inspect_lmdb.py --verify" in str(error.value)
+    assert "e2e inspect --verify" in str(error.value)
     assert not list(tmp_path.glob("s.*"))
 
 

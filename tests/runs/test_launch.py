@@ -220,8 +220,8 @@ def test_the_users_own_command_without_data_says_what_to_do(tmp_path, start, cod
     for word in (
         "data/panda/panda.csv",
         "data/panda/panda.lmdb",
-        "tools/pack_lmdb.py",
-        "make demo",
+        "e2e pack",
+        "e2e demo",
     ):
         assert word in done.stderr
     assert ("Traceback" in done.stderr) == (code == 1)

@@ -62,7 +62,7 @@ def test_without_a_store_the_table_alone_is_checked_and_packing_is_next(cohort, 
     assert "label: 'a' 8, 'b' 8" in out
     assert "train  8 slides, 8 cases: 'a' 4, 'b' 4" in out
     assert "if a slide has 1,000 patches (--patches) of 100 px at 2.5 kB" in out
-    assert "tools/pack_lmdb.py --slides SLIDES --out s.lmdb --mpp 0.5 --patch-size 100" in out
+    assert "e2e pack --slides SLIDES --out s.lmdb --mpp 0.5 --patch-size 100" in out
 
 
 def test_with_a_store_its_patches_are_counted_and_training_is_next(cohort, said):
@@ -74,7 +74,7 @@ def test_with_a_store_its_patches_are_counted_and_training_is_next(cohort, said)
     assert "um per pixel: 0.5\n" in out
     assert "8 bags of at most 5 patches" in out
     assert f"disk: {(cohort / 's.lmdb').stat().st_size / 2**20:.3g} MiB" in out
-    command = "torchrun launch/train.py --datasets mine.yaml --model e2e_r18_abmil bag.patches=5"
+    command = "e2e train --datasets mine.yaml --model e2e_r18_abmil bag.patches=5"
     assert f"next: {command}" in out
 
 
