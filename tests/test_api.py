@@ -114,7 +114,7 @@ def test_a_model_has_the_options_it_is_given():
             lambda: e2e.create_model("e2e_r18_abmilx", 2, head={"embd": 8}),
             "head.embd'; did you mean",
         ),
-        (lambda: e2e.create_model("e2e_r18", 2), "no model 'e2e_r18'"),
+        (lambda: e2e.create_model("e2e_r18", 2), "unknown model 'e2e_r18'"),
         (lambda: e2e.create_head("abmly", 8, 2), "did you mean 'abmil"),
         (lambda: e2e.create_head("abmil", 8, 2, width=3), "has no option 'width'"),
         (

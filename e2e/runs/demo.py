@@ -18,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from e2e.errors import UserError, describe_interrupt
-from e2e.files import write_json
+from e2e.files import create_folder, write_json
 from e2e.images.decode import build_decoder
 from e2e.log import Screen, clock
 from e2e.metrics.bootstrap import case_weights, confidence_interval
@@ -27,6 +27,7 @@ from e2e.runs.many import is_done, start_or_resume
 from e2e.runs.processes import child_environment, command_line
 from e2e.settings.data_cli import demo_parser
 from e2e.store.lmdb import PatchStore
+from e2e.toy.cohort import parse_slides
 
 DRAWS = 1000
 """Resamples of the cases for the interval of the mean-colour control."""
@@ -37,6 +38,8 @@ Process = subprocess.Popen[bytes]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``e2e demo`` and return its exit code."""
     args = demo_parser().parse(argv)
+    parse_slides(args.slides)
+    create_folder(args.out)
     started = time.monotonic()
     with describe_interrupt(
         lambda: f"interrupted; finished steps are in {args.out}; the same command continues"

@@ -60,9 +60,9 @@ def sources(args: argparse.Namespace) -> list[tuple[Path, Source]]:
         reject_options(args, "--patches", "overlap", "tissue", "scale")
         folders = PatchFolders(args.patches, args.patch_size, args.quality, mpp, overrides)
         return [(args.out, folders)]
-    paths = find_slides(args.slides)
     if args.coords:
         reject_options(args, "--coords", "mpp", "mag", "scale", "overlap", "tissue")
+        paths = find_slides(args.slides)
         coords = CoordsFiles(args.coords, paths, args.patch_size, args.quality, overrides)
         return [(args.out, coords)]
     options = {
@@ -80,6 +80,7 @@ def sources(args: argparse.Namespace) -> list[tuple[Path, Source]]:
             )
             for scale in args.scale
         }
+    paths = find_slides(args.slides)
     return [
         (out, SlideFiles(paths, tiling, args.quality, overrides)) for out, tiling in scales.items()
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -34,6 +35,18 @@ MOVED = {
     "run.wandb": "run.track=[wandb] or [wandb-online]",
 }
 """Settings of earlier versions, and what to write instead."""
+
+KINDS_OF_CONFIGS = {"datasets": "cohort", "models": "model"}
+"""Folder of configs/ -> what its files describe."""
+
+EXPLANATIONS = {
+    r"Value '(.*)' of type '\w+' could not be converted to Float": r"must be a number, found '\1'",
+    r"Value '(.*)' of type '\w+' could not be converted to Integer": r"must be a whole number, found '\1'",
+    r"Value '(.*)' is not a valid bool": r"must be true or false, found '\1'",
+    r"Incompatible value 'None' for field of type": "must have a value, found null",
+    r"Invalid value assigned: AnyNode is not a ListConfig": "must be a list, such as [a,b]",
+}
+"""Pattern of a message of OmegaConf -> the same in the words of this package."""
 
 
 def load_settings(
@@ -109,7 +122,10 @@ def saved_settings(
 ) -> Settings:
     """Return the settings of the run folder ``run``, changed by ``overrides``."""
     if not (run / "settings.yaml").is_file():
-        raise UserError(f"{run} is not a run folder: it has no settings.yaml")
+        raise UserError(
+            f"{run} is not a run folder: it has no settings.yaml\n"
+            "  give the folder that e2e train wrote (run.out)"
+        )
     source, tree = _read_yaml(run / "settings.yaml")
     names = tree.pop("names", None) or {}
     layers = [DEFAULTS, (source, tree), *map(_override_layer, overrides)]
@@ -205,7 +221,7 @@ def _to_objects(tree: Any) -> dict[str, Any]:
     except MissingMandatoryValue as error:
         raise UserError(f"setting {error.full_key} is missing and has no default") from error
     except OmegaConfBaseException as error:
-        raise UserError(f"setting {error.full_key}: {str(error.msg).splitlines()[0]}") from error
+        raise UserError(f"setting {error.full_key} {_explain(error)}") from error
 
 
 def _merge_section(node: Any, values: dict[str, Any], schema: Any, path: str, source: str) -> Any:
@@ -216,8 +232,17 @@ def _merge_section(node: Any, values: dict[str, Any], schema: Any, path: str, so
         raise UserError(f"{source}: section '{path}': {error}: {values}") from error
     except OmegaConfBaseException as error:
         # For an element of a tuple, OmegaConf has a message template without values.
-        reason = str(error.msg).splitlines()[0] if error.msg else f"cannot take {values}"
-        raise UserError(f"{source}: setting {error.full_key or path}: {reason}") from error
+        reason = _explain(error) if error.msg else f"cannot take {values}"
+        raise UserError(f"{source}: setting {error.full_key or path} {reason}") from error
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    """Return what a setting must be, and what it is."""
+    first_line = str(error.msg).splitlines()[0]
+    for pattern, explanation in EXPLANATIONS.items():
+        if match := re.match(pattern, first_line):
+            return match.expand(explanation)
+    return f"cannot be used: {first_line}"
 
 
 def _reject_unknown_keys(values: dict[str, Any], schema: Any, path: str, source: str) -> None:
@@ -278,7 +303,8 @@ def _config_layer(kind: str, name: str) -> Layer:
     path = find_config(name) if is_file else config_folder() / kind / f"{name}.yaml"
     if not path.is_file():
         raise UserError(
-            f"no {kind} '{name}'{did_you_mean(name, config_names(kind))}\n  or give the path of a YAML file"
+            f"unknown {KINDS_OF_CONFIGS[kind]} '{name}'{did_you_mean(name, config_names(kind))}\n"
+            "  or give the path of a YAML file"
         )
     return _read_yaml(path)
 
@@ -310,8 +336,8 @@ def split_model_name(name: str, heads: Sequence[str] = ()) -> tuple[str, str]:
     if len(parts) != 3 or parts[0] != "e2e" or not all(parts):
         names = [*config_names("models"), *heads]
         raise UserError(
-            f"no model '{name}'{did_you_mean(name, names)}\n  or e2e_<encoder>_<head>, such as e2e_r18_abmil;"
-            " a head alone is trained on frozen features"
+            f"unknown model '{name}'{did_you_mean(name, names)}\n"
+            "  or e2e_<encoder>_<head>, such as e2e_r18_abmil; a head alone is trained on frozen features"
         )
     return parts[1], parts[2]
 
@@ -370,8 +396,12 @@ def _read_yaml(path: Path) -> Layer:
         tree = yaml.load(path.read_text(encoding="utf-8"), _TextLoader)
         if isinstance(tree, dict):
             tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: not readable YAML: {error.problem}") from error
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable YAML: {str(error)[:300]}") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not readable YAML: {reason}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections, found a {type(tree).__name__}")
     return str(path), {str(key): value for key, value in tree.items()}

@@ -271,7 +271,7 @@ def test_a_patch_that_cannot_be_decoded_is_named_by_its_number_in_the_slide(tmp_
         DamagedDataError, match=r"x.lmdb: slide 's' patch 9 (is |has zero bytes)"
     ) as error:
         bag.pixels(6, 12, CPU)
-    assert "inspect_lmdb.py --verify" in str(error.value)
+    assert "e2e inspect --verify" in str(error.value)
 
 
 def test_a_patch_that_is_missing_is_named(make_store, tmp_path):

@@ -133,6 +133,7 @@ def test_what_an_earlier_command_trained_in_the_folder_is_reported_too(tmp_path)
     assert text.startswith("3 of 3 runs: 3 folds, 2 seed(s)")
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_ends_the_others_before_they_begin_and_names_its_log(tmp_path):
     plan = Plan(tmp_path / "cv", ("--datasets", "panda", "--model", "abmil"), ("0", "1"), (0,), "")
     said: list[str] = []

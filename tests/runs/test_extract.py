@@ -234,6 +234,7 @@ extract.extract(stores, sys.argv[2], options, Path(sys.argv[3]), **how)
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_run_again_it_is_as_if_it_never_was(store, tmp_path):
     command = [sys.executable, "-c", KILLED, str(store.path), ENCODER, str(tmp_path / "out")]
     done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)

@@ -158,6 +158,7 @@ def test_a_search_goes_on_after_a_stop_and_keeps_the_best_on_validation(
     assert "holds another search" in said
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_ends_the_search_with_its_log(tmp_path):
     wrong = ["--datasets", "panda", "--model", "abmil"]  # without features
     with pytest.raises(UserError, match=r"exit code 2; see .*\.log"):

@@ -184,6 +184,7 @@ def test_a_head_learns_from_features_and_leaves_what_every_run_leaves(cohort, mo
     pd.testing.assert_frame_equal(pd.read_csv(cohort / "again" / "predictions.csv"), table)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_a_head_as_one_process_does(cohort, monkeypatch, capsys):
     code, message = call(
         train.main, monkeypatch, capsys, *arguments(cohort, f"run.out={cohort}/run1")

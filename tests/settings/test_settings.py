@@ -137,7 +137,7 @@ def test_a_models_name_is_cut_at_the_first_two_underscores(name, parts):
 
 @pytest.mark.parametrize("name", ["e2e_r18", "r18_abmil", "e2e__abmil", "e2e_r18_", "abmil", ""])
 def test_other_names_are_no_models(name):
-    with pytest.raises(UserError, match=r"no model '.*(?s:.*)or e2e_<encoder>_<head>"):
+    with pytest.raises(UserError, match=r"unknown model '.*(?s:.*)or e2e_<encoder>_<head>"):
         split_model_name(name)
 
 
@@ -158,15 +158,15 @@ WRONG = {
     "encoder.wieghts=x": ("unknown setting 'encoder.wieghts'; did you mean 'weights'?",),
     "names.model=x": ("unknown section 'names'",),
     "head.name=abml": ("unknown head 'abml'; did you mean 'abmil'?",),
-    "optim.lr=abc": ("setting optim.lr: ", "'abc'"),
-    "optim.epochs=2.5": ("setting optim.epochs: ", "2.5"),
-    "optim.epochs=true": ("setting optim.epochs: ", "'true'"),
-    "optim.epochs=": ("setting optim.epochs: ", "''"),
+    "optim.lr=abc": ("setting optim.lr must be a number, found 'abc'",),
+    "optim.epochs=2.5": ("setting optim.epochs must be a whole number, found '2.5'",),
+    "optim.epochs=true": ("setting optim.epochs must be a whole number, found 'true'",),
+    "optim.epochs=": ("setting optim.epochs must be a whole number, found ''",),
     "bag.copies=1": ("setting bag.copies must be true or false, found '1'",),
     "augment.blur_sigma=[0.1,x]": ("setting augment", "'x'"),
-    "optim.epochs=null": ("setting optim.epochs: ",),
-    "optim.lr.x=3": ("setting optim.lr: ",),
-    "bag.copies=maybe": ("setting bag.copies: ", "'maybe'"),
+    "optim.epochs=null": ("setting optim.epochs must have a value, found null",),
+    "optim.lr.x=3": ("setting optim.lr must be a number, found ",),
+    "bag.copies=maybe": ("setting bag.copies must be true or false, found 'maybe'",),
     "bag.crop=0.5": ("bag.crop is now augment.crop",),
     "run.wandb=true": ("run.wandb is now run.track=[wandb]",),
     "run.track=[tensorbord]": ("setting run.track must be some of", "'tensorbord'"),
@@ -174,13 +174,13 @@ WRONG = {
     "data.slide_separator=''": (
         "setting data.slide_separator must be null, or a sign such as ';'",
     ),
-    "augment.crop=wide": ("setting augment.crop: ", "'wide'"),
+    "augment.crop=wide": ("setting augment.crop must be a number", "'wide'"),
     "augment.name=stong": ("unknown augmentation 'stong'; did you mean 'strong'?",),
     "sampler.tpo=1": ("unknown setting 'sampler.tpo'",),
-    "bag.patches=12.5": ("setting bag.patches: ", "12.5"),
-    "head.attn_dim=wide": ("setting head.attn_dim: ", "'wide'"),
-    "task.classes=a": ("setting task.classes: ",),
-    "data.stores=x": ("setting data.stores: ",),
+    "bag.patches=12.5": ("setting bag.patches must be a whole number", "12.5"),
+    "head.attn_dim=wide": ("setting head.attn_dim must be a whole number", "'wide'"),
+    "task.classes=a": ("setting task.classes must be a list, such as [a,b]",),
+    "data.stores=x": ("setting data.stores must be a list, such as [a,b]",),
     "optim.lr=-1": ("setting optim.lr must be greater than 0 and finite, found -1.0",),
     "optim.encoder_lr=0": ("setting optim.encoder_lr must be greater than 0 or null", "found 0.0"),
     "optim.layer_decay=1.5": ("setting optim.layer_decay must be in (0, 1], found 1.5",),
@@ -307,10 +307,10 @@ def test_numbers_and_flags_are_read_by_the_type_of_their_setting():
         ("optim:\n", "section 'optim' must hold keys, found None"),
         ("head: mean", "section 'head' must hold keys, found 'mean'"),
         ("- a", "must hold sections, found a list"),
-        ("a: [", "is not readable YAML"),
-        ("optim: {lr: 1}\noptim: {lr: 2}", "is not readable YAML"),
+        ("a: [", "not readable YAML"),
+        ("optim: {lr: 1}\noptim: {lr: 2}", "not readable YAML"),
         ("optim: {learning_rate: 1}", "unknown setting 'optim.learning_rate'"),
-        ("optim: {lr: ${run.nothing}}", "is not readable YAML"),
+        ("optim: {lr: ${run.nothing}}", "not readable YAML"),
     ],
 )
 def test_a_wrong_layer_is_named(layer, text, expected):
@@ -320,7 +320,7 @@ def test_a_wrong_layer_is_named(layer, text, expected):
 
 
 def test_a_missing_layer_is_told_with_the_nearest_name():
-    assert "no datasets 'pnda'; did you mean 'panda'?" in message(datasets="pnda")
+    assert "unknown cohort 'pnda'; did you mean 'panda'?" in message(datasets="pnda")
     assert "no settings file nothing.yaml" in message(files=["nothing.yaml"])
 
 

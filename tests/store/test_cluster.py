@@ -432,6 +432,7 @@ def test_a_lost_scheduler_ends_the_command_with_a_message(tmp_path, caplog):
 # --- the same slide twice ---
 
 
+@pytest.mark.slow
 def test_a_slide_in_two_files_is_dropped_from_the_second(tmp_path, client):
     slides, out, told = cohort(tmp_path / "slides", 3), tmp_path / "out.lmdb", Told()
     pack(source(slides), tmp_path / "out.a-0.lmdb", workers=0)
@@ -449,6 +450,7 @@ def test_a_slide_in_two_files_is_dropped_from_the_second(tmp_path, client):
 # --- mistakes ---
 
 
+@pytest.mark.slow
 def test_an_address_where_nobody_answers_is_named(tmp_path):
     for address in ("nonsense://x", "tls://127.0.0.1:1"):
         with pytest.raises(UserError, match=f"no Dask scheduler answers at {address}"):

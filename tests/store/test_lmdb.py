@@ -191,7 +191,7 @@ def test_another_recipe_is_an_error_that_names_the_key(tmp_path):
 
 
 def test_no_store_is_named_with_the_way_to_one(tmp_path):
-    with pytest.raises(UserError, match=r"no patch store at .*nothing.lmdb\n.*pack_lmdb"):
+    with pytest.raises(UserError, match=r"no patch store at .*nothing.lmdb\n.*e2e pack"):
         PatchStore(tmp_path / "nothing.lmdb")
     with pytest.raises(UserError, match="no patch store at"):
         PatchStore(tmp_path)
@@ -250,6 +250,7 @@ READ_ALL = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slides", ["ab", "abc"])  # LMDB's two meta pages take turns
 def test_a_store_cut_short_is_refused_and_never_kills_the_process(tmp_path, slides):
     path = tmp_path / "x.lmdb"
@@ -324,6 +325,7 @@ def test_damage_to_what_is_read_first_is_told_as_such(tmp_path, old, new):
         PatchStore(path)
 
 
+@pytest.mark.slow
 def test_a_page_of_zeros_is_told_as_damage(tmp_path):
     path = tmp_path / "x.lmdb"
     write_store(path, {"a": 40})
@@ -352,6 +354,7 @@ FILL = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [4_000, 8_192, 10_000, 300_001, 303_104])
 def test_a_full_disk_is_one_message_and_what_is_there_stays(tmp_path, limit):
     path = tmp_path / "x.lmdb"
@@ -475,6 +478,7 @@ WRITE = """
 """
 
 
+@pytest.mark.slow
 def test_a_store_that_grows_while_it_is_read_shows_whole_slides_only(tmp_path):
     path, slides = tmp_path / "x.lmdb", 300
     command = [sys.executable, "-c", textwrap.dedent(WRITE), str(path), str(slides)]
@@ -542,6 +546,7 @@ def test_a_snapshot_that_was_overwritten_is_taken_again(tmp_path):
         read_snapshot(path, disturbed(99))
 
 
+@pytest.mark.slow
 def test_a_file_that_outgrew_its_map_is_told_apart_from_damage(tmp_path, monkeypatch):
     path = Path(shutil.copy(write_store(tmp_path / "x.lmdb", {"a": 1}).path, tmp_path / "y.lmdb"))
     monkeypatch.setattr(snapshot, "GROWTH", 0)

@@ -271,6 +271,7 @@ pack(source, Path(sys.argv[2]), workers=0, batch_size=4, progress=Kill())
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_slides_and_run_again_it_ends_with_the_same_store(tmp_path):
     slides = cohort(tmp_path / "slides", 4)
     for after in (1, 14, 5):  # of 10 to 12 chunks a slide
@@ -285,6 +286,7 @@ def test_killed_in_the_middle_of_slides_and_run_again_it_ends_with_the_same_stor
         assert resumed.read_text() == whole.read_text()
 
 
+@pytest.mark.slow
 def test_the_tool_killed_with_its_workers_busy_leaves_no_process_and_goes_on(tmp_path):
     slides = cohort(tmp_path / "slides", 5)
     command = [sys.executable, str(TOOL), "--slides", slides, "--out", tmp_path / "out.lmdb"]
@@ -469,6 +471,7 @@ def test_a_patch_size_resizes_what_differs(tmp_path):
 # --- the tool ---
 
 
+@pytest.mark.slow
 def test_the_tool_tells_by_its_exit_code_whether_every_slide_is_in(tmp_path):
     slides = cohort(tmp_path / "slides", 2)
     common = ["--slides", slides, "--patch-size", 32, "--workers", 0]

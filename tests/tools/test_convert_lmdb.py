@@ -115,6 +115,7 @@ def limited(old: Path, out: Path, size: int) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.slow
 def test_a_stopped_conversion_goes_on_where_it_ended(tmp_path):
     counts = {f"s{k}": 20 for k in range(8)}
     old, out = write_seed(tmp_path / "old.lmdb", counts), tmp_path / "x.lmdb"

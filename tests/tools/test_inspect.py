@@ -254,6 +254,7 @@ def test_it_runs_as_a_program_from_anywhere(tmp_path):
     assert "Traceback" not in missing.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("script") is None, reason="no program 'script' to make a terminal")
 def test_on_a_terminal_ids_are_never_cut_short(tmp_path):
     name = "TCGA-3C-AALI-01Z-00-DX1.F6E9A5DF-D8FB-45CF-B4BD-C6B76294C291[x]"

@@ -305,6 +305,7 @@ def test_a_bad_argument_is_named_and_nothing_is_written(tmp_path, arguments, say
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_folder_with_files_is_refused_and_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     done = subprocess.run(

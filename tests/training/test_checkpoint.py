@@ -122,6 +122,7 @@ FILL = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, before):
     path = tmp_path / "last.safetensors"
