@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+
+from e2e.signals import handle_signals, received_signal
 
 USER_ERROR = 2
 """Exit code: a mistake the user can fix; the message says how."""
@@ -23,6 +24,9 @@ LOST_RANK = 4
 
 INTERRUPTED = 130
 """Exit code: interrupted with Ctrl-C, as shells report it."""
+
+TERMINATED = 143
+"""Exit code: ended by SIGTERM or SIGHUP, as shells report the first."""
 
 
 class UserError(Exception):
@@ -51,12 +55,12 @@ class LostRankError(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with one line that says what was saved and how to continue."""
+    """A signal that ends the command, with one line that says what was saved and how to continue."""
 
 
 @contextmanager
 def describe_interrupt(describe: Callable[[], str]) -> Iterator[None]:
-    """Turn Ctrl-C inside the block into :class:`Interrupted`.
+    """Turn the KeyboardInterrupt of a signal inside the block into :class:`Interrupted`.
 
     Parameters
     ----------
@@ -72,59 +76,6 @@ def describe_interrupt(describe: Callable[[], str]) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         raise Interrupted(describe()) from error
-    except LostRankError as error:
-        # Ctrl-C reaches every rank; the others may have ended before this one came to raise its own.
-        if _interrupt_received.is_set():
-            raise Interrupted(describe()) from error
-        raise
-
-
-_interrupt_received = threading.Event()
-
-RETRY_INTERRUPT = 0.05
-"""Seconds until an interrupt that Python has dropped is sent again."""
-
-
-@contextmanager
-def reliable_interrupts() -> Iterator[None]:
-    """Let no Ctrl-C inside the block be lost.
-
-    Python drops an exception that is raised while it runs a weak reference's callback or a ``__del__``,
-    KeyboardInterrupt too: it prints "Exception ignored in ..." and the program runs on. Inside the
-    block such an interrupt is sent again a moment later. Where Ctrl-C is ignored or handled by other code, as
-    in a job that a shell has put in the background, nothing changes.
-    """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    hook_before = sys.unraisablehook
-    retries: list[threading.Timer] = []
-
-    def receive(*_: object) -> None:
-        _interrupt_received.set()
-        raise KeyboardInterrupt
-
-    def retry(unraisable: sys.UnraisableHookArgs) -> None:
-        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
-            hook_before(unraisable)
-            return
-        main_thread = threading.main_thread().ident
-        retries.append(
-            threading.Timer(RETRY_INTERRUPT, signal.pthread_kill, [main_thread, signal.SIGINT])
-        )
-        retries[-1].start()
-
-    _interrupt_received.clear()
-    sys.unraisablehook = retry
-    signal.signal(signal.SIGINT, receive)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.unraisablehook = hook_before
-        for timer in retries:
-            timer.cancel()
 
 
 @contextmanager
@@ -176,12 +127,12 @@ def exit_code(main: Callable[[], int | None], *, interrupted: str | None = None)
     Returns
     -------
     int
-        What ``main`` returns; 2 after a :class:`UserError`, 4 after a :class:`LostRankError` and 130 after
-        Ctrl-C, each with its message on stderr.
+        What ``main`` returns; 2 after a :class:`UserError`, 4 after a :class:`LostRankError`, 130 after
+        Ctrl-C and 143 after SIGTERM or SIGHUP, each with its message on stderr.
     """
     is_leader = os.environ.get("RANK", "0") == "0"
     try:
-        with reliable_interrupts():
+        with handle_signals():
             return main() or 0
     except UserError as error:
         if error.on_every_rank or is_leader:
@@ -193,7 +144,12 @@ def exit_code(main: Callable[[], int | None], *, interrupted: str | None = None)
     except KeyboardInterrupt as error:
         if is_leader:
             _print_error(f"\n{str(error) or interrupted or 'interrupted'}")
-        return INTERRUPTED
+        return signal_exit_code(received_signal())
+
+
+def signal_exit_code(number: int | None) -> int:
+    """Return the exit code after a signal: 130 for Ctrl-C (and None), 143 for others."""
+    return INTERRUPTED if number in (None, signal.SIGINT) else TERMINATED
 
 
 def _print_error(text: str) -> None:

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-import sympy  # noqa: F401  (adds a warning filter when PyTorch first imports it, in whichever test that is)
+
+# These add warning filters when they are first imported, in whichever test that would be.
+import scipy.sparse
+import scipy.special  # noqa: F401
+import sympy  # noqa: F401
 
 from e2e.store.lmdb import PatchStore
 from tests.helpers.paths import SHARED_DATA

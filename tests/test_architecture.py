@@ -72,7 +72,7 @@ OWNERS = {
 }
 """Library -> the only files that may import it."""
 
-GROUND = ("errors", "registry", "files", "seeds", "memory", "sizes", "slides", "log")
+GROUND = ("errors", "signals", "registry", "files", "seeds", "memory", "sizes", "slides", "log")
 LAYERS = (
     GROUND,
     ("wsi", "parallel", "toy"),

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import textwrap
-import threading
-import weakref
 
 import pytest
 
 from e2e.errors import (
     DamagedDataError,
     Interrupted,
-    LostRankError,
     UserError,
     describe_interrupt,
     exit_code,
@@ -113,87 +109,6 @@ def test_what_was_interrupted_says_what_was_saved_on_rank_0_alone(monkeypatch, c
     assert capsys.readouterr().err == ""
     with pytest.raises(Interrupted):
         work()
-
-
-@pytest.fixture
-def interrupts_delivered():
-    """Ctrl-C is ignored by what a shell has put in the background, and by its children."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-class Patch:
-    """Something that a weak reference can point to."""
-
-
-def send_interrupt(_: object = None) -> None:
-    signal.raise_signal(signal.SIGINT)
-
-
-def test_an_interrupt_that_python_drops_in_a_callback_comes_again(capsys, interrupts_delivered):
-    def work() -> int:
-        with describe_interrupt(lambda: "epoch 3 is saved"):
-            patch = Patch()
-            reference = weakref.ref(patch, send_interrupt)
-            del patch
-            assert reference() is None
-            threading.Event().wait(timeout=60)
-        return 0
-
-    hook = sys.unraisablehook
-    assert exit_code(work) == 130
-    assert capsys.readouterr().err == "\nepoch 3 is saved\n"
-    assert sys.unraisablehook is hook
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_other_errors_in_callbacks_are_reported_as_before(monkeypatch, interrupts_delivered):
-    reported = []
-    monkeypatch.setattr(sys, "unraisablehook", reported.append)
-
-    def work() -> int:
-        patch = Patch()
-        reference = weakref.ref(patch, lambda _: failing(ZeroDivisionError())())
-        del patch
-        assert reference() is None
-        return 0
-
-    assert exit_code(work) == 0
-    assert len(reported) == 1
-
-
-def test_a_rank_that_loses_another_to_ctrl_c_says_what_was_saved(capsys, interrupts_delivered):
-    def work() -> int:
-        with describe_interrupt(lambda: "epoch 3 is saved"):
-            try:
-                send_interrupt()
-            except KeyboardInterrupt:
-                raise LostRankError("rank 1 was lost") from None
-        return 0
-
-    assert exit_code(work) == 130
-    assert capsys.readouterr().err == "\nepoch 3 is saved\n"
-
-
-def test_a_rank_lost_without_ctrl_c_is_reported_also_after_an_interrupted_command(
-    capsys, interrupts_delivered
-):
-    def work() -> int:
-        with describe_interrupt(lambda: "epoch 3 is saved"):
-            raise LostRankError("rank 1 was lost")
-
-    assert exit_code(send_interrupt) == 130
-    assert exit_code(work) == 4
-    assert capsys.readouterr().err == "\ninterrupted\nerror: rank 1 was lost\n"
-
-
-def test_an_ignored_interrupt_stays_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        assert exit_code(lambda: send_interrupt()) == 0
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_a_missing_optional_package_names_the_extra(capsys):

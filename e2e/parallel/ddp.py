@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from e2e.errors import LostRankError, UserError, format_list
 from e2e.parallel.base import MakeOptimizer, Strategy
+from e2e.signals import received_signal
 
 LOST_RANK_ERRORS = re.compile(
     r"Connection (closed|reset|refused)|Read error|Broken pipe|timed out|timeout|remote (process|error)",
@@ -108,6 +110,9 @@ class DistributedStrategy(Strategy):
         except RuntimeError as error:
             if not LOST_RANK_ERRORS.search(str(error)):
                 raise
+            if received_signal() == signal.SIGINT:
+                # Ctrl-C goes to every rank; this one did not come to raise it before the others left.
+                raise KeyboardInterrupt from error
             first_line = re.sub(r"^\[\S*\] ", "", str(error)).splitlines()[0]
             raise LostRankError(
                 f"rank {self.rank} lost contact with another rank: {first_line.partition('. ')[0]}\n"

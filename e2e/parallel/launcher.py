@@ -7,7 +7,6 @@ A rank that ends with an exit code of its own (:mod:`e2e.errors`) has printed it
 from __future__ import annotations
 
 import logging
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,9 +14,16 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from e2e.errors import INTERRUPTED, LOST_RANK, PARTLY_DONE, USER_ERROR
+from e2e.errors import (
+    INTERRUPTED,
+    LOST_RANK,
+    PARTLY_DONE,
+    TERMINATED,
+    USER_ERROR,
+    signal_exit_code,
+)
 
-OWN_CODES = (USER_ERROR, PARTLY_DONE, LOST_RANK, INTERRUPTED)
+OWN_CODES = (USER_ERROR, PARTLY_DONE, LOST_RANK, INTERRUPTED, TERMINATED)
 """Exit codes whose message the rank itself has printed."""
 
 
@@ -48,9 +54,7 @@ def run_torchrun(arguments: Sequence[str]) -> int:
             raise
         return code
     except SignalException as error:
-        if error.sigval != signal.SIGINT:
-            raise
-        return INTERRUPTED
+        return signal_exit_code(error.sigval)
     return 0
 
 

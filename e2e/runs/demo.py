@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,15 +23,13 @@ from e2e.log import Screen, clock
 from e2e.metrics.bootstrap import case_weights, confidence_interval
 from e2e.metrics.values import auc
 from e2e.runs.many import is_done, start_or_resume
-from e2e.runs.processes import child_environment, command_line
+from e2e.runs.processes import Children, Process, command_line
 from e2e.settings.data_cli import demo_parser
 from e2e.store.lmdb import PatchStore
 from e2e.toy.cohort import parse_slides
 
 DRAWS = 1000
 """Resamples of the cases for the interval of the mean-colour control."""
-
-Process = subprocess.Popen[bytes]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,21 +68,22 @@ def run_demo(out: Path, slides: str, seed: int) -> dict[str, dict[str, Any]]:
     UserError
         A step failed.
     """
+    children = Children()
     cohort, store = out / "cohort", out / "cohort.lmdb"
     labels, permuted = cohort / "labels.csv", out / "labels_permuted.csv"
     if not labels.is_file():
         options = ["--out", cohort, "--kind", "micro", "--slides", slides, "--seed", seed]
-        run_step("python -m e2e.toy", [sys.executable, "-m", "e2e.toy"], options)
+        run_step(children, "python -m e2e.toy", [sys.executable, "-m", "e2e.toy"], options)
     options = ["--slides", cohort / "slides", "--out", store, "--mpp", 0.5, "--patch-size", 64]
-    run_step("e2e pack", command_line("pack", []), options)
+    run_step(children, "e2e pack", command_line("pack", []), options)
     permute_labels(labels, permuted, seed)
     # One thread each, side by side: on few cores two processes are faster than two threads.
-    control = start_training(out / "control_permuted", permuted, store, seed, quiet=True)
-    wait_for(start_training(out / "run", labels, store, seed))
+    control = start_training(children, out / "control_permuted", permuted, store, seed, quiet=True)
+    wait_for(children, start_training(children, out / "run", labels, store, seed))
     frozen = "optim.train_encoder=false"
     untrained = out / "control_untrained"
-    wait_for(start_training(untrained, labels, store, seed, frozen, quiet=True))
-    wait_for(control)
+    wait_for(children, start_training(children, untrained, labels, store, seed, frozen, quiet=True))
+    wait_for(children, control)
     results = {
         "encoder and head trained end to end": read_test_auc(out / "run"),
         "control: training labels permuted": read_test_auc(out / "control_permuted"),
@@ -96,15 +94,23 @@ def run_demo(out: Path, slides: str, seed: int) -> dict[str, dict[str, Any]]:
     return results
 
 
-def run_step(shown: str, command: Sequence[str], options: Sequence[object]) -> None:
+def run_step(
+    children: Children, shown: str, command: Sequence[str], options: Sequence[object]
+) -> None:
     """Print a command as a user would type it, and run it to its end."""
     words = [str(option) for option in options]
     print(f"\n$ {shown} {shlex.join(words)}", flush=True)
-    wait_for(start([*command, *words]))
+    wait_for(children, start(children, [*command, *words]))
 
 
 def start_training(
-    folder: Path, labels: Path, store: Path, seed: int, *overrides: str, quiet: bool = False
+    children: Children,
+    folder: Path,
+    labels: Path,
+    store: Path,
+    seed: int,
+    *overrides: str,
+    quiet: bool = False,
 ) -> Process | None:
     """Start a training in ``folder``, or resume it where it was stopped.
 
@@ -121,21 +127,24 @@ def start_training(
     log = folder.with_suffix(".log") if quiet else None
     redirection = f" > {log}" if log else ""
     print(f"\n$ e2e train {shlex.join(words)}{redirection}", flush=True)
-    return start(command_line("train", words), log)
+    return start(children, command_line("train", words), log)
 
 
-def start(command: Sequence[str], log: Path | None = None) -> Process:
+def start(children: Children, command: Sequence[str], log: Path | None = None) -> Process:
     """Start a command with one thread; its output is appended to ``log``, if there is one."""
-    environment = child_environment({"OMP_NUM_THREADS": "1"})
+    changes = {"OMP_NUM_THREADS": "1"}
     if log is None:
-        return subprocess.Popen(command, env=environment)
+        return children.start(command, changes=changes)
     with log.open("ab") as file:
-        return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+        return children.start(command, file, changes)
 
 
-def wait_for(process: Process | None) -> None:
+def wait_for(children: Children, process: Process | None) -> None:
     """Wait for a command; raise UserError if it failed."""
-    if process is not None and process.wait():
+    if process is None:
+        return
+    children.wait(process.wait)
+    if process.returncode:
         command = shlex.join(map(str, process.args))  # pyright: ignore[reportArgumentType]
         raise UserError(
             f"exit code {process.returncode} of: {command}\n"

@@ -8,17 +8,17 @@ from __future__ import annotations
 import json
 import queue
 import shlex
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 from e2e.errors import UserError, format_list
 from e2e.files import write_json
-from e2e.runs.processes import child_environment, command_line
+from e2e.runs.processes import Children, Process, command_line
 
 
 def write_plan(file: Path, plan: Mapping[str, Any], what: str) -> None:
@@ -68,7 +68,28 @@ def run_command(
     gpus: str = "",
     wrapper: Sequence[str] = (),
 ) -> int:
-    """Run ``e2e <command>`` to its end and return its exit code.
+    """Run ``e2e <command>`` to its end and return its exit code; see :func:`start_command`.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        This process received a signal, and so did the command, which has ended.
+    """
+    children = Children()
+    process = start_command(children, command, arguments, log, gpus, wrapper)
+    children.wait(process.wait)
+    return process.returncode
+
+
+def start_command(
+    children: Children,
+    command: str,
+    arguments: Sequence[str],
+    log: Path,
+    gpus: str = "",
+    wrapper: Sequence[str] = (),
+) -> Process:
+    """Start ``e2e <command>`` as one of the children.
 
     Parameters
     ----------
@@ -87,13 +108,10 @@ def run_command(
     ranks = [f"--gpus={num_ranks}"] if num_ranks > 1 else []
     words = command_line(command, [*arguments, *ranks])
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
-        print(f"$ {shlex.join(words)}", file=file, flush=True)
-        environment = child_environment(changes)
-        done = subprocess.run(
-            [*wrapper, *words], stdout=file, stderr=file, env=environment, check=False
-        )
-    return done.returncode
+    with log.open("ab") as file:
+        file.write(f"$ {shlex.join(words)}\n".encode())
+        file.flush()
+        return children.start([*wrapper, *words], file, changes)
 
 
 def train_all(
@@ -115,7 +133,10 @@ def train_all(
     UserError
         Trainings failed; the message names their logs. Those under way are finished first, and no other
         is started.
+    KeyboardInterrupt
+        This process received a signal; the trainings received it too and have ended.
     """
+    children = Children()
     free_slots: queue.SimpleQueue[str] = queue.SimpleQueue()
     for slot in slots:
         free_slots.put(slot)
@@ -131,7 +152,7 @@ def train_all(
             on_gpu = f" on GPU {slot}" if slot else ""
             report(f"{time.strftime('%H:%M:%S')}  {folder.name}{on_gpu}")
             arguments = start_or_resume(runs[folder], folder)
-            code = run_command("train", arguments, log, slot)
+            code = start_command(children, "train", arguments, log, slot).wait()
         finally:
             free_slots.put(slot)
         if code:
@@ -139,9 +160,21 @@ def train_all(
             stop.set()
 
     with ThreadPoolExecutor(len(slots)) as pool:
-        list(pool.map(train_one, [folder for folder in runs if not is_done(folder)]))
+        futures = [pool.submit(train_one, folder) for folder in runs if not is_done(folder)]
+        children.wait(partial(_wait_for_all, futures, stop))
+    for future in futures:
+        future.result()
     if failures:
         raise UserError(
             f"{len(failures)} run(s) failed\n{format_list(failures)}\n"
             "  fix the cause, then run the same command again: finished runs are kept, stopped ones resume"
         )
+
+
+def _wait_for_all(futures: Sequence[Future[None]], stop: Event) -> None:
+    """Wait for the trainings; after a signal no other is started."""
+    try:
+        wait(futures)
+    except KeyboardInterrupt:
+        stop.set()
+        raise

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from e2e.errors import UserError
+from e2e.signals import PARENT_VARIABLE, received_signal
 
 PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+
+Process = subprocess.Popen[bytes]
 
 
 def command_line(command: str, arguments: Sequence[str]) -> list[str]:
@@ -30,6 +36,78 @@ def child_environment(changes: Mapping[str, str] | None = None) -> dict[str, str
     """
     paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(changes or {})}
+
+
+class Children:
+    """Commands that run beside this process and end with it.
+
+    They are in sessions of their own, where Ctrl-C does not reach them: :meth:`wait` passes on what this
+    process receives, once for each time, so that each child ends in good order. If this process is killed,
+    they receive SIGTERM (on Linux).
+    """
+
+    def __init__(self) -> None:
+        self._processes: list[Process] = []
+        self._signal: int | None = None
+
+    def start(
+        self,
+        command: Sequence[str],
+        output: IO[bytes] | None = None,
+        changes: Mapping[str, str] | None = None,
+    ) -> Process:
+        """Start a command.
+
+        Parameters
+        ----------
+        command : sequence of str
+            Program and arguments.
+        output : file, optional
+            Where stdout and stderr go; by default those of this process.
+        changes : mapping, optional
+            Variables to set in the child's environment.
+        """
+        environment = child_environment({**(changes or {}), PARENT_VARIABLE: str(os.getpid())})
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+        self._processes.append(process)
+        if self._signal is not None:  # it was started while the others were told to end
+            process.send_signal(self._signal)
+        return process
+
+    def wait(self, wait: Callable[[], object]) -> None:
+        """Wait, and pass on each signal that this process receives meanwhile.
+
+        Parameters
+        ----------
+        wait : callable
+            Returns when all that the caller waits for has ended.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            There was a signal; all children have received it and ended.
+        """
+        try:
+            wait()
+            return
+        except KeyboardInterrupt:
+            self._send_signal()
+        while True:
+            try:
+                for process in self._processes:
+                    process.wait()
+                raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                if all(process.poll() is not None for process in self._processes):
+                    raise
+                self._send_signal()
+
+    def _send_signal(self) -> None:
+        self._signal = received_signal() or signal.SIGINT
+        for process in self._processes:
+            process.send_signal(self._signal)  # nothing is sent to one that has ended
 
 
 def needs_ranks(num_ranks: int | None, *, on_cpu: bool) -> bool:

@@ -21,6 +21,7 @@ from e2e.errors import UserError, format_list
 from e2e.files import write_atomically
 from e2e.log import MetricsLog, Screen
 from e2e.parallel import Strategy
+from e2e.signals import deferred_signals, stop_requested
 from e2e.tasks.base import Task
 from e2e.training.checkpoint import (
     Tensors,
@@ -37,6 +38,8 @@ LAST = "last.safetensors"
 """File in a run's folder: the state to resume from."""
 NOTABLE_WAITING = 0.05
 """Fraction of the time spent waiting for pixels from which on the progress line shows it."""
+STOPPING = "stopping after the current update, which is then saved; a second Ctrl-C stops at once"
+"""What the first signal prints."""
 
 Validate = Callable[[MILModel], dict[str, float | None]]
 """Evaluates the model on the validation split: metric -> value, None where undefined."""
@@ -120,8 +123,8 @@ class _Step:
     lr: float
     slides: tuple[str, ...]
     metrics: Callable[[], list[float]]
-    """Mean loss over all bags, patches on all ranks, gradient norm, whether it was good; then the
-    loss of each of this rank's bags."""
+    """Mean loss over all bags, patches on all ranks, number of ranks that were told to stop, gradient
+    norm, whether it was good; then the loss of each of this rank's bags."""
 
 
 class Trainer:
@@ -179,6 +182,7 @@ class Trainer:
         strategy.setup(model, self._make_optimizer, clip=schedule.clip)
         self.average = MovingAverage(strategy.shards(), schedule.ema) if schedule.ema else None
         self._waiting = WaitTime()
+        self._is_stopping = False
 
     def _make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(
@@ -202,7 +206,13 @@ class Trainer:
         ------
         UserError
             Training diverged.
+        KeyboardInterrupt
+            A signal came; the update under way was finished, and last.safetensors written, before.
         """
+        with deferred_signals(STOPPING):
+            return self._fit()
+
+    def _fit(self) -> Progress:
         bags = self._bags()
         while not self.progress.finished:
             self._train_epoch(bags)
@@ -268,12 +278,18 @@ class Trainer:
             self._report_step(previous)
             previous = step
             progress, every = self.progress, self.schedule.save_every
-            if every and progress.step % every == 0 and progress.update < num_updates:
+            is_due = every and progress.step % every == 0 and progress.update < num_updates
+            if self._is_stopping:
+                break
+            if is_due:
                 self._report_step(previous)
                 previous = None
                 self._save("last")
         self._report_step(previous)
         self.screen.pause()
+        if self._is_stopping:  # on every rank, after the same update
+            self._save("last")
+            raise KeyboardInterrupt
 
     def _update(self, bag: Bag, num_bags: int, num_updates: int) -> _Step:
         """Start one optimiser step on ``num_bags`` bags over all ranks, in an epoch of ``num_updates``."""
@@ -289,13 +305,12 @@ class Trainer:
         if self.average is not None:
             self.average.update(strategy.shards(), progress.step, good)
         num_patches = sum(chunk.stop - chunk.start for chunk in bag.chunks if chunk.counts)
-        loss_and_patches = torch.stack(
-            [loss.detach().double(), loss.new_tensor(num_patches, dtype=torch.float64)]
-        )
-        strategy.all_reduce_sum(loss_and_patches)
+        numbers = loss.new_tensor([num_patches, stop_requested()], dtype=torch.float64)
+        sums = torch.cat([loss.detach().double().view(1), numbers])
+        strategy.all_reduce_sum(sums)
         progress.update += 1
         progress.step += 1
-        metrics = torch.cat([loss_and_patches, norm.view(1), good.view(1), losses.detach()])
+        metrics = torch.cat([sums, norm.view(1), good.view(1), losses.detach()])
         return _Step(
             number=progress.step,
             epoch=progress.epoch,
@@ -308,7 +323,8 @@ class Trainer:
         """Read the metrics of a step, show and log them, and report a bad one."""
         if step is None:
             return
-        loss, num_patches, norm, good, *losses = step.metrics()
+        loss, num_patches, num_stopping, norm, good, *losses = step.metrics()
+        self._is_stopping = num_stopping > 0
         self._patches += num_patches
         seconds = max(1e-9, time.monotonic() - self._started)
         rate, waiting = self._patches / seconds, self._waiting.seconds / seconds

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from e2e.runs.options_help import describe_topic, parameter_texts
 from e2e.runs.parts import REGISTRIES
 from e2e.runs.processes import child_environment, needs_ranks
 from e2e.settings import data_cli
+from e2e.training.checkpoint import load_checkpoint
 from e2e.wsi.tiling import Tiling
 from tests.helpers.patch_cohort import arguments
 from tests.helpers.patch_cohort import cohort as cohort
@@ -178,24 +180,30 @@ def deliver_interrupts() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [[], ["--gpus", "2"]], ids=["one process", "two ranks"])
-def test_an_interrupted_run_says_how_to_continue_and_continues(cohort, tmp_path, ranks):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_saves_its_update_and_says_how_to_continue(
+    cohort, tmp_path, ranks, number, code
+):
     out = tmp_path / "run"
     words = arguments(cohort, out, "optim.epochs=200", "run.save_every=1")
     process = subprocess.Popen(
         command("train", *ranks, *words), cwd=tmp_path, env=child_environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=deliver_interrupts,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=deliver_interrupts,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while process.poll() is None and not (out / "last.safetensors").exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    for rank in subprocess.run(
-        ["pgrep", "--session", str(process.pid)], capture_output=True, text=True, check=True
-    ).stdout.split():
-        subprocess.run(["kill", f"-{int(signal.SIGINT)}", rank], check=False)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
+    assert process.returncode == code, errors
     line = f"interrupted; checkpoint {out}/last.safetensors; to continue: e2e train --resume {out}"
     assert [text for text in errors.splitlines() if text.startswith("interrupted")] == [line]
+    assert errors.count("stopping after the current update") == 1
     assert "Traceback" not in errors
+    logged = (out / "metrics.jsonl").read_text().splitlines()
+    assert max(json.loads(text)["step"] for text in logged) == steps_saved(out)
+
+
+def steps_saved(folder: Path) -> int:
+    return load_checkpoint(folder / "last.safetensors")[1]["step"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -252,11 +253,16 @@ def test_every_case_is_tested_once_and_what_was_stopped_goes_on(cohort, monkeypa
 def test_each_word_of_gpus_is_a_run_at_a_time_that_sees_those_alone(tmp_path, monkeypatch):
     seen = []
 
-    def note(command, *, env, **options):
-        seen.append((env.get("CUDA_VISIBLE_DEVICES"), [w for w in command if "gpus" in w]))
-        return type("Ended", (), {"returncode": 0})
+    class Ended:
+        returncode = 0
 
-    monkeypatch.setattr(child.subprocess, "run", note)
+        def __init__(self, command, *, env, **options):
+            seen.append((env.get("CUDA_VISIBLE_DEVICES"), [w for w in command if "gpus" in w]))
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", Ended)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for slot in ("", "3", "0,1"):
         child.run_command("train", [], tmp_path / "log", slot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,7 @@ from e2e.engine.model import MILModel
 from e2e.errors import UserError
 from e2e.heads.base import Head, HeadOutput
 from e2e.log import MetricsLog, Screen
+from e2e.signals import handle_signals
 from e2e.training.checkpoint import load_checkpoint, select_prefix
 from e2e.training.losses import bag_losses
 from e2e.training.trainer import Trainer
@@ -70,6 +72,52 @@ def test_the_next_epochs_first_bag_is_started_before_validation(tmp_path):
         made
         == ["bag 0.0", "bag 0.1", "bag 1.0", *["validation"] * 2, "bag 1.1"] + ["validation"] * 2
     )
+
+
+@pytest.fixture
+def signals_handled():
+    """As inside a command, in a process whose Ctrl-C is not ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with handle_signals():
+        yield
+    signal.signal(signal.SIGINT, before)
+
+
+SCORES = both((0.5, 1.0), (0.6, 1.0), (0.7, 1.0))
+
+
+@pytest.mark.parametrize("moment", ["bag 0.0", "bag 0.1", "bag 1.0", "bag 1.1", "validation 2"])
+def test_a_signal_ends_training_after_a_whole_update_and_resuming_changes_nothing(
+    tmp_path, signals_handled, moment
+):
+    complete = trainer(tmp_path / "complete", SCORES)
+    complete.fit()
+    run = trainer(tmp_path / "run", SCORES)
+    epoch, validate, validations = run.loader.epoch, run.validate, []
+
+    def bags(number: int, **where):
+        for update, bag in enumerate(epoch(number, **where)):
+            if moment == f"bag {number}.{update}":
+                signal.raise_signal(signal.SIGTERM)
+            yield bag
+
+    def validate_and_signal(model: MILModel):
+        validations.append(model)
+        if moment == f"validation {len(validations)}":
+            signal.raise_signal(signal.SIGTERM)
+        return validate(model)
+
+    run.loader.epoch, run.validate = bags, validate_and_signal  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run.fit()
+    _, state = load_checkpoint(tmp_path / "run" / "last.safetensors")
+    assert 0 < state["step"] < 6
+    resumed = trainer(tmp_path / "run", SCORES[state["epoch"] :], epochs=len(SCORES))
+    resumed.resume()
+    assert resumed.progress.step == state["step"]
+    assert resumed.fit().step == complete.progress.step
+    for name, value in complete.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
 
 
 def test_validation_is_made_on_schedule_and_after_the_last_epoch(tmp_path):
