@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from e2e.errors import optional_import
-from e2e.files import write_atomically
+from e2e.files import OutputError, write_atomically
 
 
 class Screen:
@@ -115,12 +116,21 @@ class MetricsLog:
     path : Path or None
         The file; None: nothing is written or tracked.
     trackers : sequence of Tracker
-        They receive the same numbers; nested names are joined by a slash.
+        They receive the same numbers; nested names are joined by a slash. One that fails is reported and left
+        out from then on.
+    screen : Screen, optional
+        Prints such reports.
     """
 
-    def __init__(self, path: Path | None, trackers: Sequence[Tracker] = ()) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        trackers: Sequence[Tracker] = (),
+        screen: Screen | None = None,
+    ) -> None:
         self.path = path
-        self._trackers = trackers
+        self._trackers = list(trackers)
+        self._screen = screen or Screen(is_leader=True)
 
     def forget_after(self, step: int) -> None:
         """Remove the lines of steps after ``step``, which a resumed run writes again."""
@@ -133,15 +143,30 @@ class MetricsLog:
         """Append one line; ``values`` must contain ``step``."""
         if self.path is None:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
-        for tracker in self._trackers:
-            tracker.log(dict(_numbers(values)), values["step"])
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {self.path}: {error.strerror}\n"
+                f"  free disk space; to continue: e2e train --resume {self.path.parent}"
+            ) from error
+        working, self._trackers = self._trackers, []
+        for tracker in working:
+            with warn_of_failure(self._screen, f"nothing more is logged to {_name_of(tracker)}"):
+                tracker.log(dict(_numbers(values)), values["step"])
+                self._trackers.append(tracker)
 
     def close(self) -> None:
         """Close the trackers."""
         for tracker in self._trackers:
-            tracker.close()
+            with warn_of_failure(self._screen, f"{_name_of(tracker)} may be incomplete"):
+                tracker.close()
+        self._trackers = []
+
+
+def _name_of(tracker: Tracker) -> str:
+    return type(tracker).__name__
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -190,6 +215,24 @@ class TensorBoard:
         """See :class:`Tracker`."""
         if self._writer is not None:
             self._writer.close()
+
+
+@contextmanager
+def warn_of_failure(screen: Screen, consequence: str) -> Iterator[None]:
+    """Turn an error inside the block, which writes something optional, into a warning.
+
+    Parameters
+    ----------
+    screen : Screen
+        Prints the warning.
+    consequence : str
+        What there will not be, such as ``no heatmap of slide 's1'``.
+    """
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 (results never depend on a picture or a tracker)
+        reason = (str(error).splitlines() or [""])[0][:200]
+        screen.say(f"warning: {consequence}: {type(error).__name__}: {reason}")
 
 
 class Wandb:

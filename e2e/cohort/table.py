@@ -12,7 +12,7 @@ import pandas as pd
 
 from e2e.errors import UserError
 from e2e.files import read_text
-from e2e.slides import Slide
+from e2e.slides import Slide, find_id_fault
 
 NUM_EXAMPLES = 3
 """Ids that are named of many slides with the same problem."""
@@ -214,6 +214,9 @@ def _find_row_fault(
 ) -> str | None:
     if not slide.id or not slide.case:
         return "empty slide or case id"
+    for what, text in (("slide", slide.id), ("case", slide.case.replace("/", "_"))):
+        if (fault := find_id_fault(text)) is not None:
+            return f"{what} id cannot be used: {fault}"
     if slide.split not in split_names:
         return f"split '{slide.split}' is not one of {', '.join(split_names)}"
     if any(slide.id == other.id for other in earlier_in_row):

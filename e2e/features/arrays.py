@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.errors import DamagedDataError
+from e2e.slides import slide_of_file
 
 
 class SlideArrays(NamedTuple):
@@ -36,7 +37,7 @@ def list_files(folder: Path, suffix: str) -> dict[str, Path]:
     if not folder.is_dir():
         return {}
     files = (f for f in folder.iterdir() if f.suffix == suffix and f.name[0] != ".")
-    return {file.name.removesuffix(suffix): file for file in sorted(files)}
+    return {slide_of_file(file.name.removesuffix(suffix)): file for file in sorted(files)}
 
 
 def open_h5(file: Path) -> h5py.File:

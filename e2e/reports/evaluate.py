@@ -14,7 +14,7 @@ from e2e.cohort.folds import tcga_sites
 from e2e.engine.model import MILModel
 from e2e.errors import UserError
 from e2e.files import write_json
-from e2e.log import Screen
+from e2e.log import Screen, warn_of_failure
 from e2e.metrics.bootstrap import by_group, case_weights, confidence_interval
 from e2e.metrics.figures import write_figures
 from e2e.parallel import Strategy
@@ -196,7 +196,7 @@ def evaluate_run(
                 weights, task.for_weights(name), name, report, is_selected=name == selected
             )
     if strategy.is_leader:
-        _write_results(predictions, task.for_weights(selected), report, out)
+        _write_results(predictions, task.for_weights(selected), report, out, screen)
     title = f"epoch {report['epoch']}, selected on {chosen_on} by {selected}"
     screen.table(title, *metric_table(report))
     return report
@@ -256,14 +256,22 @@ class _Evaluation:
             self.screen.say(
                 "no heatmaps of slides without coordinates; see the setting data.coords"
             )
-        return heatmap_writer(task, self.view.reader, self.out / "heatmaps", with_coords)
+        return heatmap_writer(
+            task, self.view.reader, self.out / "heatmaps", with_coords, self.screen
+        )
 
 
 def _write_results(
-    predictions: Sequence[Prediction], task: Task, report: Mapping[str, Any], out: Path
+    predictions: Sequence[Prediction],
+    task: Task,
+    report: Mapping[str, Any],
+    out: Path,
+    screen: Screen,
 ) -> None:
+    """Write predictions and metrics, and only then pictures, which may fail."""
     write_predictions(predictions, task, out / "predictions.csv")
+    write_json(out / "metrics.json", report)  # its presence marks the run as finished
     test = [prediction for prediction in predictions if prediction.split == "test"]
     if test:
-        write_figures(task.figures(*to_arrays(test)), out / "figures")
-    write_json(out / "metrics.json", report)  # last: its presence marks the run as finished
+        with warn_of_failure(screen, f"no figures in {out / 'figures'}"):
+            write_figures(task.figures(*to_arrays(test)), out / "figures")

@@ -23,6 +23,8 @@ from e2e.errors import DamagedDataError
 from e2e.files import write_atomically
 from e2e.heads.base import HeadOutput
 from e2e.images.decode import Decoder, UndecodableError
+from e2e.log import Screen, warn_of_failure
+from e2e.slides import file_name
 from e2e.store.records import PatchReader, SlideRecord
 from e2e.tasks.base import Task
 
@@ -37,7 +39,7 @@ OVERLAY = 0.55
 
 
 def heatmap_writer(
-    task: Task, reader: RowReader, folder: Path, items: Sequence[LabelledSlide]
+    task: Task, reader: RowReader, folder: Path, items: Sequence[LabelledSlide], screen: Screen
 ) -> Callable[[LabelledSlide, HeadOutput, list[float]], None]:
     """Return a function that writes a heatmap of each slide of ``items`` when it is predicted.
 
@@ -53,9 +55,10 @@ def heatmap_writer(
         Where heatmaps are written; it is created.
     items
         The slides to draw.
+    screen
+        Prints a warning for a heatmap that cannot be drawn or written.
     """
     decoder = reader.decoder
-    folder.mkdir(parents=True, exist_ok=True)
     ids = {item.slide.id for item in items}
 
     def write(item: LabelledSlide, output: HeadOutput, values: list[float]) -> None:
@@ -68,9 +71,10 @@ def heatmap_writer(
             task.label_columns, task.format_labels(task.target_values(item.target)), strict=True
         )
         label = ", ".join(f"{column} {word}" for column, word in words if word)
-        name = item.slide.id.replace("/", "_")  # an id must not lead out of the folder
         caption = f"{item.slide.id}   predicted {task.heatmap_output(values)[1]}   {label}".rstrip()
-        draw_heatmap(item, scores, decoder=decoder, caption=caption, path=folder / name)
+        with warn_of_failure(screen, f"no heatmap of slide '{item.slide.id}'"):
+            path = folder / file_name(item.slide.id)
+            draw_heatmap(item, scores, decoder=decoder, caption=caption, path=path)
 
     return write
 

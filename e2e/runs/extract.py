@@ -46,10 +46,11 @@ from e2e.runs.processes import needs_ranks, run_ranks
 from e2e.settings.cli import extract_parser
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore
+from e2e.store.mpp_table import check_overrides, read_mpp
 from e2e.store.open import expand_store_paths, open_store
 from e2e.store.pack import pack
 from e2e.store.records import PatchReader
-from e2e.store.sources import SlideFiles, read_mpp
+from e2e.store.sources import SlideFiles
 from e2e.wsi.slide import find_slides
 from e2e.wsi.tiling import Tiling
 
@@ -278,7 +279,9 @@ def extract_slides(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --out {out}: {error.strerror}") from error
-    source = SlideFiles(find_slides(slides), tiling, mpp=mpp_by_slide)
+    paths = find_slides(slides)
+    check_overrides(mpp_by_slide, paths)
+    source = SlideFiles(paths, tiling, mpp=mpp_by_slide)
     packed = pack(source, out / "slides.lmdb", workers=workers)
     if packed.problems:
         print(f"{len(packed.problems)} slides could not be packed, see {packed.quarantine}")

@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from e2e.errors import UserError, format_list
+from e2e.slides import file_name
 from e2e.store.records import SlideRecord
 
 IDENTITY = "source_identity"
@@ -49,7 +50,7 @@ class FeatureFolder:
 
     def file(self, slide: str) -> Path:
         """File of one slide's features."""
-        return self.folder / f"{slide}.h5"
+        return self.folder / f"{file_name(slide)}.h5"
 
 
 def magnification(mpp: float | None) -> float | None:
@@ -102,9 +103,10 @@ def is_complete(file: Path, record: SlideRecord) -> bool:
     """
     try:
         with h5py.File(file, "r", locking=False) as h5:
-            if len(h5["features"]) != record.num_patches:  # pyright: ignore[reportArgumentType]
+            content: Mapping[str, Any] = h5
+            if len(content["features"]) != record.num_patches:
                 return False
-            coords = h5.get("coords")
+            coords = content.get("coords")
             if coords is None or record.coords is None:
                 return coords is None and record.coords is None
             identity = coords.attrs.get(IDENTITY, record.identity)

@@ -24,9 +24,10 @@ from e2e.errors import UserError, describe_interrupt
 from e2e.settings.data_cli import pack_parser
 from e2e.store.cluster import connect, pack_on_cluster
 from e2e.store.index import index_path
+from e2e.store.mpp_table import check_overrides, read_mpp
 from e2e.store.pack import Progress as PackProgress
 from e2e.store.pack import Report, Row, pack
-from e2e.store.sources import CoordsFiles, PatchFolders, SlideFiles, Source, read_mpp
+from e2e.store.sources import CoordsFiles, PatchFolders, SlideFiles, Source
 from e2e.wsi.slide import find_slides
 from e2e.wsi.tiling import Tiling
 
@@ -59,10 +60,12 @@ def sources(args: argparse.Namespace) -> list[tuple[Path, Source]]:
     if args.patches:
         reject_options(args, "--patches", "overlap", "tissue", "scale")
         folders = PatchFolders(args.patches, args.patch_size, args.quality, mpp, overrides)
+        check_overrides(overrides, folders.slide_folders())
         return [(args.out, folders)]
     if args.coords:
         reject_options(args, "--coords", "mpp", "mag", "scale", "overlap", "tissue")
         paths = find_slides(args.slides)
+        check_overrides(overrides, paths)
         coords = CoordsFiles(args.coords, paths, args.patch_size, args.quality, overrides)
         return [(args.out, coords)]
     options = {
@@ -81,6 +84,7 @@ def sources(args: argparse.Namespace) -> list[tuple[Path, Source]]:
             for scale in args.scale
         }
     paths = find_slides(args.slides)
+    check_overrides(overrides, paths)
     return [
         (out, SlideFiles(paths, tiling, args.quality, overrides)) for out, tiling in scales.items()
     ]

@@ -27,9 +27,10 @@ from e2e.settings.layers import saved_settings
 from e2e.settings.schema import Settings
 from e2e.slides import Slide
 from e2e.store.lmdb import OtherPatchesError, PatchStore
+from e2e.store.mpp_table import check_overrides, read_mpp
 from e2e.store.pack import Progress, Report, Row, pack
 from e2e.store.records import SlideReader
-from e2e.store.sources import SlideFiles, read_mpp
+from e2e.store.sources import SlideFiles
 from e2e.tasks.base import Task
 from e2e.training.checkpoint import check_weights, load_checkpoint, select_prefix
 from e2e.wsi.slide import find_slides
@@ -167,7 +168,7 @@ def predict_items(
     on_slide = None
     if heatmaps is not None:
         with_coords = [item for item in items if item.record.coords is not None]
-        on_slide = heatmap_writer(task, parts.view.reader, heatmaps, with_coords)
+        on_slide = heatmap_writer(task, parts.view.reader, heatmaps, with_coords, screen)
     return predict_slides(
         parts.model,
         items,
@@ -208,7 +209,9 @@ def pack_like_training(
     """Pack slides into ``out/slides.lmdb`` by the recipe of a run's training slides."""
     mpp_by_slide = read_mpp(mpp_override) if mpp_override else {}
     tiling = Tiling.from_recipe(recipe)
-    source = SlideFiles(find_slides(*slides), tiling, recipe["quality"], mpp_by_slide)
+    paths = find_slides(*slides)
+    check_overrides(mpp_by_slide, paths)
+    source = SlideFiles(paths, tiling, recipe["quality"], mpp_by_slide)
     store = out / "slides.lmdb"
     progress = _PackProgress(screen)
     try:

@@ -165,7 +165,7 @@ def _fit(
     try:
         if strategy.is_leader:
             trackers = [TRACKERS[k](folder, dump_settings(settings)) for k in settings.run.track]
-            log = MetricsLog(folder / "metrics.jsonl", trackers)
+            log = MetricsLog(folder / "metrics.jsonl", trackers, screen)
         _print_summary(screen, settings, parts, strategy)
         trainer = _build_trainer(settings, folder, parts, strategy, log, screen)
         if resume:

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from e2e.errors import DamagedDataError, UserError
+from e2e.slides import check_ids
 from e2e.store.coords import find_coords_files, read_coords
 from e2e.store.pickles import read_pickle, read_pickled_bytes
 from e2e.store.records import Indices, SlideRecord
@@ -69,6 +70,7 @@ class AbmilxStore:
         slides = self._read_list(b"__slide__", list) or []
         if not all(isinstance(slide, str) for slide in slides):
             raise DamagedDataError(f"{self.path}: __slide__ is not a list of names")
+        check_ids([*self._counts, *slides], self.path)
         self._uncounted = [slide for slide in slides if slide not in self._counts]
 
     def __contains__(self, slide: str) -> bool:

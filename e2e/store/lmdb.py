@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from e2e.errors import DamagedDataError, OneRankError, UserError, format_list
+from e2e.slides import check_ids
 from e2e.store.records import Indices, SlideRecord
 from e2e.store.snapshot import (
     MAX_READERS,
@@ -48,9 +49,6 @@ VERSION = 2
 
 MAP_SIZE = 1 << 40
 """Bytes a store may grow to while it is written. Address space, not disk: the file grows as it fills."""
-
-MAX_ID_BYTES = 500
-"""Longest slide id; LMDB's keys end at 511 bytes."""
 
 _HEADER = b"header"
 _SLIDE = b"s:"
@@ -207,6 +205,7 @@ class PatchStore:
         """Return the recipe, and what is kept of each slide."""
         recipe = _read_header(txn, self.path)["recipe"]
         metadata = {slide: _read_metadata(value) for slide, value in _slide_values(txn)}
+        check_ids(metadata, self.path)
         return recipe, {
             slide: _Entry(meta["number"], meta["count"], meta["checksum"])
             for slide, meta in metadata.items()
@@ -351,9 +350,8 @@ class StoreWriter:
         ValueError
             If the number of JPEGs is not that of the record, or the slide is in the store already.
         """
+        check_ids([record.slide], self.path)
         key = _SLIDE + record.slide.encode()
-        if not record.slide or len(record.slide.encode()) > MAX_ID_BYTES:
-            raise UserError(f"slide id '{record.slide}' must have 1 to {MAX_ID_BYTES} bytes")
         try:
             with self._env.begin(write=True, buffers=True) as txn:
                 if txn.get(key) is not None:

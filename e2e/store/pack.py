@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from e2e.errors import UserError, format_list
 from e2e.files import OutputError, write_atomically
+from e2e.slides import file_name
 from e2e.store.lmdb import OtherPatchesError, StoreWriter
 from e2e.store.records import SlideRecord
 from e2e.store.sources import Job, Source
@@ -347,7 +348,7 @@ class _Conveyor:
         """Submit plans and batches as far as there is room."""
         while self._waiting and len(self._lanes) < self._max_lanes:
             job = self._waiting.popleft()
-            overview = self._overviews / f"{job.slide}.png"
+            overview = self._overviews / f"{file_name(job.slide)}.png"
             self._lanes.append(_Lane(job, self._pool.submit(_run_job, job.plan, overview)))
         for lane in self._lanes:
             if not lane.plan.done():

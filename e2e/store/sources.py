@@ -5,7 +5,6 @@ A source lists jobs. A job is one slide with everything that a worker process ne
 
 from __future__ import annotations
 
-import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,10 @@ from e2e.wsi.slide import WholeSlide
 from e2e.wsi.tiling import Tiling, coords_from_names, grid
 
 PATCH_SUFFIXES = (".jpg", ".jpeg", ".png")
+PATCH_FORMATS = ("JPEG", "PNG")
+"""What Pillow may take such a file for: its other readers are many and start programs."""
+MAX_PATCH_PX = 8192
+"""Largest side of a patch."""
 
 
 class Job(Protocol):
@@ -200,12 +203,13 @@ class PatchFolders:
         """`patch_px`, or the side of the first image that can be read."""
         if self.patch_px is not None:
             return self.patch_px
-        for folder in self._slide_folders():
+        for folder in self.slide_folders():
             for file in _list_images(folder):
                 try:
-                    with Image.open(file) as image:
-                        return image.width
-                except (OSError, SyntaxError, ValueError):
+                    with Image.open(file, formats=PATCH_FORMATS) as image:
+                        if max(image.size) <= MAX_PATCH_PX:  # a header can claim any size
+                            return image.width
+                except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
                     continue
         raise UserError(f"no readable .jpg or .png in the folders of {self.folder}")
 
@@ -224,10 +228,11 @@ class PatchFolders:
         px, resize = self.stored_px, self.patch_px is not None
         return [
             _FolderJob(folder, px, resize, self.quality, self.mpp_of.get(folder.name, self.mpp))
-            for folder in self._slide_folders()
+            for folder in self.slide_folders()
         ]
 
-    def _slide_folders(self) -> list[Path]:
+    def slide_folders(self) -> list[Path]:
+        """Return the folders of the slides, sorted."""
         if not self.folder.is_dir():
             raise UserError(
                 f"no folder {self.folder}\n  --patches takes one folder per slide: DIR/<slide>/*.jpg"
@@ -390,7 +395,9 @@ class _FolderJob:
     def _encode_image(self, file: Path) -> bytes:
         try:
             data = file.read_bytes()
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=PATCH_FORMATS)
+            if max(image.size) > MAX_PATCH_PX:
+                raise ValueError(f"{image.width}x{image.height} pixels are no patch")
             image.load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DamagedDataError(f"{file} cannot be read as an image: {error}") from error
@@ -405,50 +412,30 @@ class _FolderJob:
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             image = Image.alpha_composite(white, image.convert("RGBA"))
-        image = image.convert("RGB")
+        image = to_rgb(image, file)
         if image.size != size:
             image = image.resize(size, Image.Resampling.BICUBIC)
         return encode_jpeg(image, self.quality)
 
 
-def read_mpp(table: Path) -> dict[str, float]:
-    """Read the resolution of slides from a CSV file with columns slide,mpp.
-
-    Returns
-    -------
-    dict
-        Slide id or file name -> micrometres per level-0 pixel.
+def to_rgb(image: Image.Image, file: Path) -> Image.Image:
+    """Return an image with 8 bits a channel; of 16-bit grey values the upper 8 bits count.
 
     Raises
     ------
-    UserError
-        If there is no such file, it has other columns, a slide occurs twice, or a resolution is not a
-        number between 0 and 1000.
+    DamagedDataError
+        Its values have no known range.
     """
-    try:
-        rows = list(csv.DictReader(table.read_text("utf-8-sig").splitlines()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the --mpp-override table {table}: {error}") from error
-    if not rows or not {"slide", "mpp"} <= rows[0].keys():
-        columns = ", ".join(map(str, rows[0])) if rows else "no rows"
-        raise UserError(
-            f"{table} needs the columns slide,mpp and a row per slide; it has {columns}"
-        )
-    mpp: dict[str, float] = {}
-    for line, row in enumerate(rows, start=2):
-        try:
-            value = float(row["mpp"])
-        except (TypeError, ValueError):
-            value = 0.0
-        if not 0 < value < 1000 or not row["slide"]:
-            raise UserError(
-                f"{table} line {line}: slide '{row['slide']}' has mpp '{row['mpp']}'\n"
-                "  give a slide id and its micrometres per level-0 pixel, such as 0.25"
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise DamagedDataError(
+                f"{file}: grey values beyond 16 bits; save it with 8 bits a channel"
             )
-        if row["slide"] in mpp:
-            raise UserError(f"{table} line {line}: slide '{row['slide']}' occurs twice")
-        mpp[row["slide"]] = value
-    return mpp
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise DamagedDataError(f"{file}: floating-point values; save it with 8 bits a channel")
+    return image.convert("RGB")
 
 
 def _override(mpp: Mapping[str, float], path: Path) -> float | None:

@@ -21,6 +21,7 @@ from e2e.bags.spec import LabelledSlide
 from e2e.errors import DamagedDataError
 from e2e.heads.base import HEADS, HeadOutput
 from e2e.images.decode import build_decoder
+from e2e.log import Screen
 from e2e.reports.heatmap import draw_heatmap, heatmap_writer, patch_scores, percentile_ranks
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore, StoreWriter
@@ -182,7 +183,7 @@ def test_the_image_shows_tissue_on_the_left_and_scores_over_it_on_the_right(item
 
 
 def test_an_id_with_slashes_stays_in_the_folder(tmp_path):
-    name = "../../out/s"
+    name = "out/s"
     with StoreWriter(tmp_path / "x.lmdb", RECIPE) as writer:
         writer.add(record(name, 2), [jpeg(0), jpeg(1)])
     slide = LabelledSlide(
@@ -190,10 +191,24 @@ def test_an_id_with_slashes_stays_in_the_folder(tmp_path):
     )
     task = TASKS.build("classification", classes=["a", "b"])
     folder = tmp_path / "run" / "heatmaps"
-    draw = heatmap_writer(task, FeatureRowReader(1 << 20), folder, [slide])
+    draw = heatmap_writer(task, FeatureRowReader(1 << 20), folder, [slide], Screen(is_leader=True))
     draw(slide, HeadOutput(torch.zeros(1, 2), attention_logits=torch.zeros(1, 1, 2)), [0.25, 0.75])
-    assert [path.name for path in folder.glob("*.png")] == [".._.._out_s.png"]
+    assert [path.name for path in folder.glob("*.png")] == ["out%2Fs.png"]
     assert sorted(path.name for path in tmp_path.glob("*") if path.suffix == "") == ["run"]
+
+
+def test_a_heatmap_that_cannot_be_written_is_a_warning(tmp_path, capsys):
+    with StoreWriter(tmp_path / "x.lmdb", RECIPE) as writer:
+        writer.add(record("s", 2), [jpeg(0), jpeg(1)])
+    slide = LabelledSlide(
+        Slide("s", "s", "test", {}), PatchStore(tmp_path / "x.lmdb"), torch.tensor(0)
+    )
+    task = TASKS.build("classification", classes=["a", "b"])
+    (tmp_path / "heatmaps").write_text("a file where the folder belongs")
+    screen = Screen(is_leader=True)
+    draw = heatmap_writer(task, FeatureRowReader(1 << 20), tmp_path / "heatmaps", [slide], screen)
+    draw(slide, HeadOutput(torch.zeros(1, 2), attention_logits=torch.zeros(1, 1, 2)), [0.25, 0.75])
+    assert "warning: no heatmap of slide 's': " in capsys.readouterr().out
 
 
 def test_overlapping_patches_show_their_mean(tmp_path):

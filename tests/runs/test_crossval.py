@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from e2e.errors import UserError
+from e2e.errors import UserError, exit_code
 from e2e.metrics.bootstrap import case_weights
 from e2e.metrics.values import auc
 from e2e.runs import crossval
@@ -23,7 +23,7 @@ from e2e.runs.saved import SavedPredictions
 from e2e.settings.layers import load_settings
 from e2e.tasks.base import TASKS
 from launch import crossval as command
-from launch import train
+from launch import evaluate, train
 from tests.helpers.commands import call
 from tests.helpers.feature_cohort import COUNTS, arguments
 from tests.helpers.feature_cohort import cohort as cohort
@@ -206,7 +206,7 @@ def test_a_fold_and_a_seed_are_one_run_however_often_they_are_asked_for(cohort):
 
 
 @pytest.mark.parametrize(
-    "where", ["e2e.reports.evaluate.write_figures", "e2e.runs.folder.write_json"]
+    "where", ["e2e.reports.evaluate.write_predictions", "e2e.runs.folder.write_json"]
 )
 def test_a_run_that_is_killed_anywhere_is_not_done_and_goes_on(cohort, monkeypatch, capsys, where):
     words, folder = own_words(cohort), cohort / "cv" / "runs" / "fold_0_seed_0"
@@ -222,6 +222,27 @@ def test_a_run_that_is_killed_anywhere_is_not_done_and_goes_on(cohort, monkeypat
     code, said = call(train.main, monkeypatch, capsys, *child.start_or_resume(words, folder))
     assert code == 0, said
     assert child.is_done(folder)
+
+
+def test_pictures_that_fail_are_a_warning_and_evaluation_draws_them_later(
+    cohort, monkeypatch, capsys, tmp_path
+):
+    folder = tmp_path / "run"
+
+    def fail(*_):
+        raise ValueError("no pictures today")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("e2e.reports.evaluate.write_figures", fail)
+        monkeypatch.setattr(sys, "argv", ["train", *own_words(cohort), f"run.out={folder}"])
+        assert exit_code(train.main) == 0
+    assert "warning: no figures in" in capsys.readouterr().out
+    assert child.is_done(folder)
+    assert (folder / "predictions.csv").is_file()
+    assert not list(folder.glob("figures/*"))
+    code, said = call(evaluate.main, monkeypatch, capsys, folder, "--out", folder)
+    assert code == 0, said
+    assert list(folder.glob("figures/*.png"))
 
 
 @pytest.mark.slow

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from e2e.errors import UserError
+from e2e import cli
+from e2e.errors import UserError, exit_code
 from e2e.runs.feature_folder import FeatureFolder, is_complete, slide_file
 from e2e.store.lmdb import PatchStore, StoreWriter
+from e2e.store.mpp_table import check_overrides
 from e2e.store.pack import pack
 from e2e.store.sources import PatchFolders
 from tests.helpers.packing import cohort, source, write_slide
-from tests.helpers.stores import RECIPE, jpeg, patches, record, write_store
+from tests.helpers.stores import RECIPE, jpeg, patches, picture, record, write_store
 
 
 @pytest.fixture
@@ -87,6 +92,64 @@ def test_a_folder_of_patches_is_known_by_its_files(tmp_path):
     (tmp_path / "patches" / "b" / "1.jpg").write_bytes(jpeg(77))
     with pytest.raises(UserError, match=r"1 slide\(s\)(?s:.*)  b: "):
         pack(PatchFolders(tmp_path / "patches"), out, workers=0)
+
+
+# --- resolutions given by hand ---
+
+
+def test_an_override_that_names_no_slide_is_an_error_with_the_nearest_name(tmp_path):
+    slides = [tmp_path / "TCGA-01.svs", tmp_path / "TCGA-02.svs"]
+    check_overrides({"TCGA-01": 0.5, "TCGA-02.svs": 0.25}, slides)
+    with pytest.raises(
+        UserError, match=r"2 row\(s\) name no slide\n  'TCGA-O1'; did you mean 'TCGA-01'"
+    ):
+        check_overrides({"TCGA-O1": 0.5, "other": 0.25, "TCGA-02": 0.25}, slides)
+
+
+@pytest.mark.parametrize("source", ["--slides", "--patches", "--coords"])
+def test_every_way_to_pack_looks_at_the_overrides(packed, source):
+    (packed / "mpp.csv").write_text("slide,mpp\ns9,0.25\n")
+    (packed / "slides" / "s0").mkdir()
+    words = ["pack", source, packed / "slides", "--out", packed / "x.lmdb"]
+    words += ["--mpp-override", packed / "mpp.csv", "--patch-size", "32"]
+    words += ["--slides", packed / "slides"] if source == "--coords" else []
+    assert exit_code(lambda: cli.run([str(word) for word in words])) == 2
+    assert not (packed / "x.lmdb").exists()
+
+
+# --- pixels ---
+
+
+def test_grey_images_of_16_bits_keep_their_brightness(tmp_path):
+    (tmp_path / "patches" / "a").mkdir(parents=True)
+    values = np.full((32, 32), 171 * 257, np.uint16)
+    Image.fromarray(values).save(tmp_path / "patches" / "a" / "0.png")
+    pack(PatchFolders(tmp_path / "patches"), tmp_path / "out.lmdb", workers=0)
+    stored = Image.open(io.BytesIO(PatchStore(tmp_path / "out.lmdb").read("a", [0])[0]))
+    assert np.asarray(stored).mean() == pytest.approx(171, abs=1)
+
+
+def test_an_image_of_another_format_behind_a_png_name_is_refused(tmp_path):
+    (tmp_path / "patches" / "a").mkdir(parents=True)
+    (tmp_path / "patches" / "b").mkdir()
+    picture(1).save(tmp_path / "patches" / "a" / "0.png", format="TIFF")
+    picture(1).save(tmp_path / "patches" / "b" / "0.png")
+    report = pack(PatchFolders(tmp_path / "patches"), tmp_path / "out.lmdb", workers=0)
+    assert [row.slide for row in report.packed] == ["b"]
+    assert "cannot be read as an image" in report.problems[0].reason
+
+
+def test_a_first_image_that_claims_a_huge_size_does_not_end_the_pack(tmp_path):
+    for slide in "ab":
+        (tmp_path / "patches" / slide).mkdir(parents=True)
+        (tmp_path / "patches" / slide / "0.jpg").write_bytes(jpeg(1))
+    bomb = bytearray(jpeg(1))
+    start = bomb.index(b"\xff\xc0") + 5
+    bomb[start : start + 4] = struct.pack(">HH", 65500, 65500)
+    (tmp_path / "patches" / "a" / "0.jpg").write_bytes(bomb)
+    report = pack(PatchFolders(tmp_path / "patches"), tmp_path / "out.lmdb", workers=0)
+    assert [row.slide for row in report.packed] == ["b"]
+    assert "cannot be read as an image" in report.problems[0].reason
 
 
 # --- features ---

@@ -16,6 +16,7 @@ from PIL import Image
 from e2e.errors import DamagedDataError, UserError
 from e2e.store.coords import read_coords
 from e2e.store.identity import join_identity
+from e2e.store.mpp_table import read_mpp
 from e2e.store.pack import Progress, _BadSlideError, _Conveyor, pack, worker_pool
 from e2e.store.records import SlideRecord
 from e2e.store.sources import (
@@ -23,7 +24,6 @@ from e2e.store.sources import (
     PatchFolders,
     SlideFiles,
     encode_jpeg,
-    read_mpp,
 )
 from e2e.wsi.slide import WholeSlide, find_slides
 from e2e.wsi.tiling import Tiling

@@ -1,0 +1,75 @@
+"""Tables of resolutions that replace what slides say of themselves (``--mpp-override``)."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from e2e.errors import UserError, format_list
+
+
+def read_mpp(table: Path) -> dict[str, float]:
+    """Read the resolution of slides from a CSV file with columns slide,mpp.
+
+    Returns
+    -------
+    dict
+        Slide id or file name -> micrometres per level-0 pixel.
+
+    Raises
+    ------
+    UserError
+        If there is no such file, it has other columns, a slide occurs twice, or a resolution is not a
+        number between 0 and 1000.
+    """
+    try:
+        rows = list(csv.DictReader(table.read_text("utf-8-sig").splitlines()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the --mpp-override table {table}: {error}") from error
+    if not rows or not {"slide", "mpp"} <= rows[0].keys():
+        columns = ", ".join(map(str, rows[0])) if rows else "no rows"
+        raise UserError(
+            f"{table} needs the columns slide,mpp and a row per slide; it has {columns}"
+        )
+    mpp: dict[str, float] = {}
+    for line, row in enumerate(rows, start=2):
+        try:
+            value = float(row["mpp"])
+        except (TypeError, ValueError):
+            value = 0.0
+        if not 0 < value < 1000 or not row["slide"]:
+            raise UserError(
+                f"{table} line {line}: slide '{row['slide']}' has mpp '{row['mpp']}'\n"
+                "  give a slide id and its micrometres per level-0 pixel, such as 0.25"
+            )
+        if row["slide"] in mpp:
+            raise UserError(f"{table} line {line}: slide '{row['slide']}' occurs twice")
+        mpp[row["slide"]] = value
+    return mpp
+
+
+def check_overrides(mpp: Mapping[str, float], slides: Iterable[Path]) -> None:
+    """Raise UserError if a row names no slide: the slide it was meant for would keep its wrong resolution.
+
+    Parameters
+    ----------
+    mpp : mapping
+        As :func:`read_mpp` returns it.
+    slides : iterable of Path
+        The slides, or folders of patches.
+    """
+    names = {name for path in slides for name in (path.stem, path.name)}
+    unmatched = [name for name in mpp if name not in names]
+    if not unmatched:
+        return
+    lines = []
+    for name in unmatched[:3]:
+        similar = difflib.get_close_matches(name, names, n=1)
+        lines.append(f"'{name}'" + (f"; did you mean '{similar[0]}'?" if similar else ""))
+    more = [f"... and {len(unmatched) - 3} more"] if len(unmatched) > 3 else []
+    raise UserError(
+        f"--mpp-override: {len(unmatched)} row(s) name no slide\n{format_list([*lines, *more])}\n"
+        "  give slide ids or file names, or remove these rows"
+    )
