@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+MAX_ID_BYTES = 200
+"""Length of an id in UTF-8: files are named by ids, and a file name has at most 255 bytes."""
 
 
 @dataclass(frozen=True)
@@ -24,3 +29,47 @@ class Slide:
     """Column name -> cell, as text, for each column of the label table that the task reads."""
     centre: str = ""
     """Centre (hospital) the slide comes from; empty if the label table does not name it."""
+
+
+def find_id_fault(text: str) -> str | None:
+    """Return why a text cannot be the id of a slide or case; None if it can.
+
+    Files and folders are named by ids, and ids are written into tables and reports. So an id from a
+    table, a store, a file name or a Python call is checked here before it is used. An id may contain
+    ``/``, but must stay below the folder that it is joined to.
+
+    Parameters
+    ----------
+    text
+        The id.
+
+    Returns
+    -------
+    str or None
+        What is wrong, in a few words.
+
+    Examples
+    --------
+    >>> find_id_fault("TCGA-02-0001"), find_id_fault("centre 1/slide")
+    (None, None)
+    >>> find_id_fault("../../x")
+    "leads out of a folder ('..')"
+    """
+    if not text or text.isspace():
+        return "empty slide or case id"
+    if any(unicodedata.category(letter) == "Cs" for letter in text):
+        return "has an unpaired surrogate, which is no character"
+    if any(unicodedata.category(letter) in ("Cc", "Zl", "Zp") for letter in text):
+        return "has a control character or line break"
+    if len(text.encode()) > MAX_ID_BYTES:
+        return f"is longer than {MAX_ID_BYTES} bytes in UTF-8"
+    parts = re.split(r"[/\\]", text)
+    if parts[0] == "" or re.fullmatch("[A-Za-z]:", parts[0]):
+        return "is an absolute path"
+    if {"", ".", ".."} & {*parts}:
+        return (
+            "leads out of a folder ('..')"
+            if ".." in parts
+            else "has an empty part or '.' in its path"
+        )
+    return None
