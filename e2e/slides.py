@@ -10,6 +10,9 @@ from dataclasses import dataclass
 MAX_ID_BYTES = 200
 """Length of an id in UTF-8: files are named by ids, and a file name has at most 255 bytes."""
 
+ABSOLUTE_PATH = "is an absolute path"
+"""The fault of an id that names a file from the root of a disk."""
+
 
 @dataclass(frozen=True)
 class Slide:
@@ -65,7 +68,7 @@ def find_id_fault(text: str) -> str | None:
         return f"is longer than {MAX_ID_BYTES} bytes in UTF-8"
     parts = re.split(r"[/\\]", text)
     if parts[0] == "" or re.fullmatch("[A-Za-z]:", parts[0]):
-        return "is an absolute path"
+        return ABSOLUTE_PATH
     if {"", ".", ".."} & {*parts}:
         return (
             "leads out of a folder ('..')"
@@ -73,3 +76,10 @@ def find_id_fault(text: str) -> str | None:
             else "has an empty part or '.' in its path"
         )
     return None
+
+
+def show_id(text: str) -> str:
+    """Return an id on one line for messages and lists: letters that cannot be printed are escaped."""
+    letters = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    shown = "".join(letters)
+    return shown if len(shown) <= MAX_ID_BYTES else f"{shown[:60]}... ({len(text)} characters)"
