@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 MAX_ID_BYTES = 200
 """Length of an id in UTF-8: files are named by ids, and a file name has at most 255 bytes."""
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Halves of a character, which no encoding can write."""
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+"""Control characters and line breaks."""
 ABSOLUTE_PATH = "is an absolute path"
 """The fault of an id that names a file from the root of a disk."""
 
@@ -60,9 +63,9 @@ def find_id_fault(text: str) -> str | None:
     """
     if not text or text.isspace():
         return "empty slide or case id"
-    if any(unicodedata.category(letter) == "Cs" for letter in text):
+    if SURROGATE.search(text):
         return "has an unpaired surrogate, which is no character"
-    if any(unicodedata.category(letter) in ("Cc", "Zl", "Zp") for letter in text):
+    if CONTROL.search(text):
         return "has a control character or line break"
     if len(text.encode()) > MAX_ID_BYTES:
         return f"is longer than {MAX_ID_BYTES} bytes in UTF-8"
@@ -80,6 +83,8 @@ def find_id_fault(text: str) -> str | None:
 
 def show_id(text: str) -> str:
     """Return an id on one line for messages and lists: letters that cannot be printed are escaped."""
+    if text.isprintable() and len(text) <= MAX_ID_BYTES:
+        return text
     letters = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     shown = "".join(letters)
     return shown if len(shown) <= MAX_ID_BYTES else f"{shown[:60]}... ({len(text)} characters)"

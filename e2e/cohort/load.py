@@ -124,7 +124,7 @@ def _load_data(
     explained = [*problems, *match_problems]
     problems += [*split_problems, *label_problems, *match_problems]
     slides = [slide for slide in labelled if slide.id in matches]
-    explanations = _explain(problems, split_problems, explained, table, used, task, spec)
+    explanations = _explain_problems(problems, split_problems, explained, table, used, task, spec)
     report(problems, num_usable=len(slides), explanations=explanations)
 
     slides = cut_missing_splits(
@@ -151,7 +151,7 @@ def _load_data(
     return items, problems
 
 
-def _explain(
+def _explain_problems(
     problems: Sequence[Problem],
     split_problems: Sequence[Problem],
     match_problems: Sequence[Problem],

@@ -56,16 +56,30 @@ def match_slides(
         for slide, reader in reader_of.items()
         if slide not in ids
     ]
-    empty = {
-        slide
-        for slide, reader in reader_of.items()
-        if slide in ids and not reader.num_patches(slide)
-    }
+    counts, faults = _count_or_fault({k: r for k, r in reader_of.items() if k in ids})
+    problems += faults
+    empty = {slide for slide, count in counts.items() if not count}
     problems += [
         Problem(slide, reader_of[slide].path.name, "has no patches") for slide in sorted(empty)
     ]
-    matches = {slide: reader for slide, reader in reader_of.items() if slide in ids - empty}
+    matches = {slide: reader_of[slide] for slide in counts if slide not in empty}
     return matches, problems
+
+
+def _count_or_fault(reader_of: Mapping[str, R]) -> tuple[dict[str, int], list[Problem]]:
+    """Return the patches of each slide, and a problem for each whose file cannot be used."""
+    counts: dict[str, int] = {}
+    faults: dict[str, list[tuple[str, str]]] = {}
+    for slide, reader in reader_of.items():
+        try:
+            counts[slide] = reader.num_patches(slide)
+        except UserError as error:
+            faults.setdefault(reader.path.name, []).append((slide, str(error).splitlines()[0]))
+    return counts, [
+        Problem(slide, source, text, group=f"cannot be used; the first: {texts[0][1]}")
+        for source, texts in faults.items()
+        for slide, text in texts
+    ]
 
 
 def match_scales(

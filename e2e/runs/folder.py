@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from e2e.errors import UserError
 from e2e.features.check import check_features
 from e2e.files import lock_file, write_atomically, write_json
 from e2e.settings.layers import dump_settings
+from e2e.settings.paths import DATA_PATHS, resolve_data_paths
 from e2e.settings.schema import Settings
 from e2e.tasks.base import TASKS, Task
 
@@ -87,13 +89,24 @@ def write_inputs(
 
     The settings are written first: a run that is stopped right after can be resumed.
     """
-    write_atomically(folder / "settings.yaml", dump_settings(settings).encode())
+    write_atomically(
+        folder / "settings.yaml", dump_settings(_with_absolute_paths(settings)).encode()
+    )
     write_cohort(slides, problems, folder / "cohort.csv")
     if problems:
         write_problems(problems, folder / "problems.csv")
     write_json(folder / TASK, task.state())
     if features:
         write_json(folder / FEATURES, features)
+
+
+def _with_absolute_paths(settings: Settings) -> Settings:
+    """Return the settings with absolute paths of data: the run is used from other folders."""
+    data = {key: getattr(settings.data, key) for key in DATA_PATHS}
+    return replace(
+        settings,
+        data=replace(settings.data, **resolve_data_paths({"data": data}, Path.cwd())["data"]),
+    )
 
 
 def load_task(name: str, options: Mapping[str, Any], folder: Path) -> Task:
