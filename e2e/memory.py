@@ -6,6 +6,7 @@ import math
 import os
 import weakref
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -91,3 +92,28 @@ def _free_in_container() -> float:
         except (OSError, ValueError):  # absent, or "max"
             continue
     return free
+
+
+def to_host(values: Tensor) -> Callable[[], list[float]]:
+    """Start copying a tensor to the host.
+
+    Parameters
+    ----------
+    values
+        1-d, on any device.
+
+    Returns
+    -------
+    Callable
+        Waits for the copy and returns the values.
+    """
+    if values.device.type != "cuda":
+        return values.tolist
+    copied, done = values.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record()
+
+    def read() -> list[float]:
+        done.synchronize()
+        return copied.tolist()
+
+    return read

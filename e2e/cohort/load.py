@@ -90,7 +90,7 @@ def load_cohort(
     if features:
         data = FeatureData([open_feature_readers(spec.features)])
         return _load_data(spec, task, data, seed, protocol, problems_file)
-    stores = open_patch_readers((spec.stores, *spec.scales), spec.coords)
+    stores = open_patch_readers((spec.stores, *spec.scales), spec.coords, verify=spec.verify)
     return _load_data(spec, task, PatchData(stores, size), seed, protocol, problems_file)
 
 

@@ -13,7 +13,7 @@ from e2e.store.records import PatchReader
 
 
 def open_patch_readers(
-    scales: Sequence[Sequence[str]], coords: str | None = None
+    scales: Sequence[Sequence[str]], coords: str | None = None, *, verify: bool = True
 ) -> list[list[PatchReader]]:
     """Open the patch stores of each magnification.
 
@@ -23,6 +23,8 @@ def open_patch_readers(
         For each magnification its entries; see :func:`e2e.store.open.expand_store_paths`.
     coords
         Folder of .h5 coordinates, for stores that hold none.
+    verify
+        Compare each patch with its checksum when it is read for the first time.
 
     Returns
     -------
@@ -35,7 +37,11 @@ def open_patch_readers(
         A store does not exist or cannot be read.
     """
     return [
-        [open_store(path, coords) for entry in entries for path in expand_store_paths(entry)]
+        [
+            open_store(path, coords, verify=verify)
+            for entry in entries
+            for path in expand_store_paths(entry)
+        ]
         for entries in scales
     ]
 

@@ -54,6 +54,8 @@ class CohortSpec:
     """Frozen features: folders, files or globs."""
     coords: str | None = None
     """Folder of .h5 coordinates, for patch stores that hold none."""
+    verify: bool = True
+    """Compare each patch with its checksum when it is read for the first time."""
     unit: Literal["slide", "case"] = "slide"
     """What a bag holds: a slide, or all slides of a case."""
     unmatched: Literal["error", "drop"] = "error"

@@ -40,6 +40,7 @@ def cohort_spec(data: Data, *, name: str = "") -> CohortSpec:
         scales=tuple(map(tuple, data.scales)),
         features=tuple(data.features),
         coords=data.coords,
+        verify=data.verify,
         unit="case" if data.unit == "case" else "slide",
         unmatched="drop" if data.unmatched == "drop" else "error",
         source=data.source,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from e2e.errors import DamagedDataError, UserError, describe_interrupt
+from e2e.errors import DamagedDataError, UserError, describe_interrupt, format_list
 from e2e.log import Screen
 from e2e.settings.data_cli import convert_parser
 from e2e.store.abmilx import AbmilxStore, jpeg_size
@@ -61,6 +61,12 @@ def convert(
     recipe = {"source": "seed lmdb", "file": old.path.name, "mpp": mpp, "level0_px": level0_px}
     with StoreWriter(out, recipe | {"coords": old.has_coords}) as writer:
         rows = [Row.of(writer.record(slide), "packed") for slide in writer.done]
+        other = [s for s in old.slides if s in writer.done and not _is_copied(old, writer, s)]
+        if other:
+            raise UserError(
+                f"{out}: {len(other)} slide(s) are not those of {old.path}, in spite of their names\n"
+                f"{format_list(other, most=3)}\n  choose another --out, or remove the store first"
+            )
         remaining = [slide for slide in old.slides if slide not in writer.done]
         if rows:
             screen.say(f"{len(rows)} slides are in the store already")
@@ -74,6 +80,15 @@ def convert(
             report = Report(out, sorted(rows, key=lambda row: row.slide))
             report.write()
     return report
+
+
+def _is_copied(old: AbmilxStore, writer: StoreWriter, slide: str) -> bool:
+    """Whether a slide of the new store is that of the old one: compares number, first and last patch."""
+    count = old.num_patches(slide)
+    if writer.record(slide).num_patches != count:
+        return False
+    ends = [0, count - 1]
+    return writer.read(slide, ends) == old.read(slide, ends)
 
 
 def _convert_slide(

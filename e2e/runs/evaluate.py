@@ -17,8 +17,17 @@ from e2e.log import Screen
 from e2e.parallel import Strategy
 from e2e.reports.evaluate import evaluate_run
 from e2e.runs.folder import BEST, write_inputs
-from e2e.runs.parts import PROTOCOLS, REGISTRIES, Parts, build_task, prepare, selected_weights
+from e2e.runs.parts import (
+    PROTOCOLS,
+    REGISTRIES,
+    Parts,
+    build_task,
+    on_features,
+    prepare,
+    selected_weights,
+)
 from e2e.runs.processes import needs_ranks, run_ranks
+from e2e.runs.recipes import find_other_patches
 from e2e.runs.session import session
 from e2e.settings.cli import evaluate_parser
 from e2e.settings.layers import saved_settings
@@ -78,6 +87,12 @@ def evaluate(settings: Settings, folder: Path, out: Path, *, external: bool = Fa
                     task=parts.task,
                     features=parts.features,
                 )
+        difference = None if on_features(settings) else find_other_patches(parts.items, folder)
+        if difference is not None:
+            screen.say(
+                f"warning: {difference}\n"
+                "  the results hold for these patches; to compare with the run, pack the slides as its were"
+            )
         if external and (known_cases := _cases_seen_in_training(parts.items, folder)):
             screen.say(
                 f"warning: {len(known_cases)} case(s) have names that also occur in the run's training or "

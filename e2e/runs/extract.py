@@ -11,7 +11,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-import h5py
 import torch
 import yaml
 from torch import Tensor
@@ -36,7 +35,13 @@ from e2e.parallel import (
     pick_device,
 )
 from e2e.registry import did_you_mean
-from e2e.runs.feature_folder import FeatureFolder, check_recipe, magnification, slide_file
+from e2e.runs.feature_folder import (
+    FeatureFolder,
+    check_recipe,
+    is_complete,
+    magnification,
+    slide_file,
+)
 from e2e.runs.processes import needs_ranks, run_ranks
 from e2e.settings.cli import extract_parser
 from e2e.slides import Slide
@@ -442,24 +447,15 @@ def _write_recipes(
 def _slides_without_features(
     items: Sequence[LabelledSlide], folders: Mapping[str, FeatureFolder], strategy: Strategy
 ) -> list[LabelledSlide]:
-    """Slides without a complete file, as rank 0 sees it: files may appear while other ranks look."""
+    """Slides without a complete and current file, as rank 0 sees it: files may appear meanwhile."""
     complete = {
         item.slide.id
         for item in items
         if strategy.is_leader
-        and _is_complete(folders[item.slide.id].file(item.slide.id), item.record.num_patches)
+        and is_complete(folders[item.slide.id].file(item.slide.id), item.record)
     }
     complete = strategy.gather_objects(complete)[0]
     return [item for item in items if item.slide.id not in complete]
-
-
-def _is_complete(file: Path, num_patches: int) -> bool:
-    """Whether the file has a feature for every patch; a copy of it may have been cut short."""
-    try:
-        with h5py.File(file, "r", locking=False) as h5:
-            return len(h5["features"]) == num_patches  # pyright: ignore[reportArgumentType]
-    except (OSError, KeyError):
-        return False
 
 
 def _has_type(value: object, kind: Any) -> bool:

@@ -17,6 +17,9 @@ from torch import Tensor
 from e2e.errors import UserError, format_list
 from e2e.store.records import SlideRecord
 
+IDENTITY = "source_identity"
+"""Attribute of the coords: what the patches were cut from, see :class:`SlideRecord`."""
+
 
 @dataclass(frozen=True)
 class FeatureFolder:
@@ -78,6 +81,8 @@ def slide_file(features: Tensor, record: SlideRecord, folder: FeatureFolder) -> 
         "mpp": record.mpp
         or "None",  # of the patches, in um per pixel; TRIDENT has no such attribute
     }
+    if record.identity:
+        attributes[IDENTITY] = record.identity
     content = io.BytesIO()
     with h5py.File(content, "w") as h5:
         dataset = h5.create_dataset("features", data=features.numpy())
@@ -88,6 +93,24 @@ def slide_file(features: Tensor, record: SlideRecord, folder: FeatureFolder) -> 
             coords = h5.create_dataset("coords", data=record.coords.astype(np.int64))
             coords.attrs.update(attributes)
     return content.getvalue()
+
+
+def is_complete(file: Path, record: SlideRecord) -> bool:
+    """Return whether a file has the features of the very patches of a record.
+
+    A copy of it may have been cut short, and the slide may have been cut anew since.
+    """
+    try:
+        with h5py.File(file, "r", locking=False) as h5:
+            if len(h5["features"]) != record.num_patches:  # pyright: ignore[reportArgumentType]
+                return False
+            coords = h5.get("coords")
+            if coords is None or record.coords is None:
+                return coords is None and record.coords is None
+            identity = coords.attrs.get(IDENTITY, record.identity)
+            return identity == record.identity and np.array_equal(coords[()], record.coords)
+    except (OSError, KeyError, ValueError):
+        return False
 
 
 def check_recipe(folder: FeatureFolder, recipe: Mapping[str, Any]) -> None:

@@ -19,13 +19,14 @@ from e2e.reports.heatmap import heatmap_writer
 from e2e.reports.predictions import Prediction, write_predictions
 from e2e.reports.predictions import predict as predict_slides
 from e2e.runs.folder import BEST, check_same_features, load_task
-from e2e.runs.parts import REGISTRIES, first_recipe, make_parts, on_features, selected_weights
+from e2e.runs.parts import REGISTRIES, make_parts, on_features, selected_weights
+from e2e.runs.recipes import packing_recipe
 from e2e.runs.session import process_settings
-from e2e.settings.cli import predict_parser
+from e2e.settings.cli import predict_parser, split_overrides
 from e2e.settings.layers import saved_settings
 from e2e.settings.schema import Settings
 from e2e.slides import Slide
-from e2e.store.lmdb import PatchStore
+from e2e.store.lmdb import OtherPatchesError, PatchStore
 from e2e.store.pack import Progress, Report, Row, pack
 from e2e.store.records import SlideReader
 from e2e.store.sources import SlideFiles, read_mpp
@@ -38,7 +39,8 @@ from e2e.wsi.tiling import Tiling
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``e2e predict`` and return its exit code."""
     args = predict_parser().parse(argv)
-    settings = saved_settings(args.run, args.overrides, REGISTRIES)
+    slides, overrides = split_overrides(args.slides)
+    settings = saved_settings(args.run, overrides, REGISTRIES)
     out = args.out or args.run / "predict"
     with describe_interrupt(
         lambda: f"interrupted; patches that were cut stay in {out}; the same command continues"
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return predict(
             settings,
             args.run,
-            args.slides,
+            [Path(word) for word in slides],
             out,
             mpp_override=args.mpp_override,
             workers=args.workers,
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def predict(
     settings: Settings,
     folder: Path,
-    slides: Path,
+    slides: Sequence[Path],
     out: Path,
     *,
     mpp_override: Path | None,
@@ -69,7 +71,7 @@ def predict(
     Parameters
     ----------
     slides
-        A slide file or a folder of them; for a two-stage run, a file or folder of features.
+        Slide files, folders of them, or patterns; for a two-stage run, files or folders of features.
 
     Returns
     -------
@@ -87,7 +89,7 @@ def predict(
 def _predict(
     settings: Settings,
     folder: Path,
-    slides: Path,
+    slides: Sequence[Path],
     out: Path,
     *,
     mpp_override: Path | None,
@@ -100,10 +102,14 @@ def _predict(
     task = load_task(settings.task.name, settings.task.options, folder).for_weights(selected)
     packed = None
     if on_features(settings):
-        items = unlabelled_slides(open_feature_readers([str(slides)]), task)
+        items = unlabelled_slides(open_feature_readers([str(path) for path in slides]), task)
     else:
-        packed = pack_like_training(settings, slides, out, mpp_override, workers, screen)
+        packed = pack_like_training(
+            packing_recipe(folder, settings.data), slides, out, mpp_override, workers, screen
+        )
         items = unlabelled_slides([PatchStore(out / "slides.lmdb")], task)
+        requested = {path.stem for path in find_slides(*slides)}
+        items = [item for item in items if item.slide.id in requested]
     predictions = predict_items(
         settings, folder, weights, items, task, screen, heatmaps=out / "heatmaps"
     )
@@ -192,19 +198,26 @@ def check_features_of_run(
 
 
 def pack_like_training(
-    settings: Settings,
-    slides: Path,
+    recipe: Mapping[str, Any],
+    slides: Sequence[Path],
     out: Path,
     mpp_override: Path | None,
     workers: int,
     screen: Screen,
 ) -> Report:
-    """Pack slides into ``out/slides.lmdb`` by the recipe of the run's training store."""
-    recipe = first_recipe(settings.data)
+    """Pack slides into ``out/slides.lmdb`` by the recipe of a run's training slides."""
     mpp_by_slide = read_mpp(mpp_override) if mpp_override else {}
     tiling = Tiling.from_recipe(recipe)
-    source = SlideFiles(find_slides(slides), tiling, recipe["quality"], mpp_by_slide)
-    return pack(source, out / "slides.lmdb", workers=workers, progress=_PackProgress(screen))
+    source = SlideFiles(find_slides(*slides), tiling, recipe["quality"], mpp_by_slide)
+    store = out / "slides.lmdb"
+    progress = _PackProgress(screen)
+    try:
+        return pack(source, store, workers=workers, progress=progress)
+    except OtherPatchesError as error:  # of an earlier prediction; the store only saves time
+        screen.say(f"cutting all slides again: {str(error).splitlines()[0]}")
+        for file in (store, Path(f"{store}-lock")):
+            file.unlink(missing_ok=True)
+        return pack(source, store, workers=workers, progress=progress)
 
 
 def unlabelled_slides(readers: Sequence[SlideReader], task: Task) -> list[LabelledSlide]:

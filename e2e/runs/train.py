@@ -36,6 +36,7 @@ from e2e.runs.parts import (
     selected_weights,
 )
 from e2e.runs.processes import needs_ranks, run_ranks
+from e2e.runs.recipes import check_same_patches, describe_patches, write_recipes
 from e2e.runs.session import session
 from e2e.settings.arguments import settings_from_args
 from e2e.settings.cli import train_parser
@@ -94,6 +95,8 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
                 problems_file=problems_file(folder) if strategy.is_leader else None,
             )
             check_training(settings, parts, strategy.device, strategy.world_size)
+            if has_checkpoint:
+                check_same_patches(parts.items, folder)
         if not has_checkpoint:
             _check_evaluation_features(parts, strategy, screen)
             if not resume:
@@ -124,6 +127,8 @@ def _write_inputs_together(
                 task=parts.task,
                 features=parts.features,
             )
+            if parts.features is None:
+                write_recipes(parts.items, folder)
 
 
 def _check_evaluation_features(parts: Parts, strategy: Strategy, screen: Screen) -> None:
@@ -260,6 +265,8 @@ def _print_summary(screen: Screen, settings: Settings, parts: Parts, strategy: S
     bags = f"{settings.optim.bags} bags an update of {settings.bag.patches or 'all'} patches"
     precision = model.autocast or torch.float32
     if reader.input_kind == "pixels":
+        for line in describe_patches(parts.items, settings.bag.size):
+            screen.say(line)
         trainable = _millions(model.encoder, trainable=True)
         screen.say(
             f"{settings.encoder.name} ({encoder_size} M parameters, {trainable} M trainable) + "

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -16,6 +17,7 @@ from e2e.log import Screen
 from e2e.runs.folder import BEST, load_task
 from e2e.runs.parts import REGISTRIES, on_features, selected_weights
 from e2e.runs.predict import pack_like_training, predict_items, unlabelled_slides
+from e2e.runs.recipes import packing_recipe
 from e2e.runs.session import process_settings
 from e2e.settings.layers import saved_settings
 from e2e.store.lmdb import PatchStore
@@ -106,6 +108,9 @@ class TrainedRun:
         ]
         return pd.DataFrame(rows)
 
+    def _recipe(self) -> dict[str, Any]:
+        return packing_recipe(self.folder, self.settings.data)
+
     @contextmanager
     def _opened(self, sources: Sequence[Source], workers: int) -> Iterator[list[SlideReader]]:
         """Open each source; slides are cut into a temporary store."""
@@ -122,7 +127,7 @@ class TrainedRun:
                     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                     silent = Screen(is_leader=False)
                     report = pack_like_training(
-                        self.settings, Path(source), folder, None, workers, silent
+                        self._recipe(), [Path(source)], folder, None, workers, silent
                     )
                     for row in report.problems:
                         warnings.warn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING
 from pathlib import Path
@@ -231,23 +232,35 @@ def predict_parser() -> CommandParser:
         """
 Predict slides without labels.
 
-  e2e predict SLIDES --run runs/panda_e2e_r18_abmilx --out predictions
+  e2e predict slides/ --run runs/panda_e2e_r18_abmilx --out predictions
+  e2e predict a.svs 'more/*.ndpi' --run runs/panda_e2e_r18_abmilx
 
-SLIDES is a slide or a folder of slides, cut as the run's training slides were (tissue, grid and
-magnification); for a run on frozen features, a folder of features from the same encoder (`e2e extract`).
+SLIDES are slides, folders of slides or patterns, cut as the run's training slides were (tissue, grid and
+magnification); for a run on frozen features, folders of features from the same encoder (`e2e extract`).
+The run folder is all that is needed: it may have been moved, and its training data may be elsewhere.
 Writes predictions.csv, a heatmap of each slide, and the patches as slides.lmdb.
 Exit code 3: some slides could not be read or hold no tissue; the others are predicted.
 """,
     )
-    parser.add_argument("slides", type=Path, help="a slide, a folder of slides, or of features")
+    parser.add_argument(
+        "slides",
+        nargs="+",
+        metavar="SLIDES",
+        help="slides, folders, patterns; or features. Words like section.key=value are settings",
+    )
     parser.add_argument("--run", type=Path, required=True, help="a run folder")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for the results (default: RUN/predict)"
     )
     add_mpp_override(parser)
     add_workers(parser)
-    parser.add_argument("overrides", nargs="*", metavar=OVERRIDE, help="settings")
     return parser
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split words into paths, and settings like ``engine.device=cpu``."""
+    overrides = [w for w in words if re.match(r"[a-z_]+(\.\w+)+=", w) and not Path(w).exists()]
+    return [word for word in words if word not in overrides], overrides
 
 
 def add_mpp_override(parser: argparse.ArgumentParser) -> None:

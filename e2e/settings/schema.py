@@ -194,6 +194,9 @@ class Data(Section):
         "rows without a slide, slides without a row, invalid rows: stop (error), or leave them out (drop)",
         one_of("error", "drop"),
     )
+    verify: bool = setting(
+        True, "compare each patch with its checksum when a run reads it for the first time"
+    )
     decoder: str = setting("auto", "JPEG decoder")
     workers: int | None = setting(
         None, "decoder threads; null: the process's share of the cores", or_null(POSITIVE)

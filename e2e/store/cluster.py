@@ -39,7 +39,15 @@ from e2e.store.cluster_worker import (
 )
 from e2e.store.index import index_path, write_index
 from e2e.store.lmdb import PatchStore, StoreWriter
-from e2e.store.pack import BATCH_SIZE, Progress, Report, Row, defer_interrupts, start_error
+from e2e.store.pack import (
+    BATCH_SIZE,
+    Progress,
+    Report,
+    Row,
+    defer_interrupts,
+    jobs_to_do,
+    start_error,
+)
 from e2e.store.sources import Job, Source
 
 Client = Any
@@ -162,8 +170,7 @@ def pack_on_cluster(
     with issue_ticket(out, recipe, batch_size) as ticket:
         stores = _read_store_files(list_store_files(out), recipe, progress, patience)
         rows = [row for file_rows in stores.values() for row in file_rows]
-        done = {row.slide for row in rows}
-        jobs = [job for job in jobs if job.slide not in done]
+        jobs = jobs_to_do(jobs, rows, out)
         progress.started(len(jobs), len(rows))
         files = set(stores)
         try:

@@ -20,23 +20,25 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from e2e.errors import DamagedDataError, UserError, format_list
+from e2e.errors import DamagedDataError, OneRankError, UserError, format_list
 from e2e.store.records import Indices, SlideRecord
 from e2e.store.snapshot import (
     MAX_READERS,
     check_length,
+    file_key,
+    is_open,
     missing_patch_error,
     open_error,
     read_ahead,
     read_snapshot,
-    read_value,
 )
 
 T = TypeVar("T")
@@ -63,32 +65,38 @@ class PatchStore:
     ----------
     path : str or path-like
         The store, as written by ``e2e pack``.
+    verify : bool
+        Compare each patch with its checksum when it is read for the first time.
 
     Raises
     ------
     UserError
-        If there is no such file, it is not a store, it has a newer version, or it was cut short.
+        If there is no such file, it is not a store, it has a newer version, or it was cut short; later,
+        if another process finds another file in its place.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"no patch store at {self.path}\n  make it with e2e pack")
         self.recipe: dict[str, Any]
-        self._numbers: dict[str, tuple[int, int]]
-        self.recipe, self._numbers = read_snapshot(self.path, self._read_contents)
+        self._slides: dict[str, _Entry]
+        self._verify = verify
+        self._verified: dict[str, NDArray[np.bool_]] = {}
+        self._file = file_key(self.path)
+        self.recipe, self._slides = read_snapshot(self.path, self._read_contents, self._file)
 
     def __contains__(self, slide: str) -> bool:
-        return slide in self._numbers
+        return slide in self._slides
 
     @property
     def slides(self) -> list[str]:
         """Ids of the slides, in the order of their keys."""
-        return list(self._numbers)
+        return list(self._slides)
 
     def num_patches(self, slide: str) -> int:
         """Return the number of patches of a slide."""
-        return self._numbers[slide][1]
+        return self._slides[slide].num_patches
 
     def record(self, slide: str) -> SlideRecord:
         """Return the record of a slide.
@@ -106,7 +114,7 @@ class PatchStore:
         Raises
         ------
         DamagedDataError
-            If a patch is missing or empty; the message names slide and patch.
+            If a patch is missing, empty or not as it was packed; the message names slide and patch.
         """
         return self.borrow(slide, indices, lambda jpegs: [bytes(jpeg) for jpeg in jpegs])
 
@@ -117,11 +125,53 @@ class PatchStore:
 
         Copying them would be fast, but it holds the interpreter lock, which decoding threads need.
         """
-        number, num_patches = self._numbers[slide]
-        return read_snapshot(
-            self.path,
-            lambda txn: work(_find_patches(txn, self.path, slide, number, num_patches, indices)),
-        )
+        number, num_patches, _ = self._slides[slide]
+
+        def find_and_work(txn: lmdb.Transaction) -> T:
+            jpegs = _find_patches(txn, self.path, slide, number, num_patches, indices)
+            if self._verify:
+                self._compare_checksums(txn, slide, indices, jpegs)
+            return work(jpegs)
+
+        return self._read_snapshot(find_and_work)
+
+    def _compare_checksums(
+        self, txn: lmdb.Transaction, slide: str, indices: Indices, jpegs: Sequence[memoryview]
+    ) -> None:
+        """Compare the patches that were not read before with the checksums of their slide."""
+        entry = self._slides[slide]
+        value = txn.get(_SLIDE + slide.encode(), b"")
+        is_verified = self._verified.get(slide)
+        if is_verified is None:
+            if not value or _read_metadata(value)["checksum"] != entry.checksum:
+                raise _changed_error(self.path, [slide])
+            is_verified = self._verified[slide] = np.zeros(entry.num_patches, bool)
+        pending = np.asarray(indices, np.int64)
+        if is_verified[pending].all():
+            return
+        checksums = np.frombuffer(value, "<u4", offset=len(value) - 4 * entry.num_patches)
+        for index, jpeg in zip(pending.tolist(), jpegs, strict=True):
+            if zlib.crc32(jpeg) != checksums[index]:
+                raise DamagedDataError(
+                    f"{self.path}: slide '{slide}' patch {index} is not as it was packed: its checksum "
+                    "differs\n  copy the store again, or pack the slide again; e2e inspect --verify lists "
+                    "all faults"
+                )
+        is_verified[pending] = True
+
+    def _read_snapshot(self, work: Callable[[lmdb.Transaction], T]) -> T:
+        """Read the file that was opened first; in another process, one that holds the same."""
+        if not is_open(self._file):
+            self._open_again()
+        return read_snapshot(self.path, work, self._file)
+
+    def _open_again(self) -> None:
+        file = file_key(self.path)
+        _, slides = read_snapshot(self.path, self._read_contents, file)
+        changed = [slide for slide, entry in self._slides.items() if slides.get(slide) != entry]
+        if changed:
+            raise _changed_error(self.path, changed)
+        self._file = file
 
     def checksums(self, slide: str) -> NDArray[np.uint32]:
         """Return the CRC-32 of every JPEG as it was packed, shape (N,).
@@ -140,10 +190,10 @@ class PatchStore:
         except DamagedDataError as error:
             yield str(error)
             return
-        number, _ = self._numbers[slide]
+        number = self._slides[slide].number
         for index in range(record.num_patches):
             try:
-                value = read_value(self.path, _patch_key(number, index))
+                value = self._read_snapshot(partial(_copy, key=_patch_key(number, index)))
             except DamagedDataError as error:
                 yield f"slide '{slide}' patch {index}: {error}"
                 continue
@@ -153,16 +203,43 @@ class PatchStore:
             elif zlib.crc32(value) != checksums[index]:
                 yield f"slide '{slide}' patch {index}: checksum differs"
 
-    def _read_contents(
-        self, txn: lmdb.Transaction
-    ) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-        """Return the recipe, and for each slide its number and its number of patches."""
+    def _read_contents(self, txn: lmdb.Transaction) -> tuple[dict[str, Any], dict[str, _Entry]]:
+        """Return the recipe, and what is kept of each slide."""
         recipe = _read_header(txn, self.path)["recipe"]
         metadata = {slide: _read_metadata(value) for slide, value in _slide_values(txn)}
-        return recipe, {slide: (meta["number"], meta["count"]) for slide, meta in metadata.items()}
+        return recipe, {
+            slide: _Entry(meta["number"], meta["count"], meta["checksum"])
+            for slide, meta in metadata.items()
+        }
 
     def _read_record(self, slide: str) -> tuple[SlideRecord, NDArray[np.uint32]]:
-        return read_snapshot(self.path, lambda txn: _unpack_record(txn, self.path, slide))
+        return self._read_snapshot(lambda txn: _unpack_record(txn, self.path, slide))
+
+
+class OtherPatchesError(UserError):
+    """A store that is to be continued holds patches that were cut from other files, or in another way."""
+
+
+class _Entry(NamedTuple):
+    """What a reader keeps of a slide."""
+
+    number: int
+    """Part of the keys of its patches."""
+    num_patches: int
+    checksum: str
+    """Of its record, which holds the checksums of its patches."""
+
+
+def _changed_error(path: Path, slides: Sequence[str]) -> UserError:
+    return OneRankError(
+        f"{path} has changed since it was opened: {len(slides)} slide(s) are not what they were\n"
+        f"{format_list(slides, most=3)}\n  start the command again"
+    )
+
+
+def _copy(txn: lmdb.Transaction, key: bytes) -> bytes | None:
+    value = txn.get(key)
+    return None if value is None else bytes(value)
 
 
 class StoreWriter:
@@ -215,7 +292,7 @@ class StoreWriter:
             recipe = _read_header(txn, self.path)["recipe"]
             if is_old and recipe != self.recipe:
                 keys = sorted(recipe.keys() | self.recipe.keys())
-                raise UserError(
+                raise OtherPatchesError(
                     f"{self.path} was packed with other settings\n"
                     + format_list(
                         f"{key}: {recipe.get(key)} in the store, {self.recipe.get(key)} requested"
@@ -387,10 +464,11 @@ def _unpack_record(
     if has_coords:
         coords = np.frombuffer(arrays, "<i4", 2 * num_patches).reshape(-1, 2).astype(np.int32)
     checksums = np.frombuffer(arrays, "<u4", num_patches, offset=len(arrays) - 4 * num_patches)
-    fields = {name: meta[name] for name in _STORED_FIELDS}
+    fields = {name: meta[name] for name in _STORED_FIELDS} | {"identity": meta.get("identity", "")}
     return SlideRecord(slide=slide, num_patches=num_patches, coords=coords, **fields), checksums
 
 
+# Older stores have no identity.
 _STORED_FIELDS = ("level0_px", "mpp", "patch_px", "width", "height", "source", "source_bytes")
 
 
@@ -407,6 +485,7 @@ def _pack_record(record: SlideRecord, number: int, checksums: list[int]) -> byte
     meta: dict[str, Any] = {"coords": False} if coords is None else {}
     meta |= {"number": number, "count": len(checksums)}
     meta |= {name: getattr(record, name) for name in _STORED_FIELDS}
+    meta |= {"identity": record.identity} if record.identity else {}
     meta["source"] = record.source[-300:]  # the line must stay below 4,096 bytes, however escaped
     meta["checksum"] = _checksum(meta, arrays)
     return json.dumps(meta).encode() + b"\n" + arrays

@@ -12,7 +12,10 @@ from e2e.store.lmdb import PatchStore
 
 
 def open_store(
-    path: str | os.PathLike[str], coords: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    coords: str | os.PathLike[str] | None = None,
+    *,
+    verify: bool = True,
 ) -> PatchStore | AbmilxStore:
     """Open a file of JPEG patches; its content decides which kind of store it is.
 
@@ -24,6 +27,9 @@ def open_store(
     coords : str or path-like, optional
         Folder of the .h5 files of CLAM or TRIDENT that an LMDB of the ABMILX project was cut by. Patch
         stores have their coordinates inside.
+    verify : bool
+        Compare each patch with its checksum when it is read for the first time. The ABMILX project's
+        stores have no checksums.
 
     Returns
     -------
@@ -55,7 +61,7 @@ def open_store(
     file = find_data_file(path)
     if file.is_file() and is_abmilx_file(file):
         return AbmilxStore(path, coords)
-    return PatchStore(path)
+    return PatchStore(path, verify=verify)
 
 
 def expand_store_paths(entry: str) -> list[Path]:

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from e2e.errors import UserError
+from e2e.errors import UserError, format_list
 from e2e.files import OutputError, write_atomically
-from e2e.store.lmdb import StoreWriter
+from e2e.store.lmdb import OtherPatchesError, StoreWriter
 from e2e.store.records import SlideRecord
 from e2e.store.sources import Job, Source
 
@@ -41,13 +41,14 @@ class Row:
     patches: int = 0
     """Number of patches."""
     mpp: float | None = None
-    """This and the next six as in :class:`SlideRecord`."""
+    """This and the next seven as in :class:`SlideRecord`."""
     level0_px: float = 0.0
     patch_px: int = 0
     width: int = 0
     height: int = 0
     source: str = ""
     source_bytes: int = 0
+    identity: str = ""
     path: str = ""
     """The file or folder that this run read; empty for slides of an earlier run."""
     reason: str = ""
@@ -67,6 +68,7 @@ class Row:
             height=record.height,
             source=record.source,
             source_bytes=record.source_bytes,
+            identity=record.identity,
             path=path,
             reason=reason,
         )
@@ -105,7 +107,7 @@ class Report:
 
     def write(self) -> None:
         """Write both CSV files."""
-        columns = [f.name for f in fields(Row) if f.name != "path"]
+        columns = [f.name for f in fields(Row) if f.name not in ("identity", "path")]
         write_atomically(self.path, _to_csv(columns, self.rows))
         write_atomically(self.quarantine, _to_csv(["slide", "path", "reason"], self.problems))
 
@@ -165,14 +167,14 @@ def pack(
     Raises
     ------
     UserError
-        If the source is empty, the store was packed with other settings, the disk is full, or a worker
-        process died. What was packed stays.
+        If the source is empty, the store was packed with other settings or holds slides that were cut
+        from other files, the disk is full, or a worker process died. What was packed stays.
     """
     progress = progress or Progress()
     recipe, jobs = source.recipe(), source.jobs()
     with StoreWriter(out, recipe) as writer, worker_pool(workers) as pool:
         rows = [Row.of(writer.record(slide), "packed") for slide in writer.done]
-        jobs = [job for job in jobs if job.slide not in writer.done]
+        jobs = jobs_to_do(jobs, rows, out)
         progress.started(len(jobs), len(rows))
         conveyor = _Conveyor(pool, jobs, overview_folder(out), workers, batch_size, progress)
         try:
@@ -189,6 +191,46 @@ def pack(
             report = Report(out, sorted(rows, key=lambda row: row.slide))
             report.write()
     return report
+
+
+def jobs_to_do(jobs: Sequence[Job], rows: Sequence[Row], out: Path) -> list[Job]:
+    """Return the jobs whose slides are not in the store yet.
+
+    Parameters
+    ----------
+    jobs : sequence of Job
+        The slides to pack.
+    rows : sequence of Row
+        The slides in the store.
+    out : Path
+        The store, for the message.
+
+    Raises
+    ------
+    UserError
+        A slide in the store was cut from another file, or with another resolution given for it.
+    """
+    stored = {row.slide: row for row in rows}
+    stale = [job for job in jobs if job.slide in stored and not _is_current(job, stored[job.slide])]
+    if stale:
+        lines = [f"{job.slide}: {job.path}" for job in stale]
+        raise OtherPatchesError(
+            f"{out}: {len(stale)} slide(s) in the store were cut from other files than those given now, or "
+            f"with another --mpp-override\n{format_list(lines, most=3)}\n"
+            "  they would keep their old patches: choose another --out, or remove the store first"
+        )
+    return [job for job in jobs if job.slide not in stored]
+
+
+def _is_current(job: Job, row: Row) -> bool:
+    """Whether a slide in the store is what the job would pack, as far as the store says."""
+    if row.identity:
+        return job.identity() in (
+            "",
+            row.identity,
+        )  # a file that cannot be read is reported elsewhere
+    is_file = row.source_bytes > 0 and job.path.is_file()  # packed by an earlier version
+    return not is_file or job.path.stat().st_size == row.source_bytes
 
 
 def pack_one(

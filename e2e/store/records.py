@@ -48,6 +48,8 @@ class SlideRecord:
     """Name of the file that the patches or features come from."""
     source_bytes: int = 0
     """Size of that file in bytes."""
+    identity: str = ""
+    """Fingerprint of what the patches were cut from, and of options of this slide alone; empty if unknown."""
 
     def __post_init__(self) -> None:
         if self.coords is not None and self.coords.shape != (self.num_patches, 2):

@@ -55,7 +55,27 @@ def read_value(path: Path, key: bytes) -> bytes | None:
     return read_snapshot(path, copy_value)
 
 
-def read_snapshot(path: Path, work: Callable[[lmdb.Transaction], T]) -> T:
+def file_key(path: Path) -> str:
+    """Return what tells the file at a path from one that replaces it.
+
+    Raises
+    ------
+    UserError
+        There is no such file.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}\n  was it moved?") from error
+    return f"{status.st_dev}:{status.st_ino}"
+
+
+def is_open(key: str) -> bool:
+    """Return whether this process has the file with this key open."""
+    return (os.getpid(), key) in _ENVIRONMENTS
+
+
+def read_snapshot(path: Path, work: Callable[[lmdb.Transaction], T], key: str | None = None) -> T:
     """Call `work` with a read transaction of an LMDB file.
 
     Without a writable lock file (there is none on a read-only disk), a writer may overwrite pages of
@@ -68,6 +88,9 @@ def read_snapshot(path: Path, work: Callable[[lmdb.Transaction], T]) -> T:
         The LMDB file.
     work : callable
         Takes the transaction. Keys and values are buffers that end with it.
+    key : str, optional
+        The :func:`file_key` of a file that this process has open: that file is read, whatever lies at
+        `path` by now.
 
     Returns
     -------
@@ -82,7 +105,7 @@ def read_snapshot(path: Path, work: Callable[[lmdb.Transaction], T]) -> T:
     DamagedDataError
         If LMDB, the JSON parser or the text decoder rejects what is in the file.
     """
-    environment = _open_environment(path)
+    environment = _open_environment(path, key)
     for _ in range(ATTEMPTS):
         first_txn = environment.info()["last_txnid"]
         result: Any = None
@@ -132,10 +155,9 @@ def _forget_environments() -> None:
 os.register_at_fork(after_in_child=_forget_environments)
 
 
-def _open_environment(path: Path) -> lmdb.Environment:
+def _open_environment(path: Path, file: str | None = None) -> lmdb.Environment:
     """Return the open file; it is opened at the first call in each process."""
-    status = path.stat()
-    key = (os.getpid(), f"{status.st_dev}:{status.st_ino}")
+    key = (os.getpid(), file or file_key(path))
     with _OPENING:
         if key not in _ENVIRONMENTS:
             try:
@@ -230,6 +252,10 @@ def check_length(path: Path) -> None:
 
 def open_error(path: Path, error: lmdb.Error) -> UserError:
     """Return the error to raise if LMDB cannot open a file."""
+    if "already open" in str(error):
+        return OneRankError(
+            f"{path} was replaced while this process had it open\n  start the command again"
+        )
     return UserError(f"cannot open {path} as a patch store: {error}")
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from e2e.errors import DamagedDataError, UserError, format_list
 from e2e.store.coords import find_coords_files, read_coords
+from e2e.store.identity import identity_of_folder, join_identity
 from e2e.store.overview import draw_patches, read_overview
 from e2e.store.records import SlideRecord
 from e2e.wsi import tissue
@@ -40,6 +41,14 @@ class Job(Protocol):
     @property
     def path(self) -> Path:
         """Its file or folder."""
+        ...
+
+    def identity(self) -> str:
+        """Return what the patches are cut from, and the options of this slide alone, as one text.
+
+        A slide in a store with another identity is not this slide, whatever its name. Empty if the file
+        or folder cannot be read.
+        """
         ...
 
     def plan(self, overview: Path) -> SlideRecord:
@@ -247,6 +256,9 @@ class _SlideJob:
     def open(self) -> WholeSlide:
         return _open_slide(self.path, self.mpp, self.path.stat().st_mtime_ns)
 
+    def identity(self) -> str:
+        return join_identity([self.path], self.mpp)
+
     def encode(self, part: SlideRecord, start: int) -> list[bytes]:
         slide = self.open()
         pixels = (
@@ -269,6 +281,7 @@ class _SlideJob:
             height=slide.height,
             source=self.path.name,
             source_bytes=self.path.stat().st_size,
+            identity=self.identity(),
         )
 
 
@@ -290,6 +303,9 @@ class _GridJob(_SlideJob):
 class _CoordsJob(_SlideJob):
     patch_px: int
     file: Path | None
+
+    def identity(self) -> str:
+        return join_identity([self.path, *filter(None, [self.file])], self.mpp)
 
     def plan(self, overview: Path) -> SlideRecord:
         slide = self.open()
@@ -318,6 +334,9 @@ class _MissingSlideJob:
     slide: str
     path: Path
 
+    def identity(self) -> str:
+        return ""
+
     def plan(self, overview: Path) -> SlideRecord:
         raise UserError(f"{self.path} has coordinates, but --slides has no slide '{self.slide}'")
 
@@ -339,6 +358,9 @@ class _FolderJob:
     def slide(self) -> str:
         return self.path.name
 
+    def identity(self) -> str:
+        return identity_of_folder(_list_images(self.path), self.mpp)
+
     def plan(self, overview: Path) -> SlideRecord:
         files = _list_images(self.path)
         if not files:
@@ -356,6 +378,7 @@ class _FolderJob:
             height=0,
             source=self.path.name,
             source_bytes=sum(file.stat().st_size for file in files),
+            identity=self.identity(),
         )
 
     def encode(self, part: SlideRecord, start: int) -> list[bytes]:

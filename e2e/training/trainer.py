@@ -20,6 +20,7 @@ from e2e.engine.model import MILModel
 from e2e.errors import UserError, format_list
 from e2e.files import write_atomically
 from e2e.log import MetricsLog, Screen
+from e2e.memory import to_host
 from e2e.parallel import Strategy
 from e2e.signals import deferred_signals, stop_requested
 from e2e.tasks.base import Task
@@ -479,31 +480,6 @@ class Trainer:
             tensors |= add_prefix("optimizer", self.strategy.optimizer_tensors())
         if self.strategy.is_leader:
             save_checkpoint(self.folder / f"{name}.safetensors", tensors, asdict(self.progress))
-
-
-def to_host(values: Tensor) -> Callable[[], list[float]]:
-    """Start copying a tensor to the host.
-
-    Parameters
-    ----------
-    values
-        1-d, on any device.
-
-    Returns
-    -------
-    Callable
-        Waits for the copy and returns the values.
-    """
-    if values.device.type != "cuda":
-        return values.tolist
-    copied, done = values.to("cpu", non_blocking=True), torch.cuda.Event()
-    done.record()
-
-    def read() -> list[float]:
-        done.synchronize()
-        return copied.tolist()
-
-    return read
 
 
 def _format_metric(value: float | None, digits: int = 3) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 from collections import defaultdict
@@ -180,16 +181,16 @@ class WholeSlide:
         return rgb.resize(size, Image.Resampling.BICUBIC, box=(0, 0, *box))
 
 
-def find_slides(folder: Path) -> list[Path]:
-    """Find all slides in a folder and the folders below; links to folders are followed.
+def find_slides(*sources: Path) -> list[Path]:
+    """Find slides: files, all in folders and the folders below, or those that match a pattern.
 
-    Slides are recognised by the suffix of the file. The files of one DICOM series are one slide, the
-    first by name.
+    In a folder, slides are recognised by the suffix of the file; links to folders are followed. The files
+    of one DICOM series are one slide, the first by name.
 
     Parameters
     ----------
-    folder
-        The folder.
+    *sources
+        Each a file, a folder, or a pattern such as ``slides/*.svs``.
 
     Returns
     -------
@@ -199,14 +200,14 @@ def find_slides(folder: Path) -> list[Path]:
     Raises
     ------
     UserError
-        There is no such folder, no slide in it, or two files have the same slide id.
+        A source does not exist, there is no slide, or two files have the same slide id.
     """
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}\n  set --slides to the folder of the slides")
-    paths = _one_per_series(_list_slide_files(folder))
+    files = {file for source in sources for file in _files_of(source)}
+    paths = _one_per_series(sorted(files))
+    names = ", ".join(map(str, sources))
     if not paths:
         raise UserError(
-            f"no slide in {folder} or the folders below it\n"
+            f"no slide in {names} or the folders below it\n"
             f"  looked for: {' '.join(SUFFIXES)}\n"
             "  if it has JPEG or PNG patches, use --patches in place of --slides"
         )
@@ -217,9 +218,23 @@ def find_slides(folder: Path) -> list[Path]:
     if repeated:
         raise UserError(
             f"{len(repeated)} slide ids (file names without suffix) belong to more than one file in "
-            f"{folder}\n{format_list(repeated)}\n  rename or remove one of each"
+            f"{names}\n{format_list(repeated)}\n  rename or remove one of each"
         )
     return paths
+
+
+def _files_of(source: Path) -> list[Path]:
+    if source.is_dir():
+        return _list_slide_files(source)
+    if source.is_file():
+        return [source]
+    matches = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]
+    if not matches:
+        raise UserError(
+            f"no slide, folder or matching file at {source.absolute()}\n"
+            "  give a slide, a folder of slides, or a pattern in quotes, such as 'slides/*.svs'"
+        )
+    return [file for match in matches for file in _files_of(match)]
 
 
 def _list_slide_files(folder: Path) -> list[Path]:

@@ -48,7 +48,7 @@ MESSAGES = [
     ("check --datasets pnda", "unknown cohort 'pnda'; did you mean 'panda'?"),
     ("check --datasets panda", "cohort 'panda': 2 of 2 data files not found"),
     ("pack --out s.lmdb", "nothing to pack\n  give --slides DIR, --coords DIR --slides DIR, or"),
-    ("pack --slides nowhere --out s.lmdb", "no folder nowhere\n  set --slides to the folder of the"),
+    ("pack --slides nowhere --out s.lmdb", "no slide, folder or matching file at "),
     (PACK, "no slide in empty or the folders below it\n  looked for: .svs .tif"),
     (f"{PACK} --mpp 0", "mpp must be micrometres per pixel, more than 0, not 0"),
     (f"{PACK} --patch-size 0", "patch size must be 16 to 8192 pixels, not 0"),

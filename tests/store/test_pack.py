@@ -15,6 +15,7 @@ from PIL import Image
 
 from e2e.errors import DamagedDataError, UserError
 from e2e.store.coords import read_coords
+from e2e.store.identity import join_identity
 from e2e.store.pack import Progress, _BadSlideError, _Conveyor, pack, worker_pool
 from e2e.store.records import SlideRecord
 from e2e.store.sources import (
@@ -60,6 +61,7 @@ def test_a_store_holds_the_patches_of_the_grid_as_jpeg(tmp_path):
         "height": 256,
         "source": "a.b.tif",
         "source_bytes": (tmp_path / "a.b.tif").stat().st_size,
+        "identity": join_identity([tmp_path / "a.b.tif"], None),
     }
     inside = (canvas == 243).all(axis=2)
     assert [c for c in coords if inside[c[1] : c[1] + 32, c[0] : c[0] + 32].all()] == []
@@ -493,7 +495,7 @@ def test_the_tool_tells_by_its_exit_code_whether_every_slide_is_in(tmp_path):
     ("options", "words"),
     [
         ([], "nothing to pack"),
-        (["--slides", "none"], "no folder none"),
+        (["--slides", "none"], "no slide, folder or matching file"),
         (
             ["--slides", ".", "--patches", "."],
             "--patches cannot be combined with --slides or --coords",

@@ -210,7 +210,7 @@ def test_two_files_with_one_slide_id_are_refused_by_name(tmp_path):
 def test_a_folder_without_slides_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no slide in"):
         find_slides(tmp_path)
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="no slide, folder or matching file"):
         find_slides(tmp_path / "typo")
 
 

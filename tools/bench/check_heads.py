@@ -36,13 +36,13 @@ from e2e.encoders.base import ENCODERS
 from e2e.engine.model import MILModel, pad, seeded
 from e2e.features.reader import FeatureFiles, open_features
 from e2e.heads.base import HEADS
+from e2e.memory import to_host
 from e2e.parallel import build_strategy
 from e2e.sizes import show_bytes
 from e2e.slides import Slide
 from e2e.tasks.base import TASKS
 from e2e.training.losses import bag_losses
 from e2e.training.optim import build_optimizer
-from e2e.training.trainer import to_host
 from tools.bench import head_step
 from tools.bench.head_step import HeadStep, describe_costs
 from tools.bench.process import synchronise
