@@ -88,7 +88,7 @@ def peek_h5(files: Iterable[Path]) -> tuple[set[str], dict[str, Any]]:
             with open_h5(file) as h5:
                 attrs = dict(h5.attrs)
                 for name in h5:
-                    attrs |= dict(open_item(h5, name).attrs)
+                    attrs |= dict(open_item(h5, str(name)).attrs)
                 return set(h5.keys()), attrs
         except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
             fault = fault or h5_error(file, error)

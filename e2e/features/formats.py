@@ -192,7 +192,7 @@ def aem(path: Path) -> Layout | None:
     names = ("feat", *FEATURE_NAMES)
     try:
         with open_h5(path) as h5:
-            slides = {s: g for s in h5 if isinstance(g := open_item(h5, s), h5py.Group)}
+            slides = {str(s): g for s in h5 if isinstance(g := open_item(h5, str(s)), h5py.Group)}
             if not set(names) & set(next(iter(slides.values()), ())):
                 return None
             encoder = path.stem.partition("patch_feats_pretrain_")[2]
