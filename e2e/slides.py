@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import unicodedata
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
@@ -15,6 +15,16 @@ MAX_ID_BYTES = 500
 
 MAX_NAME_BYTES = 200
 """Longest file name made of an id, without suffix; file systems end at 255."""
+
+MAX_SHOWN = 200
+"""Longest text that a message shows whole."""
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Halves of a character, which no encoding can write."""
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+"""Control characters and line breaks."""
+ABSOLUTE_PATH = "is an absolute path"
+"""The fault of an id that names a file from the root of a disk."""
 
 
 @dataclass(frozen=True)
@@ -37,25 +47,58 @@ class Slide:
     """Centre (hospital) the slide comes from; empty if the label table does not name it."""
 
 
-def find_id_fault(slide: str) -> str | None:
-    """Return why a text cannot be a slide id; None if it can.
+def find_id_fault(text: str) -> str | None:
+    """Return why a text cannot be the id of a slide or case; None if it can.
 
-    Ids come from tables, stores and features of unknown origin, and become names of files: none may lead out
-    of a folder, hold control characters, or be too long.
+    Files and folders are named by ids, and ids are written into tables and reports. So an id from a
+    table, a store, a file name or a Python call is checked here before it is used. An id may contain
+    ``/``, but must stay below the folder that it is joined to.
+
+    Parameters
+    ----------
+    text
+        The id.
+
+    Returns
+    -------
+    str or None
+        What is wrong, in a few words.
+
+    Examples
+    --------
+    >>> find_id_fault("TCGA-02-0001"), find_id_fault("centre 1/slide")
+    (None, None)
+    >>> find_id_fault("../../x")
+    "leads out of a folder ('..')"
     """
-    if not slide:
-        return "it is empty"
-    try:
-        num_bytes = len(slide.encode())
-    except UnicodeEncodeError:
-        return "it is not valid Unicode"
-    if num_bytes > MAX_ID_BYTES:
-        return f"it has {num_bytes} bytes, more than {MAX_ID_BYTES}"
-    if any(unicodedata.category(sign) == "Cc" for sign in slide):
-        return "it holds a control character"
-    if any(part in ("", ".", "..") for part in slide.replace("\\", "/").split("/")):
-        return "as a path it would lead out of its folder"
+    if not text or text.isspace():
+        return "empty slide or case id"
+    if SURROGATE.search(text):
+        return "has an unpaired surrogate, which is no character"
+    if CONTROL.search(text):
+        return "has a control character or line break"
+    if len(text.encode()) > MAX_ID_BYTES:
+        return f"is longer than {MAX_ID_BYTES} bytes in UTF-8"
+    parts = re.split(r"[/\\]", text)
+    is_drive = len(parts) > 1 and re.fullmatch("[A-Za-z]:", parts[0])
+    if parts[0] == "" or is_drive:
+        return ABSOLUTE_PATH
+    if {"", ".", ".."} & {*parts}:
+        return (
+            "leads out of a folder ('..')"
+            if ".." in parts
+            else "has an empty part or '.' in its path"
+        )
     return None
+
+
+def show_id(text: str) -> str:
+    """Return an id on one line for messages and lists: letters that cannot be printed are escaped."""
+    if text.isprintable() and len(text) <= MAX_SHOWN:
+        return text
+    letters = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    shown = "".join(letters)
+    return shown if len(shown) <= MAX_SHOWN else f"{shown[:60]}... ({len(text)} characters)"
 
 
 def check_ids(slides: Iterable[str], source: object) -> None:
@@ -70,7 +113,7 @@ def check_ids(slides: Iterable[str], source: object) -> None:
     """
     faults = {slide: fault for slide in slides if (fault := find_id_fault(slide)) is not None}
     if faults:
-        lines = [f"{slide[:80]!r}: {fault}" for slide, fault in faults.items()]
+        lines = [f"'{show_id(slide)}' {fault}" for slide, fault in faults.items()]
         raise UserError(
             f"{source}: {len(faults)} slide id(s) cannot be used\n{format_list(lines, most=3)}\n"
             "  rename these slides where the file was made"

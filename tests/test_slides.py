@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,21 +13,13 @@ from e2e.errors import UserError
 from e2e.slides import MAX_NAME_BYTES, check_ids, file_name, find_id_fault, slide_of_file
 
 WRONG = [
-    "",
-    "/abs/x",
-    "../x",
-    "a/../b",
-    "a//b",
-    "a/",
-    "..",
-    ".",
-    "..\\x",
-    "a\x00b",
-    "a\nb",
-    "a\tb",
-    "\ud800",
-]
-RIGHT = ["TCGA-3C-AALI-01Z", "a/b", "scan 1 (2)", "Größe", ".hidden", "a..b", "=SUM(A1)", "x" * 500]
+    "", " ", "/abs/x", "../x", "a/../b", "a/../../x", "a//b", "a/", "./a", "..", ".", "..\\x", "C:\\x",
+    "\\\\host\\x", "a\x00b", "a\nb", "a\tb", "a\x1b[2J", "a\u2028b", "a\x85b", "\ud800", "x" * 501, "ü" * 251,
+]  # fmt: skip
+RIGHT = [
+    "TCGA-3C-AALI-01Z", "a/b", "scan 1 (2)", "Größe", "Müller_3", ".hidden", "a..b", "..a", "x.svs", "a:b",
+    "=SUM(A1)", "中文", "1", "x" * 500,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("slide", WRONG)
@@ -71,3 +64,12 @@ def test_names_of_other_programs_stay_as_they_are(name):
 
 def test_ids_that_used_to_share_a_file_have_one_each():
     assert file_name("a/b") != file_name("a_b")
+
+
+@given(st.text(max_size=40))
+def test_a_valid_id_stays_below_the_folder_it_is_joined_to(text):
+    if find_id_fault(text) is None:
+        folder = Path("/out")
+        path = Path("/out", text).resolve()
+        assert folder in path.parents
+        assert not {"\n", "\0"} & {*text}

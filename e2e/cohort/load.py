@@ -12,18 +12,19 @@ from e2e.bags.loader import label_slides
 from e2e.bags.spec import LabelledSlide
 from e2e.cohort.cases import check_one_label_per_case, group_by_case
 from e2e.cohort.data import CohortData, FeatureData, PatchData
+from e2e.cohort.ids import explain_unmatched_ids, pair_ids
 from e2e.cohort.labels import check_classes, select_labelled, suggest_classes
 from e2e.cohort.match import (
     NOT_IN_STORE,
     NOT_IN_TABLE,
-    explain_unmatched_ids,
     match_scales,
     match_slides,
 )
 from e2e.cohort.readers import open_feature_readers, open_patch_readers, require_files
-from e2e.cohort.report import report_unusable_rows
+from e2e.cohort.report import report_unusable_rows, warn_of_dropped
 from e2e.cohort.spec import CohortSpec
 from e2e.cohort.split_files import Folds, ids_are_cases, pick_fold, read_splits
+from e2e.cohort.split_words import suggest_split_names
 from e2e.cohort.splits import (
     HONEST,
     SplitProtocol,
@@ -35,7 +36,7 @@ from e2e.cohort.splits import (
 from e2e.cohort.table import Problem, read_table
 from e2e.errors import UserError
 from e2e.log import Screen
-from e2e.slides import Slide
+from e2e.slides import ABSOLUTE_PATH, Slide
 from e2e.store.records import SlideReader
 from e2e.tasks.base import Task
 
@@ -112,19 +113,18 @@ def _load_data(
     )
     table, problems = _read_label_table(spec, task)
     used, split_problems = apply_split_file(table, spec)
+    pairs = _pair_with_data(table, data, spec)
+    table, used = ([replace(s, id=pairs.get(s.id, s.id)) for s in rows] for rows in (table, used))
     labelled, label_problems = select_labelled(used, task)
     matches, match_problems = match_slides(labelled, data.scales[0])
     # A slide of a store may have a row that is not used: then the row is the problem, if any.
     other_rows = {slide.id for slide in table} | {problem.slide for problem in problems}
     other_rows -= {slide.id for slide in labelled}
     match_problems = [p for p in match_problems if p.slide not in other_rows]
+    explained = [*problems, *match_problems]
     problems += [*split_problems, *label_problems, *match_problems]
     slides = [slide for slide in labelled if slide.id in matches]
-    explanations = [
-        *_explain_split_file(split_problems, table, spec),
-        *suggest_classes(used, task),
-        *_explain_stores(match_problems, spec),
-    ]
+    explanations = _explain_problems(problems, split_problems, explained, table, used, task, spec)
     report(problems, num_usable=len(slides), explanations=explanations)
 
     slides = cut_missing_splits(
@@ -140,7 +140,7 @@ def _load_data(
 
     readers = {s.id: [matches[s.id], *scale_matches.get(s.id, [])] for s in slides}
     data.check(slides, readers)
-    warnings = []
+    warnings = warn_of_dropped(problems, problems_file)
     if spec.unit == "case":
         slides, readers = group_by_case(slides, readers, data.join_case)
     elif task.is_case_level:
@@ -151,6 +151,32 @@ def _load_data(
     return items, problems
 
 
+def _explain_problems(
+    problems: Sequence[Problem],
+    split_problems: Sequence[Problem],
+    match_problems: Sequence[Problem],
+    table: Sequence[Slide],
+    used: Sequence[Slide],
+    task: Task,
+    spec: CohortSpec,
+) -> list[str]:
+    """Return what to change, for each kind of problem of which it is known."""
+    return [
+        *_explain_split_file(split_problems, table, spec),
+        *suggest_split_names(problems),
+        *suggest_classes(used, task),
+        *_explain_stores(match_problems, spec),
+    ]
+
+
+def _pair_with_data(
+    table: Sequence[Slide], data: CohortData[R], spec: CohortSpec
+) -> dict[str, str]:
+    """Return id of the table -> id of the data, for ids that are written in another way there."""
+    data_ids = {slide for reader in data.scales[0] for slide in reader.slides}
+    return pair_ids({slide.id for slide in table}, data_ids, spec.rules)
+
+
 def _read_label_table(spec: CohortSpec, task: Task) -> tuple[list[Slide], list[Problem]]:
     return read_table(
         spec.labels,
@@ -159,6 +185,7 @@ def _read_label_table(spec: CohortSpec, task: Task) -> tuple[list[Slide], list[P
         split_names=spec.split_names,
         slide_suffix=spec.slide_suffix,
         slide_separator=spec.slide_separator,
+        file_name=spec.rules.file_name,
     )
 
 
@@ -196,7 +223,10 @@ def apply_split_file(
     folds = read_cohort_folds(spec, path)
     fold = pick_fold(folds, spec.fold, path)
     by_case = ids_are_cases(path, spec.slide_column, spec.case_column)
-    return assign_splits(slides, folds[fold], f"{path.name}, fold {fold}", by_case=by_case)
+    ids = {slide.id for slide in slides} | {slide.case for slide in slides}
+    pairs = pair_ids(folds[fold], ids, spec.rules)
+    splits = {pairs.get(name, name): split for name, split in folds[fold].items()}
+    return assign_splits(slides, splits, f"{path.name}, fold {fold}", by_case=by_case)
 
 
 def read_cohort_folds(spec: CohortSpec, path: Path) -> Folds:
@@ -220,6 +250,7 @@ def read_cohort_folds(spec: CohortSpec, path: Path) -> Folds:
         spec.case_column,
         slide_suffix=spec.slide_suffix,
         slide_separator=spec.slide_separator,
+        file_name=spec.rules.file_name,
     )
 
 
@@ -278,9 +309,9 @@ def cut_missing_splits(
 
 def _explain_stores(problems: Sequence[Problem], spec: CohortSpec) -> list[str]:
     """Explain why no id of the label table is in the stores, if one difference explains all."""
-    table_ids = [p.slide for p in problems if p.problem.startswith(NOT_IN_STORE)]
+    table_ids = [p.slide for p in problems if p.problem.startswith((NOT_IN_STORE, ABSOLUTE_PATH))]
     store_ids = [p.slide for p in problems if p.problem == NOT_IN_TABLE]
-    return explain_unmatched_ids(table_ids, store_ids, slide_suffix=spec.slide_suffix)
+    return explain_unmatched_ids(table_ids, store_ids, rules=spec.rules)
 
 
 def _explain_split_file(
@@ -292,7 +323,7 @@ def _explain_split_file(
         explanation = explain_unmatched_ids(
             file_ids,
             table_ids,
-            slide_suffix=spec.slide_suffix,
+            rules=spec.rules,
             first="split file",
             second="label table",
         )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -57,16 +56,30 @@ def match_slides(
         for slide, reader in reader_of.items()
         if slide not in ids
     ]
-    empty = {
-        slide
-        for slide, reader in reader_of.items()
-        if slide in ids and not reader.num_patches(slide)
-    }
+    counts, faults = _count_or_fault({k: r for k, r in reader_of.items() if k in ids})
+    problems += faults
+    empty = {slide for slide, count in counts.items() if not count}
     problems += [
         Problem(slide, reader_of[slide].path.name, "has no patches") for slide in sorted(empty)
     ]
-    matches = {slide: reader for slide, reader in reader_of.items() if slide in ids - empty}
+    matches = {slide: reader_of[slide] for slide in counts if slide not in empty}
     return matches, problems
+
+
+def _count_or_fault(reader_of: Mapping[str, R]) -> tuple[dict[str, int], list[Problem]]:
+    """Return the patches of each slide, and a problem for each whose file cannot be used."""
+    counts: dict[str, int] = {}
+    faults: dict[str, list[tuple[str, str]]] = {}
+    for slide, reader in reader_of.items():
+        try:
+            counts[slide] = reader.num_patches(slide)
+        except UserError as error:
+            faults.setdefault(reader.path.name, []).append((slide, str(error).splitlines()[0]))
+    return counts, [
+        Problem(slide, source, text, group=f"cannot be used; the first: {texts[0][1]}")
+        for source, texts in faults.items()
+        for slide, text in texts
+    ]
 
 
 def match_scales(
@@ -135,102 +148,3 @@ def check_patch_sizes(readers: Mapping[str, Sequence[SlideReader]], size: int | 
                 + "\n  pack the stores of one magnification alike; set bag.size=PX if magnifications"
                 " differ"
             )
-
-
-def explain_unmatched_ids(
-    ids: Collection[str],
-    data_ids: Collection[str],
-    *,
-    slide_suffix: str = "",
-    first: str = "label table",
-    second: str = "stores",
-) -> list[str]:
-    """Explain why ids do not match, if one systematic difference explains all of them.
-
-    Parameters
-    ----------
-    ids
-        Ids of a table that are not in the data.
-    data_ids
-        Ids of the data that are not in the table.
-    slide_suffix
-        Suffix that has been removed from the ids of the table.
-    first
-        What ``ids`` come from, for the message.
-    second
-        What ``data_ids`` come from, for the message.
-
-    Returns
-    -------
-    list of str
-        One line that says after which change every id matches, and one with the remedy. Empty if no
-        such change is known.
-    """
-    if not ids or not data_ids:
-        return []
-    if suffix := _find_suffix(ids, data_ids):
-        return [
-            f"every id in the {first} matches after removing '{suffix}'",
-            f"set data.slide_suffix={suffix}{slide_suffix}",
-        ]
-    if suffix := _find_extra_suffix(ids, data_ids):
-        return [
-            f"every id in the {first} matches after removing '{suffix}' from the ids in the {second}",
-            f"write the same ids in both: with '{suffix}' in the {first}, or without it in the {second}",
-        ]
-    if pair := _find_equal_pair(str.casefold, ids, data_ids):
-        return [
-            f"every id in the {first} matches if upper and lower case are ignored: "
-            f"'{pair[0]}' is '{pair[1]}' in the {second}",
-            f"write the ids in the {first} as they are in the {second}",
-        ]
-    if pair := _find_equal_pair(_to_nfc, ids, data_ids):
-        form = "NFC" if unicodedata.is_normalized("NFC", pair[1]) else "NFD"
-        return [
-            f"every id in the {first} matches after Unicode normalisation: '{pair[0]}' looks the same in"
-            f" the {second} but is stored as other characters",
-            f"convert the ids in the {first} to the Unicode form {form} that the {second} use",
-        ]
-    return []
-
-
-def _find_suffix(ids: Collection[str], data_ids: Collection[str]) -> str | None:
-    """Return the suffix of all ``ids`` without which all of them are in ``data_ids``."""
-    data_ids, example = set(data_ids), min(ids)
-    ends = {example.removeprefix(name) for name in data_ids if example.startswith(name)}
-    for suffix in sorted(filter(_is_suffix, ends)):
-        if all(name.endswith(suffix) and name.removesuffix(suffix) in data_ids for name in ids):
-            return suffix
-    return None
-
-
-def _find_extra_suffix(ids: Collection[str], data_ids: Collection[str]) -> str | None:
-    """Return the suffix with which all ``ids`` are in ``data_ids``."""
-    data_ids, example = set(data_ids), min(ids)
-    ends = {name.removeprefix(example) for name in data_ids if name.startswith(example)}
-    for suffix in sorted(filter(_is_suffix, ends)):
-        if all(f"{name}{suffix}" in data_ids for name in ids):
-            return suffix
-    return None
-
-
-def _is_suffix(end: str) -> bool:
-    """Whether the end of an id looks like a suffix, such as .svs or _HE, and not like a part of it."""
-    return len(end) > 1 and not end[0].isalnum()
-
-
-def _find_equal_pair(
-    change: Callable[[str], str], ids: Collection[str], data_ids: Collection[str]
-) -> tuple[str, str] | None:
-    """Return an example if each id equals one data id after ``change``; None if not, or if ambiguous."""
-    changed = {change(name): name for name in data_ids}
-    if len(changed) < len(data_ids) or len({change(name) for name in ids}) < len(ids):
-        return None
-    if not all(change(name) in changed for name in ids):
-        return None
-    example = min(ids)
-    return example, changed[change(example)]
-
-
-def _to_nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from e2e.bags.spec import LabelledSlide
 from e2e.cohort.table import Problem, summarise_problems
 from e2e.errors import UserError, format_list
 from e2e.files import write_atomically
+from e2e.slides import show_id
 
 
 def write_problems(problems: Sequence[Problem], path: Path) -> None:
@@ -24,9 +26,9 @@ def write_problems(problems: Sequence[Problem], path: Path) -> None:
     path
         The .csv file.
     """
-    rows = [(p.slide, p.problem, p.where) for p in problems]
+    rows = [(show_id(p.slide), p.problem, p.where) for p in problems]
     table = pd.DataFrame(rows, columns=["slide", "problem", "where"])
-    write_atomically(path, table.to_csv(index=False).encode())
+    write_atomically(path, table.to_csv(index=False).encode(errors="backslashreplace"))
 
 
 def write_cohort(items: Sequence[LabelledSlide], problems: Sequence[Problem], path: Path) -> None:
@@ -53,8 +55,24 @@ def write_cohort(items: Sequence[LabelledSlide], problems: Sequence[Problem], pa
         }
         for item in items
     ]
-    rows += [{"slide": p.slide, "left_out": f"{p.problem} ({p.where})"} for p in problems]
+    rows += [{"slide": show_id(p.slide), "left_out": f"{p.problem} ({p.where})"} for p in problems]
     write_atomically(path, pd.DataFrame(rows).to_csv(index=False).encode())
+
+
+def count_problems(problems: Sequence[Problem]) -> dict[str, int]:
+    """Return how many rows and slides have each kind of problem, for metrics.json."""
+    return dict(Counter(f"{p.summary} ({p.source})" for p in problems))
+
+
+def warn_of_dropped(problems: Sequence[Problem], path: Path | None) -> list[str]:
+    """Return a warning with the number of rows and slides that were left out, by their problem."""
+    if not problems:
+        return []
+    where = f", listed in {path}" if path else ""
+    lines = format_list(summarise_problems(problems))
+    return [
+        f"{len(problems)} row(s) or slide(s) left out (data.unmatched=drop){where}\n{lines}",
+    ]
 
 
 def report_unusable_rows(

@@ -21,11 +21,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from e2e.cohort.cells import read_table_text
+from e2e.cohort.ids import IdRules, normalise_id
 from e2e.cohort.splits import SPLITS
-from e2e.cohort.table import split_slide_ids
 from e2e.errors import UserError, format_list
 from e2e.files import read_text
 from e2e.registry import Registry
+from e2e.slides import show_id
 
 Folds = dict[str, dict[str, str]]
 
@@ -70,8 +72,18 @@ def read_text_table(path: Path) -> TextTable:
         The file does not exist or is not UTF-8, a row is longer than the header, or two columns
         have the same name.
     """
-    delimiter = "\t" if path.suffix in {".tsv", ".tab"} else ","
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter)
+    text, delimiter = read_table_text(path)
+    reader = csv.reader(io.StringIO(text.lstrip("\r\n"), newline=""), delimiter=delimiter)
+    try:
+        return _parse_cells(path, reader)
+    except csv.Error as error:
+        raise UserError(
+            f"{path} line {reader.line_num} is not a readable row: {error}\n"
+            "  save the table as .csv in UTF-8"
+        ) from error
+
+
+def _parse_cells(path: Path, reader: Any) -> TextTable:
     columns = [name.strip() for name in next(reader, [])]
     repeated = [name for name, count in Counter(columns).items() if count > 1]
     if repeated:
@@ -121,7 +133,7 @@ class SplitFile:
             return {}
         try:
             content = json.loads(read_text(self.path))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{self.path} is not valid JSON: {error}\n  save or download the file again"
             ) from error
@@ -248,6 +260,7 @@ def read_splits(
     *,
     slide_suffix: str = "",
     slide_separator: str | None = None,
+    file_name: bool = False,
 ) -> Folds:
     """Read the folds of a file, or of a folder.
 
@@ -259,7 +272,7 @@ def read_splits(
     slide_column, case_column
         Columns of the ids in a table, if they have no usual name. A column of slides is used rather
         than one of cases.
-    slide_suffix, slide_separator
+    slide_suffix, slide_separator, file_name
         How the file writes slide ids; see :func:`e2e.cohort.table.read_table`.
 
     Returns
@@ -274,9 +287,10 @@ def read_splits(
         unknown name.
     """
     folds: Folds = {}
+    rules = IdRules(slide_suffix, slide_separator, file_name)
     for file in _list_split_files(path):
         entries = _parse_split_file(SplitFile(file, slide_column, case_column))
-        for fold, splits in _collect_folds(file, entries, slide_suffix, slide_separator).items():
+        for fold, splits in _collect_folds(file, entries, rules).items():
             earlier = folds.setdefault(fold, splits)
             conflicts = sorted({name for name, split in earlier.items() ^ splits.items() if split})
             if conflicts:
@@ -368,16 +382,16 @@ def _parse_split_file(file: SplitFile) -> Entries:
     )
 
 
-def _collect_folds(path: Path, entries: Entries, suffix: str, separator: str | None) -> Folds:
+def _collect_folds(path: Path, entries: Entries, rules: IdRules) -> Folds:
     """Return fold -> id -> split; UserError for an id in two splits or an unknown split."""
     folds: Folds = {}
     conflicts: set[str] = set()
     unreadable: set[str] = set()
     for fold, cell, word in entries:
         split = SPLIT_WORDS.get(word.lower())
-        names = [name for name in split_slide_ids(cell, suffix, separator) if name]
+        names = [name for name in rules.parse(cell) if name]
         if split is None or not names:
-            unreadable.add(f"'{word}' of '{cell}'")
+            unreadable.add(f"'{show_id(word)}' of '{show_id(cell)}'")
             continue
         for name in names:
             first = folds.setdefault(fold, {}).setdefault(name, split)
@@ -466,10 +480,10 @@ def fold_table(table: TextTable, id_column: str, folds: Mapping[str, Mapping[str
             f"the label table has the column(s) {', '.join(present)} already\n"
             "  remove them, or train on them: data.split_file=THE_TABLE data.fold=0"
         )
-    rows = [
-        [*row.values(), *(splits[row[id_column]] for splits in folds.values())]
-        for row in table.rows
-    ]
+    rows = []
+    for row in table.rows:
+        name, nfc = row[id_column], normalise_id(row[id_column])
+        rows.append([*row.values(), *(s[name if name in s else nfc] for s in folds.values())])
     return to_csv([*table.columns, *names], rows)
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from e2e.cohort.cells import read_table_text
+from e2e.cohort.ids import IdRules, normalise_id
 from e2e.errors import UserError
-from e2e.files import read_text
-from e2e.slides import Slide, find_id_fault
+from e2e.slides import Slide, find_id_fault, show_id
 
 NUM_EXAMPLES = 3
 """Ids that are named of many slides with the same problem."""
@@ -44,7 +45,7 @@ class Problem:
         return self.source if self.line is None else f"{self.source} line {self.line}"
 
     def __str__(self) -> str:
-        return f"{self.slide or '(no slide id)'}: {self.problem} ({self.where})"
+        return f"{show_id(self.slide) or '(no slide id)'}: {self.problem} ({self.where})"
 
 
 def read_table(
@@ -55,6 +56,7 @@ def read_table(
     split_names: Mapping[str, str],
     slide_suffix: str = "",
     slide_separator: str | None = None,
+    file_name: bool = False,
 ) -> tuple[list[Slide], list[Problem]]:
     """Read the slides of a label table.
 
@@ -77,6 +79,8 @@ def read_table(
     slide_separator
         Separates several slide ids in one cell. Each becomes a slide with the case, labels and
         split of the row.
+    file_name
+        Whether folders before the name of a slide are removed.
 
     Returns
     -------
@@ -92,14 +96,14 @@ def read_table(
         The table does not exist, cannot be read or lacks a column.
     """
     path = Path(path)
-    used_columns = {role: column for role, column in columns.items() if column is not None}
-    targets = list(targets)
+    rules = IdRules(slide_suffix, slide_separator, file_name)
+    used_columns, targets = {k: v for k, v in columns.items() if v is not None}, list(targets)
     table = _read_columns(path, [*used_columns.values(), *targets])
     valid_splits = split_names if "split" in used_columns else {"": ""}
     rows = [
         (
             int(number) + 1,
-            _parse_row(row, used_columns, targets, slide_suffix, slide_separator),
+            _parse_row(row, used_columns, targets, rules),
         )
         for number, row in zip(table.index, table.to_dict("records"), strict=True)
     ]
@@ -128,12 +132,12 @@ def summarise_problems(problems: Sequence[Problem]) -> list[str]:
 def _summarise_group(group: Sequence[Problem]) -> str:
     first = group[0]
     if len(group) == 1:
-        return f"{first.slide or '(no slide id)'}: {first.summary} ({first.where})"
+        return f"{show_id(first.slide) or '(no slide id)'}: {first.summary} ({first.where})"
     where = first.source
     if first.line is not None:
         lines = dict.fromkeys(str(p.line) for p in group)
         where += f" line{'s' if len(lines) > 1 else ''} {_list_examples([*lines])}"
-    slides = [p.slide for p in group if p.slide]
+    slides = [show_id(p.slide) for p in group if p.slide]
     examples = f" ({_list_examples(slides)})" if slides else ""
     return f"{len(group)} slides{examples}: {first.summary} ({where})"
 
@@ -147,42 +151,19 @@ def join_words(words: Iterable[str]) -> str:
     return "+".join(sorted({*words} - {""}))
 
 
-def split_slide_ids(cell: str, suffix: str, separator: str | None) -> list[str]:
-    """Return the slide ids in a cell of a table.
-
-    Parameters
-    ----------
-    cell
-        The text of the cell.
-    suffix
-        Removed from the end of each id.
-    separator
-        Separates several ids; None if the cell is one id.
-
-    Returns
-    -------
-    list of str
-        The ids without surrounding blanks; an empty string where there is nothing between two
-        separators.
-    """
-    parts = cell.split(separator) if separator else [cell]
-    return [part.strip().removesuffix(suffix) for part in parts]
-
-
 def _parse_row(
     row: Mapping[Hashable, str],
     columns: Mapping[str, str],
     targets: Sequence[str],
-    suffix: str,
-    separator: str | None,
+    rules: IdRules,
 ) -> list[Slide]:
     """Return the slides that a row names, with the split as the table writes it."""
     cells = {role: row[column] for role, column in columns.items()}
-    case = cells.get("case", cells["slide"].removesuffix(suffix))
+    case = normalise_id(cells["case"] if "case" in cells else rules.parse_one(cells["slide"]))
     target = {name: row[name] for name in targets}
     return [
         Slide(slide_id, case, cells.get("split", ""), target, cells.get("centre", ""))
-        for slide_id in split_slide_ids(cells["slide"], suffix, separator)
+        for slide_id in map(normalise_id, rules.parse(cells["slide"]))
     ]
 
 
@@ -212,13 +193,10 @@ def _check_rows(
 def _find_row_fault(
     slide: Slide, split_names: Mapping[str, str], earlier_in_row: Sequence[Slide]
 ) -> str | None:
-    if not slide.id or not slide.case:
-        return "empty slide or case id"
-    for what, text in (("slide", slide.id), ("case", slide.case.replace("/", "_"))):
-        if (fault := find_id_fault(text)) is not None:
-            return f"{what} id cannot be used: {fault}"
+    if fault := find_id_fault(slide.id) or find_id_fault(slide.case.replace("/", "_")):
+        return fault
     if slide.split not in split_names:
-        return f"split '{slide.split}' is not one of {', '.join(split_names)}"
+        return f"split '{show_id(slide.split)}' is not one of {', '.join(split_names)}"
     if any(slide.id == other.id for other in earlier_in_row):
         return "listed twice in its row"
     return None
@@ -258,8 +236,7 @@ def _parse_table(path: Path) -> pd.DataFrame:
     """Return all cells as text without surrounding blanks; the first row is the header."""
     if not path.is_file():
         raise UserError(f"no label table at {path}\n  set data.labels=FILE.csv")
-    text = read_text(path)
-    separator = "\t" if path.suffix in {".tsv", ".tab"} else ","
+    text, separator = read_table_text(path)
     try:
         # The header is read as a row: pandas would rename the second of two equal columns to
         # label.1, and use the first column as an index where a comma ends each line.

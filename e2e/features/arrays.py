@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -14,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from e2e.errors import DamagedDataError
+from e2e.errors import DamagedDataError, UserError
 from e2e.slides import slide_of_file
 
 
@@ -29,15 +31,33 @@ class SlideArrays(NamedTuple):
     """The attributes of both, and of the file."""
 
 
+LAYOUT_FOLDERS = re.compile(r"h5_|pt_|features_|patches|coords|heatmaps|\\.|.*px_overlap")
+"""Names of folders that are part of a layout, and not of a patient."""
+
+
 def list_files(folder: Path, suffix: str) -> dict[str, Path]:
     """Return slide -> file for the files of a folder with this suffix, sorted.
 
-    Files whose names begin with a dot are left out: they are not finished.
+    If the folder itself has none, those of a folder per patient are listed. Files whose names begin
+    with a dot are left out: they are not finished.
     """
     if not folder.is_dir():
         return {}
-    files = (f for f in folder.iterdir() if f.suffix == suffix and f.name[0] != ".")
-    return {slide_of_file(file.name.removesuffix(suffix)): file for file in sorted(files)}
+    files = _with_suffix(folder, suffix)
+    if not files:
+        folders = (f for f in folder.iterdir() if f.is_dir() and not LAYOUT_FOLDERS.match(f.name))
+        files = [file for patient in folders for file in _with_suffix(patient, suffix)]
+    by_slide = {slide_of_file(file.name[: -len(suffix)]): file for file in sorted(files)}
+    if len(by_slide) < len(files):
+        raise UserError(
+            f"{folder} holds {len(files) - len(by_slide)} slide(s) twice, in several of its folders\n"
+            "  keep one file of each slide"
+        )
+    return by_slide
+
+
+def _with_suffix(folder: Path, suffix: str) -> list[Path]:
+    return [f for f in folder.iterdir() if f.suffix.lower() == suffix and f.name[0] != "."]
 
 
 def open_h5(file: Path) -> h5py.File:
@@ -68,21 +88,41 @@ def peek_h5(files: Iterable[Path]) -> tuple[set[str], dict[str, Any]]:
         try:
             with open_h5(file) as h5:
                 attrs = dict(h5.attrs)
-                for dataset in h5.values():
-                    attrs |= dict(dataset.attrs)
+                for name in h5:
+                    attrs |= dict(open_item(h5, str(name)).attrs)
                 return set(h5.keys()), attrs
-        except OSError as error:
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
             fault = fault or h5_error(file, error)
     if fault is not None:
         raise fault
     return set(), {}
 
 
-def h5_error(file: Path, error: OSError) -> DamagedDataError:
+def h5_error(file: Path, error: Exception) -> DamagedDataError:
     """Return the error to raise if a file cannot be opened as HDF5."""
     return DamagedDataError(
         f"{file} is not an HDF5 file, or was cut short: {first_line(error)}\n  copy it again"
     )
+
+
+def open_item(group: Any, name: str) -> Any:
+    """Return a group or dataset of an HDF5 file, unless its values lie in another file.
+
+    Raises
+    ------
+    ValueError
+        It is a link to another file, or names other files as its storage.
+    """
+    link = group.get(name, getlink=True)
+    if isinstance(link, h5py.ExternalLink):
+        raise ValueError(f"'{name}' is a link to another file, which is not followed")
+    item = group[name]
+    # A soft link may lead to an external one; a hard link never leaves its file.
+    is_soft = isinstance(link, h5py.SoftLink)
+    is_elsewhere = is_soft and item.file.filename != group.file.filename
+    if is_elsewhere or (isinstance(item, h5py.Dataset) and (item.external or item.is_virtual)):
+        raise ValueError(f"'{name}' lies in another file, which is not read")
+    return item
 
 
 def arrays_of_h5(group: Any, names: Sequence[str], attrs: Mapping[str, Any]) -> SlideArrays:
@@ -102,8 +142,8 @@ def arrays_of_h5(group: Any, names: Sequence[str], attrs: Mapping[str, Any]) -> 
     ValueError
         If none of the names exists.
     """
-    features = group[_first_name(group, names)]
-    coords = group.get("coords")
+    features = open_item(group, _first_name(group, names))
+    coords = open_item(group, "coords") if "coords" in group else None
     all_attrs = dict(attrs) | dict(group.attrs) | dict(features.attrs)
     if coords is not None:
         all_attrs |= dict(coords.attrs)
@@ -121,6 +161,7 @@ def _first_name(content: Any, names: Sequence[str]) -> str:
 
 def _open_pt(file: Path, names: Sequence[str]) -> SlideArrays:
     _allow_numpy_arrays()
+    _check_expansion(file)
     try:
         # Map the file: if only the shape is needed, the values are not read.
         is_mappable = zipfile.is_zipfile(file)
@@ -134,6 +175,15 @@ def _open_pt(file: Path, names: Sequence[str]) -> SlideArrays:
     features = _require_array(content[_first_name(content, names)])
     coords = _require_array(content["coords"]) if "coords" in content else None
     return SlideArrays(features, coords, {})
+
+
+def _check_expansion(file: Path) -> None:
+    """Refuse an archive whose compressed content expands: PyTorch compresses nothing."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            expanded = sum(entry.file_size for entry in archive.infolist())
+        if expanded > 2 * file.stat().st_size:
+            raise ValueError(f"it is compressed, and would expand to {expanded:,} bytes")
 
 
 def _require_array(value: object) -> Any:
@@ -186,20 +236,56 @@ def read_doubles(values: Any) -> NDArray[np.float64]:
 
 
 def read_number(attrs: Mapping[str, Any], name: str) -> float:
-    """Return an attribute as a number; 0 if it is missing, or the text "None" as TRIDENT writes."""
+    """Return an attribute as a finite number; 0 if it is none, such as the text "None" of TRIDENT."""
     try:
-        return float(attrs.get(name, 0))
-    except (TypeError, ValueError):
+        number = float(attrs.get(name, 0))
+    except (TypeError, ValueError, OverflowError):
         return 0.0
+    return number if math.isfinite(number) else 0.0
 
 
 def plain_values(attrs: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Return those of the named attributes that exist, as JSON values."""
     values = {name: attrs[name] for name in names if name in attrs}
     return {
-        name: value.item() if isinstance(value, (np.generic, np.ndarray)) else value
+        name: _plain_value(value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value)
         for name, value in values.items()
     }
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, list) and len(value) == 1:
+        return _plain_value(value[0])
+    is_number = isinstance(value, (bool, int)) or (
+        isinstance(value, float) and math.isfinite(value)
+    )
+    return (
+        value
+        if is_number
+        else value.decode(errors="replace")
+        if isinstance(value, bytes)
+        else str(value)
+    )
+
+
+class FirstOf:
+    """The array (N, D) in an HDF5 dataset of shape (1, N, D), read where it is indexed."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self.shape: tuple[int, ...] = tuple(dataset.shape[1:])
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return values of the one slide."""
+        return self._dataset[0][key]
+
+
+def as_rows(values: Any) -> Any:
+    """Return features or coords as a matrix: (1, N, D) without its batch, (D,) as one row."""
+    shape = tuple(values.shape)
+    if len(shape) == 3 and shape[0] == 1:
+        return FirstOf(values)
+    return values[...][None] if len(shape) == 1 and shape[0] > 0 else values
 
 
 def first_line(error: Exception) -> str:

@@ -25,6 +25,7 @@ from e2e.features.arrays import (
     h5_error,
     list_files,
     open_h5,
+    open_item,
     peek_h5,
     plain_values,
     read_doubles,
@@ -85,11 +86,13 @@ class Layout:
     def open(self, slide: str) -> Iterator[SlideArrays]:
         """Open the arrays of a slide for the block; errors are those of the file's library."""
         file = self.files[slide]
-        if file.suffix in ARRAY_FILES:
-            yield ARRAY_FILES[file.suffix](file, self.names)
+        if file.suffix.lower() in ARRAY_FILES:
+            yield ARRAY_FILES[file.suffix.lower()](file, self.names)
             return
         with open_h5(file) as h5:
-            yield arrays_of_h5(h5[slide] if self.is_grouped else h5, self.names, h5.attrs)
+            yield arrays_of_h5(
+                open_item(h5, slide) if self.is_grouped else h5, self.names, h5.attrs
+            )
 
 
 FEATURE_FORMATS: Registry[Layout | None] = Registry("feature format")
@@ -139,13 +142,18 @@ def clam(path: Path) -> Layout | None:
 
     Coords are in level-0 pixels. Only the h5 files have them, so an h5 file is preferred.
     """
-    h5_files = list_files(path / "h5_files", ".h5") or list_files(path, ".h5")
+    h5_files = _first_files(path / "h5_files", path / "h5_coords_files", path)
     pt_files = list_files(path / "pt_files", ".pt") if path.name != "pt_files" else {}
     names, attrs = peek_h5(h5_files.values())
     is_clam = "features" in names and not {"encoder", "patch_size_level0"} & attrs.keys()
     if (h5_files and not is_clam) or not (h5_files or pt_files):
         return None
     return Layout({**pt_files, **h5_files})
+
+
+def _first_files(*folders: Path) -> dict[str, Path]:
+    """Return the .h5 files of the first folder that has any; AttriMIL names one h5_coords_files."""
+    return next(filter(None, (list_files(folder, ".h5") for folder in folders)), {})
 
 
 @FEATURE_FORMATS.register("stamp")
@@ -184,13 +192,13 @@ def aem(path: Path) -> Layout | None:
     names = ("feat", *FEATURE_NAMES)
     try:
         with open_h5(path) as h5:
-            slides = {slide: group for slide, group in h5.items() if isinstance(group, h5py.Group)}
+            slides = {str(s): g for s in h5 if isinstance(g := open_item(h5, str(s)), h5py.Group)}
             if not set(names) & set(next(iter(slides.values()), ())):
                 return None
             encoder = path.stem.partition("patch_feats_pretrain_")[2]
             recipe = {"encoder": encoder} if encoder else {}
             return Layout(dict.fromkeys(slides, path), names, is_grouped=True, recipe=recipe)
-    except OSError as error:
+    except (OSError, ValueError, LookupError) as error:
         raise h5_error(path, error) from error
 
 

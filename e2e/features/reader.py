@@ -7,6 +7,7 @@ reader can be used in threads and copied over a fork.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,8 +20,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from e2e.errors import DamagedDataError, UserError, format_list
-from e2e.features.arrays import SlideArrays, copy_floats, first_line, list_files, peek_h5
+from e2e.features.arrays import (
+    SlideArrays,
+    as_rows,
+    copy_floats,
+    first_line,
+    list_files,
+    peek_h5,
+    plain_values,
+)
 from e2e.features.formats import ENCODER_ATTRIBUTES, FEATURE_FORMATS, Layout
+from e2e.memory import free_memory
 from e2e.store.records import SlideReader, SlideRecord
 
 
@@ -147,10 +157,17 @@ class FeatureFiles:
 
         :meth:`num_patches` compares every other slide with it.
         """
+        fault: DamagedDataError | None = None
         for slide in self.slides if self._reference is None else [self._reference]:
-            num_patches, width = self._shape(slide)
+            try:
+                num_patches, width = self._shape(slide)
+            except DamagedDataError as error:  # reported with all others when slides are matched
+                fault = fault or error
+                continue
             if num_patches:
                 return width
+        if fault is not None:
+            raise fault
         raise UserError(f"none of the {len(self.slides)} slides in {self.path} has any patch")
 
     def num_patches(self, slide: str) -> int:
@@ -210,6 +227,12 @@ class FeatureFiles:
         if not self.num_patches(slide):
             raise DamagedDataError(
                 f"{file}: slide '{slide}' has no patches\n  leave the slide out of the label table"
+            )
+        num_bytes = 4 * math.prod(self._shape(slide))
+        if num_bytes > max(free_memory(torch.device("cpu")), file.stat().st_size):
+            raise DamagedDataError(
+                f"{file}: features of slide '{slide}' claim {num_bytes:,} bytes, more than the free memory\n"
+                "  extract the slide again, or use a machine with more memory"
             )
         with self._open_arrays(slide) as arrays:
             values = copy_floats(arrays.features[...])
@@ -298,7 +321,8 @@ class FeatureFiles:
 
     def _check_encoder(self, slide: str, attrs: Mapping[str, Any]) -> None:
         for name in ENCODER_ATTRIBUTES:
-            encoder, first = attrs.get(name), self.recipe.get(name)
+            encoder = plain_values(attrs, (name,)).get(name)
+            first = self.recipe.get(name)
             if encoder and first and encoder != first:
                 raise UserError(
                     f"features of different encoders in {self.path}: {first} in the first file, "
@@ -311,8 +335,13 @@ class FeatureFiles:
         """Open the arrays of a slide; whatever reading them raises becomes a DamagedDataError."""
         try:
             with self._layout.open(slide) as arrays:
-                yield arrays
+                coords = None if arrays.coords is None else as_rows(arrays.coords)
+                yield arrays._replace(features=as_rows(arrays.features), coords=coords)
         except (
+            MemoryError,
+            OverflowError,
+            RecursionError,
+            SyntaxError,
             OSError,
             EOFError,
             LookupError,

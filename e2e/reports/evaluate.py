@@ -158,6 +158,7 @@ def evaluate_run(
     out: Path,
     strategy: Strategy,
     screen: Screen,
+    left_out: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Evaluate the selected epoch of a run on validation and test, and write the results to ``out``.
 
@@ -176,6 +177,8 @@ def evaluate_run(
         Bootstrap resamples of the cases.
     heatmaps
         Maximum number of test slides to draw; None: all.
+    left_out
+        Problem -> number of rows and slides of the cohort that were left out for it.
 
     Returns
     -------
@@ -186,6 +189,7 @@ def evaluate_run(
     tensors, state = load_checkpoint(best)
     report: dict[str, Any] = {"epoch": state["best_epoch"] + 1, "selected_weights": selected}
     report["chosen_on"] = chosen_on
+    report |= {"left_out": dict(left_out)} if left_out else {}
     evaluation = _Evaluation(model, items, view, strategy, screen, draws, heatmaps, out)
     predictions: list[Prediction] = []
     for name in ("model", "ema"):

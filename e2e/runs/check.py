@@ -92,6 +92,7 @@ def read_slides(data: Data, targets: Sequence[str], site: str | None) -> list[Sl
         split_names={},
         slide_suffix=data.slide_suffix,
         slide_separator=data.slide_separator,
+        file_name="file_name" in data.match,
     )
     if not slides:
         raise UserError(
@@ -144,7 +145,7 @@ def load_like_a_run(
                     # A different number of rows for each, since no two are copies; none is written.
                     file.create_dataset(f"{slide.id}/feat", (1 + k, 1), np.float32)
             data = replace(data, features=[f"{folder}/features.h5"], scales=[])
-        items, problems = load_slides(
+        items, _ = load_slides(
             replace(settings, data=data),
             task,
             features=is_placeholder or on_features(settings),
@@ -152,11 +153,6 @@ def load_like_a_run(
             protocol=PROTOCOLS[settings.run.protocol],
         )
     fit_task(settings, task, items)
-    if problems:
-        Screen(True).say(
-            f"warning: {len(problems)} row(s) or slide(s) left out (data.unmatched=drop), listed in"
-            f" {problems_file}"
-        )
     return items
 
 

@@ -31,6 +31,7 @@ def cohort_spec(data: Data, *, name: str = "") -> CohortSpec:
         split_names=data.splits,
         slide_suffix=data.slide_suffix,
         slide_separator=data.slide_separator,
+        match=tuple(data.match),
         split_file=data.split_file,
         fold=data.fold,
         val_share=data.cut.val,

@@ -202,6 +202,7 @@ def make_fold_table(settings: Settings, num_folds: int) -> bytes:
         targets=targets,
         split_names={},
         slide_separator=data.slide_separator,
+        file_name="file_name" in data.match,
     )
     if problems and data.unmatched == "error":
         raise UserError(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from e2e.bags.spec import LabelledSlide
+from e2e.cohort.report import count_problems
 from e2e.cohort.splits import EXTERNAL
 from e2e.errors import UserError, describe_interrupt, format_list
 from e2e.files import create_folder
@@ -113,6 +114,7 @@ def write_evaluation(
         view=parts.view,
         selected=selected_weights(settings.optim, settings.select),
         chosen_on=PROTOCOLS[settings.run.protocol].selection_split,
+        left_out=count_problems(parts.problems),
         draws=settings.run.bootstrap,
         heatmaps=settings.run.heatmaps,
         out=out,

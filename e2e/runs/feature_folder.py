@@ -103,16 +103,19 @@ def is_complete(file: Path, record: SlideRecord) -> bool:
     """
     try:
         with h5py.File(file, "r", locking=False) as h5:
-            content: Mapping[str, Any] = h5
-            if len(content["features"]) != record.num_patches:
-                return False
-            coords = content.get("coords")
-            if coords is None or record.coords is None:
-                return coords is None and record.coords is None
-            identity = coords.attrs.get(IDENTITY, record.identity)
-            return identity == record.identity and np.array_equal(coords[()], record.coords)
+            return _has_patches_of(h5, record)
     except (OSError, KeyError, ValueError):
         return False
+
+
+def _has_patches_of(h5: Any, record: SlideRecord) -> bool:
+    if len(h5["features"]) != record.num_patches:
+        return False
+    coords = h5.get("coords")
+    if coords is None or record.coords is None:
+        return coords is None and record.coords is None
+    identity = coords.attrs.get(IDENTITY, record.identity)
+    return identity == record.identity and np.array_equal(coords[()], record.coords)
 
 
 def check_recipe(folder: FeatureFolder, recipe: Mapping[str, Any]) -> None:

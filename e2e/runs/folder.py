@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from e2e.bags.spec import LabelledSlide
-from e2e.cohort.report import write_cohort
+from e2e.cohort.report import write_cohort, write_problems
 from e2e.cohort.table import Problem
 from e2e.errors import UserError
 from e2e.features.check import check_features
@@ -92,6 +92,8 @@ def write_inputs(
     settings = replace(settings, data=with_absolute_paths(settings.data))
     write_atomically(folder / "settings.yaml", dump_settings(settings).encode())
     write_cohort(slides, problems, folder / "cohort.csv")
+    if problems:
+        write_problems(problems, folder / "problems.csv")
     write_json(folder / TASK, task.state())
     if features:
         write_json(folder / FEATURES, features)

@@ -22,6 +22,7 @@ from e2e.cohort.folds import (
     stratified_test_sets,
     tcga_sites,
 )
+from e2e.cohort.report import write_problems
 from e2e.cohort.split_files import (
     clam_files,
     fold_table,
@@ -190,23 +191,34 @@ def published_folds(args: argparse.Namespace, slides: Sequence[Slide]) -> dict[s
     )
     by_case = ids_are_cases(args.splits, args.slide, args.case)
     return {
-        number: _published_fold(args.splits, number, slides, splits, by_case=by_case)
+        number: _published_fold(args, number, slides, splits, by_case=by_case)
         for number, splits in published.items()
     }
 
 
 def _published_fold(
-    path: Path, number: str, slides: Sequence[Slide], splits: Mapping[str, str], *, by_case: bool
+    args: argparse.Namespace,
+    number: str,
+    slides: Sequence[Slide],
+    splits: Mapping[str, str],
+    *,
+    by_case: bool,
 ) -> Fold:
+    path: Path = args.splits
     assigned, problems = assign_splits(
         slides, splits, f"{path.name}, fold {number}", by_case=by_case
     )
     if problems:
-        raise UserError(
-            f"{path} and the label table do not match in {len(problems)} id(s) of fold {number}\n"
-            f"{format_list(summarise_problems(problems))}\n"
-            "  set --case and --slide to the columns of the ids that the splits use"
-        )
+        lines = format_list(summarise_problems(problems))
+        summary = f"do not match in {len(problems)} id(s) of fold {number}\n{lines}"
+        if args.unmatched != "drop" or not assigned:
+            remedy = "set --case and --slide to the columns of the ids that the splits use"
+            if assigned:
+                remedy += ", or leave these ids out with --unmatched drop"
+            raise UserError(f"{path} and the label table {summary}\n  {remedy}")
+        list_path = args.out.with_name(f"{args.out.name}.problems_{number}.csv")
+        write_problems(problems, list_path)
+        Screen(is_leader=True).say(f"warning: {path} and the label table {summary}\n  {list_path}")
     split_of = {slide.id: slide.split for slide in assigned}
     splits_of: dict[str, set[str]] = {slide.case: set() for slide in slides}
     for slide in slides:
@@ -242,7 +254,11 @@ def output_files(
         files |= {args.out / "clam" / name: content for name, content in clam.items()}
     # Names without their folders, so that the file is the same wherever the splits are made.
     options = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k != "out"}
-    recipe = {k: v for k, v in options.items() if not (args.splits and k in SPLIT_DEFAULTS)}
+    recipe = {
+        k: v
+        for k, v in options.items()
+        if not (args.splits and k in SPLIT_DEFAULTS) and (k, v) != ("unmatched", "error")
+    }
     recipe["labels_blake2b"] = hashlib.blake2b(args.labels.read_bytes(), digest_size=16).hexdigest()
     files[args.out / "made.json"] = (json.dumps(recipe, indent=1) + "\n").encode()
     return files

@@ -35,6 +35,11 @@ def find_config(path: str | Path) -> Path:
     return shipped if not path.exists() and shipped.is_file() else path
 
 
+def is_shipped(path: Path) -> bool:
+    """Return whether a file is one of those that come with the package."""
+    return path.resolve().is_relative_to(config_folder().resolve())
+
+
 def config_names(kind: str) -> list[str]:
     """Return the names in a folder of the configuration files, such as ``datasets``, sorted."""
     return sorted(path.stem for path in (config_folder() / kind).glob("*.yaml"))

@@ -280,6 +280,12 @@ def splits_parser() -> CommandParser:
         "--splits", type=Path, metavar="PATH", help="published splits: a file or folder"
     )
     parser.add_argument(
+        "--unmatched",
+        choices=("error", "drop"),
+        default="error",
+        help="ids that only the table or only --splits has: stop, or leave them out and list them",
+    )
+    parser.add_argument(
         "--allow-missing", action="store_true", help="allow splits that lack a class"
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")

@@ -17,8 +17,10 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from e2e.errors import UserError
 from e2e.registry import Registry, did_you_mean
-from e2e.settings.configs import config_folder, config_names, find_config
+from e2e.settings.configs import config_folder, config_names, find_config, is_shipped
+from e2e.settings.paths import resolve_data_paths
 from e2e.settings.schema import SECTIONS, Plugin, Settings, require
+from e2e.settings.yaml_text import parse_yaml
 
 Layer = tuple[str, dict[str, Any]]
 """Where values come from (for messages), and section -> key -> value."""
@@ -126,7 +128,7 @@ def saved_settings(
             f"{run} is not a run folder: it has no settings.yaml\n"
             "  give the folder that e2e train wrote (run.out)"
         )
-    source, tree = _read_yaml(run / "settings.yaml")
+    source, tree = _read_yaml(run / "settings.yaml", is_relative=False)
     names = tree.pop("names", None) or {}
     layers = [DEFAULTS, (source, tree), *map(_override_layer, overrides)]
     return _merge_layers(layers, registries, names)
@@ -342,26 +344,6 @@ def split_model_name(name: str, heads: Sequence[str] = ()) -> tuple[str, str]:
     return parts[1], parts[2]
 
 
-class _TextLoader(yaml.SafeLoader):
-    """YAML whose scalars stay the text that was typed, or null; the setting's type interprets it.
-
-    Plain YAML would read the folder 2024_01 as 202401, and the class yes as true.
-    """
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 (YAML's own name)
-        first: [(tag, pattern) for tag, pattern in pairs if tag == "tag:yaml.org,2002:null"]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse a key that occurs twice, as the YAML standard demands and PyYAML does not."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        duplicates = [key for number, key in enumerate(keys) if key in keys[:number]]
-        if duplicates:
-            raise yaml.constructor.ConstructorError(None, None, f"found '{duplicates[0]}' twice")
-        return super().construct_mapping(node, deep=deep)
-
-
 def _parse_value(text: str) -> Any:
     """Parse null, lists, mappings and quoted text as YAML; anything else stays as it is.
 
@@ -369,7 +351,7 @@ def _parse_value(text: str) -> Any:
     """
     text = text.strip()
     if text[:1] in ("[", "{", '"', "'"):
-        return yaml.load(text, _TextLoader)
+        return parse_yaml(text)
     return None if text in ("null", "Null", "NULL", "~") else text
 
 
@@ -389,11 +371,12 @@ def _override_layer(text: str) -> Layer:
     return text, {section: value}
 
 
-def _read_yaml(path: Path) -> Layer:
+def _read_yaml(path: Path, *, is_relative: bool = True) -> Layer:
+    """Read a layer; relative paths of data are relative to the file, unless it is not of the user."""
     if not path.is_file():
         raise UserError(f"no settings file {path}")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _TextLoader)
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
         if isinstance(tree, dict):
             tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except yaml.MarkedYAMLError as error:
@@ -404,4 +387,7 @@ def _read_yaml(path: Path) -> Layer:
         raise UserError(f"{path}: not readable YAML: {reason}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections, found a {type(tree).__name__}")
-    return str(path), {str(key): value for key, value in tree.items()}
+    layer = {str(key): value for key, value in tree.items()}
+    return str(path), layer if is_shipped(path) or not is_relative else resolve_data_paths(
+        layer, path.parent
+    )

@@ -177,6 +177,15 @@ class Data(Section):
         "separator between the slide ids of a row that names several slides, such as ';'",
         Requirement("null, or a sign such as ';'", lambda value: value != ""),
     )
+    match: list[str] = setting(
+        [],
+        "how ids in tables may differ from those of the data: file_name (folders before the name are"
+        " removed), ignore_case",
+        Requirement(
+            "a list of file_name and ignore_case",
+            lambda values: {*values} <= {"file_name", "ignore_case"},
+        ),
+    )
     unit: str = setting(
         "slide", "what one bag holds: a slide, or all slides of a case", one_of("slide", "case")
     )

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from e2e.bags.spec import LabelledSlide
+from e2e.cohort.ids import explain_unmatched_ids
 from e2e.cohort.labels import check_classes, suggest_classes
 from e2e.cohort.load import load_cohort
-from e2e.cohort.match import explain_unmatched_ids
+from e2e.cohort.report import count_problems
 from e2e.cohort.split_files import clam_files, fold_table, read_text_table
 from e2e.errors import UserError
 from e2e.runs.cohort import cohort_spec
@@ -470,12 +471,26 @@ SYSTEMATIC = {
         lambda name: f"{name}.svs",
         ["every id in the label table matches after removing '.svs'", "set data.slide_suffix=.svs"],
     ),
+    "paths in the table": (
+        lambda name: f"/data/wsi/{name}.svs",
+        [
+            "every id in the label table matches after removing folders and '.svs'",
+            "set data.match=[file_name] data.slide_suffix=.svs",
+        ],
+    ),
+    "paths, letter case and a suffix": (
+        lambda name: f"centre\\{name.upper()}_HE.SVS",
+        [
+            "every id in the label table matches after removing folders and '_HE.SVS', if upper and lower"
+            " case are ignored",
+            "set data.match=[file_name,ignore_case] data.slide_suffix=_HE.SVS",
+        ],
+    ),
     "upper case in the table": (
         str.upper,
         [
-            "every id in the label table matches if upper and lower case are ignored: 'S0' is 's0' in "
-            "the stores",
-            "write the ids in the label table as they are in the stores",
+            "every id in the label table matches if upper and lower case are ignored",
+            "set data.match=[ignore_case]",
         ],
     ),
 }
@@ -486,12 +501,48 @@ def test_a_difference_that_explains_all_ids_is_named_and_dropping_everything_is_
     cohort, difference
 ):
     change, explanation = SYSTEMATIC[difference]
-    write_labels(cohort, slides=[change(name) for name in NAMES])
+    rows = [f"{change(name)},c{k},{'ab'[k % 2]}\n" for k, name in enumerate(NAMES)]
+    (cohort / "labels.csv").write_text("slide,case,label\n" + "".join(rows))
     lines = error_of(cohort)
     assert lines[0].endswith("16 row(s) or slide(s) cannot be used, 0 can")
     assert [line.strip() for line in lines[-len(explanation) :]] == explanation
     assert not any("data.unmatched" in line for line in lines)
     assert error_of(cohort, unmatched="drop") == lines  # nothing would be left
+
+
+@pytest.mark.parametrize("difference", SYSTEMATIC)
+def test_the_advised_settings_match_all_ids(cohort, difference):
+    change, explanation = SYSTEMATIC[difference]
+    rows = [f"{change(name)},c{k},{'ab'[k % 2]}\n" for k, name in enumerate(NAMES)]
+    (cohort / "labels.csv").write_text("slide,case,label\n" + "".join(rows))
+    advice = dict(word.split("=") for word in explanation[1].removeprefix("set ").split())
+    values = {}
+    if "data.match" in advice:
+        values["match"] = advice["data.match"].strip("[]").split(",")
+    if "data.slide_suffix" in advice:
+        values["slide_suffix"] = advice["data.slide_suffix"]
+    items, problems = load(cohort, columns=Columns(split=None), cut=Cut(val=0.3), **values)
+    assert ([item.slide.id for item in items], problems) == (NAMES, [])
+
+
+def test_an_explanation_holds_for_most_ids_and_counts_them():
+    ids, data_ids = [f"s{k}.svs" for k in range(20)], [f"s{k}" for k in range(1, 20)]
+    assert explain_unmatched_ids(ids, data_ids) == [
+        "19 of 20 ids in the label table match after removing '.svs'",
+        "set data.slide_suffix=.svs",
+    ]
+
+
+def test_a_near_miss_is_named():
+    assert explain_unmatched_ids(["TCGA-O2-0001"], ["TCGA-02-0001", "x"]) == [
+        "near misses: 'TCGA-O2-0001' is nearly 'TCGA-02-0001' in the stores; correct the ids"
+    ]
+
+
+def test_an_id_that_leads_out_of_a_folder_is_a_problem_of_its_row(cohort):
+    write_labels(cohort, slides=[*NAMES, "../../x"], label="ababababa")
+    lines = error_of(cohort)
+    assert lines[1] == "  ../../x: leads out of a folder ('..') (labels.csv line 10)"
 
 
 def test_the_advised_suffix_works(cohort):
@@ -501,17 +552,15 @@ def test_the_advised_suffix_works(cohort):
     assert ([item.slide.id for item in items], problems) == (NAMES, [])
 
 
-def test_ids_that_differ_in_their_unicode_form_alone_are_explained(cohort):
-    names = [f"{'é'}{k}" for k in range(8)]  # one character
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_ids_that_differ_in_their_unicode_form_alone_match(cohort, form):
+    names = [unicodedata.normalize(form, f"{'é'}{k}") for k in range(8)]
+    other = "NFD" if form == "NFC" else "NFC"
     write_store(cohort / "u.lmdb", {name: 2 + k for k, name in enumerate(names)})
-    write_labels(cohort, slides=[unicodedata.normalize("NFD", name) for name in names])
-    lines = error_of(cohort, stores=[str(cohort / "u.lmdb")])
-    assert lines[-2].startswith(
-        "  every id in the label table matches after Unicode normalisation:"
-    )
-    assert lines[-1] == (
-        "  convert the ids in the label table to the Unicode form NFC that the stores use"
-    )
+    write_labels(cohort, slides=[unicodedata.normalize(other, name) for name in names])
+    given = {"columns": Columns(split=None), "cut": Cut(val=0.3)}
+    items, problems = load(cohort, stores=[str(cohort / "u.lmdb")], **given)
+    assert ([item.slide.id for item in items], problems) == (names, [])
 
 
 def test_a_suffix_that_only_the_stores_have_is_explained():
@@ -599,3 +648,30 @@ def test_what_to_change_where_no_label_is_a_class(names, words, advice):
 def test_a_task_without_classes_has_no_words_to_suggest():
     slides = [Slide("s", "c", "", {"label": "x"})]
     assert suggest_classes(slides, TASKS.build("regression")) == []
+
+
+def test_other_words_for_the_splits_are_counted_with_the_setting_that_works(cohort):
+    words = ["Training"] * 4 + ["Val"] * 2 + ["Hold-out"] * 2
+    rows = [
+        f"{n},{n},{'ab'[k % 2]},{w}\n" for k, (n, w) in enumerate(zip(NAMES, words, strict=True))
+    ]
+    (cohort / "labels.csv").write_text("slide,case,label,split\n" + "".join(rows))
+    lines = error_of(cohort, columns=Columns(split="split"), cut=Cut())
+    assert lines[-2:] == [
+        "  the split column also holds Training (4), Val (2), Hold-out (2)",
+        "  set 'data.splits={Training: train, Val: val, \"Hold-out\": test}'",
+    ]
+    splits = Data().splits | {"Training": "train", "Val": "val", "Hold-out": "test"}
+    items, problems = load(cohort, columns=Columns(split="split"), splits=splits)
+    assert (len(items), problems) == (8, [])
+
+
+def test_what_is_dropped_is_a_warning_with_counts(cohort, capsys):
+    write_labels(cohort, slides=[*NAMES, "x1", "x2"], label="ab" * 5)
+    values = {"columns": Columns(split=None), "cut": Cut(val=0.3), "unmatched": "drop"}
+    items, problems = load(cohort, **values)
+    assert (len(items), count_problems(problems)) == (8, {"not in any store (label table)": 2})
+    assert (
+        "warning: 2 row(s) or slide(s) left out (data.unmatched=drop), listed in "
+        f"{cohort}/problems.csv\n  2 slides (x1, x2): not in any store (label table)"
+    ) in capsys.readouterr().out

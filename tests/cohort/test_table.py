@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from e2e.cohort.ids import IdRules
 from e2e.cohort.match import match_slides
 from e2e.cohort.report import write_problems
 from e2e.cohort.splits import check_splits, cut_split
-from e2e.cohort.table import Problem, read_table, split_slide_ids, summarise_problems
+from e2e.cohort.table import Problem, read_table, summarise_problems
 from e2e.errors import UserError
 from e2e.slides import Slide
 from tests.helpers.stores import write_store
@@ -330,7 +331,7 @@ IDS = st.text(st.characters(exclude_characters=";.", exclude_categories=("C", "Z
 
 @given(st.lists(IDS, min_size=1), st.sampled_from(["", ".svs"]), st.sampled_from([";", " ; "]))
 def test_ids_that_are_joined_come_apart_as_they_were(ids, suffix, joint):
-    assert split_slide_ids(joint.join(name + suffix for name in ids), suffix, ";") == ids
+    assert IdRules(suffix, ";").parse(joint.join(name + suffix for name in ids)) == ids
 
 
 # --- centres ---

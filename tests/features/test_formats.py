@@ -487,7 +487,7 @@ def test_rows_that_were_never_written_are_told_with_the_first_of_them(tmp_path):
     refused(store, "empty", "from row 0 of 9 on")
 
 
-@pytest.mark.parametrize("shape", [(D,), (1, 3, D), ()])
+@pytest.mark.parametrize("shape", [(2, 3, D), (1, 1, 3, D), ()])
 def test_what_is_no_matrix_is_no_bag(tmp_path, shape):
     np.save(tmp_path / "a.npy", np.zeros(shape, np.float32))
     refused(open_features(tmp_path), "a", f"the shape {shape}, need (patches, width)")

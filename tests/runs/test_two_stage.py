@@ -225,7 +225,7 @@ def refusal(cohort: Path, monkeypatch, capsys, *more: str) -> str:
 def test_features_that_are_missing_are_told_with_how_to_make_them(cohort, monkeypatch, capsys):
     said = refusal(cohort, monkeypatch, capsys, "data.features=[]")
     assert "needs data.labels=FILE.csv and data.features=[FOLDER]" in said
-    assert "e2e extract --stores none.lmdb" in said
+    assert "none.lmdb --encoder NAME --out FOLDER" in said
     said = refusal(cohort, monkeypatch, capsys, f"data.features=[{cohort}/nowhere]")
     assert f"features not found: {cohort}/nowhere" in said
 

@@ -82,7 +82,7 @@ def test_layers_may_be_files_anywhere(layer):
     model = layer("encoder: {name: r50}\nhead: {name: mean}", "m.yml")
     settings = load(datasets=str(data), model=str(model))
     assert (settings.data.labels, settings.encoder.name, settings.head.name) == (
-        "a.csv",
+        f"{data.parent}/a.csv",
         "r50",
         "mean",
     )

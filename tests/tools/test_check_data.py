@@ -62,7 +62,8 @@ def test_without_a_store_the_table_alone_is_checked_and_packing_is_next(cohort, 
     assert "label: 'a' 8, 'b' 8" in out
     assert "train  8 slides, 8 cases: 'a' 4, 'b' 4" in out
     assert "if a slide has 1,000 patches (--patches) of 100 px at 2.5 kB" in out
-    assert "e2e pack --slides SLIDES --out s.lmdb --mpp 0.5 --patch-size 100" in out
+    # The path in the YAML is relative to it.
+    assert f"e2e pack --slides SLIDES --out {cohort}/s.lmdb --mpp 0.5 --patch-size 100" in out
 
 
 def test_with_a_store_its_patches_are_counted_and_training_is_next(cohort, said):

@@ -147,6 +147,21 @@ def test_published_splits_with_a_case_in_two_splits_or_unknown_ids_are_refused_b
     assert not (tmp_path / "out").exists()
 
 
+def test_ids_that_one_side_lacks_can_be_left_out_and_are_listed(tmp_path, capsys):
+    labels, splits = table(tmp_path), tmp_path / "splits_0.csv"
+    make(labels, "--out", tmp_path / "a")
+    published = (tmp_path / "a" / "clam" / "splits_0.csv").read_text()
+    splits.write_text(published.replace("000-0", "unknown"))
+    options = ["--splits", splits, "--allow-missing", "--out", tmp_path / "b"]
+    with pytest.raises(UserError, match="--unmatched drop"):
+        make(labels, *options)
+    assert make(labels, *options, "--unmatched", "drop") == 0
+    assert "warning: " in capsys.readouterr().out
+    listed = (tmp_path / "b.problems_0.csv").read_text()
+    assert "unknown" in listed
+    assert "000-0" in listed
+
+
 def test_published_splits_that_use_a_case_in_part_are_refused(tmp_path):
     labels, splits = table(tmp_path, 4), tmp_path / "splits_0_bool.csv"
     rows = ["000-0,True,False", "001-0,False,True", "002-0,True,False", "002-1,False,False"]
