@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import lmdb
 import numpy as np
+from imagecodecs import deflate_crc32
 from numpy.typing import NDArray
 
 from e2e.errors import DamagedDataError, OneRankError, UserError, format_list
@@ -149,7 +150,8 @@ class PatchStore:
             return
         checksums = np.frombuffer(value, "<u4", offset=len(value) - 4 * entry.num_patches)
         for index, jpeg in zip(pending.tolist(), jpegs, strict=True):
-            if zlib.crc32(jpeg) != checksums[index]:
+            # Seven times faster than zlib's.
+            if deflate_crc32(jpeg) != checksums[index]:  # pyright: ignore[reportArgumentType]
                 raise DamagedDataError(
                     f"{self.path}: slide '{slide}' patch {index} is not as it was packed: its checksum "
                     "differs\n  copy the store again, or pack the slide again; e2e inspect --verify lists "
