@@ -79,7 +79,7 @@ class CaseReader(Generic[R]):
 
     @cached_property
     def _record(self) -> SlideRecord:
-        records = self.slide_records()
+        records = self.slide_records(self.case)
         sides = {record.patch_px for record in records}
         if len(sides) > 1:
             raise UserError(
@@ -107,28 +107,9 @@ class CaseReader(Generic[R]):
         joined = np.concatenate(coords).astype(np.int32)
         return replace(first, **common, coords=joined, width=int(starts[-1]))
 
-    def slide_records(self) -> list[SlideRecord]:
-        """Return the record of each slide."""
+    def slide_records(self, slide: str) -> list[SlideRecord]:
+        """Return the record of each slide of the case."""
         return [reader.record(slide) for reader, slide in self.parts]
-
-    def origins(self) -> tuple[list[str], NDArray[np.int32]]:
-        """Return the slide of each patch, and its coords on that slide.
-
-        Returns
-        -------
-        slides : list of str
-            (N,) slide ids.
-        coords : ndarray of int32
-            (N, 2) x, y in level-0 pixels.
-
-        Raises
-        ------
-        UserError
-            A slide has no coords.
-        """
-        records = self.slide_records()
-        slides = [record.slide for record in records for _ in range(record.num_patches)]
-        return slides, np.concatenate([record.require_coords() for record in records])
 
 
 class CasePatches(CaseReader[PatchReader]):
@@ -175,6 +156,9 @@ class CasePatches(CaseReader[PatchReader]):
     ) -> T:
         """Return ``work(jpegs)``, for copies of the JPEGs; see :meth:`read`."""
         return work(self.read(slide, indices))
+
+    def checksums(self, slide: str) -> None:
+        """Return None: checksums are compared before slides are joined."""
 
     def find_damage(self, slide: str) -> Iterator[str]:
         """Check every patch of every slide; yield a line for each fault."""

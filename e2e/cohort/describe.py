@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from e2e.bags.spec import LabelledSlide
-from e2e.cohort.cases import CaseReader
 from e2e.cohort.folds import TCGA, tcga_sites
 from e2e.cohort.spec import CohortSpec
 from e2e.cohort.splits import SPLITS
@@ -57,7 +56,7 @@ def describe_table(spec: CohortSpec, task: Task, slides: Sequence[Slide]) -> lis
 
 def num_slides(item: LabelledSlide) -> int:
     """Return the number of slides in a bag: 1, or those of the case."""
-    return len(item.reader.parts) if isinstance(item.reader, CaseReader) else 1
+    return len(item.reader.slide_records(item.slide.id))
 
 
 def describe_splits(

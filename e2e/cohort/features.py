@@ -6,32 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from e2e.bags.spec import LabelledSlide
-from e2e.cohort.cases import CaseFeatures
 from e2e.errors import DamagedDataError, UserError, format_list
 from e2e.features.check import describe_encoder
-from e2e.features.reader import FeatureFiles, FeatureReader
+from e2e.features.reader import FeatureReader
 from e2e.log import Screen
 
 
-def feature_reader(item: LabelledSlide) -> FeatureReader:
-    """Return the reader of a slide's features.
-
-    Parameters
-    ----------
-    item
-        A slide, or a case, of a cohort that was loaded with features.
-
-    Raises
-    ------
-    TypeError
-        The slide has patches, not features.
-    """
-    if isinstance(item.reader, (FeatureFiles, CaseFeatures)):
-        return item.reader
-    raise TypeError(f"slide '{item.slide.id}' has patches in {item.reader.path}, not features")
-
-
-def describe_features(items: Sequence[LabelledSlide]) -> dict[str, Any]:
+def describe_features(items: Sequence[LabelledSlide[FeatureReader]]) -> dict[str, Any]:
     """Describe the features of a cohort.
 
     Parameters
@@ -46,10 +27,10 @@ def describe_features(items: Sequence[LabelledSlide]) -> dict[str, Any]:
         files do not say.
     """
     encoders = (describe_encoder(item.reader.recipe) for item in items)
-    return {"width": feature_reader(items[0]).width, "encoder": next(filter(None, encoders), "")}
+    return {"width": items[0].reader.width, "encoder": next(filter(None, encoders), "")}
 
 
-def check_values(items: Sequence[LabelledSlide], screen: Screen) -> None:
+def check_values(items: Sequence[LabelledSlide[FeatureReader]], screen: Screen) -> None:
     """Read all features once, and check that they are complete and finite.
 
     Parameters
@@ -67,7 +48,7 @@ def check_values(items: Sequence[LabelledSlide], screen: Screen) -> None:
     faults: list[str] = []
     for done, item in enumerate(items):
         try:
-            feature_reader(item).features(item.slide.id)
+            item.reader.features(item.slide.id)
         except DamagedDataError as error:
             faults.append(str(error).splitlines()[0])
         screen.step(done + 1, len(items), "slides' features checked")

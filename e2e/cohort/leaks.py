@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from e2e.errors import UserError, format_list
 from e2e.features.reader import FeatureReader
 from e2e.slides import Slide
-from e2e.store.lmdb import PatchStore
 from e2e.store.records import PatchReader, SlideReader
 
 R = TypeVar("R", bound=SlideReader)
+
+Checksums = NDArray[np.uint32]
 
 READ_AT_ONCE = 256
 """Patches in memory at once."""
@@ -29,10 +30,10 @@ def check_copied_patches(slides: Sequence[Slide], readers: Mapping[str, PatchRea
 
     Patches are compared by the CRC-32 of their JPEGs, all of them and in order; a second scan, or
     another grid, passes. The check is cheap: only slides with equally many patches are compared, a
-    :class:`PatchStore` holds the checksums, and other stores are read completely only if the middle
+    store of ``e2e pack`` holds the checksums, and other stores are read completely only if the middle
     patch is the same.
 
-    Of two slides in a :class:`PatchStore` it is enough that most patches of one are also in the
+    Of two slides whose checksums are stored it is enough that most patches of one are also in the
     other, in any order: the same slide, packed with more tissue or less.
 
     Parameters
@@ -127,11 +128,12 @@ def _refuse_copies(
 
 def _refuse_shared_patches(slides: Sequence[Slide], readers: Mapping[str, PatchReader]) -> None:
     """Raise UserError if two slides of different splits have most patches of one in common."""
-    stored: list[tuple[Slide, PatchStore]] = []
+    stored: list[tuple[Slide, PatchReader, Checksums]] = []
     for slide in slides:
         reader = readers[slide.id]
-        if slide.split and isinstance(reader, PatchStore):  # other readers hold no checksums
-            stored.append((slide, reader))
+        sums = reader.checksums(slide.id) if slide.split else None
+        if sums is not None:
+            stored.append((slide, reader, sums))
     if shared := _find_shared_patches(stored):
         raise UserError(
             f"{len(shared)} slide(s) have most of their patches in common with a slide of another split,"
@@ -140,47 +142,47 @@ def _refuse_shared_patches(slides: Sequence[Slide], readers: Mapping[str, PatchR
         )
 
 
-def _find_shared_patches(stored: Sequence[tuple[Slide, PatchStore]]) -> list[str]:
+def _find_shared_patches(stored: Sequence[tuple[Slide, PatchReader, Checksums]]) -> list[str]:
     """Return a line for each two slides of different splits that share over half of one's patches.
 
     A patch that a slide has twice is blank and does not count. One JPEG of each two slides is read to
     make sure that equal checksums are of equal patches.
     """
     unique_sums = []
-    for slide, store in stored:
-        values, counts = np.unique(store.checksums(slide.id), return_counts=True)
+    for _, _, sums in stored:
+        values, counts = np.unique(sums, return_counts=True)
         unique_sums.append(values[counts == 1])
-    sums = np.concatenate([np.zeros(0, np.uint32), *unique_sums])
+    all_sums = np.concatenate([np.zeros(0, np.uint32), *unique_sums])
     owner = np.repeat(np.arange(len(stored), dtype=np.int32), [len(s) for s in unique_sums])
-    order = np.argsort(sums, kind="stable")
-    sums, owner = sums[order], owner[order]
-    equal = np.flatnonzero(sums[1:] == sums[:-1])
+    order = np.argsort(all_sums, kind="stable")
+    all_sums, owner = all_sums[order], owner[order]
+    equal = np.flatnonzero(all_sums[1:] == all_sums[:-1])
     pairs, firsts, counts = np.unique(
         np.stack([owner[equal], owner[equal + 1]]), axis=1, return_index=True, return_counts=True
     )
     lines = []
     for (a, b), first, common in zip(pairs.T, firsts, counts, strict=True):
-        (slide_a, store_a), (slide_b, store_b) = stored[a], stored[b]
+        slide_a, slide_b = stored[a][0], stored[b][0]
         smaller = min(len(unique_sums[a]), len(unique_sums[b]))
         if slide_a.split == slide_b.split or 2 * common <= smaller:
             continue
-        checksum = int(sums[equal[first]])
-        if _read_by_checksum(slide_a.id, store_a, checksum) == _read_by_checksum(
-            slide_b.id, store_b, checksum
-        ):
+        checksum = int(all_sums[equal[first]])
+        if _read_by_checksum(stored[a], checksum) == _read_by_checksum(stored[b], checksum):
             names = f"'{slide_a.id}' ({slide_a.split}) and '{slide_b.id}' ({slide_b.split})"
             lines.append(f"{names}: {common:,} of {smaller:,} patches")
     return lines
 
 
-def _read_by_checksum(slide: str, store: PatchStore, checksum: int) -> bytes:
-    return store.read(slide, np.flatnonzero(store.checksums(slide) == checksum)[:1])[0]
+def _read_by_checksum(entry: tuple[Slide, PatchReader, Checksums], checksum: int) -> bytes:
+    slide, reader, sums = entry
+    return reader.read(slide.id, np.flatnonzero(sums == checksum)[:1])[0]
 
 
 def _checksums(slide: str, reader: PatchReader, rows: Sequence[int]) -> NDArray[np.uint32]:
     """Return the CRC-32 of patches: as stored if the reader holds them, else of what is read."""
-    if isinstance(reader, PatchStore):
-        return reader.checksums(slide)[list(rows)]
+    stored = reader.checksums(slide)
+    if stored is not None:
+        return stored[list(rows)]
     batches = (rows[start : start + READ_AT_ONCE] for start in range(0, len(rows), READ_AT_ONCE))
     sums = [zlib.crc32(jpeg) for batch in batches for jpeg in reader.read(slide, batch)]
     return np.array(sums, np.uint32)

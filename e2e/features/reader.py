@@ -193,6 +193,10 @@ class FeatureFiles:
             )
         return num_patches
 
+    def slide_records(self, slide: str) -> list[SlideRecord]:
+        """See :class:`e2e.store.records.SlideReader`."""
+        return [self.record(slide)]
+
     def record(self, slide: str) -> SlideRecord:
         """Return the record of a slide.
 

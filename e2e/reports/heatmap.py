@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from e2e.bags.readers import RowReader
 from e2e.bags.spec import LabelledSlide
-from e2e.cohort.cases import CaseReader
 from e2e.errors import DamagedDataError
 from e2e.files import write_atomically
 from e2e.heads.base import HeadOutput
@@ -160,9 +158,9 @@ def draw_heatmap(
         tissue = _mosaic(item, record, decoder)
     blend = np.where(covered, (1 - OVERLAY) * tissue + OVERLAY * colours, tissue).astype(np.uint8)
     write_atomically(path.with_name(f"{path.name}.png"), _panels(tissue, blend, caption))
-    slides, coords = item.slide.id, record.require_coords()
-    if isinstance(item.reader, CaseReader):
-        slides, coords = item.reader.origins()
+    records = item.reader.slide_records(item.slide.id)
+    slides = [origin.slide for origin in records for _ in range(origin.num_patches)]
+    coords = np.concatenate([origin.require_coords() for origin in records])
     table = pd.DataFrame(
         {
             "slide": slides,
@@ -220,7 +218,7 @@ def _mosaic(item: LabelledSlide, record: SlideRecord, decoder: Decoder) -> NDArr
     """The slide assembled from its patches."""
     corners, side, shape = _layout(record)
     picture = np.full((*shape, 3), BACKGROUND, np.uint8)
-    store = cast(PatchReader, item.reader)
+    store: PatchReader = item.reader
     for start in range(0, record.num_patches, 256):
         rows = range(start, min(start + 256, record.num_patches))
         jpegs = store.read(item.slide.id, rows)

@@ -101,6 +101,13 @@ class AbmilxStore:
             )
         return self._counts[slide]
 
+    def slide_records(self, slide: str) -> list[SlideRecord]:
+        """See :class:`e2e.store.records.SlideReader`."""
+        return [self.record(slide)]
+
+    def checksums(self, slide: str) -> None:
+        """Return None: such a file holds none."""
+
     def record(self, slide: str) -> SlideRecord:
         """Return the record of a slide: `patch_px` of its first JPEG, and what `coords` holds.
 

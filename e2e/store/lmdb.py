@@ -107,6 +107,10 @@ class PatchStore:
         """
         return self._read_record(slide)[0]
 
+    def slide_records(self, slide: str) -> list[SlideRecord]:
+        """See :class:`e2e.store.records.SlideReader`."""
+        return [self.record(slide)]
+
     def read(self, slide: str, indices: Indices) -> list[bytes]:
         """Return the JPEG bytes of patches, in the order of `indices`.
 

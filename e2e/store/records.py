@@ -128,6 +128,10 @@ class SlideReader(Protocol):
         """
         ...
 
+    def slide_records(self, slide: str) -> list[SlideRecord]:
+        """Return the records of the slides that a bag joins: that of the slide, or all of a case."""
+        ...
+
 
 class PatchReader(SlideReader, Protocol):
     """A reader of JPEG patches, such as :class:`e2e.store.lmdb.PatchStore`."""
@@ -166,6 +170,10 @@ class PatchReader(SlideReader, Protocol):
         DamagedDataError
             As :meth:`read`, and whatever `work` raises.
         """
+        ...
+
+    def checksums(self, slide: str) -> NDArray[np.uint32] | None:
+        """Return the stored CRC-32 of every JPEG, shape (N,); None if none are stored."""
         ...
 
     def find_damage(self, slide: str) -> Iterator[str]:
