@@ -99,7 +99,8 @@ def deferred_signals(notice: str) -> Iterator[None]:
     KeyboardInterrupt
         At the end of the block, if a signal came that nobody has answered.
     """
-    _received.is_deferred, _received.notice = True, notice
+    # One that came before the block was raised then, and belongs to what it ended.
+    _received.signal, _received.is_deferred, _received.notice = None, True, notice
     try:
         yield
         if stop_requested():
