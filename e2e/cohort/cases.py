@@ -107,6 +107,10 @@ class CaseReader(Generic[R]):
         joined = np.concatenate(coords).astype(np.int32)
         return replace(first, **common, coords=joined, width=int(starts[-1]))
 
+    def joined_slides(self, slide: str) -> list[str]:
+        """Return the ids of the slides of the case."""
+        return [part for _, part in self.parts]
+
     def slide_records(self, slide: str) -> list[SlideRecord]:
         """Return the record of each slide of the case."""
         return [reader.record(slide) for reader, slide in self.parts]

@@ -56,7 +56,7 @@ def describe_table(spec: CohortSpec, task: Task, slides: Sequence[Slide]) -> lis
 
 def num_slides(item: LabelledSlide) -> int:
     """Return the number of slides in a bag: 1, or those of the case."""
-    return len(item.reader.slide_records(item.slide.id))
+    return len(item.reader.joined_slides(item.slide.id))
 
 
 def describe_splits(

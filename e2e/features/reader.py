@@ -193,6 +193,10 @@ class FeatureFiles:
             )
         return num_patches
 
+    def joined_slides(self, slide: str) -> list[str]:
+        """See :class:`e2e.store.records.SlideReader`."""
+        return [slide]
+
     def slide_records(self, slide: str) -> list[SlideRecord]:
         """See :class:`e2e.store.records.SlideReader`."""
         return [self.record(slide)]

@@ -101,6 +101,10 @@ class AbmilxStore:
             )
         return self._counts[slide]
 
+    def joined_slides(self, slide: str) -> list[str]:
+        """See :class:`e2e.store.records.SlideReader`."""
+        return [slide]
+
     def slide_records(self, slide: str) -> list[SlideRecord]:
         """See :class:`e2e.store.records.SlideReader`."""
         return [self.record(slide)]

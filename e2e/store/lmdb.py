@@ -107,6 +107,10 @@ class PatchStore:
         """
         return self._read_record(slide)[0]
 
+    def joined_slides(self, slide: str) -> list[str]:
+        """See :class:`e2e.store.records.SlideReader`."""
+        return [slide]
+
     def slide_records(self, slide: str) -> list[SlideRecord]:
         """See :class:`e2e.store.records.SlideReader`."""
         return [self.record(slide)]

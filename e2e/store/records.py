@@ -128,8 +128,12 @@ class SlideReader(Protocol):
         """
         ...
 
+    def joined_slides(self, slide: str) -> list[str]:
+        """Return the ids of the slides that a bag joins: that of the slide itself, or all of a case."""
+        ...
+
     def slide_records(self, slide: str) -> list[SlideRecord]:
-        """Return the records of the slides that a bag joins: that of the slide, or all of a case."""
+        """Return the records of :meth:`joined_slides`."""
         ...
 
 

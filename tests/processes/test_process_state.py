@@ -241,7 +241,7 @@ def test_training_evaluation_and_prediction_leave_the_process_unchanged(feature_
 
     def predict_once() -> int:
         out = unused_path(tmp_path / "predicted")
-        slides = feature_cohort / "feats"
+        slides = [feature_cohort / "feats"]
         return predict(settings, folder, slides, out, mpp_override=None, workers=1)
 
     assert_leaves_no_trace(predict_once)
