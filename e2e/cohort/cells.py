@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +21,15 @@ MAX_COLUMNS = 10_000
 MAX_CELL = 2**20
 """Longest cell, in characters."""
 
-csv.field_size_limit(MAX_CELL)
+
+@contextmanager
+def limited_cells() -> Iterator[None]:
+    """Let the csv module, whose limit holds for the process, read cells of up to :data:`MAX_CELL` inside."""
+    before = csv.field_size_limit(MAX_CELL)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def read_table_text(path: Path) -> tuple[str, str]:

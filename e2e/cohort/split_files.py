@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from e2e.cohort.cells import read_table_text
+from e2e.cohort.cells import limited_cells, read_table_text
 from e2e.cohort.ids import IdRules, normalise_id
 from e2e.cohort.splits import SPLITS
 from e2e.errors import UserError, format_list
@@ -75,7 +75,8 @@ def read_text_table(path: Path) -> TextTable:
     text, delimiter = read_table_text(path)
     reader = csv.reader(io.StringIO(text.lstrip("\r\n"), newline=""), delimiter=delimiter)
     try:
-        return _parse_cells(path, reader)
+        with limited_cells():
+            return _parse_cells(path, reader)
     except csv.Error as error:
         raise UserError(
             f"{path} line {reader.line_num} is not a readable row: {error}\n"
