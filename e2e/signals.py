@@ -115,7 +115,9 @@ def end_with_parent() -> None:
     if parent is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(parent):  # it was killed before
+    try:
+        os.kill(int(parent), 0)  # it may have started this process through another
+    except ProcessLookupError:  # it was killed before
         os.kill(os.getpid(), signal.SIGTERM)
 
 
