@@ -56,6 +56,10 @@ class IdRules(NamedTuple):
         return normalise_id(text.casefold() if self.ignore_case else text)
 
 
+NO_RULES = IdRules()
+"""Ids are as in the data."""
+
+
 def normalise_id(text: str) -> str:
     """Return an id in the Unicode form NFC: the same letters are then the same characters."""
     return unicodedata.normalize("NFC", text)
@@ -100,7 +104,7 @@ def explain_unmatched_ids(
     ids: Collection[str],
     data_ids: Collection[str],
     *,
-    rules: IdRules | None = None,
+    rules: IdRules = NO_RULES,
     first: str = "label table",
     second: str = "stores",
 ) -> list[str]:
@@ -125,7 +129,7 @@ def explain_unmatched_ids(
         One line that says after which change how many ids match, which has been tried, and one with
         the settings that make it; or one with near misses. Empty if there are none.
     """
-    ids, rules = set(ids), rules or IdRules()
+    ids = set(ids)
     if not ids or not data_ids:
         return []
     if change := _find_change(ids, set(data_ids), rules):

@@ -183,9 +183,7 @@ def _read_label_table(spec: CohortSpec, task: Task) -> tuple[list[Slide], list[P
         columns=spec.columns,
         targets=task.columns,
         split_names=spec.split_names,
-        slide_suffix=spec.slide_suffix,
-        slide_separator=spec.slide_separator,
-        file_name=spec.rules.file_name,
+        rules=spec.rules,
     )
 
 
@@ -248,9 +246,7 @@ def read_cohort_folds(spec: CohortSpec, path: Path) -> Folds:
         path,
         spec.slide_column,
         spec.case_column,
-        slide_suffix=spec.slide_suffix,
-        slide_separator=spec.slide_separator,
-        file_name=spec.rules.file_name,
+        rules=spec.rules,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from e2e.cohort.ids import IdRules
+from e2e.cohort.ids import NO_RULES, IdRules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,8 @@ class CohortSpec:
         default_factory=lambda: {"train": "train", "val": "val", "test": "test"}
     )
     """The table's name of a split -> train, val or test."""
-    slide_suffix: str = ""
-    """Removed from the end of the slide ids in tables."""
-    slide_separator: str | None = None
-    """Separates several slide ids in one cell; None if each cell is one id."""
-    match: tuple[str, ...] = ()
-    """How ids in tables may differ from those of the data: file_name, ignore_case."""
+    rules: IdRules = NO_RULES
+    """How the ids in tables are read and compared with those of the data."""
     split_file: str | None = None
     """File or folder of published splits; see :mod:`e2e.cohort.split_files`."""
     fold: str | None = None
@@ -64,16 +60,6 @@ class CohortSpec:
     """Where slides and labels can be obtained, for messages."""
     pack_options: str = ""
     """Options of the packing command for this cohort, for messages."""
-
-    @property
-    def rules(self) -> IdRules:
-        """How the ids in tables are read and compared."""
-        return IdRules(
-            self.slide_suffix,
-            self.slide_separator,
-            file_name="file_name" in self.match,
-            ignore_case="ignore_case" in self.match,
-        )
 
     @property
     def columns(self) -> dict[str, str | None]:

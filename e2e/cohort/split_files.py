@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from e2e.cohort.cells import limited_cells, read_table_text
-from e2e.cohort.ids import IdRules, normalise_id
+from e2e.cohort.ids import NO_RULES, IdRules, normalise_id
 from e2e.cohort.splits import SPLITS
 from e2e.errors import UserError, format_list
 from e2e.files import read_text
@@ -259,9 +259,7 @@ def read_splits(
     slide_column: str | None = None,
     case_column: str | None = None,
     *,
-    slide_suffix: str = "",
-    slide_separator: str | None = None,
-    file_name: bool = False,
+    rules: IdRules = NO_RULES,
 ) -> Folds:
     """Read the folds of a file, or of a folder.
 
@@ -273,8 +271,8 @@ def read_splits(
     slide_column, case_column
         Columns of the ids in a table, if they have no usual name. A column of slides is used rather
         than one of cases.
-    slide_suffix, slide_separator, file_name
-        How the file writes slide ids; see :func:`e2e.cohort.table.read_table`.
+    rules
+        How the file writes slide ids.
 
     Returns
     -------
@@ -288,7 +286,6 @@ def read_splits(
         unknown name.
     """
     folds: Folds = {}
-    rules = IdRules(slide_suffix, slide_separator, file_name)
     for file in _list_split_files(path):
         entries = _parse_split_file(SplitFile(file, slide_column, case_column))
         for fold, splits in _collect_folds(file, entries, rules).items():

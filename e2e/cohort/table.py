@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from e2e.cohort.cells import read_table_text
-from e2e.cohort.ids import IdRules, normalise_id
+from e2e.cohort.ids import NO_RULES, IdRules, normalise_id
 from e2e.errors import UserError
 from e2e.slides import Slide, find_id_fault, show_id
 
@@ -54,9 +54,7 @@ def read_table(
     columns: Mapping[str, str | None],
     targets: Iterable[str],
     split_names: Mapping[str, str],
-    slide_suffix: str = "",
-    slide_separator: str | None = None,
-    file_name: bool = False,
+    rules: IdRules = NO_RULES,
 ) -> tuple[list[Slide], list[Problem]]:
     """Read the slides of a label table.
 
@@ -74,13 +72,9 @@ def read_table(
         Names of the columns that the task reads.
     split_names
         The table's name of a split -> train, val or test.
-    slide_suffix
-        Removed from the end of each slide id, for example ``.svs``.
-    slide_separator
-        Separates several slide ids in one cell. Each becomes a slide with the case, labels and
-        split of the row.
-    file_name
-        Whether folders before the name of a slide are removed.
+    rules
+        How the table writes slide ids. Each of several ids in a cell becomes a slide with the case,
+        labels and split of the row.
 
     Returns
     -------
@@ -96,7 +90,6 @@ def read_table(
         The table does not exist, cannot be read or lacks a column.
     """
     path = Path(path)
-    rules = IdRules(slide_suffix, slide_separator, file_name)
     used_columns, targets = {k: v for k, v in columns.items() if v is not None}, list(targets)
     table = _read_columns(path, [*used_columns.values(), *targets])
     valid_splits = split_names if "split" in used_columns else {"": ""}

@@ -30,7 +30,7 @@ from e2e.errors import UserError, format_list
 from e2e.log import Screen
 from e2e.memory import free_memory
 from e2e.parallel import pick_device
-from e2e.runs.cohort import cohort_spec
+from e2e.runs.cohort import cohort_spec, id_rules
 from e2e.runs.parts import (
     PROTOCOLS,
     REGISTRIES,
@@ -90,9 +90,7 @@ def read_slides(data: Data, targets: Sequence[str], site: str | None) -> list[Sl
         columns=columns,
         targets=targets,
         split_names={},
-        slide_suffix=data.slide_suffix,
-        slide_separator=data.slide_separator,
-        file_name="file_name" in data.match,
+        rules=id_rules(data),
     )
     if not slides:
         raise UserError(

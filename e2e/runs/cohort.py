@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from e2e.cohort.ids import IdRules
 from e2e.cohort.spec import CohortSpec
 from e2e.settings.schema import Data
 
@@ -29,9 +30,7 @@ def cohort_spec(data: Data, *, name: str = "") -> CohortSpec:
         split_column=data.columns.split,
         centre_column=data.columns.centre,
         split_names=data.splits,
-        slide_suffix=data.slide_suffix,
-        slide_separator=data.slide_separator,
-        match=tuple(data.match),
+        rules=id_rules(data),
         split_file=data.split_file,
         fold=data.fold,
         val_share=data.cut.val,
@@ -45,4 +44,14 @@ def cohort_spec(data: Data, *, name: str = "") -> CohortSpec:
         unmatched="drop" if data.unmatched == "drop" else "error",
         source=data.source,
         pack_options=data.pack,
+    )
+
+
+def id_rules(data: Data) -> IdRules:
+    """Return how the ids in the cohort's tables are read and compared."""
+    return IdRules(
+        data.slide_suffix,
+        data.slide_separator,
+        file_name="file_name" in data.match,
+        ignore_case="ignore_case" in data.match,
     )

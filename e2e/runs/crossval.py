@@ -23,7 +23,7 @@ from e2e.errors import UserError, describe_interrupt, format_list
 from e2e.files import create_folder, write_atomically, write_json
 from e2e.metrics.bootstrap import case_weights, confidence_interval
 from e2e.metrics.values import Array
-from e2e.runs.cohort import cohort_spec
+from e2e.runs.cohort import cohort_spec, id_rules
 from e2e.runs.many import is_done, train_all, write_plan
 from e2e.runs.parts import REGISTRIES, build_task
 from e2e.runs.saved import SavedPredictions, read_predictions
@@ -201,8 +201,7 @@ def make_fold_table(settings: Settings, num_folds: int) -> bytes:
         columns=columns,
         targets=targets,
         split_names={},
-        slide_separator=data.slide_separator,
-        file_name="file_name" in data.match,
+        rules=id_rules(data)._replace(suffix=""),
     )
     if problems and data.unmatched == "error":
         raise UserError(

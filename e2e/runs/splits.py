@@ -22,6 +22,7 @@ from e2e.cohort.folds import (
     stratified_test_sets,
     tcga_sites,
 )
+from e2e.cohort.ids import IdRules
 from e2e.cohort.report import write_problems
 from e2e.cohort.split_files import (
     clam_files,
@@ -81,8 +82,7 @@ def read_slides(args: argparse.Namespace) -> list[Slide]:
         columns=columns,
         targets=[args.label],
         split_names={},
-        slide_suffix=args.slide_suffix,
-        slide_separator=args.slide_separator,
+        rules=IdRules(args.slide_suffix, args.slide_separator),
     )
     if problems:
         raise UserError(
@@ -186,8 +186,7 @@ def published_folds(args: argparse.Namespace, slides: Sequence[Slide]) -> dict[s
         args.splits,
         args.slide,
         args.case,
-        slide_suffix=args.slide_suffix,
-        slide_separator=args.slide_separator,
+        rules=IdRules(args.slide_suffix, args.slide_separator),
     )
     by_case = ids_are_cases(args.splits, args.slide, args.case)
     return {

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from e2e.cohort.ids import IdRules
 from e2e.cohort.split_files import (
     SPLIT_FORMATS,
     clam_files,
@@ -221,7 +222,7 @@ def test_a_fold_is_picked_by_its_number_or_its_columns_name_or_as_the_only_one(t
 def test_cells_with_several_ids_are_all_of_them_in_the_cells_split(tmp_path, name):
     text = PUBLISHED[name].replace("010", "010.svs; 011.svs").replace("007", "007.svs")
     path = written(tmp_path, name, text)
-    [fold] = read_splits(path, slide_suffix=".svs", slide_separator=";").values()
+    [fold] = read_splits(path, rules=IdRules(".svs", ";")).values()
     assert fold == FOLD | {"011": "train"}
 
 
@@ -230,10 +231,10 @@ def test_a_slide_that_two_cells_name_is_in_one_split_of_a_fold(tmp_path):
     with pytest.raises(
         UserError, match=r"1 id.*two splits.*\n  fold 0: 'b' is in train and test\n"
     ):
-        read_splits(path, slide_separator=";")
+        read_splits(path, rules=IdRules(separator=";"))
     path = written(tmp_path, "a.csv", "slide,fold\na;b,train\nb;c,train\n;,val\nd;,val\n")
     with pytest.raises(UserError, match=r"without a valid id and split\n  'val' of ';'\n.*empty$"):
-        read_splits(path, slide_separator=";")
+        read_splits(path, rules=IdRules(separator=";"))
 
 
 def test_a_missing_file_and_an_empty_folder_are_errors(tmp_path):
@@ -269,7 +270,7 @@ def test_the_abmilx_tables_are_read_as_published(shared_data):
 
 def test_each_slide_of_the_brca_survival_tables_is_tested_in_one_fold(shared_data):
     folder = shared_data / "labels" / "survival_tcga_brca_3fold"
-    folds = read_splits(folder, "WSI", "ID", slide_suffix=".pt", slide_separator=";")
+    folds = read_splits(folder, "WSI", "ID", rules=IdRules(".pt", ";"))
     assert [len(fold) for fold in folds.values()] == [1073] * 3
     tested = [[n for n, split in fold.items() if split == "test"] for fold in folds.values()]
     assert len({name for names in tested for name in names}) == sum(map(len, tested)) == 1073

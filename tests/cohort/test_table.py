@@ -56,7 +56,7 @@ def test_columns_and_splits_go_by_the_tables_own_names(table):
         columns={"slide": "WSI", "case": "Patient", "split": "Fold"},
         targets=["grade"],
         split_names={"development": "train"},
-        slide_suffix=".svs",
+        rules=IdRules(".svs"),
     )
     assert slides == [Slide("w", "p", "train", {"grade": "3"})]
 
@@ -265,7 +265,7 @@ def test_ten_thousand_cases_are_read_and_every_bad_row_of_them_is_listed(table):
 
 def test_each_slide_of_a_row_has_the_rows_case_label_and_split(table):
     rows = 'c1,"a.svs; b.svs ;c",train,x\nc2,d.svs,val,y\nc1,e.svs,train,z\n'
-    slides, problems = read(table(HEADER + rows), slide_suffix=".svs", slide_separator=";")
+    slides, problems = read(table(HEADER + rows), rules=IdRules(".svs", ";"))
     assert problems == []
     assert [(s.id, s.case, s.split, s.target["label"]) for s in slides] == [
         ("a", "c1", "train", "x"),
@@ -279,7 +279,7 @@ def test_each_slide_of_a_row_has_the_rows_case_label_and_split(table):
 def test_without_a_case_column_the_slides_of_a_row_are_one_case(table):
     columns = {"slide": "slide", "case": None, "split": None}
     text = "slide,label\na.svs;b.svs,0\nc.svs,1\n"
-    slides, _ = read(table(text), columns=columns, slide_suffix=".svs", slide_separator=";")
+    slides, _ = read(table(text), columns=columns, rules=IdRules(".svs", ";"))
     assert [s.id for s in slides] == ["a", "b", "c"]
     assert slides[0].case == slides[1].case
     assert slides[2].case == "c"
@@ -294,7 +294,7 @@ def test_empty_parts_and_slides_named_twice_are_listed_and_the_others_stay(table
         ",g;h,train,x",  # line 6
         "c4,;,train,x",
     ]
-    slides, problems = read(table(HEADER + "\n".join(rows)), slide_separator=";")
+    slides, problems = read(table(HEADER + "\n".join(rows)), rules=IdRules(separator=";"))
     assert [s.id for s in slides] == ["b", "d", "e", "f"]
     empty = "empty slide or case id"
     assert [(p.slide, p.where[-1], p.problem) for p in problems] == [
@@ -313,16 +313,14 @@ def test_empty_parts_and_slides_named_twice_are_listed_and_the_others_stay(table
 def test_without_a_separator_a_cell_is_one_id_and_the_message_names_the_setting(table, tmp_path):
     store = write_store(tmp_path / "x.lmdb", {"a": 1, "b": 1, "c;d": 1})
     slides, _ = read(
-        table(HEADER + "c1,a.svs;b.svs,train,x\nc2,c;d,train,x\n"), slide_suffix=".svs"
+        table(HEADER + "c1,a.svs;b.svs,train,x\nc2,c;d,train,x\n"), rules=IdRules(".svs")
     )
     where, problems = match_slides(slides, [store])
     assert list(where) == ["c;d"]  # an id may have any sign
     assert str(problems[0]) == (
         "a.svs;b: not in any store; for several slides in a cell set data.slide_separator=';' (label table)"
     )
-    slides, _ = read(
-        table(HEADER + "c1,a.svs;b.svs,train,x\n"), slide_suffix=".svs", slide_separator=";"
-    )
+    slides, _ = read(table(HEADER + "c1,a.svs;b.svs,train,x\n"), rules=IdRules(".svs", ";"))
     assert sorted(match_slides(slides, [store])[0]) == ["a", "b"]
 
 
@@ -387,8 +385,7 @@ def test_the_brca_survival_tables_are_read(shared_data, fold):
         shared_data / f"labels/survival_tcga_brca_3fold/fold_{fold}.csv",
         columns={"slide": "WSI", "case": "ID", "split": "Split"},
         targets=["Event", "Status"],
-        slide_suffix=".pt",
-        slide_separator=";",
+        rules=IdRules(".pt", ";"),
     )
     assert problems == []
     cases: dict[str, list[Slide]] = {}

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from e2e.cohort.ids import IdRules
 from e2e.cohort.split_files import read_splits
 from e2e.errors import UserError
 from e2e.runs.splits import main
@@ -204,7 +205,7 @@ def test_slides_of_rows_that_name_several_are_counted_and_are_in_both_formats(tm
     assert [row[2:] for row in tested] == [["6", "6", "12", "6"]] * 2
     whole = read_splits(tmp_path / "a" / "clam")
     assert set(whole["0"]) == {f"{k:02d}{part}" for k in range(12) for part in "ab"}
-    form = {"slide_suffix": ".svs", "slide_separator": ";"}
+    form = {"rules": IdRules(".svs", ";")}
     assert read_splits(tmp_path / "a" / "splits.csv", "image", **form) == whole
     published = ["--splits", tmp_path / "a" / "splits.csv", *given[4:]]
     make(labels, *published, "--out", tmp_path / "b")
