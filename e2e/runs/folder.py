@@ -17,9 +17,9 @@ from e2e.cohort.table import Problem
 from e2e.errors import UserError
 from e2e.features.check import check_features
 from e2e.files import lock_file, write_atomically, write_json
-from e2e.settings.configs import find_config
 from e2e.settings.layers import dump_settings
-from e2e.settings.schema import Data, Settings
+from e2e.settings.paths import DATA_PATHS, resolve_paths
+from e2e.settings.schema import Settings
 from e2e.tasks.base import TASKS, Task
 
 BEST = "best.safetensors"
@@ -89,7 +89,9 @@ def write_inputs(
 
     The settings are written first: a run that is stopped right after can be resumed.
     """
-    settings = replace(settings, data=with_absolute_paths(settings.data))
+    # Absolute, because a run is used from any directory.
+    paths = {key: resolve_paths(getattr(settings.data, key), Path.cwd()) for key in DATA_PATHS}
+    settings = replace(settings, data=replace(settings.data, **paths))
     write_atomically(folder / "settings.yaml", dump_settings(settings).encode())
     write_cohort(slides, problems, folder / "cohort.csv")
     if problems:
@@ -97,25 +99,6 @@ def write_inputs(
     write_json(folder / TASK, task.state())
     if features:
         write_json(folder / FEATURES, features)
-
-
-def with_absolute_paths(data: Data) -> Data:
-    """Return the settings of the cohort with absolute paths: a run is used from any directory."""
-    return replace(
-        data,
-        labels=_absolute(data.labels),
-        stores=[_absolute(path) for path in data.stores],
-        scales=[[_absolute(path) for path in scale] for scale in data.scales],
-        features=[_absolute(path) for path in data.features],
-        coords=data.coords and _absolute(data.coords),
-        split_file=data.split_file and _absolute(data.split_file),
-    )
-
-
-def _absolute(path: str) -> str:
-    """The path from the root; an empty one, and one of a file that comes with the package, as it is."""
-    is_shipped = not Path(path).exists() and find_config(path).is_file()
-    return path if not path or is_shipped else os.path.abspath(path)
 
 
 def load_task(name: str, options: Mapping[str, Any], folder: Path) -> Task:

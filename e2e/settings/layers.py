@@ -372,7 +372,10 @@ def _override_layer(text: str) -> Layer:
 
 
 def _read_yaml(path: Path, *, is_relative: bool = True) -> Layer:
-    """Read a layer; relative paths of data are relative to the file, unless it is not of the user."""
+    """Read a layer; its paths of data are relative to the file, unless that comes with the package.
+
+    With ``is_relative=False`` they stay as they are, as in the folders of runs of earlier versions.
+    """
     if not path.is_file():
         raise UserError(f"no settings file {path}")
     try:
@@ -388,6 +391,6 @@ def _read_yaml(path: Path, *, is_relative: bool = True) -> Layer:
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections, found a {type(tree).__name__}")
     layer = {str(key): value for key, value in tree.items()}
-    return str(path), layer if is_shipped(path) or not is_relative else resolve_data_paths(
-        layer, path.parent
-    )
+    if is_relative and not is_shipped(path):
+        layer = resolve_data_paths(layer, path.parent)
+    return str(path), layer

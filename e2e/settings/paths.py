@@ -28,11 +28,14 @@ def resolve_data_paths(layer: Mapping[str, Any], folder: Path) -> dict[str, Any]
     data = layer.get("data")
     if not isinstance(data, Mapping):
         return dict(layer)
-    paths = {key: _resolve(data[key], folder.absolute()) for key in DATA_PATHS if key in data}
+    paths = {key: resolve_paths(data[key], folder) for key in DATA_PATHS if key in data}
     return {**layer, "data": {**data, **paths}}
 
 
-def _resolve(value: Any, folder: Path) -> Any:
+def resolve_paths(value: Any, folder: Path) -> Any:
+    """Return a path, or the paths in a list of any depth, below a folder; other values as they are."""
     if isinstance(value, list):
-        return [_resolve(item, folder) for item in value]
-    return str(folder / Path(value).expanduser()) if isinstance(value, str) and value else value
+        return [resolve_paths(item, folder) for item in value]
+    if not isinstance(value, str) or not value:
+        return value
+    return str(folder.absolute() / Path(value).expanduser())

@@ -40,13 +40,17 @@ def parse_yaml(text: str) -> Any:
     yaml.YAMLError
         It is no YAML, is nested too deeply, or its aliases stand for too many values.
     """
+    loader = _TextLoader(text)
     try:
-        root = yaml.compose(text, _TextLoader)
-        if root is not None:
-            _count_nodes(root, {}, MAX_DEPTH)
-        return yaml.load(text, _TextLoader)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _count_nodes(root, {}, MAX_DEPTH)
+        return loader.construct_document(root)
     except RecursionError as error:
         raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} levels deep") from error
+    finally:
+        loader.dispose()
 
 
 def _count_nodes(node: yaml.Node, counts: dict[int, int], depth: int) -> int:
