@@ -34,11 +34,12 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
         ``"; did you mean 'x'?"`` if one of the choices is similar, then a second line with all of them.
     """
     names = sorted(choices)
-    return f"{_nearest(name, names)}\n  available: {', '.join(names) or 'none'}"
+    return f"{suggest(name, names)}\n  available: {', '.join(names) or 'none'}"
 
 
-def _nearest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+def suggest(name: str, names: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` with the most similar of the names; empty if none is similar."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
@@ -145,7 +146,7 @@ class Registry(Generic[T]):
         others = self.library_names()
         more = f" and {len(others)} names of other libraries" if others else ""
         raise UserError(
-            f"unknown {self.kind} '{name}'{_nearest(name, [*self.names(), *others])}\n"
+            f"unknown {self.kind} '{name}'{suggest(name, [*self.names(), *others])}\n"
             f"  available: {', '.join(self.names()) or 'none'}{more}"
         )
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from e2e.errors import UserError, format_list
+from e2e.registry import suggest
 
 
 def read_mpp(table: Path) -> dict[str, float]:
@@ -64,12 +64,10 @@ def check_overrides(mpp: Mapping[str, float], slides: Iterable[Path]) -> None:
     unmatched = [name for name in mpp if name not in names]
     if not unmatched:
         return
-    lines = []
-    for name in unmatched[:3]:
-        similar = difflib.get_close_matches(name, names, n=1)
-        lines.append(f"'{name}'" + (f"; did you mean '{similar[0]}'?" if similar else ""))
-    more = [f"... and {len(unmatched) - 3} more"] if len(unmatched) > 3 else []
+    # Only of those that are shown: to compare two long lists takes minutes.
+    shown = [f"'{name}'{suggest(name, names)}" for name in unmatched[:3]]
     raise UserError(
-        f"--mpp-override: {len(unmatched)} row(s) name no slide\n{format_list([*lines, *more])}\n"
+        f"--mpp-override: {len(unmatched)} row(s) name no slide\n"
+        f"{format_list([*shown, *unmatched[3:]], most=3)}\n"
         "  give slide ids or file names, or remove these rows"
     )

@@ -12,6 +12,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,11 +49,13 @@ def read_value(path: Path, key: bytes) -> bytes | None:
         As :func:`read_snapshot`.
     """
 
-    def copy_value(txn: lmdb.Transaction) -> bytes | None:
-        value = txn.get(key)
-        return None if value is None else bytes(value)
+    return read_snapshot(path, partial(copy_value, key=key))
 
-    return read_snapshot(path, copy_value)
+
+def copy_value(txn: lmdb.Transaction, key: bytes) -> bytes | None:
+    """Return a copy of one value, which outlives the transaction; None if the key does not exist."""
+    value = txn.get(key)
+    return None if value is None else bytes(value)
 
 
 def file_key(path: Path) -> str:
