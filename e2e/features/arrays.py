@@ -161,10 +161,11 @@ def _first_name(content: Any, names: Sequence[str]) -> str:
 
 def _open_pt(file: Path, names: Sequence[str]) -> SlideArrays:
     _allow_numpy_arrays()
-    _check_expansion(file)
+    is_mappable = zipfile.is_zipfile(file)
+    if is_mappable:
+        _check_expansion(file)
     try:
         # Map the file: if only the shape is needed, the values are not read.
-        is_mappable = zipfile.is_zipfile(file)
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mappable)
     except Exception as error:  # a file that is not a pickle may raise anything when read as one
         raise ValueError(
@@ -179,11 +180,13 @@ def _open_pt(file: Path, names: Sequence[str]) -> SlideArrays:
 
 def _check_expansion(file: Path) -> None:
     """Refuse an archive whose compressed content expands: PyTorch compresses nothing."""
-    if zipfile.is_zipfile(file):
+    try:
         with zipfile.ZipFile(file) as archive:
             expanded = sum(entry.file_size for entry in archive.infolist())
-        if expanded > 2 * file.stat().st_size:
-            raise ValueError(f"it is compressed, and would expand to {expanded:,} bytes")
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"it is a damaged archive: {error}") from error
+    if expanded > 2 * file.stat().st_size:
+        raise ValueError(f"it is compressed, and would expand to {expanded:,} bytes")
 
 
 def _require_array(value: object) -> Any:
@@ -256,16 +259,11 @@ def plain_values(attrs: Mapping[str, Any], names: Sequence[str]) -> dict[str, An
 def _plain_value(value: Any) -> Any:
     if isinstance(value, list) and len(value) == 1:
         return _plain_value(value[0])
-    is_number = isinstance(value, (bool, int)) or (
-        isinstance(value, float) and math.isfinite(value)
-    )
-    return (
-        value
-        if is_number
-        else value.decode(errors="replace")
-        if isinstance(value, bytes)
-        else str(value)
-    )
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)
 
 
 class FirstOf:

@@ -237,7 +237,7 @@ class FeatureFiles:
                 f"{file}: slide '{slide}' has no patches\n  leave the slide out of the label table"
             )
         num_bytes = 4 * math.prod(self._shape(slide))
-        if num_bytes > max(free_memory(torch.device("cpu")), file.stat().st_size):
+        if num_bytes > file.stat().st_size and num_bytes > free_memory(torch.device("cpu")):
             raise DamagedDataError(
                 f"{file}: features of slide '{slide}' claim {num_bytes:,} bytes, more than the free memory\n"
                 "  extract the slide again, or use a machine with more memory"

@@ -569,3 +569,14 @@ def test_what_is_not_finished_is_not_seen(tmp_path):
     write_trident(tmp_path, "s1", values("s1", 2))
     (tmp_path / ".s2.h5").write_bytes(b"half")
     assert open_features(tmp_path).slides == ["s1"]
+
+
+def test_an_archive_with_a_damaged_directory_is_named(tmp_path):
+    torch.save(torch.zeros(3, 4), tmp_path / "a.pt")
+    content = (tmp_path / "a.pt").read_bytes()
+    entry = content.index(b"PK\x01\x02")  # the first entry of its directory
+    (tmp_path / "b.pt").write_bytes(content[:entry] + b"PK\x09\x09" + content[entry + 4 :])
+    reader = open_features(tmp_path)
+    assert reader.num_patches("a") == 3
+    with pytest.raises(DamagedDataError, match="features of slide 'b' cannot be read"):
+        reader.num_patches("b")
