@@ -64,7 +64,7 @@ def convert(
         other = [s for s in old.slides if s in writer.done and not _is_copied(old, writer, s)]
         if other:
             raise UserError(
-                f"{out}: {len(other)} slide(s) are not those of {old.path}, in spite of their names\n"
+                f"{out}: {len(other)} slide(s) have the names of slides in {old.path}, but other patches\n"
                 f"{format_list(other, most=3)}\n  choose another --out, or remove the store first"
             )
         remaining = [slide for slide in old.slides if slide not in writer.done]

@@ -22,7 +22,6 @@ from e2e.runs.parts import (
     REGISTRIES,
     Parts,
     build_task,
-    on_features,
     prepare,
     selected_weights,
 )
@@ -87,11 +86,11 @@ def evaluate(settings: Settings, folder: Path, out: Path, *, external: bool = Fa
                     task=parts.task,
                     features=parts.features,
                 )
-        difference = None if on_features(settings) else find_other_patches(parts.items, folder)
-        if difference is not None:
+        if strategy.is_leader and (difference := find_other_patches(parts.patch_kinds, folder)):
             screen.say(
                 f"warning: {difference}\n"
-                "  the results hold for these patches; to compare with the run, pack the slides as its were"
+                "  the results hold for these patches; to compare them with the run's own, pack the slides as"
+                " the run's slides were"
             )
         if external and (known_cases := _cases_seen_in_training(parts.items, folder)):
             screen.say(

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ from e2e.memory import free_memory
 from e2e.parallel import autocast_dtype
 from e2e.runs.cohort import cohort_spec
 from e2e.runs.folder import check_same_features, load_task
+from e2e.runs.recipes import PatchKind, find_patch_kinds
 from e2e.settings.schema import BagSettings, Data, Engine, Optim, Plugin, Select, Settings
 from e2e.sizes import parse_bytes
-from e2e.store.open import expand_store_paths, open_store
 from e2e.tasks.base import TASKS, Task
 from e2e.training.losses import check_losses
 from e2e.training.trainer import Schedule
@@ -312,20 +313,6 @@ def build_schedule(
     )
 
 
-def first_recipe(data: Data) -> dict[str, Any]:
-    """Return how the patches of ``data.stores`` were cut.
-
-    Raises
-    ------
-    UserError
-        No file matches.
-    """
-    for entry in data.stores:
-        for path in expand_store_paths(entry):
-            return open_store(path).recipe
-    raise UserError(f"no file matches data.stores={data.stores}")
-
-
 @dataclass(frozen=True)
 class Parts:
     """What a run is made of, before a strategy wraps the model."""
@@ -339,6 +326,11 @@ class Parts:
     """Rows and slides of the cohort that were left out."""
     features: dict[str, Any] | None
     """Which features the run uses, in the two-stage mode; see :func:`describe_features`."""
+
+    @cached_property
+    def patch_kinds(self) -> list[PatchKind]:
+        """The kinds of patches that the slides have; empty for features."""
+        return [] if self.features is not None else find_patch_kinds(self.items)
 
     def of_split(self, split: str) -> list[LabelledSlide]:
         """The slides of one split."""

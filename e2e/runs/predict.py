@@ -105,11 +105,11 @@ def _predict(
     if on_features(settings):
         items = unlabelled_slides(open_feature_readers([str(path) for path in slides]), task)
     else:
-        packed = pack_like_training(
-            packing_recipe(folder, settings.data), slides, out, mpp_override, workers, screen
-        )
+        paths = find_slides(*slides)
+        recipe = packing_recipe(folder, settings.data)
+        packed = pack_like_training(recipe, paths, out, mpp_override, workers, screen)
         items = unlabelled_slides([PatchStore(out / "slides.lmdb")], task)
-        requested = {path.stem for path in find_slides(*slides)}
+        requested = {path.stem for path in paths}
         items = [item for item in items if item.slide.id in requested]
     predictions = predict_items(
         settings, folder, weights, items, task, screen, heatmaps=out / "heatmaps"
@@ -200,7 +200,7 @@ def check_features_of_run(
 
 def pack_like_training(
     recipe: Mapping[str, Any],
-    slides: Sequence[Path],
+    paths: Sequence[Path],
     out: Path,
     mpp_override: Path | None,
     workers: int,
@@ -209,7 +209,6 @@ def pack_like_training(
     """Pack slides into ``out/slides.lmdb`` by the recipe of a run's training slides."""
     mpp_by_slide = read_mpp(mpp_override) if mpp_override else {}
     tiling = Tiling.from_recipe(recipe)
-    paths = find_slides(*slides)
     check_overrides(mpp_by_slide, paths)
     source = SlideFiles(paths, tiling, recipe["quality"], mpp_by_slide)
     store = out / "slides.lmdb"

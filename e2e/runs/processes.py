@@ -41,9 +41,9 @@ def child_environment(changes: Mapping[str, str] | None = None) -> dict[str, str
 class Children:
     """Commands that run beside this process and end with it.
 
-    They are in sessions of their own, where Ctrl-C does not reach them: :meth:`wait` passes on what this
-    process receives, once for each time, so that each child ends in good order. If this process is killed,
-    they receive SIGTERM (on Linux).
+    They are in sessions of their own, where Ctrl-C does not reach them: :meth:`wait` passes each signal on
+    that this process receives, once, so that every child ends in good order. If this process is killed, they
+    receive SIGTERM (on Linux).
     """
 
     def __init__(self) -> None:

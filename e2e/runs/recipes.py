@@ -11,8 +11,8 @@ from typing import Any
 from e2e.bags.spec import LabelledSlide
 from e2e.errors import UserError
 from e2e.files import write_json
-from e2e.runs.parts import first_recipe
 from e2e.settings.schema import Data
+from e2e.store.open import expand_store_paths, open_store
 
 RECIPES = "recipes.json"
 """File of a run folder: the packing recipe of each magnification, and what the patches are."""
@@ -43,7 +43,7 @@ class PatchKind:
         return max(self.mpp, other.mpp) <= SAME_MPP * min(self.mpp, other.mpp)
 
 
-def patch_kinds(items: Iterable[LabelledSlide]) -> list[PatchKind]:
+def find_patch_kinds(items: Iterable[LabelledSlide]) -> list[PatchKind]:
     """Return the kinds of patches that slides have, the most common first."""
     kinds: list[PatchKind] = []
     for item in items:
@@ -58,12 +58,12 @@ def patch_kinds(items: Iterable[LabelledSlide]) -> list[PatchKind]:
     return sorted(kinds, key=lambda kind: -kind.slides)
 
 
-def write_recipes(items: Sequence[LabelledSlide], folder: Path) -> None:
+def write_recipes(items: Sequence[LabelledSlide], kinds: Sequence[PatchKind], folder: Path) -> None:
     """Write how the patches of a run were cut into its folder."""
     first = next((item for item in items if item.slide.split == "train"), items[0])
     recipes = [reader.recipe for reader in (first.reader, *first.other_scales)]
-    kinds = [asdict(kind) for kind in patch_kinds(items)]
-    write_json(folder / RECIPES, {"recipes": recipes, "patches": kinds})
+    content = {"recipes": recipes, "patches": [asdict(kind) for kind in kinds]}
+    write_json(folder / RECIPES, content)
 
 
 def packing_recipe(folder: Path, data: Data) -> dict[str, Any]:
@@ -84,16 +84,30 @@ def packing_recipe(folder: Path, data: Data) -> dict[str, Any]:
     file = folder / RECIPES
     if file.is_file():
         return json.loads(file.read_bytes())["recipes"][0]
-    return first_recipe(data)
+    return _first_recipe(data)
 
 
-def find_other_patches(items: Sequence[LabelledSlide], folder: Path) -> str | None:
+def _first_recipe(data: Data) -> dict[str, Any]:
+    """Return how the patches of ``data.stores`` were cut.
+
+    Raises
+    ------
+    UserError
+        No file matches.
+    """
+    for entry in data.stores:
+        for path in expand_store_paths(entry):
+            return open_store(path).recipe
+    raise UserError(f"no file matches data.stores={data.stores}")
+
+
+def find_other_patches(kinds: Sequence[PatchKind], folder: Path) -> str | None:
     """Return how the patches of slides differ from those that a run was trained on; None if they do not."""
     file = folder / RECIPES
-    if not file.is_file() or not items:
+    if not file.is_file():
         return None
     trained = [PatchKind(**kind) for kind in json.loads(file.read_bytes())["patches"]]
-    others = [kind for kind in patch_kinds(items) if not any(kind.is_like(t) for t in trained)]
+    others = [kind for kind in kinds if not any(kind.is_like(t) for t in trained)]
     if not others:
         return None
     return (
@@ -102,9 +116,9 @@ def find_other_patches(items: Sequence[LabelledSlide], folder: Path) -> str | No
     )
 
 
-def check_same_patches(items: Sequence[LabelledSlide], folder: Path) -> None:
+def check_same_patches(kinds: Sequence[PatchKind], folder: Path) -> None:
     """Raise UserError if the patches of a run's slides are no longer those it was started on."""
-    difference = find_other_patches(items, folder)
+    difference = find_other_patches(kinds, folder)
     if difference is not None:
         raise UserError(
             f"the stores have changed since {folder} was started: {difference}\n"
@@ -112,19 +126,16 @@ def check_same_patches(items: Sequence[LabelledSlide], folder: Path) -> None:
         )
 
 
-def describe_patches(items: Sequence[LabelledSlide], size: int | None) -> list[str]:
+def describe_patches(kinds: Sequence[PatchKind], size: int | None) -> list[str]:
     """Return one line about what the encoder sees, and warnings.
 
     Parameters
     ----------
-    items : sequence of LabelledSlide
-        The slides of the run.
+    kinds : sequence of PatchKind
+        Those of the slides of the run, at least one, the most common first.
     size : int or None
         Side in pixels to which patches are resized (``bag.size``).
     """
-    kinds = patch_kinds(items)
-    if not kinds:
-        return []
     kind, line = kinds[0], f"patches of {kinds[0]}"
     lines = []
     if size and kind.patch_px and size != kind.patch_px:

@@ -95,8 +95,8 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
                 problems_file=problems_file(folder) if strategy.is_leader else None,
             )
             check_training(settings, parts, strategy.device, strategy.world_size)
-            if has_checkpoint:
-                check_same_patches(parts.items, folder)
+            if strategy.is_leader and has_checkpoint:
+                check_same_patches(parts.patch_kinds, folder)
         if not has_checkpoint:
             _check_evaluation_features(parts, strategy, screen)
             if not resume:
@@ -128,7 +128,7 @@ def _write_inputs_together(
                 features=parts.features,
             )
             if parts.features is None:
-                write_recipes(parts.items, folder)
+                write_recipes(parts.items, parts.patch_kinds, folder)
 
 
 def _check_evaluation_features(parts: Parts, strategy: Strategy, screen: Screen) -> None:
@@ -265,8 +265,8 @@ def _print_summary(screen: Screen, settings: Settings, parts: Parts, strategy: S
     bags = f"{settings.optim.bags} bags an update of {settings.bag.patches or 'all'} patches"
     precision = model.autocast or torch.float32
     if reader.input_kind == "pixels":
-        for line in describe_patches(parts.items, settings.bag.size):
-            screen.say(line)
+        if strategy.is_leader:  # it reads the record of every slide
+            screen.say("\n".join(describe_patches(parts.patch_kinds, settings.bag.size)))
         trainable = _millions(model.encoder, trainable=True)
         screen.say(
             f"{settings.encoder.name} ({encoder_size} M parameters, {trainable} M trainable) + "

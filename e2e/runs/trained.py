@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -24,6 +23,7 @@ from e2e.store.lmdb import PatchStore
 from e2e.store.open import expand_store_paths, open_store
 from e2e.store.records import SlideReader
 from e2e.training.checkpoint import load_checkpoint
+from e2e.wsi.slide import find_slides
 
 Source = SlideReader | str | Path
 """A store or features, open or as a path; or a slide, or a folder of slides."""
@@ -108,9 +108,6 @@ class TrainedRun:
         ]
         return pd.DataFrame(rows)
 
-    def _recipe(self) -> dict[str, Any]:
-        return packing_recipe(self.folder, self.settings.data)
-
     @contextmanager
     def _opened(self, sources: Sequence[Source], workers: int) -> Iterator[list[SlideReader]]:
         """Open each source; slides are cut into a temporary store."""
@@ -126,8 +123,9 @@ class TrainedRun:
                 else:
                     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                     silent = Screen(is_leader=False)
+                    recipe = packing_recipe(self.folder, self.settings.data)
                     report = pack_like_training(
-                        self._recipe(), [Path(source)], folder, None, workers, silent
+                        recipe, find_slides(Path(source)), folder, None, workers, silent
                     )
                     for row in report.problems:
                         warnings.warn(

@@ -278,11 +278,10 @@ class Trainer:
             step = self._update(bag, num_bags, num_updates)
             self._report_step(previous)
             previous = step
-            progress, every = self.progress, self.schedule.save_every
-            is_due = every and progress.step % every == 0 and progress.update < num_updates
             if self._is_stopping:
                 break
-            if is_due:
+            progress, every = self.progress, self.schedule.save_every
+            if every and progress.step % every == 0 and progress.update < num_updates:
                 self._report_step(previous)
                 previous = None
                 self._save("last")

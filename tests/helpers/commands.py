@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from e2e.errors import exit_code
@@ -15,3 +16,8 @@ def call(main, monkeypatch, capsys, *argv: object) -> tuple[int, str]:
     monkeypatch.setattr(sys, "argv", ["command", *map(str, argv)])
     code = exit_code(main)
     return code, capsys.readouterr().err
+
+
+def deliver_interrupts() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so do its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -13,6 +13,7 @@ import pytest
 
 from e2e.runs.processes import child_environment
 from e2e.training.checkpoint import load_checkpoint
+from tests.helpers.commands import deliver_interrupts
 from tests.helpers.patch_cohort import arguments
 from tests.helpers.patch_cohort import cohort as cohort
 
@@ -24,11 +25,6 @@ def wait_until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-
-
-def deliver_interrupts() -> None:
-    """What a shell starts in the background ignores Ctrl-C, and so do its children."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def processes_of(folder: Path) -> list[str]:

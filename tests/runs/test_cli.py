@@ -23,6 +23,7 @@ from e2e.runs.processes import child_environment, needs_ranks
 from e2e.settings import data_cli
 from e2e.training.checkpoint import load_checkpoint
 from e2e.wsi.tiling import Tiling
+from tests.helpers.commands import deliver_interrupts
 from tests.helpers.patch_cohort import arguments
 from tests.helpers.patch_cohort import cohort as cohort
 from tests.helpers.paths import ROOT
@@ -171,11 +172,6 @@ def test_ranks_keep_the_exit_code_and_one_of_them_prints(tmp_path):
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error:") == 1
     assert "Traceback" not in done.stderr
-
-
-def deliver_interrupts() -> None:
-    """What a shell starts in the background ignores Ctrl-C, and so do its children."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.slow
