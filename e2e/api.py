@@ -228,7 +228,7 @@ def load_run(folder: str | Path) -> TrainedRun:
     Parameters
     ----------
     folder : str or Path
-        A run folder, as ``e2e train`` writes it.
+        A run folder, as ``e2e train`` writes it; or a folder or .zip of ``e2e export``.
 
     Returns
     -------

@@ -58,6 +58,11 @@ VERBS = {
     "predict": Verb(
         "predict slides without labels", "e2e.settings.cli:predict_parser", "e2e.runs.predict"
     ),
+    "export": Verb(
+        "export a trained run as a model for others",
+        "e2e.settings.cli:export_parser",
+        "e2e.runs.export",
+    ),
     "extract": Verb(
         "extract frozen features of slides", "e2e.settings.cli:extract_parser", "e2e.runs.extract"
     ),

@@ -35,6 +35,8 @@ class Encoder(nn.Module):
 
     pretrained: bool
     """Whether the weights are pretrained, which determines the default BatchNorm policy."""
+    licence: str = ""
+    """Licence of the published weights that it can start from; empty if unknown."""
 
     memory_format = torch.channels_last
     """Memory format of the images given to the network: faster for convolutions, irrelevant to a ViT."""

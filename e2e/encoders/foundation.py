@@ -189,6 +189,7 @@ class FoundationEncoder(TimmEncoder):
         Encoder.__init__(self, *card.statistics)
         self.model, self.is_truncated, self.channels_last = name, False, False
         self.pretrained = pretrained or weights is not None
+        self.licence = card.licence
         self.dim, self.append_mean = card.width, card.append_mean
         self.has_query_pool = card.pool is not None
         self.net = timm.create_model(

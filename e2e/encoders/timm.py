@@ -84,6 +84,7 @@ class TimmEncoder(Encoder):
         self.model = model
         self.is_truncated = stage is not None
         self.pretrained = pretrained or weights is not None
+        self.licence = config.get("license") or ""
         self.channels_last = self.is_truncated and getattr(net, "output_fmt", "NCHW") == "NHWC"
         self.dim = net.feature_info.channels()[-1] if self.is_truncated else net.head_hidden_size  # pyright: ignore
         if weights is not None:

@@ -16,7 +16,7 @@ from e2e.files import create_folder
 from e2e.log import Screen
 from e2e.parallel import Strategy
 from e2e.reports.evaluate import evaluate_run
-from e2e.runs.folder import BEST, write_inputs
+from e2e.runs.folder import BEST, COHORT, open_run, results_folder, write_inputs
 from e2e.runs.parts import (
     PROTOCOLS,
     REGISTRIES,
@@ -36,12 +36,13 @@ from e2e.settings.schema import Settings
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``e2e evaluate`` and return its exit code."""
     args = evaluate_parser().parse(argv)
-    settings = saved_settings(args.run, args.overrides, REGISTRIES)
-    if needs_ranks(args.gpus, on_cpu=settings.engine.device == "cpu"):
-        return run_ranks("evaluate", argv, args.gpus)
-    out = args.out or args.run / ("external" if args.external else "evaluation")
-    with describe_interrupt(lambda: "interrupted; the evaluation is not saved; run it again"):
-        evaluate(settings, args.run, out, external=args.external)
+    out = args.out or results_folder(args.run, "external" if args.external else "evaluation")
+    with open_run(args.run) as folder:
+        settings = saved_settings(folder, args.overrides, REGISTRIES)
+        if needs_ranks(args.gpus, on_cpu=settings.engine.device == "cpu"):
+            return run_ranks("evaluate", argv, args.gpus)
+        with describe_interrupt(lambda: "interrupted; the evaluation is not saved; run it again"):
+            evaluate(settings, folder, out, external=args.external)
     return 0
 
 
@@ -92,12 +93,8 @@ def evaluate(settings: Settings, folder: Path, out: Path, *, external: bool = Fa
                 "  the results hold for these patches; to compare them with the run's own, pack the slides as"
                 " the run's slides were"
             )
-        if external and (known_cases := _cases_seen_in_training(parts.items, folder)):
-            screen.say(
-                f"warning: {len(known_cases)} case(s) have names that also occur in the run's training or "
-                "validation cases; if they are the same patients, the results are no estimate for new "
-                f"ones\n{format_list(known_cases)}"
-            )
+        if external:
+            _warn_of_known_cases(parts.items, folder, screen)
         write_evaluation(settings, folder, out, parts, strategy, screen)
 
 
@@ -152,8 +149,19 @@ def _without_splits(settings: Settings) -> Settings:
     return replace(settings, data=data, bag=replace(settings.bag, shares=[]))
 
 
-def _cases_seen_in_training(items: Sequence[LabelledSlide], folder: Path) -> list[str]:
-    """Cases with names that occur in the training or validation split of the run."""
-    cohort = pd.read_csv(folder / "cohort.csv", dtype=str, keep_default_na=False)
+def _warn_of_known_cases(items: Sequence[LabelledSlide], folder: Path, screen: Screen) -> None:
+    """Warn of cases with names that occur in the training or validation split of the run."""
+    if not (folder / COHORT).is_file():
+        screen.say(
+            "warning: an exported model does not name its training cases; if some of these are the same "
+            "patients, the results are no estimate for new ones"
+        )
+        return
+    cohort = pd.read_csv(folder / COHORT, dtype=str, keep_default_na=False)
     used = set(cohort.loc[cohort["split"].isin(("train", "val")), "case"])
-    return sorted({item.slide.case for item in items} & used)
+    if known_cases := sorted({item.slide.case for item in items} & used):
+        screen.say(
+            f"warning: {len(known_cases)} case(s) have names that also occur in the run's training or "
+            "validation cases; if they are the same patients, the results are no estimate for new "
+            f"ones\n{format_list(known_cases)}"
+        )

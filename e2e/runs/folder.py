@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
+import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +17,7 @@ from typing import Any
 from e2e.bags.spec import LabelledSlide
 from e2e.cohort.report import write_cohort, write_problems
 from e2e.cohort.table import Problem
-from e2e.errors import UserError
+from e2e.errors import DamagedDataError, UserError
 from e2e.features.check import check_features
 from e2e.files import lock_file, write_atomically, write_json
 from e2e.settings.layers import dump_settings
@@ -24,12 +27,73 @@ from e2e.tasks.base import TASKS, Task
 
 BEST = "best.safetensors"
 """Weights of the selected epoch."""
+COHORT = "cohort.csv"
+"""The slides of the run, and those that were left out."""
 TASK = "task.json"
 """What the task was fitted to on the training slides."""
 FEATURES = "features.json"
 """Which features a two-stage run was trained on."""
+EXPORTED = frozenset(
+    ("settings.yaml", TASK, FEATURES, "recipes.json", BEST, "metrics.json", "README.md")
+)
+"""Files of an exported model."""
 LOCK = ".lock"
 """Held by the process that trains in the folder."""
+
+
+MAX_TEXT = 16 * 2**20
+"""Maximum size in bytes of a file of an exported model that is not its weights."""
+
+
+@contextmanager
+def open_run(run: Path) -> Iterator[Path]:
+    """Yield a run folder; an exported ``.zip`` is unpacked until the end of the block.
+
+    Raises
+    ------
+    UserError
+        The file is not an exported model.
+    """
+    if not run.is_file():
+        yield run
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        unpack_run(run, Path(folder))
+        yield Path(folder)
+
+
+def results_folder(run: Path, name: str) -> Path:
+    """Return where results of a run go if the user does not say: in its folder, or beside a .zip."""
+    return (run.with_suffix("") if run.is_file() else run) / name
+
+
+def unpack_run(file: Path, folder: Path) -> None:
+    """Unpack a model that ``e2e export`` wrote as a ``.zip``.
+
+    Raises
+    ------
+    UserError
+        The file is not such a model.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                _check_entry(entry, file)
+                # Not extract(): entries are plain files, and their names are known.
+                with archive.open(entry) as source, (folder / entry.filename).open("wb") as target:
+                    shutil.copyfileobj(source, target)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise DamagedDataError(f"{file} is not an exported model: {error}") from error
+
+
+def _check_entry(entry: zipfile.ZipInfo, file: Path) -> None:
+    """Raise DamagedDataError for what `e2e export` does not write: the file may come from anywhere."""
+    is_weights = entry.filename == BEST
+    is_small = is_weights or entry.file_size <= MAX_TEXT
+    if entry.filename not in EXPORTED or not is_small or entry.compress_type != zipfile.ZIP_STORED:
+        raise DamagedDataError(
+            f"{file} is not an exported model: it holds {entry.filename!r} of {entry.file_size:,} bytes"
+        )
 
 
 @contextmanager
@@ -93,7 +157,7 @@ def write_inputs(
     paths = {key: resolve_paths(getattr(settings.data, key), Path.cwd()) for key in DATA_PATHS}
     settings = replace(settings, data=replace(settings.data, **paths))
     write_atomically(folder / "settings.yaml", dump_settings(settings).encode())
-    write_cohort(slides, problems, folder / "cohort.csv")
+    write_cohort(slides, problems, folder / COHORT)
     if problems:
         write_problems(problems, folder / "problems.csv")
     write_json(folder / TASK, task.state())

@@ -18,7 +18,7 @@ from e2e.parallel import Strategy, pick_device
 from e2e.reports.heatmap import heatmap_writer
 from e2e.reports.predictions import Prediction, write_predictions
 from e2e.reports.predictions import predict as predict_slides
-from e2e.runs.folder import BEST, check_same_features, load_task
+from e2e.runs.folder import BEST, check_same_features, load_task, open_run, results_folder
 from e2e.runs.parts import REGISTRIES, make_parts, on_features, selected_weights
 from e2e.runs.recipes import packing_recipe
 from e2e.runs.session import process_settings
@@ -41,14 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``e2e predict`` and return its exit code."""
     args = predict_parser().parse(argv)
     slides, overrides = split_overrides(args.slides)
-    settings = saved_settings(args.run, overrides, REGISTRIES)
-    out = args.out or args.run / "predict"
-    with describe_interrupt(
-        lambda: f"interrupted; patches that were cut stay in {out}; the same command continues"
+    out = args.out or results_folder(args.run, "predict")
+    with (
+        describe_interrupt(
+            lambda: f"interrupted; patches that were cut stay in {out}; the same command continues"
+        ),
+        open_run(args.run) as folder,
     ):
         return predict(
-            settings,
-            args.run,
+            saved_settings(folder, overrides, REGISTRIES),
+            folder,
             [Path(word) for word in slides],
             out,
             mpp_override=args.mpp_override,

@@ -101,12 +101,19 @@ def _first_recipe(data: Data) -> dict[str, Any]:
     raise UserError(f"no file matches data.stores={data.stores}")
 
 
-def find_other_patches(kinds: Sequence[PatchKind], folder: Path) -> str | None:
-    """Return how the patches of slides differ from those that a run was trained on; None if they do not."""
+def recorded_patches(folder: Path) -> list[PatchKind]:
+    """Return the kinds of patches that a run was trained on; empty if its folder does not say."""
     file = folder / RECIPES
     if not file.is_file():
+        return []
+    return [PatchKind(**kind) for kind in json.loads(file.read_bytes())["patches"]]
+
+
+def find_other_patches(kinds: Sequence[PatchKind], folder: Path) -> str | None:
+    """Return how the patches of slides differ from those that a run was trained on; None if they do not."""
+    trained = recorded_patches(folder)
+    if not trained:
         return None
-    trained = [PatchKind(**kind) for kind in json.loads(file.read_bytes())["patches"]]
     others = [kind for kind in kinds if not any(kind.is_like(t) for t in trained)]
     if not others:
         return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ import pandas as pd
 from e2e.errors import UserError
 from e2e.features.reader import open_features
 from e2e.log import Screen
-from e2e.runs.folder import BEST, load_task
+from e2e.runs.folder import BEST, load_task, unpack_run
 from e2e.runs.parts import REGISTRIES, on_features, selected_weights
 from e2e.runs.predict import pack_like_training, predict_items, unlabelled_slides
 from e2e.runs.recipes import packing_recipe
@@ -35,7 +37,7 @@ class TrainedRun:
     Parameters
     ----------
     folder : Path
-        The run folder.
+        The run folder, or a model that ``e2e export`` wrote.
 
     Attributes
     ----------
@@ -53,6 +55,8 @@ class TrainedRun:
     """
 
     def __init__(self, folder: Path) -> None:
+        if folder.is_file():
+            folder = self._unpacked(folder)
         self.folder = folder
         self.settings = saved_settings(folder, [], REGISTRIES)
         if not (folder / BEST).is_file():
@@ -107,6 +111,13 @@ class TrainedRun:
             for prediction in predictions
         ]
         return pd.DataFrame(rows)
+
+    def _unpacked(self, file: Path) -> Path:
+        """Return a folder with the files of an exported .zip; it is removed with this object."""
+        folder = Path(tempfile.mkdtemp(prefix="e2e-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        unpack_run(file, folder)
+        return folder
 
     @contextmanager
     def _opened(self, sources: Sequence[Source], workers: int) -> Iterator[list[SlideReader]]:

@@ -215,7 +215,7 @@ apply to this evaluation only, for example where the stores are. With --external
 cohort that the run has never seen: all of its slides are the test set, and it needs no splits.
 """,
     )
-    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("run", type=Path, help="a run folder, or a model of `e2e export`")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results")
     parser.add_argument(
         "--external", action="store_true", help="evaluate a cohort that the run has never seen"
@@ -248,12 +248,47 @@ Exit code 3: some slides could not be read or hold no tissue; the others are pre
         metavar="SLIDES",
         help="slides, folders, patterns; or features. Words like section.key=value are settings",
     )
-    parser.add_argument("--run", type=Path, required=True, help="a run folder")
+    parser.add_argument(
+        "--run", type=Path, required=True, help="a run folder, or a model of `e2e export`"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for the results (default: RUN/predict)"
     )
     add_mpp_override(parser)
     add_workers(parser)
+    return parser
+
+
+def export_parser() -> CommandParser:
+    """Return the command line of ``e2e export``."""
+    parser = CommandParser(
+        "export",
+        """
+Export a trained run as a model for others, without its data.
+
+  e2e export runs/panda_e2e_r18_abmilx --out panda_model
+  e2e export RUN --out model.zip --license cc-by-nc-4.0
+  e2e export RUN --out model --hub USER/NAME
+
+Writes the selected weights, the settings without paths, the task, how slides are cut, the metrics, and
+README.md, a model card. There are no ids of slides or cases in them. `e2e predict --run`, `e2e evaluate
+--external` and e2e.load_run read the folder or the .zip like a run folder. --hub uploads the folder to a
+private repository of the Hugging Face hub (log in with `hf auth login`).
+""",
+    )
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="a folder, or a file that ends in .zip",
+    )
+    parser.add_argument(
+        "--license", default="", metavar="SPDX", help="licence of the model, for the card"
+    )
+    parser.add_argument("--hub", metavar="USER/NAME", help="also upload to the Hugging Face hub")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     return parser
 
 

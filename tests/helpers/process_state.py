@@ -28,8 +28,14 @@ from e2e.registry import Registry
 SEED = 0
 """Every test, and every file, starts from this seed."""
 
-UNCHECKED_VARIABLES = {"PYTEST_CURRENT_TEST", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
-"""Environment variables that pytest sets for each test, and scikit-learn when it is imported."""
+UNCHECKED_VARIABLES = {
+    "PYTEST_CURRENT_TEST",
+    "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",
+    "TORCHINDUCTOR_CACHE_DIR",
+}
+"""Environment variables that pytest sets for each test, and scikit-learn and PyTorch's compiler when they are
+imported."""
 
 State = dict[str, Any]
 """Name of a setting of the process -> its value."""

@@ -13,19 +13,15 @@ import pytest
 import yaml
 
 import e2e
-from e2e import cli
-from e2e.errors import exit_code
 from e2e.runs.processes import child_environment
 from e2e.store.pack import pack
 from e2e.wsi.tiling import Tiling
-from tests.helpers.packing import source, write_slide
+from tests.helpers.packing import source
 from tests.helpers.patch_cohort import arguments
+from tests.helpers.trained_run import project as project
+from tests.helpers.trained_run import run
 
 pytestmark = pytest.mark.slow
-
-
-def run(*words: object) -> int:
-    return exit_code(lambda: cli.run([str(word) for word in words]))
 
 
 def run_apart(*words: object) -> subprocess.CompletedProcess[str]:
@@ -37,29 +33,6 @@ def run_apart(*words: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
     )
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Path:
-    """``run/``, trained on slides that were cut into ``data/s.lmdb``; and ``new/`` with two more slides."""
-    folder = tmp_path_factory.mktemp("project")
-    (folder / "data" / "slides").mkdir(parents=True)
-    (folder / "new").mkdir()
-    rows = ["slide,case,split,label"]
-    for k in range(9):
-        write_slide(folder / "data" / "slides" / f"s{k}.tif", seed=k)
-        split = "train" if k < 4 else "val" if k < 6 else "test"
-        rows.append(f"s{k},c{k},{split},{('bright', 'dark')[k % 2]}")
-    pack(source(folder / "data" / "slides"), folder / "data" / "s.lmdb", workers=0)
-    (folder / "data" / "labels.csv").write_text("\n".join(rows) + "\n")
-    (folder / "cohort.yaml").write_text(
-        f"data: {{labels: {folder}/data/labels.csv, stores: [{folder}/data/s.lmdb]}}\n"
-        "task: {name: classification, classes: [bright, dark]}\n"
-    )
-    for k in (20, 21):
-        write_slide(folder / "new" / f"n{k}.tif", seed=k)
-    assert run("train", *arguments(folder, folder / "run", "run.heatmaps=0", "optim.bags=2")) == 0
-    return folder
 
 
 def predict(project: Path, out: Path, *slides: object, folder: str = "run") -> pd.DataFrame:
