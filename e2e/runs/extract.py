@@ -24,7 +24,7 @@ from e2e.bags.spec import BagSpec, LabelledSlide
 from e2e.encoders.base import ENCODERS, Encoder
 from e2e.engine.batchnorm import FrozenBatchNorm
 from e2e.errors import PARTLY_DONE, DamagedDataError, UserError, describe_interrupt
-from e2e.files import write_atomically, write_json
+from e2e.files import create_folder, write_atomically, write_json
 from e2e.images.decode import build_decoder
 from e2e.log import Screen
 from e2e.parallel import (
@@ -51,7 +51,7 @@ from e2e.store.open import expand_store_paths, open_store
 from e2e.store.pack import pack
 from e2e.store.records import PatchReader
 from e2e.store.sources import SlideFiles
-from e2e.wsi.slide import find_slides
+from e2e.wsi.slide import describe_unread, find_slides
 from e2e.wsi.tiling import Tiling
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -275,10 +275,9 @@ def extract_slides(
         )
     _build_encoder(encoder, options)  # before hours of packing: its weights may be missing
     mpp_by_slide = read_mpp(mpp_override) if mpp_override else {}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {out}: {error.strerror}") from error
+    create_folder(out)
+    for line in describe_unread(slides):
+        print(line)
     paths = find_slides(slides)
     check_overrides(mpp_by_slide, paths)
     source = SlideFiles(paths, tiling, mpp=mpp_by_slide)

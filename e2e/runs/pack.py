@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -27,8 +28,9 @@ from e2e.store.index import index_path
 from e2e.store.mpp_table import check_overrides, read_mpp
 from e2e.store.pack import Progress as PackProgress
 from e2e.store.pack import Report, Row, pack
-from e2e.store.sources import CoordsFiles, PatchFolders, SlideFiles, Source
-from e2e.wsi.slide import find_slides
+from e2e.store.patch_folders import PatchFolders
+from e2e.store.sources import CoordsFiles, SlideFiles, Source
+from e2e.wsi.slide import describe_unread, find_slides
 from e2e.wsi.tiling import Tiling
 
 
@@ -58,13 +60,13 @@ def sources(args: argparse.Namespace) -> list[tuple[Path, Source]]:
     mpp = args.mpp if args.mag is None else 10 / args.mag
     overrides = read_mpp(args.mpp_override) if args.mpp_override else {}
     if args.patches:
-        reject_options(args, "--patches", "overlap", "tissue", "scale")
+        reject_options(args, "--patches", "overlap", "tissue", "scale", "suffix")
         folders = PatchFolders(args.patches, args.patch_size, args.quality, mpp, overrides)
         check_overrides(overrides, folders.slide_folders())
         return [(args.out, folders)]
     if args.coords:
         reject_options(args, "--coords", "mpp", "mag", "scale", "overlap", "tissue")
-        paths = find_slides(args.slides)
+        paths = _find_slides(args)
         check_overrides(overrides, paths)
         coords = CoordsFiles(args.coords, paths, args.patch_size, args.quality, overrides)
         return [(args.out, coords)]
@@ -83,11 +85,17 @@ def sources(args: argparse.Namespace) -> list[tuple[Path, Source]]:
             )
             for scale in args.scale
         }
-    paths = find_slides(args.slides)
+    paths = _find_slides(args)
     check_overrides(overrides, paths)
     return [
         (out, SlideFiles(paths, tiling, args.quality, overrides)) for out, tiling in scales.items()
     ]
+
+
+def _find_slides(args: argparse.Namespace) -> list[Path]:
+    for line in describe_unread(args.slides):
+        print(line)
+    return find_slides(args.slides, suffixes=args.suffix or ())
 
 
 def check_workers(args: argparse.Namespace) -> None:
@@ -165,7 +173,8 @@ class Lines(PackProgress):
             mpp = "unknown" if row.mpp is None else f"{row.mpp:.4g}"
             line += f", {row.patches} patches of {row.patch_px} px, {mpp} um/px"
             line += f", {row.level0_px:.6g} px at level 0"
-        elif row.status == "quarantined":
+            line += f"; {row.reason}" if row.reason else ""
+        else:
             line += f": {row.reason.splitlines()[0]}"
         self._print(line)
 
@@ -211,6 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{report.index or report.out}: {len(report.packed)} slides, "
             f"{sum(row.patches for row in report.packed):,} patches; list: {report.path}"
         )
+        if remarks := Counter(row.reason.split(":")[0] for row in report.packed if row.reason):
+            print(*(f"  {count} slides: {remark}" for remark, count in remarks.items()), sep="\n")
         if report.problems:
             print(f"  {len(report.problems)} slides are NOT in it, see {report.quarantine}")
     return 3 if any(report.problems for report in reports) else 0

@@ -33,8 +33,9 @@ from e2e.store.records import SlideReader
 from e2e.store.sources import SlideFiles
 from e2e.tasks.base import Task
 from e2e.training.checkpoint import check_weights, load_checkpoint, select_prefix
-from e2e.wsi.slide import find_slides
+from e2e.wsi.slide import describe_unread, find_slides
 from e2e.wsi.tiling import Tiling
+from e2e.wsi.tissue import METHOD
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,6 +108,8 @@ def _predict(
     if on_features(settings):
         items = unlabelled_slides(open_feature_readers([str(path) for path in slides]), task)
     else:
+        for line in describe_unread(*slides):
+            screen.say(line)
         paths = find_slides(*slides)
         recipe = packing_recipe(folder, settings.data)
         packed = pack_like_training(recipe, paths, out, mpp_override, workers, screen)
@@ -211,6 +214,12 @@ def pack_like_training(
     """Pack slides into ``out/slides.lmdb`` by the recipe of a run's training slides."""
     mpp_by_slide = read_mpp(mpp_override) if mpp_override else {}
     tiling = Tiling.from_recipe(recipe)
+    method = recipe.get("tissue_method", METHOD)
+    if method != METHOD:
+        screen.say(
+            f"warning: the training slides were cut by {method}, an earlier way of finding tissue; new ones"
+            f" are cut by {METHOD}, which differs on tinted glass"
+        )
     check_overrides(mpp_by_slide, paths)
     source = SlideFiles(paths, tiling, recipe["quality"], mpp_by_slide)
     store = out / "slides.lmdb"

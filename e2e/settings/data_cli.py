@@ -51,6 +51,12 @@ def pack_parser() -> CommandParser:
         "--slides", type=Path, metavar="DIR", help="folder of slides, searched in any depth"
     )
     source.add_argument(
+        "--suffix",
+        action="append",
+        metavar=".SVS",
+        help="what the names of slides end in; repeatable (default: any that OpenSlide reads)",
+    )
+    source.add_argument(
         "--coords", type=Path, metavar="DIR", help="folder of the .h5 files of CLAM or TRIDENT"
     )
     source.add_argument(

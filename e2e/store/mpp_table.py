@@ -11,7 +11,7 @@ from e2e.registry import suggest
 
 
 def read_mpp(table: Path) -> dict[str, float]:
-    """Read the resolution of slides from a CSV file with columns slide,mpp.
+    """Read the resolution of slides from a CSV file with columns slide,mpp, or wsi,mpp as TRIDENT's.
 
     Returns
     -------
@@ -25,28 +25,36 @@ def read_mpp(table: Path) -> dict[str, float]:
         number between 0 and 1000.
     """
     try:
-        rows = list(csv.DictReader(table.read_text("utf-8-sig").splitlines()))
+        rows = list(csv.reader(table.read_text("utf-8-sig").splitlines()))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the --mpp-override table {table}: {error}") from error
-    if not rows or not {"slide", "mpp"} <= rows[0].keys():
-        columns = ", ".join(map(str, rows[0])) if rows else "no rows"
+    header = [name.strip().lower() for name in rows[0]] if rows else []
+    slide_column = next((name for name in ("slide", "wsi") if name in header), "")
+    if not slide_column or "mpp" not in header or len(rows) < 2:
+        columns = ", ".join(header) if len(rows) > 1 else "no rows"
         raise UserError(
             f"{table} needs the columns slide,mpp and a row per slide; it has {columns}"
         )
     mpp: dict[str, float] = {}
-    for line, row in enumerate(rows, start=2):
+    for line, cells in enumerate(rows[1:], start=2):
+        row = dict(zip(header, map(str.strip, cells), strict=False))
+        slide, text = row.get(slide_column, ""), row.get("mpp", "")
+        if slide_column == "wsi":
+            slide = Path(slide).name
+        if not text and (not slide or slide_column == "wsi"):
+            continue  # an empty line, or a slide of TRIDENT's table whose own resolution holds
         try:
-            value = float(row["mpp"])
-        except (TypeError, ValueError):
+            value = float(text)
+        except ValueError:
             value = 0.0
-        if not 0 < value < 1000 or not row["slide"]:
+        if not 0 < value < 1000 or not slide:
             raise UserError(
-                f"{table} line {line}: slide '{row['slide']}' has mpp '{row['mpp']}'\n"
+                f"{table} line {line}: slide '{slide}' has mpp '{text}'\n"
                 "  give a slide id and its micrometres per level-0 pixel, such as 0.25"
             )
-        if row["slide"] in mpp:
-            raise UserError(f"{table} line {line}: slide '{row['slide']}' occurs twice")
-        mpp[row["slide"]] = value
+        if slide in mpp:
+            raise UserError(f"{table} line {line}: slide '{slide}' occurs twice")
+        mpp[slide] = value
     return mpp
 
 

@@ -53,7 +53,7 @@ class Row:
     path: str = ""
     """The file or folder that this run read; empty for slides of an earlier run."""
     reason: str = ""
-    """Why the slide is not in the store."""
+    """Why the slide is not in the store, or what is unusual about its patches."""
 
     @classmethod
     def of(cls, record: SlideRecord, status: str, path: str = "", reason: str = "") -> Row:
@@ -278,11 +278,11 @@ def _store_slide(writer: StoreWriter, conveyor: _Conveyor, lane: _Lane) -> Row:
     try:
         record = lane.plan.result()
         if record.num_patches == 0:
-            return Row.of(record, "no tissue", path, "no patch with enough tissue")
+            return Row.of(record, "no tissue", path, lane.job.remark(record))
         writer.add(record, conveyor.jpegs(lane))
     except _BadSlideError as error:
         return Row(slide, "quarantined", path=path, reason=str(error))
-    return Row.of(record, "packed", path)
+    return Row.of(record, "packed", path, lane.job.remark(record))
 
 
 class _BadSlideError(Exception):

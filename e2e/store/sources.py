@@ -1,4 +1,4 @@
-"""The sources of patches: slides, slides with coordinates of other tools, folders of patches.
+"""The sources of patches: slides, and slides with coordinates of other tools.
 
 A source lists jobs. A job is one slide with everything that a worker process needs to know about it.
 """
@@ -6,7 +6,6 @@ A source lists jobs. A job is one slide with everything that a worker process ne
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -19,18 +18,15 @@ from PIL import Image
 
 from e2e.errors import DamagedDataError, UserError, format_list
 from e2e.store.coords import find_coords_files, read_coords
-from e2e.store.identity import identity_of_folder, join_identity
+from e2e.store.identity import join_identity
 from e2e.store.overview import draw_patches, read_overview
 from e2e.store.records import SlideRecord
 from e2e.wsi import tissue
 from e2e.wsi.slide import WholeSlide
-from e2e.wsi.tiling import Tiling, coords_from_names, grid
+from e2e.wsi.tiling import Tiling, grid
 
-PATCH_SUFFIXES = (".jpg", ".jpeg", ".png")
-PATCH_FORMATS = ("JPEG", "PNG")
-"""What Pillow may take such a file for: its other readers are many and start programs."""
-MAX_PATCH_PX = 8192
-"""Largest side of a patch."""
+MOSTLY_TISSUE = 0.95
+"""Share of a slide above which its tissue is remarked on: most slides show more glass."""
 
 
 class Job(Protocol):
@@ -51,6 +47,16 @@ class Job(Protocol):
 
         A slide in a store with another identity is not this slide, whatever its name. Empty if the file
         or folder cannot be read.
+        """
+        ...
+
+    def remark(self, record: SlideRecord) -> str:
+        """Return why there are no patches, or what is unusual about them; empty if nothing is.
+
+        Parameters
+        ----------
+        record
+            What :meth:`plan` returned.
         """
         ...
 
@@ -184,69 +190,6 @@ class CoordsFiles:
 
 
 @dataclass(frozen=True)
-class PatchFolders:
-    """Patches as image files, one folder per slide. JPEGs are stored as they are."""
-
-    folder: Path
-    """The parent of the slides' folders."""
-    patch_px: int | None = None
-    """Side in pixels to resize to; None stores patches as they are, all of the size of the first."""
-    quality: int = 80
-    """JPEG quality of PNGs and of what is resized."""
-    mpp: float | None = None
-    """Micrometres per pixel of the patches."""
-    mpp_of: Mapping[str, float] = field(default_factory=dict)
-    """Slide -> micrometres per pixel, where it differs from `mpp`."""
-
-    @cached_property
-    def stored_px(self) -> int:
-        """`patch_px`, or the side of the first image that can be read."""
-        if self.patch_px is not None:
-            return self.patch_px
-        for folder in self.slide_folders():
-            for file in _list_images(folder):
-                try:
-                    with Image.open(file, formats=PATCH_FORMATS) as image:
-                        if max(image.size) <= MAX_PATCH_PX:  # a header can claim any size
-                            return image.width
-                except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-                    continue
-        raise UserError(f"no readable .jpg or .png in the folders of {self.folder}")
-
-    def recipe(self) -> dict[str, Any]:
-        """Return how the images are stored."""
-        return {
-            "source": "patches",
-            "mpp": self.mpp,
-            "patch_px": self.stored_px,
-            "resize": self.patch_px is not None,
-            "quality": self.quality,
-        }
-
-    def jobs(self) -> list[Job]:
-        """Return one job per folder."""
-        px, resize = self.stored_px, self.patch_px is not None
-        return [
-            _FolderJob(folder, px, resize, self.quality, self.mpp_of.get(folder.name, self.mpp))
-            for folder in self.slide_folders()
-        ]
-
-    def slide_folders(self) -> list[Path]:
-        """Return the folders of the slides, sorted."""
-        if not self.folder.is_dir():
-            raise UserError(
-                f"no folder {self.folder}\n  --patches takes one folder per slide: DIR/<slide>/*.jpg"
-            )
-        folders = sorted(f for f in self.folder.iterdir() if f.is_dir() and f.name[0] != ".")
-        if not folders:
-            raise UserError(
-                f"no folder in {self.folder}\n"
-                "  --patches takes one folder per slide: DIR/<slide>/*.jpg"
-            )
-        return folders
-
-
-@dataclass(frozen=True)
 class _SlideJob:
     """A job that reads its patches from a slide."""
 
@@ -294,6 +237,19 @@ class _SlideJob:
 class _GridJob(_SlideJob):
     tiling: Tiling
 
+    def remark(self, record: SlideRecord) -> str:
+        if not record.num_patches:
+            return (
+                "no patch with enough tissue; grey counts as background, look at the overview;"
+                " --tissue 0 takes every patch"
+            )
+        share = record.num_patches / self.tiling.positions(
+            record.width, record.height, record.level0_px
+        )
+        if self.tiling.tissue and share > MOSTLY_TISSUE:
+            return "nearly all of it is taken for tissue: look at the overview"
+        return ""
+
     def plan(self, overview: Path) -> SlideRecord:
         slide = self.open()
         level0_px = self.tiling.level0_px(slide.mpp)
@@ -308,6 +264,9 @@ class _GridJob(_SlideJob):
 class _CoordsJob(_SlideJob):
     patch_px: int
     file: Path | None
+
+    def remark(self, record: SlideRecord) -> str:
+        return "" if record.num_patches else f"no coordinates in {self.file or 'any file'}"
 
     def identity(self) -> str:
         return join_identity([self.path, *filter(None, [self.file])], self.mpp)
@@ -342,100 +301,14 @@ class _MissingSlideJob:
     def identity(self) -> str:
         return ""
 
+    def remark(self, record: SlideRecord) -> str:
+        raise NotImplementedError
+
     def plan(self, overview: Path) -> SlideRecord:
         raise UserError(f"{self.path} has coordinates, but --slides has no slide '{self.slide}'")
 
     def encode(self, part: SlideRecord, start: int) -> list[bytes]:
         raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class _FolderJob:
-    """A slide as a folder of image files."""
-
-    path: Path
-    patch_px: int
-    resize: bool
-    quality: int
-    mpp: float | None
-
-    @property
-    def slide(self) -> str:
-        return self.path.name
-
-    def identity(self) -> str:
-        return identity_of_folder(_list_images(self.path), self.mpp)
-
-    def plan(self, overview: Path) -> SlideRecord:
-        files = _list_images(self.path)
-        if not files:
-            raise UserError(f"no .jpg or .png in {self.path}")
-        stems = [file.stem for file in files]
-        coords, level0_px = coords_from_names(stems, self.slide, self.patch_px)
-        return SlideRecord(
-            slide=self.slide,
-            num_patches=len(coords),
-            coords=coords,
-            level0_px=level0_px,
-            mpp=self.mpp,
-            patch_px=self.patch_px,
-            width=0,
-            height=0,
-            source=self.path.name,
-            source_bytes=sum(file.stat().st_size for file in files),
-            identity=self.identity(),
-        )
-
-    def encode(self, part: SlideRecord, start: int) -> list[bytes]:
-        files = _list_images(self.path)[start : start + part.num_patches]
-        if len(files) != part.num_patches:
-            raise DamagedDataError(f"{self.path} lost files while it was packed")
-        return [self._encode_image(file) for file in files]
-
-    def _encode_image(self, file: Path) -> bytes:
-        try:
-            data = file.read_bytes()
-            image = Image.open(io.BytesIO(data), formats=PATCH_FORMATS)
-            if max(image.size) > MAX_PATCH_PX:
-                raise ValueError(f"{image.width}x{image.height} pixels are no patch")
-            image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DamagedDataError(f"{file} cannot be read as an image: {error}") from error
-        size = self.patch_px, self.patch_px
-        if image.size != size and not self.resize:
-            raise UserError(
-                f"{file} has {image.width}x{image.height} pixels, but the store's patches have "
-                f"{size[0]}x{size[1]}\n  give --patch-size PX to resize all to one size"
-            )
-        if image.size == size and image.format == "JPEG" and image.mode in ("RGB", "L"):
-            return data
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        image = to_rgb(image, file)
-        if image.size != size:
-            image = image.resize(size, Image.Resampling.BICUBIC)
-        return encode_jpeg(image, self.quality)
-
-
-def to_rgb(image: Image.Image, file: Path) -> Image.Image:
-    """Return an image with 8 bits a channel; of 16-bit grey values the upper 8 bits count.
-
-    Raises
-    ------
-    DamagedDataError
-        Its values have no known range.
-    """
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise DamagedDataError(
-                f"{file}: grey values beyond 16 bits; save it with 8 bits a channel"
-            )
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise DamagedDataError(f"{file}: floating-point values; save it with 8 bits a channel")
-    return image.convert("RGB")
 
 
 def _override(mpp: Mapping[str, float], path: Path) -> float | None:
@@ -448,20 +321,6 @@ def _open_slide(path: Path, mpp: float | None, modified: int) -> WholeSlide:
     # Two, because at the end of a slide a worker alternates with the next one. More would keep as many
     # caches of OpenSlide in memory.
     return WholeSlide(path, mpp=mpp)
-
-
-def _list_images(folder: Path) -> tuple[Path, ...]:
-    """Return the image files of a folder in natural order: 2 before 10."""
-    return _list_images_as_of(folder, folder.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=4)
-def _list_images_as_of(folder: Path, modified: int) -> tuple[Path, ...]:
-    def natural_key(file: Path) -> list[tuple[int, str]]:
-        return [(int(t), "") if t.isdigit() else (-1, t) for t in re.split(r"(\d+)", file.name)]
-
-    files = (f for f in folder.iterdir() if f.suffix.lower() in PATCH_SUFFIXES and f.name[0] != ".")
-    return tuple(sorted(files, key=natural_key))
 
 
 def encode_jpeg(image: Image.Image, quality: int) -> bytes:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import math
 import os
-from collections import defaultdict
-from collections.abc import Mapping
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,17 @@ SUFFIXES = (
 )
 """File names of the formats that OpenSlide 4 reads."""
 
+OTHER_SUFFIXES = (
+    *(".qptiff", ".vsi", ".isyntax", ".i2syntax", ".mds", ".mdsx", ".kfb", ".kfbf", ".sdpc"),
+    *(".tmap", ".tron", ".afi", ".lif", ".zvi", ".jp2", ".j2k", ".ome.zarr"),
+)
+"""File names of slides in formats that OpenSlide does not read, or not under this name."""
+
 PLAUSIBLE_MPP = (0.02, 20.0)
 """Range of um/px at level 0. TIFF writers put 72 dpi (353 um/px) if they do not know the resolution."""
+
+OME_UNITS = {"um": 1.0, "\u00b5m": 1.0, "\u03bcm": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
+"""Unit of lengths in OME-XML -> micrometres; the letter before m has two Unicode forms."""
 
 LEVEL_SLACK = 1.01
 """Pyramid levels are rounded to whole pixels: a level of 4.016 is used for a downsample of 4."""
@@ -181,7 +191,7 @@ class WholeSlide:
         return rgb.resize(size, Image.Resampling.BICUBIC, box=(0, 0, *box))
 
 
-def find_slides(*sources: Path) -> list[Path]:
+def find_slides(*sources: Path, suffixes: Sequence[str] = ()) -> list[Path]:
     """Find slides: files, all in folders and the folders below, or those that match a pattern.
 
     In a folder, slides are recognised by the suffix of the file; links to folders are followed. The files
@@ -191,6 +201,8 @@ def find_slides(*sources: Path) -> list[Path]:
     ----------
     *sources
         Each a file, a folder, or a pattern such as ``slides/*.svs``.
+    suffixes
+        What the names of slides in folders end in; empty: any of :data:`SUFFIXES`.
 
     Returns
     -------
@@ -202,30 +214,50 @@ def find_slides(*sources: Path) -> list[Path]:
     UserError
         A source does not exist, there is no slide, or two files have the same slide id.
     """
-    files = {file for source in sources for file in _files_of(source)}
+    endings = tuple(suffix.lower() for suffix in suffixes or SUFFIXES)
+    files = {file for source in sources for file in _files_of(source, endings)}
     paths = _one_per_series(sorted(files))
     names = ", ".join(map(str, sources))
     if not paths:
+        unread = "".join(f"\n  {line}" for line in describe_unread(*sources))
         raise UserError(
-            f"no slide in {names} or the folders below it\n"
-            f"  looked for: {' '.join(SUFFIXES)}\n"
+            f"no slide in {names} or the folders below it{unread}\n"
+            f"  looked for: {' '.join(endings)}\n"
             "  if it has JPEG or PNG patches, use --patches in place of --slides"
         )
     by_id: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
         by_id[path.stem].append(path)
-    repeated = [f"{slide}: {', '.join(map(str, p))}" for slide, p in by_id.items() if len(p) > 1]
+    repeated = {slide: files for slide, files in by_id.items() if len(files) > 1}
     if repeated:
+        lines = [f"{slide}: {', '.join(map(str, files))}" for slide, files in repeated.items()]
+        example = next(iter(repeated.values()))[0].suffix
         raise UserError(
             f"{len(repeated)} slide ids (file names without suffix) belong to more than one file in "
-            f"{names}\n{format_list(repeated)}\n  rename or remove one of each"
+            f"{names}\n{format_list(lines)}\n"
+            f"  choose by suffix, such as --suffix {example}, or rename or remove one of each"
         )
     return paths
 
 
-def _files_of(source: Path) -> list[Path]:
+def describe_unread(*sources: Path) -> list[str]:
+    """Return a warning if folders hold slides in formats that OpenSlide does not read."""
+    files = [
+        f for source in sources if source.is_dir() for f in _list_files(source, OTHER_SUFFIXES)
+    ]
+    if not files:
+        return []
+    counts = Counter(file.suffix.lower() for file in files)
+    shown = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
+    return [
+        f"warning: {len(files)} file(s) are passed over, because OpenSlide does not read their format: "
+        f"{shown}\n  convert them to tiled TIFF, for example with Bio-Formats or QuPath"
+    ]
+
+
+def _files_of(source: Path, endings: tuple[str, ...]) -> list[Path]:
     if source.is_dir():
-        return _list_slide_files(source)
+        return _list_files(source, endings)
     if source.is_file():
         return [source]
     matches = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]
@@ -234,10 +266,11 @@ def _files_of(source: Path) -> list[Path]:
             f"no slide, folder or matching file at {source.absolute()}\n"
             "  give a slide, a folder of slides, or a pattern in quotes, such as 'slides/*.svs'"
         )
-    return [file for match in matches for file in _files_of(match)]
+    return [file for match in matches for file in _files_of(match, endings)]
 
 
-def _list_slide_files(folder: Path) -> list[Path]:
+def _list_files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    """Return the files in a folder and those below whose names, in lower case, end in one of ``endings``."""
     paths: list[Path] = []
     visited: set[str] = set()
     for root, folders, files in os.walk(folder, followlinks=True):
@@ -249,7 +282,7 @@ def _list_slide_files(folder: Path) -> list[Path]:
             continue
         visited.add(real)
         # "._slide.svs" is a file that macOS leaves on other disks, not a slide.
-        names = (f for f in files if not f.startswith(".") and f.lower().endswith(SUFFIXES))
+        names = (f for f in files if not f.startswith(".") and f.lower().endswith(endings))
         paths += [Path(root, name) for name in names]
     return sorted(paths)
 
@@ -298,24 +331,25 @@ def _on_white(rgba: Image.Image) -> Image.Image:
 
 
 def _stated_mpp(handle: openslide.OpenSlide, path: Path) -> float:
-    """Return um per level-0 pixel from the scanner's entry, or from the TIFF resolution tags."""
+    """Return um per level-0 pixel: the first plausible value of the scanner, the description or the tags."""
     properties = handle.properties
     remedy = (
         f"set it with --mpp-override FILE.csv (columns slide,mpp; row '{path.stem},<um per pixel>')"
     )
-    stated = _read_numbers(properties, "openslide.mpp-x", "openslide.mpp-y")
-    if stated is None:
-        resolution = _read_numbers(properties, "tiff.XResolution", "tiff.YResolution")
-        unit_um = {"inch": 25_400.0, "centimeter": 10_000.0}.get(
-            properties.get("tiff.ResolutionUnit", "")
-        )
-        if resolution is None or unit_um is None:
-            objective = properties.get("openslide.objective-power")
-            hint = f" (its objective is {objective}x)" if objective else ""
-            raise UserError(f"slide '{path.stem}' does not say its um per pixel{hint}\n  {remedy}")
-        stated = unit_um / resolution[0], unit_um / resolution[1]
-    x, y = stated
-    if not all(PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1] for mpp in stated):
+    description = properties.get("tiff.ImageDescription", "")
+    values = [
+        _read_numbers(properties, "openslide.mpp-x", "openslide.mpp-y"),
+        _mpp_of_ome(description),
+        _mpp_of_motic(description),
+        _mpp_of_tags(properties),
+    ]
+    stated = [value for value in values if value is not None]
+    if not stated:
+        objective = properties.get("openslide.objective-power")
+        hint = f" (its objective is {objective}x)" if objective else ""
+        raise UserError(f"slide '{path.stem}' does not say its um per pixel{hint}\n  {remedy}")
+    x, y = next(filter(_is_plausible, stated), stated[0])
+    if not _is_plausible((x, y)):
         raise UserError(
             f"slide '{path.stem}' says {x:g} x {y:g} um per pixel, which is implausible for a slide "
             f"scanner\n  {remedy}"
@@ -326,6 +360,39 @@ def _stated_mpp(handle: openslide.OpenSlide, path: Path) -> float:
             f"a slide are square\n  {remedy}"
         )
     return math.sqrt(x * y)
+
+
+def _is_plausible(mpp: tuple[float, float]) -> bool:
+    return all(PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1] for value in mpp)
+
+
+def _mpp_of_ome(description: str) -> tuple[float, float] | None:
+    """Return um per pixel of an OME-XML description: of its first image, which is the slide."""
+    found = {}
+    for axis in "XY":
+        size = re.search(rf'\bPhysicalSize{axis}="([^"]+)"', description)
+        unit = re.search(rf'\bPhysicalSize{axis}Unit="([^"]+)"', description)
+        in_um = OME_UNITS.get(unit[1] if unit else "um")
+        if size is None or in_um is None:
+            return None
+        found[axis] = (size[1], in_um)
+    numbers = _read_numbers({axis: size for axis, (size, _) in found.items()}, "X", "Y")
+    return numbers and (numbers[0] * found["X"][1], numbers[1] * found["Y"][1])
+
+
+def _mpp_of_motic(description: str) -> tuple[float, float] | None:
+    """Return um per pixel of a description of the form ``...|AppMag = 40|MPP = 0.257290``."""
+    value = re.search(r"\|\s*MPP\s*=\s*([^|\s]+)", description)
+    return _read_numbers({"mpp": value[1]}, "mpp", "mpp") if value else None
+
+
+def _mpp_of_tags(properties: Mapping[str, str]) -> tuple[float, float] | None:
+    """Return um per pixel of the TIFF resolution tags."""
+    resolution = _read_numbers(properties, "tiff.XResolution", "tiff.YResolution")
+    unit = {"inch": 25_400.0, "centimeter": 10_000.0}.get(properties.get("tiff.ResolutionUnit", ""))
+    if resolution is None or unit is None:
+        return None
+    return unit / resolution[0], unit / resolution[1]
 
 
 def _read_numbers(properties: Mapping[str, str], *names: str) -> tuple[float, float] | None:

@@ -82,6 +82,20 @@ class Tiling:
             tissue=float(recipe["tissue"]),
         )
 
+    def positions(self, width: int, height: int, level0_px: float) -> int:
+        """Return the number of patches in a slide that is all tissue.
+
+        Parameters
+        ----------
+        width, height
+            Size of the slide in level-0 pixels.
+        level0_px
+            Side of a patch in level-0 pixels.
+        """
+        stride = level0_px * (1 - self.overlap / self.patch_px)
+        columns, rows = (len(_positions(length, level0_px, stride)) for length in (width, height))
+        return columns * rows
+
     def level0_px(self, slide_mpp: float) -> float:
         """Return the side of a patch in level-0 pixels of a slide.
 
@@ -202,7 +216,7 @@ def _between(table: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.
 
 def coords_from_names(
     stems: Sequence[str], slide: str, patch_px: int
-) -> tuple[NDArray[np.int32], float]:
+) -> tuple[NDArray[np.int32], float, bool]:
     """Return the coords of patches from their file names.
 
     Names are used if each has exactly two whole numbers besides the slide's id, x before y, and no two
@@ -225,6 +239,8 @@ def coords_from_names(
     side : float
         Side of a patch in level-0 pixels: the distance between neighbours if that is more than
         ``patch_px``, else ``patch_px``.
+    are_true : bool
+        False if the coords are invented.
     """
     numbers = [re.findall(r"\d+", stem.replace(slide, "", 1)) for stem in stems]
     if all(len(n) == 2 and max(map(len, n)) <= 7 for n in numbers):
@@ -232,11 +248,17 @@ def coords_from_names(
         if len(np.unique(coords, axis=0)) == len(coords):
             axes = [np.unique(axis) for axis in coords.T]
             if len(coords) > 1 and all(len(a) > (a[-1] - a[0]) / 2 for a in axes):
-                return (coords * patch_px).astype(np.int32), float(patch_px)
+                return (coords * patch_px).astype(np.int32), float(patch_px), True
             gaps = np.concatenate([np.diff(axis) for axis in axes] + [[0]])
             side = max(patch_px, gaps[gaps > 0].min(initial=1 << 30) % (1 << 30))
-            return coords.astype(np.int32), float(side)
+            return coords.astype(np.int32), float(side), True
     index = np.arange(len(stems))
     columns = max(1, math.isqrt(len(stems)))
     coords = np.stack([index % columns, index // columns], axis=1) * patch_px
-    return coords.astype(np.int32), float(patch_px)
+    return coords.astype(np.int32), float(patch_px), len(stems) == 1
+
+
+def sizes_in_names(stems: Sequence[str]) -> list[str]:
+    """Return the sizes in file names such as ``12_size256``, if they differ; otherwise nothing."""
+    found = {match[1] for stem in stems for match in re.finditer(r"_size(\d+)(?=_|$)", stem)}
+    return sorted(found, key=int) if len(found) > 1 else []

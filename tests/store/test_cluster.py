@@ -147,6 +147,9 @@ class Wrapped:
     def path(self):
         return self.job.path
 
+    def remark(self, record):
+        return self.job.remark(record)
+
     def plan(self, overview):
         return self.job.plan(overview)
 

@@ -21,7 +21,7 @@ from e2e.runs.feature_folder import FeatureFolder, is_complete, slide_file
 from e2e.store.lmdb import PatchStore, StoreWriter
 from e2e.store.mpp_table import check_overrides
 from e2e.store.pack import pack
-from e2e.store.sources import PatchFolders
+from e2e.store.patch_folders import PatchFolders
 from tests.helpers.packing import cohort, source, write_slide
 from tests.helpers.stores import RECIPE, jpeg, patches, picture, record, write_store
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from e2e.errors import DamagedDataError, UserError
@@ -18,10 +19,10 @@ from e2e.store.coords import read_coords
 from e2e.store.identity import join_identity
 from e2e.store.mpp_table import read_mpp
 from e2e.store.pack import Progress, _BadSlideError, _Conveyor, pack, worker_pool
+from e2e.store.patch_folders import PatchFolders
 from e2e.store.records import SlideRecord
 from e2e.store.sources import (
     CoordsFiles,
-    PatchFolders,
     SlideFiles,
     encode_jpeg,
 )
@@ -93,6 +94,13 @@ def test_an_override_of_mpp_changes_the_cut(tmp_path):
     assert found["s0"][0]["mpp"] == found["s1"][0]["mpp"] == 4
 
 
+def test_tables_of_trident_and_blanks_in_headers_are_read(tmp_path):
+    (tmp_path / "mpp.csv").write_text(" wsi , mpp \nbatch/s0.svs, 0.25\nbatch/s1.svs,\n\n")
+    assert read_mpp(tmp_path / "mpp.csv") == {"s0.svs": 0.25}
+    (tmp_path / "mpp.csv").write_text("Slide, MPP\ns0 , 0.5\n")
+    assert read_mpp(tmp_path / "mpp.csv") == {"s0": 0.5}
+
+
 @pytest.mark.parametrize(
     "text",
     ["slide;mpp\na;1\n", "slide,mpp\na,fast\n", "slide,mpp\na,-1\n", "slide,mpp\na,1\na,2\n", ""],
@@ -138,6 +146,9 @@ class Marking:
     slide: str
     path: Path
     count = 40
+
+    def remark(self, record):
+        return ""
 
     def plan(self, overview):
         coords = np.zeros((self.count, 2), np.int32)
@@ -195,6 +206,41 @@ def test_bad_slides_are_named_with_a_reason_and_the_others_go_on(tmp_path):
         "glass": "no tissue",
         **dict.fromkeys(["s1", "s2", "s3", "coarse"], "quarantined"),
     }
+
+
+def test_what_is_unusual_about_patches_is_in_the_report(tmp_path, capfd):
+    slides = cohort(tmp_path / "slides", 1)
+    write_slide(slides / "grey.tif", tissue=False)
+    full = np.random.default_rng(0).integers(-20, 20, (256, 320, 1)) + np.array([200, 120, 170])
+    tifffile.imwrite(
+        slides / "full.tif", full.astype(np.uint8), tile=(64, 64), photometric="rgb",
+        resolution=(2500, 2500), resolutionunit="CENTIMETER", metadata=None,
+    )  # fmt: skip
+    pack(source(slides), tmp_path / "out.lmdb", workers=0)
+    reason = {row["slide"]: row["reason"] for row in table(tmp_path / "out.lmdb.report.csv")}
+    assert reason["s0"] == ""
+    assert reason["full"] == "nearly all of it is taken for tissue: look at the overview"
+    assert "grey counts as background" in reason["grey"]
+    assert "--tissue 0 takes every patch" in reason["grey"]
+
+
+def test_invented_coordinates_are_announced_and_mixed_sizes_refused(tmp_path):
+    for slide, names in {
+        "named": ["0_0", "0_1"],
+        "numbered": ["a1", "a2"],
+        "mixed": ["1_size256", "1_size512", "1_size1024"],
+        "same": ["1_size256", "2_size256"],
+    }.items():
+        (tmp_path / "patches" / slide).mkdir(parents=True)
+        for name in names:
+            Image.new("RGB", (8, 8)).save(tmp_path / "patches" / slide / f"{name}.png")
+    pack(PatchFolders(tmp_path / "patches"), tmp_path / "out.lmdb", workers=0)
+    rows = {row["slide"]: row for row in table(tmp_path / "out.lmdb.report.csv")}
+    assert rows["named"]["reason"] == ""
+    assert "coordinates are invented" in rows["numbered"]["reason"]
+    assert rows["mixed"]["status"] == "quarantined"
+    assert "by their names: 256, 512, 1024" in rows["mixed"]["reason"]
+    assert rows["same"]["status"] == "packed"
 
 
 def test_many_bad_slides_in_the_middle_of_reading_do_not_stall_the_rest(tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from e2e.errors import DamagedDataError, UserError
 from e2e.wsi import slide as slide_module
-from e2e.wsi.slide import WholeSlide, find_slides
+from e2e.wsi.slide import WholeSlide, describe_unread, find_slides
 from e2e.wsi.tiling import Tiling, coords_from_names, grid
 from e2e.wsi.tissue import tissue_mask
 from tests.helpers.paths import SHARED_DATA as SHARED
@@ -74,6 +74,49 @@ def test_mpp_that_is_missing_or_absurd_names_slide_and_option(tmp_path, mpp, uni
     path = write_slide(tmp_path / "odd.tif", noise(80, 80), mpp=mpp, unit=unit)
     with pytest.raises(UserError, match=rf"(?s)'odd'.*{words}.*--mpp-override"):
         _ = WholeSlide(path).mpp
+
+
+OME = (
+    '<?xml version="1.0"?><OME><Image><Pixels PhysicalSizeX="{x}" PhysicalSizeXUnit="{unit}" '
+    'PhysicalSizeY="{x}" PhysicalSizeYUnit="{unit}"/></Image></OME>'
+)
+MOTIC = "Motic V1.0.0 400x300 [0,0 400x300] [512x512] JPEG/RGB Q = 75|AppMag = 40|MPP = 0.25"
+
+
+@pytest.mark.parametrize(
+    ("description", "mpp"),
+    [
+        (OME.format(x="0.25", unit="\u00b5m"), 0.25),
+        (OME.format(x="0.00025", unit="mm"), 0.25),
+        (OME.format(x="250", unit="nm"), 0.25),
+        (OME.replace(' PhysicalSizeXUnit="{unit}"', "").format(x="0.5", unit="um"), 0.5),
+        (MOTIC, 0.25),
+    ],
+)
+@pytest.mark.parametrize("dpi", [None, 72])
+def test_mpp_comes_from_the_description_where_the_tags_say_nothing_plausible(
+    tmp_path, description, mpp, dpi
+):
+    tags = {"resolution": (dpi, dpi), "resolutionunit": "INCH"} if dpi else {}
+    pixels = noise(64, 64)
+    tifffile.imwrite(
+        tmp_path / "s.tif", pixels, tile=(32, 32), photometric="rgb", metadata=None,
+        description=description.encode(), **tags,
+    )  # fmt: skip
+    assert WholeSlide(tmp_path / "s.tif").mpp == pytest.approx(mpp)
+
+
+@pytest.mark.parametrize(
+    "description",
+    [OME.format(x="1", unit="pixel"), OME.format(x="-1", unit="um"), "MPP = x|MPP = "],
+)
+def test_a_description_without_a_length_gives_no_mpp(tmp_path, description):
+    tifffile.imwrite(
+        tmp_path / "s.tif", noise(64, 64), tile=(32, 32), photometric="rgb", metadata=None,
+        description=description.encode(),
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"does not say its um per pixel|implausible"):
+        _ = WholeSlide(tmp_path / "s.tif").mpp
 
 
 def test_patch_at_full_size_is_the_slides_own_pixels(tmp_path):
@@ -207,6 +250,27 @@ def test_two_files_with_one_slide_id_are_refused_by_name(tmp_path):
         find_slides(tmp_path)
 
 
+def test_suffixes_choose_between_two_files_of_a_slide(tmp_path):
+    for name in ("a.svs", "a.tif", "b.TIF"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"choose by suffix, such as --suffix \.svs"):
+        find_slides(tmp_path)
+    found = find_slides(tmp_path, suffixes=[".tif"])
+    assert [path.name for path in found] == ["a.tif", "b.TIF"]
+
+
+def test_slides_of_other_formats_are_counted_by_suffix(tmp_path):
+    for name in ("a.svs", "b.qptiff", "c.QPTIFF", "d.vsi", "notes.txt"):
+        (tmp_path / name).touch()
+    (line,) = describe_unread(tmp_path)
+    assert "3 file(s) are passed over" in line
+    assert "2 .qptiff, 1 .vsi" in line
+    assert describe_unread(tmp_path / "a.svs") == []
+    (tmp_path / "a.svs").unlink()
+    with pytest.raises(UserError, match=r"no slide in(?s:.*)2 \.qptiff"):
+        find_slides(tmp_path)
+
+
 def test_a_folder_without_slides_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no slide in"):
         find_slides(tmp_path)
@@ -251,6 +315,37 @@ def test_tissue_on_glass_is_outlined(colour):
     truth[50:150, 40:120] = True
     mask = tissue_mask(scene(GLASS, (50, 40, 150, 120, colour)), 8)
     assert (mask & truth).sum() / (mask | truth).sum() > 0.93
+
+
+TINTS = [(238, 234, 222), (236, 232, 218), (235, 230, 212), (240, 228, 190), (205, 226, 236)]
+
+
+@pytest.mark.parametrize("glass", TINTS)
+@pytest.mark.parametrize("colour", [PINK, PALE, (150, 100, 60), (120, 70, 140)])
+def test_tissue_on_tinted_glass_is_outlined(glass, colour):
+    truth = np.zeros((200, 200), bool)
+    truth[50:150, 40:120] = True
+    seen = tuple(int(c * g / 243) for c, g in zip(colour, glass, strict=True))
+    dust = (5, 5, 12, 60, (226, 226, 226))
+    image = scene(glass, (50, 40, 150, 120, seen), dust)
+    unscanned = image.copy()
+    unscanned[:, 150:] = 255
+    for shown in (image, unscanned):
+        mask = tissue_mask(shown, 8)
+        assert (mask & truth).sum() / (mask | truth).sum() > 0.9
+
+
+@given(
+    strong=st.integers(215, 245),
+    weak=st.integers(0, 50),
+    middle=st.floats(0.5, 1),
+    is_yellow=st.booleans(),
+)
+def test_an_empty_slide_of_tinted_glass_has_no_tissue(strong, weak, middle, is_yellow):
+    weakest = strong - weak
+    green = round(weakest + middle * weak)
+    glass = (strong, green, weakest) if is_yellow else (weakest, green, strong)
+    assert not tissue_mask(scene(glass, size=60), 8).any()
 
 
 def test_black_borders_pen_and_unscanned_white_are_no_tissue():
@@ -406,22 +501,28 @@ def test_a_tiling_comes_back_from_its_recipe():
 
 
 @pytest.mark.parametrize(
-    ("stems", "coords", "side"),
+    ("stems", "coords", "side", "are_true"),
     [
-        (["512_0", "0_1024", "1024_1024"], [[512, 0], [0, 1024], [1024, 1024]], 512),
-        (["s-01_0_0_x", "s-01_300_0_x"], [[0, 0], [300, 0]], 300),
-        (["x=100,y=7", "x=160,y=99"], [[100, 7], [160, 99]], 256),
-        (["0_0", "1_0", "1_1"], [[0, 0], [256, 0], [256, 256]], 256),
-        (["4000_8000"], [[4000, 8000]], 256),
-        (["a1", "a2", "a3", "a4", "a5"], [[0, 0], [256, 0], [0, 256], [256, 256], [0, 512]], 256),
-        (["1_2_20", "1_3_20"], [[0, 0], [0, 256]], 256),
-        (["5_5", "5_5b"], [[0, 0], [0, 256]], 256),
-        (["0_0", "thumb"], [[0, 0], [0, 256]], 256),
-        (["1_20240101123456", "2_20240101123456"], [[0, 0], [0, 256]], 256),
+        (["512_0", "0_1024", "1024_1024"], [[512, 0], [0, 1024], [1024, 1024]], 512, True),
+        (["s-01_0_0_x", "s-01_300_0_x"], [[0, 0], [300, 0]], 300, True),
+        (["x=100,y=7", "x=160,y=99"], [[100, 7], [160, 99]], 256, True),
+        (["0_0", "1_0", "1_1"], [[0, 0], [256, 0], [256, 256]], 256, True),
+        (["4000_8000"], [[4000, 8000]], 256, True),
+        (
+            ["a1", "a2", "a3", "a4", "a5"],
+            [[0, 0], [256, 0], [0, 256], [256, 256], [0, 512]],
+            256,
+            False,
+        ),
+        (["1_2_20", "1_3_20"], [[0, 0], [0, 256]], 256, False),
+        (["5_5", "5_5b"], [[0, 0], [0, 256]], 256, False),
+        (["0_0", "thumb"], [[0, 0], [0, 256]], 256, False),
+        (["1_20240101123456", "2_20240101123456"], [[0, 0], [0, 256]], 256, False),
     ],
 )
-def test_places_are_read_from_names_only_where_they_are_clear(stems, coords, side):
-    found, level0_px = coords_from_names(stems, "s-01", 256)
+def test_places_are_read_from_names_only_where_they_are_clear(stems, coords, side, are_true):
+    found, level0_px, is_true = coords_from_names(stems, "s-01", 256)
     assert found.dtype == np.int32
     assert found.tolist() == coords
     assert level0_px == side
+    assert is_true == are_true
