@@ -41,11 +41,7 @@ are not in the store; 130 interrupted by Ctrl-C.
 
 def pack_parser() -> CommandParser:
     """Return the command line of ``e2e pack``."""
-    parser = CommandParser(
-        "pack",
-        PACK,
-        allow_abbrev=False,
-    )
+    parser = CommandParser("pack", PACK, allow_abbrev=False)
     source = parser.add_argument_group("source")
     source.add_argument(
         "--slides", type=Path, metavar="DIR", help="folder of slides, searched in any depth"

@@ -368,16 +368,16 @@ def _is_plausible(mpp: tuple[float, float]) -> bool:
 
 def _mpp_of_ome(description: str) -> tuple[float, float] | None:
     """Return um per pixel of an OME-XML description: of its first image, which is the slide."""
-    found = {}
+    sizes = {}
     for axis in "XY":
         size = re.search(rf'\bPhysicalSize{axis}="([^"]+)"', description)
         unit = re.search(rf'\bPhysicalSize{axis}Unit="([^"]+)"', description)
         in_um = OME_UNITS.get(unit[1] if unit else "um")
         if size is None or in_um is None:
             return None
-        found[axis] = (size[1], in_um)
-    numbers = _read_numbers({axis: size for axis, (size, _) in found.items()}, "X", "Y")
-    return numbers and (numbers[0] * found["X"][1], numbers[1] * found["Y"][1])
+        sizes[axis] = (size[1], in_um)
+    numbers = _read_numbers({axis: size for axis, (size, _) in sizes.items()}, "X", "Y")
+    return numbers and (numbers[0] * sizes["X"][1], numbers[1] * sizes["Y"][1])
 
 
 def _mpp_of_motic(description: str) -> tuple[float, float] | None:
