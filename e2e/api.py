@@ -246,7 +246,7 @@ def load_run(folder: str | Path) -> TrainedRun:
     >>> run = e2e.load_run("runs/mine")
     >>> table = run.predict(e2e.open_store("data/mine.lmdb"))
     >>> list(table.columns)
-    ['slide', 'prob_bright', 'prob_dark', 'attention_entropy']
+    ['slide', 'predicted', 'prob_bright', 'prob_dark', 'attention_entropy']
     """
     return TrainedRun(Path(folder))
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,34 +35,36 @@ class Screen:
     ----------
     is_leader : bool
         Whether this is the rank that prints; all others print nothing.
+    timestamps : bool
+        Whether messages and progress lines start with date and time where the output is not a terminal.
     """
 
     PAUSE = 15.0
     """Seconds between two progress lines where the output is not a terminal."""
 
-    def __init__(self, is_leader: bool) -> None:
+    def __init__(self, is_leader: bool, *, timestamps: bool = False) -> None:
         self.is_leader = is_leader
+        self._timestamps = timestamps
         width = None if sys.stdout.isatty() else 140
         self.console = Console(quiet=not is_leader, highlight=False, soft_wrap=True, width=width)
         self._progress: Progress | None = None
         self._last_printed = 0.0
+        self._first_step: tuple[float, int] | None = None
+        """When the first progress line since a pause was due, and how much was done then."""
 
     def say(self, text: str) -> None:
         """Print a message, above the progress line."""
         if self.console.is_terminal or not self.is_leader:
             self.console.print(text, markup=False)
         else:
-            print(text, flush=True)
+            self._print(text)
 
     def step(self, done: int, total: int, text: str) -> None:
         """Set the progress line to ``done`` of ``total``, followed by ``text``."""
         if not self.is_leader:
             return
         if not self.console.is_terminal:
-            now = time.monotonic()
-            if now - self._last_printed >= self.PAUSE:
-                self._last_printed = now
-                print(f"{done}/{total} {text}", flush=True)
+            self._print_step(done, total, text)
             return
         if self._progress is None:
             columns = (
@@ -77,8 +80,27 @@ class Screen:
             self._progress.task_ids[0], completed=done, total=total, description=text
         )
 
+    def _print_step(self, done: int, total: int, text: str) -> None:
+        now = time.monotonic()
+        if self._first_step is None:
+            self._first_step = now, done
+        if now - self._last_printed < self.PAUSE:
+            return
+        self._last_printed = now
+        started, already_done = self._first_step
+        left = ""
+        if done > already_done and done < total:
+            seconds = (now - started) / (done - already_done) * (total - done)
+            left = f"  {clock(seconds)} left"
+        self._print(f"{done}/{total} {text}{left}")
+
+    def _print(self, text: str) -> None:
+        stamp = f"{datetime.now():%Y-%m-%d %H:%M:%S} " if self._timestamps else ""
+        print(stamp + text, flush=True)
+
     def pause(self) -> None:
         """Remove the progress line until the next :meth:`step`."""
+        self._first_step = None
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from e2e.log import TRACKERS, MetricsLog
+from e2e import log as log_module
+from e2e.log import TRACKERS, MetricsLog, Screen
 
 
 def open_log(folder: Path, *names: str) -> MetricsLog:
@@ -72,3 +73,19 @@ def test_wandb_is_offline_by_default_and_uploads_no_code(tmp_path, monkeypatch):
     assert list(folder.glob("*.wandb"))
     assert not list(folder.rglob("*.py"))
     assert not list(folder.rglob("diff.patch"))
+
+
+def test_progress_outside_a_terminal_says_how_much_time_is_left(monkeypatch, capsys):
+    now = 1000.0
+    monkeypatch.setattr(log_module.time, "monotonic", lambda: now)
+    screen = Screen(is_leader=True)
+    for done in (1, 2, 3, 4):
+        screen.step(done, 41, "slides")
+        now += 10
+    assert capsys.readouterr().out == "1/41 slides\n3/41 slides  6:20 left\n"
+    screen.pause()
+    now += 3600  # something else
+    screen.step(5, 41, "slides")
+    now += 20
+    screen.step(6, 41, "slides")
+    assert capsys.readouterr().out == "5/41 slides\n6/41 slides  11:40 left\n"

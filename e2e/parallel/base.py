@@ -58,6 +58,10 @@ class Strategy:
         """Whether this process writes files and prints: rank 0 does."""
         return self.rank == 0
 
+    def describe(self) -> str:
+        """Return the processes and devices in words, such as ``cpu`` or ``8 x cuda (DDP)``."""
+        return str(self.device)
+
     # The update
 
     def setup(

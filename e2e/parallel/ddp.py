@@ -54,6 +54,10 @@ class DistributedStrategy(Strategy):
                 dist.init_process_group(backend, store=store, rank=0, world_size=1)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
+    def describe(self) -> str:
+        """See :meth:`Strategy.describe`."""
+        return f"{self.world_size} x {self.device.type} ({type(self).__name__})"
+
     def gather_rows(self, rows: Tensor, counts: list[int]) -> Tensor:
         """See :meth:`Strategy.gather_rows`."""
         if counts[self.rank] != len(rows):

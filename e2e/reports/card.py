@@ -12,7 +12,7 @@ import pandas as pd
 import yaml
 
 import e2e
-from e2e.reports.evaluate import metric_table
+from e2e.reports.evaluate import describe_epoch, metric_table
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
 """Split -> its name in the card."""
@@ -44,6 +44,8 @@ class ModelFacts:
     """Split -> number of slides and of cases."""
     report: Mapping[str, Any]
     """The content of metrics.json; empty for a run that was not evaluated."""
+    metrics: Sequence[str]
+    """The metrics of the report to show."""
     licence: str
     """SPDX identifier of the model's licence; empty if none was given."""
 
@@ -81,7 +83,7 @@ def write_card(facts: ModelFacts) -> str:
             "",
             "## Metrics",
             "",
-            *_metric_lines(facts.report),
+            *_metric_lines(facts.report, facts.metrics),
             "",
             "## Use",
             "",
@@ -113,13 +115,14 @@ def _slide_lines(slides: Mapping[str, tuple[int, int]]) -> list[str]:
     return [f"- **Slides:** {', '.join(counts)}"] if counts else []
 
 
-def _metric_lines(report: Mapping[str, Any]) -> list[str]:
+def _metric_lines(report: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     if not report:
         return ["The run was not evaluated."]
-    header, rows = metric_table(report)
+    header, rows = metric_table(report, metrics)
     lines = [header, ["---"] * len(header), *rows]
     return [
-        f"Epoch {report['epoch']}, selected on {report['chosen_on']}; 95 % bootstrap intervals over cases.",
+        f"Weights of {describe_epoch(report)}. 95 % bootstrap intervals over cases; metrics.json has all"
+        " metrics.",
         "",
         *(f"| {' | '.join(cells)} |" for cells in lines),
     ]

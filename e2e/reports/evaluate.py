@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,23 +118,51 @@ def centres_of(predictions: Sequence[Prediction]) -> list[str]:
     return centres if len(set(centres)) > 1 else []
 
 
-def metric_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return the header and rows of a table: a row per metric, a column per split and kind of weights.
+def metric_table(
+    report: Mapping[str, Any], names: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """Return the header and rows of a table of the selected weights: a row per metric, a column per split.
 
     Parameters
     ----------
     report
         The content of metrics.json, as :func:`evaluate_run` returns it.
+    names
+        The metrics.
     """
     columns = {
-        f"{split} ({weights})": report[split][weights]
+        split: report[split][report["selected_weights"]]
         for split in ("val", "test")
-        for weights in ("model", "ema")
-        if weights in report.get(split, {})
+        if split in report
     }
-    names = next(iter(columns.values()), {})
     rows = [[name, *(_as_text(metrics[name]) for metrics in columns.values())] for name in names]
     return ["metric", *columns], rows
+
+
+def main_metrics(task: Task) -> list[str]:
+    """Return the metrics that a summary shows, without repetition: first the one that selects the epoch."""
+    return [*dict.fromkeys((task.monitor, *task.main_metrics))]
+
+
+def headline(report: Mapping[str, Any], task: Task) -> str:
+    """Return one line: the metric that selects the epoch, on the test slides, with interval and numbers."""
+    split = next((split for split in ("test", "val") if split in report), None)
+    if split is None:
+        return "there are no validation or test slides to evaluate"
+    results = report[split]
+    value = _as_text(results[report["selected_weights"]][task.monitor])
+    return (
+        f"{split}: {task.monitor} {value} ({results['slides']} slides of {results['cases']} cases; "
+        f"{describe_epoch(report)})"
+    )
+
+
+def describe_epoch(report: Mapping[str, Any]) -> str:
+    """Return which epoch was evaluated, and why, from the content of metrics.json."""
+    if not report.get("is_selected", True):  # earlier versions did not write it
+        return f"epoch {report['epoch']}, the last one: the validation metric was never defined"
+    weights = f"the {report['selected_weights']} weights"
+    return f"epoch {report['epoch']}, selected on {report['chosen_on']} by {weights}"
 
 
 def _as_text(metric: Mapping[str, float | None]) -> str:
@@ -187,9 +216,9 @@ def evaluate_run(
     """
     strategy.barrier()  # until the leader has written the checkpoint
     tensors, state = load_checkpoint(best)
-    report: dict[str, Any] = {"epoch": state["best_epoch"] + 1, "selected_weights": selected}
-    report["chosen_on"] = chosen_on
-    report |= {"left_out": dict(left_out)} if left_out else {}
+    report = _epoch_facts(state, selected, chosen_on) | (
+        {"left_out": dict(left_out)} if left_out else {}
+    )
     evaluation = _Evaluation(model, items, view, strategy, screen, draws, heatmaps, out)
     predictions: list[Prediction] = []
     for name in ("model", "ema"):
@@ -201,9 +230,25 @@ def evaluate_run(
             )
     if strategy.is_leader:
         _write_results(predictions, task.for_weights(selected), report, out, screen)
-    title = f"epoch {report['epoch']}, selected on {chosen_on} by {selected}"
-    screen.table(title, *metric_table(report))
+    _show_results(report, task, screen)
     return report
+
+
+def _epoch_facts(state: Mapping[str, Any], selected: str, chosen_on: str) -> dict[str, Any]:
+    return {
+        "epoch": state["best_epoch"] + 1,
+        "selected_weights": selected,
+        "chosen_on": chosen_on,
+        "is_selected": math.isfinite(state["best"][0]),
+    }
+
+
+def _show_results(report: Mapping[str, Any], task: Task, screen: Screen) -> None:
+    title = (
+        f"{report['selected_weights']} weights, with 95 % intervals; metrics.json has all metrics"
+    )
+    screen.say(headline(report, task))
+    screen.table(title, *metric_table(report, main_metrics(task)))
 
 
 @dataclass(frozen=True)
@@ -244,8 +289,10 @@ class _Evaluation:
                     strategy=self.strategy,
                     screen=self.screen,
                     on_slide=draw,
+                    weights_name=name,
                 )
-            results = report.setdefault(split, {"slides": len(slides)})
+            num_cases = len({item.slide.case for item in slides})
+            results = report.setdefault(split, {"slides": len(slides), "cases": num_cases})
             centres = centres_of(of_split) if is_selected else []
             results[name], by_centre = score_centres(of_split, task, centres, draws=self.draws)
             if by_centre:

@@ -61,6 +61,7 @@ def predict(
     strategy: Strategy,
     screen: Screen,
     on_slide: OnSlide | None = None,
+    weights_name: str = "",
 ) -> list[Prediction]:
     """Predict every slide from all of its patches, each slide once over all ranks.
 
@@ -77,7 +78,7 @@ def predict(
     strategy
         Ranks and device.
     screen
-        Shows progress.
+        Shows progress, with ``weights_name``: which weights the model has.
     on_slide
         Called for each slide on the rank that predicts it.
 
@@ -89,28 +90,33 @@ def predict(
     model.eval()
     predictions: list[Prediction] = []
     share = items[strategy.rank :: strategy.world_size]
+    splits = [item.slide.split for item in items[:1]]
+    kind = ", ".join(filter(None, [*splits, weights_name])) or "new"
     bags = ((full_bag(item, view, model.chunk), item) for item in share)
     for num_done, (bag, item) in enumerate(prefetch(bags, strategy.device), start=1):
         output = model(bag, strategy.device)[0]
         values = task.predict(output.logits)[0].cpu().double().tolist()
-        slide = item.slide
-        predictions.append(
-            Prediction(
-                case=slide.case,
-                slide=slide.id,
-                split=slide.split,
-                values=values,
-                target=task.target_values(item.target),
-                entropy=attention_entropy(output),
-                centre=slide.centre,
-            )
-        )
+        predictions.append(_as_prediction(item, values, output, task))
         if on_slide is not None:
             on_slide(item, output, values)
-        screen.step(num_done, len(share), f"slides evaluated ({slide.split or 'new'})")
+        screen.step(num_done, len(share), f"slides evaluated ({kind})")
     screen.pause()
     of_all_ranks = [p for of_rank in strategy.gather_objects(predictions) for p in of_rank]
     return sorted(of_all_ranks, key=lambda prediction: (prediction.split, prediction.slide))
+
+
+def _as_prediction(
+    item: LabelledSlide, values: list[float], output: HeadOutput, task: Task
+) -> Prediction:
+    return Prediction(
+        case=item.slide.case,
+        slide=item.slide.id,
+        split=item.slide.split,
+        values=values,
+        target=task.target_values(item.target),
+        entropy=attention_entropy(output),
+        centre=item.slide.centre,
+    )
 
 
 def attention_entropy(output: HeadOutput) -> float | None:
@@ -170,7 +176,7 @@ def to_arrays(predictions: Sequence[Prediction]) -> tuple[Array, Array]:
 
 
 def write_predictions(predictions: Sequence[Prediction], task: Task, path: Path) -> None:
-    """Write a CSV with case, slide, split, label, prediction and attention entropy of each slide.
+    """Write a CSV of case, slide, split, label, and what was predicted; see :func:`predicted_cells`.
 
     There is a column ``centre`` if a slide has one.
     """
@@ -185,7 +191,18 @@ def write_predictions(predictions: Sequence[Prediction], task: Task, path: Path)
         if has_centres:
             row["centre"] = prediction.centre
         row |= zip(task.label_columns, task.format_labels(prediction.target), strict=True)
-        row |= zip(task.prediction_columns, prediction.values, strict=True)
-        row["attention_entropy"] = prediction.entropy
-        rows.append(row)
+        rows.append(row | predicted_cells(prediction, task))
     write_atomically(path, pd.DataFrame(rows).to_csv(index=False).encode())
+
+
+def predicted_cells(prediction: Prediction, task: Task) -> dict[str, Any]:
+    """Return the columns of a table that say what was predicted for a slide.
+
+    These are ``predicted`` if the task has a word for it, the numbers, and the attention's entropy.
+    """
+    in_words = task.format_prediction(prediction.values)
+    return {
+        **({"predicted": in_words} if in_words else {}),
+        **dict(zip(task.prediction_columns, prediction.values, strict=True)),
+        "attention_entropy": prediction.entropy,
+    }

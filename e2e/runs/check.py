@@ -26,6 +26,7 @@ from e2e.cohort.features import check_values, describe_features
 from e2e.cohort.folds import TCGA
 from e2e.cohort.readers import require_files
 from e2e.cohort.table import read_table, summarise_problems
+from e2e.engine.peak_memory import CHUNKS_OF_PIXELS
 from e2e.errors import UserError, format_list
 from e2e.log import Screen
 from e2e.memory import free_memory
@@ -42,6 +43,7 @@ from e2e.runs.parts import (
     on_features,
 )
 from e2e.runs.session import process_settings
+from e2e.runs.summary import describe_memory
 from e2e.settings.arguments import common_settings
 from e2e.settings.data_cli import check_parser
 from e2e.settings.schema import Data, Settings
@@ -53,8 +55,6 @@ from e2e.wsi.tiling import Tiling
 
 BYTES_PER_PIXEL = 0.25
 """Of a stored patch: 16.0 and 17.8 kB for 256 px of two real H&E slides, JPEG quality 80, 0.5 um/px."""
-CHUNKS_IN_MEMORY = 3
-"""Chunks whose pixels are in memory at once: one is encoded, two are prefetched."""
 
 
 def read_slides(data: Data, targets: Sequence[str], site: str | None) -> list[Slide]:
@@ -154,7 +154,7 @@ def load_like_a_run(
     return items
 
 
-def check_model(settings: Settings, task: Task, items: list[LabelledSlide]) -> None:
+def check_model(settings: Settings, task: Task, items: list[LabelledSlide]) -> list[str]:
     """Build the model, without pretrained weights, and check that training could start.
 
     Parameters
@@ -165,6 +165,11 @@ def check_model(settings: Settings, task: Task, items: list[LabelledSlide]) -> N
         The fitted task.
     items
         The slides of the cohort.
+
+    Returns
+    -------
+    list of str
+        The peak memory of training in one process; see :func:`e2e.runs.summary.describe_memory`.
 
     Raises
     ------
@@ -182,6 +187,7 @@ def check_model(settings: Settings, task: Task, items: list[LabelledSlide]) -> N
         features=describe_features(items) if two_stage else None,
     )
     check_training(settings, parts, device, world_size=1)
+    return describe_memory(settings, parts, device, world_size=1)
 
 
 def describe_needs(settings: Settings, items: Sequence[LabelledSlide]) -> list[str]:
@@ -217,7 +223,6 @@ def describe_needs(settings: Settings, items: Sequence[LabelledSlide]) -> list[s
         f"disk: {show_bytes(disk)} (size of the files; {patch / 1000:.1f} kB per patch)",
         f"memory: an update {show_bytes(update)} of JPEGs ({settings.optim.bags} bags of at most {bag:,} "
         f"patches), the largest bag {show_bytes(max(counts) * patch)}",
-        *describe_chunks(settings, items[0].record.patch_px),
         "  reads are random, so they are fastest if the whole store fits into free memory: "
         f"{show_bytes(free_memory(pick_device('cpu')))} on this machine",
     ]
@@ -244,19 +249,12 @@ def estimate_needs(settings: Settings, slides: int, patches: int) -> list[str]:
     packing.add_argument("--patch-size", type=int, default=Tiling().patch_px)
     side = packing.parse_known_args(shlex.split(settings.data.pack))[0].patch_size
     patch = BYTES_PER_PIXEL * side**2
+    shown, chunk = settings.bag.size or side, settings.engine.chunk
     return [
         f"disk: about {show_bytes(slides * patches * patch)}, if a slide has {patches:,} patches (--patches)"
         f" of {side} px at {patch / 1000:.1f} kB ({BYTES_PER_PIXEL} bytes per pixel)",
-        *describe_chunks(settings, side),
-    ]
-
-
-def describe_chunks(settings: Settings, stored_px: int) -> list[str]:
-    """Describe the memory of the decoded pixels, for patches stored at ``stored_px`` pixels."""
-    side, chunk = settings.bag.size or stored_px, settings.engine.chunk
-    return [
-        f"  pixels {show_bytes(CHUNKS_IN_MEMORY * chunk * 3 * side**2)} ({CHUNKS_IN_MEMORY} chunks of "
-        f"{chunk} patches, 3 x {side} x {side} bytes), in addition to the memory of the network"
+        f"memory: pixels {show_bytes(CHUNKS_OF_PIXELS * chunk * 3 * shown**2)} ({CHUNKS_OF_PIXELS} chunks of "
+        f"{chunk} patches, 3 x {shown} x {shown} bytes), in addition to the network",
     ]
 
 
@@ -305,7 +303,8 @@ def report(args: argparse.Namespace, settings: Settings, task: Task, screen: Scr
         screen.say(line)
     if with_data:
         with process_settings(settings):
-            check_model(settings, task, items)
+            for line in check_model(settings, task, items):
+                screen.say(line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

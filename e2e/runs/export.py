@@ -17,6 +17,7 @@ from e2e.engine.model import MILModel
 from e2e.errors import UserError, describe_interrupt
 from e2e.files import write_atomically
 from e2e.reports.card import ModelFacts, count_slides, write_card
+from e2e.reports.evaluate import main_metrics
 from e2e.runs.folder import BEST, COHORT, FEATURES, TASK, load_task, open_run
 from e2e.runs.parts import REGISTRIES, build_model, on_features, selected_weights
 from e2e.runs.recipes import RECIPES, packing_recipe, recorded_patches
@@ -147,7 +148,7 @@ def _exported_files(folder: Path, licence: str) -> dict[str, bytes]:
 
 
 def _public_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {"best_epoch": state["best_epoch"]}
+    return {name: state[name] for name in ("best_epoch", "best")}
 
 
 def _recipes(folder: Path, data: Data) -> dict[str, Any]:
@@ -217,6 +218,7 @@ def _card_facts(
         source=settings.data.source,
         slides=count_slides(cohort) if cohort.is_file() else {},
         report=metrics,
+        metrics=main_metrics(task),
         licence=licence,
     )
 

@@ -44,6 +44,7 @@ from e2e.runs.feature_folder import (
 )
 from e2e.runs.processes import needs_ranks, run_ranks
 from e2e.settings.cli import extract_parser
+from e2e.settings.yaml_text import parse_yaml
 from e2e.slides import Slide
 from e2e.store.lmdb import PatchStore
 from e2e.store.mpp_table import check_overrides, read_mpp
@@ -196,7 +197,7 @@ def extract(
         raise UserError("no patch store to read: no file matches --stores")
     with float32_precision(precision):
         strategy = build_strategy(pick_device(device))
-        screen = Screen(strategy.is_leader)
+        screen = Screen(strategy.is_leader, timestamps=True)
         try:
             with strategy.detect_lost_ranks():
                 return _extract_share(
@@ -310,7 +311,7 @@ def encoder_options(encoder: str, texts: Iterable[str]) -> dict[str, Any]:
         if name not in accepted:
             raise UserError(f"unknown option 'encoder.{name}'{did_you_mean(name, accepted)}")
         try:
-            options[name] = yaml.safe_load(value)
+            options[name] = parse_yaml(value, typed=True)
         except yaml.YAMLError as error:
             raise UserError(f"'{text}' cannot be read: {str(error).splitlines()[0]}") from error
         kind, _ = accepted[name]

@@ -18,6 +18,7 @@ from typing import Any
 
 from e2e.errors import UserError, format_list
 from e2e.files import write_json
+from e2e.log import clock
 from e2e.runs.processes import Children, Process, command_line
 
 
@@ -126,7 +127,7 @@ def train_all(
     slots
         GPU numbers for each of the runs at a time; see :func:`run_command`.
     report
-        Called with one line for each training that starts.
+        Called with a line for each training that starts or ends.
 
     Raises
     ------
@@ -148,13 +149,17 @@ def train_all(
             return
         slot = free_slots.get()
         log = folder.with_name(f"{folder.name}.log")
+        started = time.monotonic()
         try:
             on_gpu = f" on GPU {slot}" if slot else ""
-            report(f"{time.strftime('%H:%M:%S')}  {folder.name}{on_gpu}")
+            report(f"{time.strftime('%H:%M:%S')}  {folder.name} started{on_gpu}")
             arguments = start_or_resume(runs[folder], folder)
             code = start_command(children, "train", arguments, log, slot).wait()
         finally:
             free_slots.put(slot)
+        ending = f"failed with exit code {code}" if code else "finished"
+        time_taken = clock(time.monotonic() - started)
+        report(f"{time.strftime('%H:%M:%S')}  {folder.name} {ending} after {time_taken}")
         if code:
             failures.append(f"{folder.name}: exit code {code}, see {log}")
             stop.set()

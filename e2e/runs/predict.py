@@ -100,7 +100,7 @@ def _predict(
     workers: int,
 ) -> int:
     weights, _ = load_checkpoint(folder / BEST)
-    screen = Screen(is_leader=True)
+    screen = Screen(is_leader=True, timestamps=True)
     create_folder(out)
     selected = selected_weights(settings.optim, settings.select)
     task = load_task(settings.task.name, settings.task.options, folder).for_weights(selected)

@@ -33,7 +33,7 @@ def session(settings: Settings) -> Iterator[tuple[Strategy, Screen]]:
             deepspeed=find_config(engine.deepspeed),
             timeout=60 * engine.timeout,
         )
-        screen = Screen(strategy.is_leader)
+        screen = Screen(strategy.is_leader, timestamps=True)
         try:
             with strategy.detect_lost_ranks():
                 yield strategy, screen

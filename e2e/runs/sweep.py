@@ -20,6 +20,7 @@ from e2e.runs.many import is_done, run_command, start_or_resume, write_plan
 from e2e.runs.parts import REGISTRIES, build_task
 from e2e.settings.arguments import common_settings
 from e2e.settings.cli import sweep_parser
+from e2e.settings.yaml_text import parse_yaml
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +61,7 @@ def read_space(path: Path) -> dict[str, Any]:
         There is no such file, or an entry is neither a list nor a range; the message names it.
     """
     try:
-        space = yaml.safe_load(read_text(path))
+        space = parse_yaml(read_text(path), typed=True)
     except yaml.YAMLError as error:
         raise UserError(f"the space {path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(space, dict) or not space:
@@ -173,14 +174,16 @@ def _run_trials(
         trial = study.ask()
         settings = {name: _suggest(trial, name, entry) for name, entry in space.items()}
         words = ", ".join(f"{name}={value}" for name, value in settings.items())
-        report(f"trial {trial.number}: {words}")
-        value = evaluate_trial(command, settings, out / "runs" / _digest(settings), metric)
+        run = out / "runs" / _digest(settings)
+        report(f"trial {trial.number}: {words}; {run}")
+        value = evaluate_trial(command, settings, run, metric)
         study.tell(trial, worst if value is None else value)
         text = "undefined" if value is None else f"{value:.4f}"
         report(f"  {metric} on validation {text}; best so far {study.best_value:.4f}")
     if study.best_value == worst:
         raise UserError(f"{metric} is undefined on validation in all of the {trials} trials")
     table = study.trials_dataframe(attrs=("number", "value", "params", "state"))
+    table["run"] = [str(out / "runs" / _digest(trial.params)) for trial in study.trials]
     table.to_csv(out / "trials.csv", index=False)
     best = {"metric": metric, "value": study.best_value, "settings": study.best_params}
     best["run"] = str(out / "runs" / _digest(study.best_params))

@@ -36,8 +36,9 @@ from e2e.runs.parts import (
     selected_weights,
 )
 from e2e.runs.processes import needs_ranks, run_ranks
-from e2e.runs.recipes import check_same_patches, describe_patches, write_recipes
+from e2e.runs.recipes import check_same_patches, write_recipes
 from e2e.runs.session import session
+from e2e.runs.summary import describe_run
 from e2e.settings.arguments import settings_from_args
 from e2e.settings.cli import train_parser
 from e2e.settings.layers import dump_settings, flatten_settings
@@ -166,7 +167,9 @@ def _fit(
         if strategy.is_leader:
             trackers = [TRACKERS[k](folder, dump_settings(settings)) for k in settings.run.track]
             log = MetricsLog(folder / "metrics.jsonl", trackers, screen)
-        _print_summary(screen, settings, parts, strategy)
+        if strategy.is_leader:  # it reads the record of every slide
+            for line in describe_run(settings, parts, strategy):
+                screen.say(line)
         trainer = _build_trainer(settings, folder, parts, strategy, log, screen)
         if resume:
             trainer.resume()
@@ -242,44 +245,3 @@ def _fit_task_to_predictions(
     parts.task.fit_to_predictions(selected, *to_arrays(predictions), [p.case for p in predictions])
     if strategy.is_leader:
         write_json(folder / TASK, parts.task.state())
-
-
-def _print_summary(screen: Screen, settings: Settings, parts: Parts, strategy: Strategy) -> None:
-    """What is about to run, in a few lines."""
-    if settings.run.protocol != "honest":
-        screen.say(
-            "warning: run.protocol=as_published: validation slides are part of the test, the epoch is "
-            "selected on the test, and the task is fitted to all cases: the test metrics are no estimate for "
-            "new slides"
-        )
-    for split in ("train", "val", "test"):
-        slides = parts.of_split(split)
-        patches = sum(item.reader.num_patches(item.slide.id) for item in slides)
-        screen.say(
-            f"{split:5}  {len(slides)} {settings.data.unit}s, {patches:,} patches: "
-            f"{parts.task.describe([item.target for item in slides])}"
-        )
-    model, reader = parts.model, parts.view.reader
-    encoder_size, head_size = (_millions(m) for m in (model.encoder, model.head))
-    devices = f"{strategy.world_size} x {strategy.device} ({type(strategy).__name__})"
-    bags = f"{settings.optim.bags} bags an update of {settings.bag.patches or 'all'} patches"
-    precision = model.autocast or torch.float32
-    if reader.input_kind == "pixels":
-        if strategy.is_leader:  # it reads the record of every slide
-            screen.say("\n".join(describe_patches(parts.patch_kinds, settings.bag.size)))
-        trainable = _millions(model.encoder, trainable=True)
-        screen.say(
-            f"{settings.encoder.name} ({encoder_size} M parameters, {trainable} M trainable) + "
-            f"{settings.head.name} ({head_size} M) on {devices}; {bags}, chunks of {model.chunk}; "
-            f"BatchNorm {model.batch_norm.name}, {precision}; {reader.describe()}"
-        )
-    else:
-        screen.say(
-            f"features of width {model.encoder.dim} + {settings.head.name} ({head_size} M) on {devices}; "
-            f"{bags}; {precision}"
-        )
-
-
-def _millions(module: torch.nn.Module, *, trainable: bool = False) -> str:
-    parameters = (p for p in module.parameters() if p.requires_grad or not trainable)
-    return f"{sum(p.numel() for p in parameters) / 1e6:.2f}"

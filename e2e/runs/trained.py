@@ -15,6 +15,7 @@ import pandas as pd
 from e2e.errors import UserError
 from e2e.features.reader import open_features
 from e2e.log import Screen
+from e2e.reports.predictions import predicted_cells
 from e2e.runs.folder import BEST, load_task, unpack_run
 from e2e.runs.parts import REGISTRIES, on_features, selected_weights
 from e2e.runs.predict import pack_like_training, predict_items, unlabelled_slides
@@ -87,7 +88,8 @@ class TrainedRun:
         -------
         pandas.DataFrame
             A row for each slide, sorted by ``slide``, with the columns of predictions.csv that a slide
-            without a label has: what is predicted, such as ``prob_tumor``, and ``attention_entropy``.
+            without a label has: ``predicted`` and its numbers, such as ``prob_tumor``, and
+            ``attention_entropy``.
 
         Raises
         ------
@@ -102,15 +104,9 @@ class TrainedRun:
             predictions = predict_items(
                 settings, self.folder, weights, items, self.task, Screen(is_leader=False)
             )
-        rows = [
-            {
-                "slide": prediction.slide,
-                **dict(zip(self.task.prediction_columns, prediction.values, strict=True)),
-                "attention_entropy": prediction.entropy,
-            }
-            for prediction in predictions
-        ]
-        return pd.DataFrame(rows)
+        return pd.DataFrame(
+            [{"slide": p.slide, **predicted_cells(p, self.task)} for p in predictions]
+        )
 
     def _unpacked(self, file: Path) -> Path:
         """Return a folder with the files of an exported .zip; it is removed with this object."""

@@ -10,7 +10,7 @@ from typing import Any
 from e2e.errors import UserError
 from e2e.registry import Registry
 from e2e.settings.configs import config_names
-from e2e.settings.layers import load_settings, saved_settings
+from e2e.settings.layers import load_settings, model_title, saved_settings
 from e2e.settings.schema import Settings
 
 
@@ -44,8 +44,8 @@ def settings_from_args(
             f"  datasets: {', '.join(config_names('datasets'))}"
         )
     settings, _ = common_settings(args, registries)
-    names = "_".join(Path(name).stem for name in (args.datasets, args.model))
-    return settings, Path(settings.run.out or Path("runs") / names)
+    title = model_title(args.model, settings, registries["head"].names())
+    return settings, Path(settings.run.out or f"runs/{Path(args.datasets).stem}_{title}")
 
 
 def common_settings(

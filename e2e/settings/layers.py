@@ -21,6 +21,7 @@ from e2e.settings.configs import config_folder, config_names, find_config, is_sh
 from e2e.settings.paths import resolve_data_paths
 from e2e.settings.schema import SECTIONS, Plugin, Settings, require
 from e2e.settings.yaml_text import parse_yaml
+from e2e.slides import file_name
 
 Layer = tuple[str, dict[str, Any]]
 """Where values come from (for messages), and section -> key -> value."""
@@ -324,6 +325,22 @@ def _model_layer(name: str, heads: Sequence[str]) -> Layer:
         }
     encoder, head = split_model_name(name, heads)
     return source, {"encoder": {"name": encoder}, "head": {"name": head}}
+
+
+def model_title(model: str, settings: Settings, heads: Sequence[str]) -> str:
+    """Return a short name of the model that ``settings`` describe, for the run folder.
+
+    This is ``model``, the name or path given with ``--model``, unless other settings replaced its encoder or
+    head: then ``e2e_<encoder>_<head>``.
+    """
+    _, layer = _model_layer(model, heads)
+    encoder, head = settings.encoder.name, settings.head.name
+    replaced = [
+        name
+        for section, name in (("encoder", encoder), ("head", head))
+        if layer.get(section, {}).get("name", name) != name
+    ]
+    return file_name(f"e2e_{encoder}_{head}") if replaced else Path(model).stem
 
 
 def split_model_name(name: str, heads: Sequence[str] = ()) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""YAML of bounded size, whose scalars stay text."""
+"""YAML of bounded size."""
 
 from __future__ import annotations
 
@@ -32,15 +32,22 @@ class _TextLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str, *, typed: bool = False) -> Any:
     """Return the content of a YAML text.
+
+    Parameters
+    ----------
+    text : str
+        The YAML.
+    typed : bool
+        Whether numbers and booleans are read as such; if not, all scalars are the text that was typed.
 
     Raises
     ------
     yaml.YAMLError
         It is no YAML, is nested too deeply, or its aliases stand for too many values.
     """
-    loader = _TextLoader(text)
+    loader = (yaml.SafeLoader if typed else _TextLoader)(text)
     try:
         root = loader.get_single_node()
         if root is None:

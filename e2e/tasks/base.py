@@ -52,6 +52,8 @@ class Task:
     """The metric that selects the epoch."""
     tie_break_metric: str
     """The metric that decides between epochs with an equal ``monitor``."""
+    main_metrics: tuple[str, ...] = ()
+    """The metrics that a summary shows besides ``monitor``; metrics.json has all."""
     is_case_level = False
     """Whether the label belongs to the case, so that all slides of a case must have the same."""
     loss_couples_bags = False
@@ -204,6 +206,18 @@ class Task:
         """
         numbers = values if isinstance(values, list) else [values]
         return ["" if math.isnan(value) else f"{value:.12g}" for value in numbers]
+
+    def format_prediction(self, predicted: Sequence[float]) -> str:
+        """Return the prediction in words, such as the class, for the column ``predicted``.
+
+        Empty where the numbers of :attr:`prediction_columns` are the prediction.
+
+        Parameters
+        ----------
+        predicted : Sequence of P floats
+            The slide's row of :meth:`predict`.
+        """
+        return ""
 
     def parse_labels(self, cells: Sequence[str]) -> Numbers:
         """Return the values whose :meth:`format_labels` are ``cells``.

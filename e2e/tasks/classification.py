@@ -88,6 +88,8 @@ class Classification(Task):
         self.focal_gamma = check_at_least("focal_gamma", focal_gamma, 0)
         self.weights = [1.0] * len(classes)
         default = "auc" if len(classes) == 2 else "balanced_accuracy"
+        of_scores = "auc" if len(classes) == 2 else "auc_macro_ovr"
+        self.main_metrics = (of_scores, "balanced_accuracy", "accuracy", "f1_macro")
         metrics = self.metrics(np.eye(2, len(classes)), np.arange(2.0), np.ones((1, 2)))
         self.monitor = choose_monitor(monitor, default, metrics)
 
@@ -237,6 +239,10 @@ class Classification(Task):
     def parse_labels(self, cells: Sequence[str]) -> Numbers:
         """See :class:`~e2e.tasks.base.Task`; UserError for a cell that is not a class."""
         return self.target_values(self.encode({self.columns[0]: cells[0]}))
+
+    def format_prediction(self, predicted: Sequence[float]) -> str:
+        """Return the predicted class, as written in the label table."""
+        return self.output_names[self._predicted_class(predicted)]
 
     def heatmap_output(self, predicted: Sequence[float]) -> tuple[int, str]:
         """Return the predicted class and its probability."""

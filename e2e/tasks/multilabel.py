@@ -72,6 +72,7 @@ class Multilabel(Task):
     """
 
     tie_break_metric = "log_loss"
+    main_metrics = ("auc_macro", "ap_macro", "f1_macro")
 
     def __init__(
         self,
@@ -211,6 +212,11 @@ class Multilabel(Task):
     def parse_labels(self, cells: Sequence[str]) -> list[float]:
         """See :class:`~e2e.tasks.base.Task`; a list even for one label."""
         return [float(cell) if cell else math.nan for cell in cells]
+
+    def format_prediction(self, predicted: Sequence[float]) -> str:
+        """Return the labels with a probability above 1/2, separated by semicolons; ``none`` without any."""
+        pairs = zip(self.output_names, predicted, strict=True)
+        return ";".join(name for name, probability in pairs if probability > 0.5) or "none"
 
     def heatmap_output(self, predicted: Sequence[float]) -> tuple[int, str]:
         """Return the most probable label, and all labels with a probability above 1/2."""

@@ -45,6 +45,7 @@ class Regression(Task):
     num_outputs = 1
     prediction_columns = ("predicted",)
     tie_break_metric = "mae"
+    main_metrics = ("rmse", "mae", "r2", "spearman")
 
     def __init__(self, *, column: str = "label", loss: str = "mse", monitor: str = "rmse") -> None:
         self.columns = self.output_names = (column,)

@@ -80,6 +80,7 @@ class Survival(Task):
 
     label_columns = ("time", "event")
     output_names = ("risk",)
+    main_metrics = ("c_index", "c_index_uno", "auc_dynamic_mean")
     is_case_level = True
     can_pool_folds = (
         False  # the risks of two models, or of other intervals, are on different scales

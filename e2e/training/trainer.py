@@ -19,7 +19,7 @@ from e2e.bags.prefetch import WaitTime, prefetch
 from e2e.engine.model import MILModel
 from e2e.errors import UserError, format_list
 from e2e.files import write_atomically
-from e2e.log import MetricsLog, Screen
+from e2e.log import MetricsLog, Screen, clock
 from e2e.memory import to_host
 from e2e.parallel import Strategy
 from e2e.signals import deferred_signals, stop_requested
@@ -39,6 +39,8 @@ LAST = "last.safetensors"
 """File in a run's folder: the state to resume from."""
 NOTABLE_WAITING = 0.05
 """Fraction of the time spent waiting for pixels from which on the progress line shows it."""
+TIMED_UPDATES = 10
+"""Updates after which the time of an epoch is estimated."""
 STOPPING = "stopping after the current update, which is then saved; a second Ctrl-C stops at once"
 """What the first signal prints."""
 
@@ -183,6 +185,7 @@ class Trainer:
         strategy.setup(model, self._make_optimizer, clip=schedule.clip)
         self.average = MovingAverage(strategy.shards(), schedule.ema) if schedule.ema else None
         self._waiting = WaitTime()
+        self._is_timed = False
         self._is_stopping = False
 
     def _make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -273,6 +276,7 @@ class Trainer:
         self.model.train()
         num_updates = self.loader.updates()
         self._started, self._patches, self._waiting.seconds = time.monotonic(), 0, 0.0
+        self._updates = 0
         previous: _Step | None = None
         for bag, num_bags in islice(bags, num_updates - self.progress.update):
             step = self._update(bag, num_bags, num_updates)
@@ -328,6 +332,11 @@ class Trainer:
         self._patches += num_patches
         seconds = max(1e-9, time.monotonic() - self._started)
         rate, waiting = self._patches / seconds, self._waiting.seconds / seconds
+        self._updates += 1
+        if self._updates == TIMED_UPDATES and not self._is_timed:
+            self._is_timed = True
+            epoch = clock(seconds / TIMED_UPDATES * self.loader.updates())
+            self.screen.say(f"an epoch of {self.loader.updates():,} updates takes about {epoch}")
         if good:
             self.progress.loss_sum += loss
             self.progress.losses += 1
@@ -390,7 +399,9 @@ class Trainer:
                 metrics[name] = self.validate(self.model)
         progress = self.progress
         selection_key = self.task.selection_key(metrics[self.schedule.selected_weights])
-        if progress.best is None or selection_key > progress.best:
+        # While the metric is undefined nothing selects an epoch, so the last one is kept.
+        best = progress.best
+        if best is None or best[0] == -math.inf or selection_key > best:
             progress.best, progress.best_epoch, progress.stale = selection_key, progress.epoch, 0
             self._save("best")
         else:
@@ -398,7 +409,7 @@ class Trainer:
         loss = progress.loss_sum / progress.losses if progress.losses else None  # all were bad
         monitor = self.task.monitor
         shown = "  ".join(f"{k} {_format_metric(v[monitor])}" for k, v in metrics.items())
-        mark = "  *" if progress.stale == 0 else ""
+        mark = "  best so far" if progress.stale == 0 else ""
         self.screen.say(
             f"epoch {progress.epoch + 1:3d}  loss {_format_metric(loss, 4)}  val {monitor}: {shown}{mark}"
         )

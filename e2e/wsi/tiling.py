@@ -260,5 +260,5 @@ def coords_from_names(
 
 def sizes_in_names(stems: Sequence[str]) -> list[str]:
     """Return the sizes in file names such as ``12_size256``, if they differ; otherwise nothing."""
-    found = {match[1] for stem in stems for match in re.finditer(r"_size(\d+)(?=_|$)", stem)}
-    return sorted(found, key=int) if len(found) > 1 else []
+    sizes = {match[1] for stem in stems for match in re.finditer(r"_size(\d+)(?=_|$)", stem)}
+    return sorted(sizes, key=int) if len(sizes) > 1 else []

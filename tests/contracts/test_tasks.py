@@ -61,6 +61,22 @@ def values_of(task: Task, targets, logits, *, draws: int = 2):
     return task.metrics(predicted, numbers, weights)
 
 
+def test_the_metrics_of_a_summary_are_metrics_of_the_task(variant):
+    task, targets = variant
+    metrics = values_of(task, targets, logits_of(task, len(targets)))
+    assert {task.monitor, *task.main_metrics} <= metrics.keys()
+
+
+def test_a_prediction_in_words_is_one_cell_and_the_same_for_every_slide_with_these_numbers(variant):
+    task, targets = variant
+    rows = task.predict(logits_of(task, len(targets))).tolist()
+    words = [task.format_prediction(row) for row in rows]
+    assert words == [task.format_prediction(row) for row in rows]
+    # Either the numbers are the prediction, or every slide has one in words.
+    assert all(words) or not any(words)
+    assert "predicted" not in task.prediction_columns or not any(words)
+
+
 @pytest.mark.parametrize("name", TASKS.names())
 def test_every_task_has_examples_of_its_own_with_a_row_for_several_slides(name):
     task = TASKS.plugin_class(name)

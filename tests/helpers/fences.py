@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import shlex
 import sys
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,23 +14,6 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 NOT_RUN = "Not run by the tests"
 """The title of a block of commands that the tests do not execute begins with this, and gives the reason."""
-
-SCRIPTS = {
-    "pack": "tools/pack_lmdb.py",
-    "inspect": "tools/inspect_lmdb.py",
-    "check": "tools/check_data.py",
-    "splits": "tools/make_splits.py",
-    "train": "launch/train.py",
-    "evaluate": "launch/evaluate.py",
-    "predict": "launch/predict.py",
-    "extract": "launch/extract.py",
-    "crossval": "launch/crossval.py",
-    "sweep": "launch/sweep.py",
-    "compare": "tools/compare_runs.py",
-    "convert": "tools/convert_lmdb.py",
-    "demo": "tools/demo.py",
-}
-"""Verb of `e2e` -> the script of a checkout that calls the same function."""
 
 
 @dataclass(frozen=True)
@@ -68,23 +49,8 @@ def commands(fence: Fence) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-@functools.cache
-def _entry_point() -> tuple[str, str] | None:
-    """Return module and function of the console command `e2e`, if the package declares it."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    target = project.get("scripts", {}).get("e2e")
-    if target is None:
-        return None
-    module, _, function = target.partition(":")
-    return module, function
-
-
 def python_command(words: list[str]) -> list[str]:
     """Return how this interpreter runs the command `e2e VERB ...`, without an installed package."""
     program, verb, *rest = words
     assert program == "e2e", f"{shlex.join(words)}: only e2e commands are run; mark the block"
-    if entry := _entry_point():
-        module, function = entry
-        code = f"import sys; from {module} import {function}; sys.exit({function}())"
-        return [sys.executable, "-c", code, verb, *rest]
-    return [sys.executable, str(ROOT / SCRIPTS[verb]), *rest]
+    return [sys.executable, "-m", "e2e", verb, *rest]

@@ -142,7 +142,10 @@ def test_a_run_that_fails_ends_the_others_before_they_begin_and_names_its_log(tm
         UserError, match=r"1 run\(s\) failed\n  fold_0_seed_0: exit code 2, see .*log"
     ):
         train_trials(plan, [""], said.append)
-    assert len(said) == 1
+    assert [line.split("  ")[1].split(" after")[0] for line in said] == [
+        "fold_0_seed_0 started",
+        "fold_0_seed_0 failed with exit code 2",
+    ]
     assert not (tmp_path / "cv" / "runs" / "fold_1_seed_0.log").exists()
 
 

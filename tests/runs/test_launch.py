@@ -54,11 +54,11 @@ def test_a_run_folder_holds_all_that_is_promised(finished):
             auc = report[split][weights]["auc"]
             assert 0 <= auc["low"] <= auc["value"] <= auc["high"] <= 1
     predictions = pd.read_csv(finished / "predictions.csv", dtype={"slide": str})
-    said = ["case", "slide", "split", "label", "prob_bright", "prob_dark", "attention_entropy"]
-    assert list(predictions) == said
+    of_slide, numbers = ["case", "slide", "split", "label"], ["prob_bright", "prob_dark"]
+    assert list(predictions) == [*of_slide, "predicted", *numbers, "attention_entropy"]
     assert predictions["attention_entropy"].between(0, 1).all()
     assert sorted(predictions["slide"]) == list(COUNTS)[9:]
-    np.testing.assert_allclose(predictions[["prob_bright", "prob_dark"]].sum(axis=1), 1)
+    np.testing.assert_allclose(predictions[numbers].sum(axis=1), 1)
     maps = sorted(path.name for path in (finished / "heatmaps").glob("*.png"))
     assert maps == [f"{slide}.png" for slide in list(COUNTS)[12:]]
     assert set(pd.read_csv(finished / "cohort.csv")["slide"]) == set(COUNTS)

@@ -45,6 +45,7 @@ MESSAGES = [
     ("compare nowhere empty", NOT_A_RUN),
     ("compare a", "e2e compare: the following arguments are required: RUN\n  see: e2e compare --help"),
     ("compare a b c", "unexpected argument 'c'"),
+    ("export empty --out m.zip", NOT_A_RUN),
     ("check --datasets pnda", "unknown cohort 'pnda'; did you mean 'panda'?"),
     ("check --datasets panda", "cohort 'panda': 2 of 2 data files not found"),
     ("pack --out s.lmdb", "nothing to pack\n  give --slides DIR, --coords DIR --slides DIR, or"),

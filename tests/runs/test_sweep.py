@@ -115,7 +115,18 @@ def test_the_best_trial_is_the_one_of_the_least_error_or_of_the_most_merit(
     monkeypatch.setattr(sweep, "evaluate_trial", lambda *_: next(values))
     given = {"out": tmp_path, "trials": 4, "metric": metric, "seed": 0, "report": lambda _: None}
     space = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
-    assert search([], space, **given)["value"] == best
+    found = search([], space, **given)
+    assert found["value"] == best
+    table = pd.read_csv(tmp_path / "trials.csv")
+    assert table.loc[table["value"] == best, "run"].tolist() == [found["run"]]
+
+
+def test_a_space_is_bounded(tmp_path):
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]" for k in range(1, 9)]
+    (tmp_path / "space.yaml").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"cannot be read: its aliases stand for more than"):
+        sweep.read_space(tmp_path / "space.yaml")
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from tests.helpers.feature_cohort import arguments, cohort  # noqa: F401  (a fix
 TASKS = {
     "multilabel": (
         ["task.labels=[er,pr]"],
-        ["label_er", "label_pr", "prob_er", "prob_pr"],
+        ["label_er", "label_pr", "predicted", "prob_er", "prob_pr"],
         ["auc_macro", "auc_er", "log_loss"],
     ),
     "regression": (["task.column=number"], ["label", "predicted"], ["rmse", "spearman"]),
@@ -45,7 +45,7 @@ TASKS = {
     ),
     "grading": (
         ["task.classes=[I,II,III]", "task.column=grade", "task.loss=coral"],
-        ["label", "prob_I", "prob_II", "prob_III"],
+        ["label", "predicted", "prob_I", "prob_II", "prob_III"],
         ["kappa_quadratic", "kappa"],
     ),
 }

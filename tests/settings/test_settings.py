@@ -391,6 +391,8 @@ def test_the_command_line_names_layers_folder_and_overrides(layer):
     settings, folder = settings_from_args(parse(*line), REGISTRIES)
     assert (settings.optim.epochs, settings.optim.lr) == (3, 0.5)
     assert folder == Path("runs/panda_e2e_r18_abmilx")
+    _, folder = settings_from_args(parse(*line, "encoder.name=resnet50"), REGISTRIES)
+    assert folder == Path("runs/panda_e2e_resnet50_abmilx")  # of the network that is trained
     _, folder = settings_from_args(parse(*line, "run.out=elsewhere"), REGISTRIES)
     assert folder == Path("elsewhere")
 

@@ -40,6 +40,13 @@ def test_the_best_validation_is_kept_and_the_tie_break_decides_among_equals(tmp_
     assert moved.abs().sum() > 0
 
 
+def test_the_last_epoch_is_kept_while_the_metric_is_undefined(tmp_path):
+    progress = trainer(tmp_path, both((None, 0.5), (None, 0.4), (None, 0.6))).fit()
+    assert progress.best_epoch == 2
+    progress = trainer(tmp_path / "b", both((None, 0.5), (0.2, 0.4), (None, 0.6))).fit()
+    assert progress.best_epoch == 1
+
+
 def test_the_selected_weights_decide_which_epoch_is_best(tmp_path):
     scores = [{"model": (0.9, 1.0), "ema": (0.1, 1.0)}, {"model": (0.2, 1.0), "ema": (0.8, 1.0)}]
     assert trainer(tmp_path, scores, selected_weights="ema").fit().best_epoch == 1
