@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ EXPORTED = frozenset(
 """Files of an exported model."""
 LOCK = ".lock"
 """Held by the process that trains in the folder."""
+WRITTEN = (
+    *("settings.yaml", COHORT, "problems.csv", TASK, FEATURES, "recipes.json", "metrics.jsonl"),
+    *(BEST, "last.safetensors", "patch_scores_*.safetensors", "tensorboard", "wandb"),
+    *("metrics.json", "predictions.csv", "figures", "heatmaps", ".*.part", LOCK),
+)
+"""Patterns of what training writes into a run folder."""
 
 
 MAX_TEXT = 16 * 2**20
@@ -127,17 +134,53 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def check_is_new(folder: Path) -> None:
-    """Raise UserError if ``folder`` holds anything but a lock file."""
+def check_is_new(folder: Path, *, overwrite: bool) -> None:
+    """Check that a training may start in ``folder``.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder.
+    overwrite : bool
+        Whether it may hold an earlier run.
+
+    Raises
+    ------
+    UserError
+        The folder holds anything but a lock file; with ``overwrite``, anything that training did not write.
+    """
     if folder.is_dir():
         entries = set(os.listdir(folder)) - {LOCK}
     else:
         entries = {folder.name} if folder.exists() else set()
-    if entries:
+    if not entries:
+        return
+    if not overwrite:
         raise UserError(
             f"the run folder {folder} exists\n"
-            f"  to resume it: --resume {folder}; or choose another folder: run.out=FOLDER"
+            f"  to resume it: --resume {folder}; to replace it: --overwrite; or choose another folder: "
+            "run.out=FOLDER"
         )
+    others = sorted(name for name in entries if not any(fnmatchcase(name, p) for p in WRITTEN))
+    if others or "settings.yaml" not in entries:
+        reason = f"it holds {', '.join(others[:3])}" if others else "it has no settings.yaml"
+        raise UserError(
+            f"--overwrite replaces what e2e train wrote, and {folder} is not that alone: {reason}\n"
+            "  move this elsewhere, or choose another folder: run.out=FOLDER"
+        )
+
+
+def remove_run(folder: Path) -> None:
+    """Delete what training wrote into ``folder``, but nothing that symbolic links point to.
+
+    The settings go last: if this is stopped, the same command can be given again.
+    """
+    entries = [path for path in folder.iterdir() if path.name != LOCK]
+    for path in sorted(entries, key=lambda path: path.name == "settings.yaml"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_inputs(

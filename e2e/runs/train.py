@@ -22,7 +22,7 @@ from e2e.reports.evaluate import score
 from e2e.reports.predictions import predict as predict_slides
 from e2e.reports.predictions import score_patches, to_arrays
 from e2e.runs.evaluate import problems_file, write_evaluation
-from e2e.runs.folder import BEST, TASK, check_is_new, locked, write_inputs
+from e2e.runs.folder import BEST, TASK, check_is_new, locked, remove_run, write_inputs
 from e2e.runs.options_help import describe_topic
 from e2e.runs.parts import (
     PROTOCOLS,
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if needs_ranks(args.gpus, on_cpu=settings.engine.device == "cpu"):
         return run_ranks("train", argv, args.gpus)
     with describe_interrupt(lambda: _how_to_continue(folder)):
-        train(settings, folder, resume=bool(args.resume))
+        train(settings, folder, resume=bool(args.resume), overwrite=args.overwrite)
     return 0
 
 
@@ -71,8 +71,17 @@ def _how_to_continue(folder: Path) -> str:
     return f"interrupted; {saved}; to continue: e2e train --resume {folder}"
 
 
-def train(settings: Settings, folder: Path, *, resume: bool) -> None:
-    """Train in ``folder`` (new, or with ``resume`` a stopped run's), then evaluate the selected epoch.
+def train(settings: Settings, folder: Path, *, resume: bool, overwrite: bool = False) -> None:
+    """Train in ``folder``, then evaluate the selected epoch.
+
+    Parameters
+    ----------
+    settings
+        Of the run.
+    folder
+        The run folder: new, or with ``resume`` that of a stopped run.
+    overwrite
+        Whether an earlier run in the folder is replaced, once everything has been checked.
 
     Raises
     ------
@@ -88,7 +97,7 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
         has_checkpoint = resume and (folder / LAST).is_file()
         with strategy.fail_together():
             if strategy.is_leader and not resume:
-                check_is_new(folder)
+                check_is_new(folder, overwrite=overwrite)
             parts = prepare(
                 settings,
                 strategy.device,
@@ -102,6 +111,8 @@ def train(settings: Settings, folder: Path, *, resume: bool) -> None:
             _check_evaluation_features(parts, strategy, screen)
             if not resume:
                 _lock_together(lock, folder, strategy)
+            if overwrite:
+                _remove_together(folder, strategy)
             _write_inputs_together(settings, folder, parts, strategy)
         strategy.check_agreement(_facts(settings, parts.items))
         _fit(settings, folder, parts, strategy, screen, resume=resume)
@@ -113,6 +124,13 @@ def _lock_together(lock: ExitStack, folder: Path, strategy: Strategy) -> None:
     with strategy.fail_together():
         if strategy.is_leader:
             lock.enter_context(locked(folder))
+
+
+def _remove_together(folder: Path, strategy: Strategy) -> None:
+    with strategy.fail_together():
+        if strategy.is_leader:
+            check_is_new(folder, overwrite=True)  # again, now that no other process writes there
+            remove_run(folder)
 
 
 def _write_inputs_together(

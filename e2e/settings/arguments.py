@@ -32,7 +32,7 @@ def settings_from_args(
         A setting is wrong, ``--datasets`` or ``--model`` is missing, or ``--resume`` stands with others.
     """
     if args.resume:
-        if args.datasets or args.model or args.config or args.overrides:
+        if args.datasets or args.model or args.config or args.overrides or args.overwrite:
             raise UserError(
                 "--resume continues with the settings of the run; give nothing else with it\n"
                 "  to train with other settings, start another run"

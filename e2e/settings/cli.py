@@ -193,6 +193,9 @@ predictions.csv, metrics.json, figures/ and heatmaps/.
     add_gpus(parser)
     parser.add_argument("--resume", metavar="RUN", help="continue a stopped run")
     parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier run in the run folder"
+    )
+    parser.add_argument(
         "--print-config", action="store_true", help="print the merged settings and exit"
     )
     return parser
