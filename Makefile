@@ -1,7 +1,8 @@
-# make demo        make the environment, then train and judge a model on drawn slides (OUT=DIR: elsewhere)
+# make demo        make the environment, then train and evaluate a model on synthetic slides (OUT=DIR: elsewhere)
 # make test        make the environment if needed, then run the tests, but for the slow ones
 # make test-slow   the slow ones: processes that are killed, benches, studies
 # make test-all    all tests
+# make faults      the nightly campaign: killed commands, full disks, damaged files (about 20 minutes)
 # make env         make the environment alone: .venv, from requirements.txt
 # make docs        build the documentation into site/ (docs/*.md); any warning is an error
 # make lint types  the checks besides the tests
@@ -10,7 +11,7 @@ PYTHON ?= $(or $(shell command -v python3.11),python3)
 OUT ?= demo
 RUN := .venv/bin/python
 
-.PHONY: env demo test test-slow test-all docs lint types
+.PHONY: env demo test test-slow test-all faults docs lint types
 
 env:
 	@$(PYTHON) tools/make_env.py
@@ -28,6 +29,9 @@ test-slow: env
 
 test-all: env
 	@$(PYTEST)
+
+faults: env
+	@OMP_NUM_THREADS=1 $(RUN) -m tools.faults
 
 docs: env
 	@$(RUN) tools/make_docs.py

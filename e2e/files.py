@@ -8,6 +8,7 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from e2e.errors import UserError
 
@@ -74,6 +75,29 @@ def create_folder(path: Path) -> None:
 def write_json(path: Path, content: object) -> None:
     """Write a value as indented JSON, as :func:`write_atomically` does."""
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises
+    ------
+    UserError
+        The file cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise damaged_json(path, error) from error
+
+
+def damaged_json(path: Path, reason: object) -> UserError:
+    """Return the error about a JSON file that this program wrote, and that now holds something else."""
+    return UserError(
+        f"{path} is damaged: {reason}\n  restore the file from a copy, or make it again"
+    )
 
 
 def lock_file(path: Path) -> int | None:

@@ -196,7 +196,11 @@ def _require_array(value: object) -> Any:
 
 
 def _open_npy(file: Path, names: Sequence[str]) -> SlideArrays:
-    return SlideArrays(np.load(file, mmap_mode="r", allow_pickle=False), None, {})
+    try:
+        values = np.load(file, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # NumPy parses the header as Python, which may raise anything
+        raise ValueError(f"it is not a readable .npy file: {first_line(error)}") from error
+    return SlideArrays(values, None, {})
 
 
 ARRAY_FILES: dict[str, Callable[[Path, Sequence[str]], SlideArrays]] = {

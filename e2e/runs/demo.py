@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
@@ -17,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from e2e.errors import UserError, describe_interrupt
-from e2e.files import create_folder, write_json
+from e2e.files import create_folder, read_json, write_json
 from e2e.images.decode import build_decoder
 from e2e.log import Screen, clock
 from e2e.metrics.bootstrap import case_weights, confidence_interval
@@ -174,7 +173,7 @@ def permute_labels(labels: Path, out: Path, seed: int) -> None:
 
 def read_test_auc(folder: Path) -> dict[str, Any]:
     """Return test AUC and interval of a run, of the weights selected on validation."""
-    report = json.loads((folder / "metrics.json").read_text())
+    report = read_json(folder / "metrics.json")
     return report["test"][report["selected_weights"]]["auc"]
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 from e2e.engine.model import MILModel
 from e2e.errors import UserError, describe_interrupt
-from e2e.files import write_atomically
+from e2e.files import read_json, write_atomically
 from e2e.reports.card import ModelFacts, count_slides, write_card
 from e2e.reports.evaluate import main_metrics
 from e2e.runs.folder import BEST, COHORT, FEATURES, TASK, load_task, open_run
@@ -160,7 +160,7 @@ def _recipes(folder: Path, data: Data) -> dict[str, Any]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_bytes()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _without_places(settings: Settings) -> Settings:

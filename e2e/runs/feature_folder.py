@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from e2e.errors import UserError, format_list
+from e2e.files import read_json
 from e2e.slides import file_name
 from e2e.store.records import SlideRecord
 
@@ -85,13 +85,16 @@ def slide_file(features: Tensor, record: SlideRecord, folder: FeatureFolder) -> 
     if record.identity:
         attributes[IDENTITY] = record.identity
     content = io.BytesIO()
-    with h5py.File(content, "w") as h5:
-        dataset = h5.create_dataset("features", data=features.numpy())
+    # With HDF5's own checksums of data (Fletcher-32) and of metadata (since version 1.10 of the format).
+    with h5py.File(content, "w", libver=("v110", "latest")) as h5:
+        dataset = h5.create_dataset("features", data=features.numpy(), fletcher32=True)
         dataset.attrs.update(
             name=record.slide, savetodir=str(folder.folder), encoder=folder.encoder
         )
         if record.coords is not None:
-            coords = h5.create_dataset("coords", data=record.coords.astype(np.int64))
+            coords = h5.create_dataset(
+                "coords", data=record.coords.astype(np.int64), fletcher32=True
+            )
             coords.attrs.update(attributes)
     return content.getvalue()
 
@@ -134,10 +137,7 @@ def check_recipe(folder: FeatureFolder, recipe: Mapping[str, Any]) -> None:
                 f"{folder.folder} holds features that another program made\n  choose another --out"
             )
         return
-    try:
-        earlier = json.loads(folder.recipe.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{folder.recipe} is damaged: {error}") from error
+    earlier = read_json(folder.recipe)
     if earlier != recipe:
         differences = [
             f"{key}: {earlier.get(key)} in the folder, {value} now"

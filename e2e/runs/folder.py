@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -20,7 +19,7 @@ from e2e.cohort.report import write_cohort, write_problems
 from e2e.cohort.table import Problem
 from e2e.errors import DamagedDataError, UserError
 from e2e.features.check import check_features
-from e2e.files import lock_file, write_atomically, write_json
+from e2e.files import lock_file, read_json, write_atomically, write_json
 from e2e.settings.layers import dump_settings
 from e2e.settings.paths import DATA_PATHS, resolve_paths
 from e2e.settings.schema import Settings
@@ -89,8 +88,8 @@ def unpack_run(file: Path, folder: Path) -> None:
                 # Not extract(): entries are plain files, and their names are known.
                 with archive.open(entry) as source, (folder / entry.filename).open("wb") as target:
                     shutil.copyfileobj(source, target)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-        raise DamagedDataError(f"{file} is not an exported model: {error}") from error
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError) as error:
+        raise DamagedDataError(f"{file} cannot be read as an exported model: {error}") from error
 
 
 def _check_entry(entry: zipfile.ZipInfo, file: Path) -> None:
@@ -222,7 +221,7 @@ def load_task(name: str, options: Mapping[str, Any], folder: Path) -> Task:
             f"{folder} has no {TASK}, which holds what its task was fitted to\n  train the run again"
         )
     try:
-        task.load_state(json.loads(file.read_bytes()))
+        task.load_state(read_json(file))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{file} does not fit the task '{name}' of the settings: {error}\n"
@@ -234,4 +233,4 @@ def load_task(name: str, options: Mapping[str, Any], folder: Path) -> Task:
 def check_same_features(features: Mapping[str, Any], folder: Path) -> None:
     """Raise UserError if ``features`` differ from what the run recorded of those it was trained on."""
     if (folder / FEATURES).is_file():
-        check_features(features, json.loads((folder / FEATURES).read_bytes()), folder)
+        check_features(features, read_json(folder / FEATURES), folder)

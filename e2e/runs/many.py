@@ -5,7 +5,6 @@ Cross-validation, search and studies share it.
 
 from __future__ import annotations
 
-import json
 import queue
 import shlex
 import time
@@ -17,7 +16,7 @@ from threading import Event
 from typing import Any
 
 from e2e.errors import UserError, format_list
-from e2e.files import write_json
+from e2e.files import read_json, write_json
 from e2e.log import clock
 from e2e.runs.processes import Children, Process, command_line
 
@@ -36,7 +35,7 @@ def write_plan(file: Path, plan: Mapping[str, Any], what: str) -> None:
         The folder holds the runs of another plan; the message lists the differences.
     """
     if file.is_file():
-        earlier = json.loads(file.read_bytes())
+        earlier = read_json(file)
         differences = [
             f"{key}: {earlier.get(key)} in the folder, {plan.get(key)} now"
             for key in dict.fromkeys([*earlier, *plan])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from e2e.bags.spec import LabelledSlide
 from e2e.errors import UserError
-from e2e.files import write_json
+from e2e.files import damaged_json, read_json, write_json
 from e2e.settings.schema import Data
 from e2e.store.open import expand_store_paths, open_store
 
@@ -81,10 +80,23 @@ def packing_recipe(folder: Path, data: Data) -> dict[str, Any]:
     UserError
         The folder has no recipe, and there is no training store.
     """
-    file = folder / RECIPES
-    if file.is_file():
-        return json.loads(file.read_bytes())["recipes"][0]
+    if (folder / RECIPES).is_file():
+        return _read_recipes(folder)["recipes"][0]
     return _first_recipe(data)
+
+
+def _read_recipes(folder: Path) -> dict[str, Any]:
+    """Return what :func:`write_recipes` wrote; UserError if it is not that any more."""
+    content = read_json(folder / RECIPES)
+    try:
+        for recipe in content["recipes"]:
+            recipe.keys()
+        content["recipes"][0].keys()
+        for kind in content["patches"]:
+            str(PatchKind(**kind))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise damaged_json(folder / RECIPES, f"{type(error).__name__}: {error}") from error
+    return content
 
 
 def _first_recipe(data: Data) -> dict[str, Any]:
@@ -103,10 +115,9 @@ def _first_recipe(data: Data) -> dict[str, Any]:
 
 def recorded_patches(folder: Path) -> list[PatchKind]:
     """Return the kinds of patches that a run was trained on; empty if its folder does not say."""
-    file = folder / RECIPES
-    if not file.is_file():
+    if not (folder / RECIPES).is_file():
         return []
-    return [PatchKind(**kind) for kind in json.loads(file.read_bytes())["patches"]]
+    return [PatchKind(**kind) for kind in _read_recipes(folder)["patches"]]
 
 
 def find_other_patches(kinds: Sequence[PatchKind], folder: Path) -> str | None:

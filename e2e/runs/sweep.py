@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from e2e.errors import UserError, describe_interrupt, format_list, optional_import
-from e2e.files import read_text, write_json
+from e2e.files import read_json, read_text, write_json
 from e2e.metrics.values import LOWER_IS_BETTER
 from e2e.runs.many import is_done, run_command, start_or_resume, write_plan
 from e2e.runs.parts import REGISTRIES, build_task
@@ -224,7 +224,7 @@ def evaluate_trial(
                 "  fix the cause, then run the same command again: finished trials are kept"
             )
     path = folder / "metrics.json"
-    results = json.loads(path.read_bytes())
+    results = read_json(path)
     values = results[results["chosen_on"]][results["selected_weights"]]
     if metric not in values:
         raise UserError(f"{path} has no '{metric}' on validation; it has: {', '.join(values)}")

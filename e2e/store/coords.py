@@ -66,7 +66,7 @@ def read_coords(file: Path) -> PatchCoords:
             dataset = h5["coords"]
             coords = np.asarray(dataset)
             attrs: dict[str, Any] = dict(dataset.attrs)
-    except (OSError, KeyError) as error:
+    except (OSError, LookupError, ValueError, TypeError, RuntimeError) as error:
         raise DamagedDataError(f"{file} has no readable dataset 'coords': {error}") from error
     try:
         patch_px = int(attrs["patch_size"])
@@ -75,7 +75,7 @@ def read_coords(file: Path) -> PatchCoords:
         else:
             downsample = float(np.ravel(attrs["downsample"])[0])
             level0_px = patch_px * downsample * float(attrs.get("custom_downsample", 1))
-    except (KeyError, ValueError, TypeError) as error:
+    except (LookupError, ValueError, TypeError, OverflowError) as error:
         raise DamagedDataError(
             f"{file}: the attributes of 'coords' are neither CLAM's nor TRIDENT's ({error})\n"
             f"  it has: {', '.join(sorted(attrs)) or 'none'}"
@@ -88,5 +88,5 @@ def read_coords(file: Path) -> PatchCoords:
         )
     # TRIDENT writes the text "None" for an unknown size.
     sides = [str(attrs.get(f"level0_{side}")) for side in ("width", "height")]
-    slide_size = (int(sides[0]), int(sides[1])) if all(map(str.isdigit, sides)) else None
+    slide_size = (int(sides[0]), int(sides[1])) if all(map(str.isdecimal, sides)) else None
     return PatchCoords(coords.astype(np.int64), level0_px, patch_px, slide_size)

@@ -12,6 +12,7 @@ from typing import Any
 
 from e2e.errors import UserError, format_list
 from e2e.files import write_atomically
+from e2e.slides import MAX_NAME_BYTES, find_id_fault
 
 FORMAT = "e2e patch store index"
 VERSION = 1
@@ -34,20 +35,25 @@ def read_index(path: Path) -> list[Path]:
     try:
         index = json.loads(path.read_text())
         is_index = index["format"] == FORMAT
-        files = [path.parent / store["file"] for store in index["stores"]] if is_index else []
+        names = [store["file"] for store in index["stores"]] if is_index else []
+        version = int(index["version"])
     except OSError as error:
         raise UserError(f"cannot read the index {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise UserError(f"{path} is not an index of patch stores ({error})") from error
     if not is_index:
         raise UserError(
             f"{path} is not an index of patch stores: its format is '{index['format']}'"
         )
-    if index["version"] > VERSION:
+    if version > VERSION:
         raise UserError(
-            f"{path} has index version {index['version']}; this program reads up to {VERSION}\n"
+            f"{path} has index version {version}; this program reads up to {VERSION}\n"
             "  update the program"
         )
+    for name in names:  # they lie beside the index
+        if not _is_file_name(name):
+            raise UserError(f"{path} lists {str(name)[:100]!r}, which is not a file name")
+    files = [path.parent / name for name in names]
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise UserError(
@@ -55,6 +61,12 @@ def read_index(path: Path) -> list[Path]:
             "  keep the store files beside the index"
         )
     return files
+
+
+def _is_file_name(name: object) -> bool:
+    if not isinstance(name, str) or find_id_fault(name):
+        return False
+    return Path(name).name == name and len(name.encode()) <= MAX_NAME_BYTES
 
 
 def write_index(

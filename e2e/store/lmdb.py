@@ -14,7 +14,6 @@ Layout of the file (``subdir=False``; nothing in it is a pickle):
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
@@ -31,6 +30,7 @@ from numpy.typing import NDArray
 
 from e2e.errors import DamagedDataError, OneRankError, UserError, format_list
 from e2e.slides import check_ids
+from e2e.store.packed_records import check_complete, pack_record, read_metadata, unpack_record
 from e2e.store.records import Indices, SlideRecord
 from e2e.store.snapshot import (
     MAX_READERS,
@@ -43,6 +43,7 @@ from e2e.store.snapshot import (
     read_ahead,
     read_snapshot,
 )
+from e2e.store.tree import check_tree
 
 T = TypeVar("T")
 
@@ -153,7 +154,7 @@ class PatchStore:
             return
         value = txn.get(_SLIDE + slide.encode(), b"")
         if is_verified is None:
-            if not value or _read_metadata(value)["checksum"] != entry.checksum:
+            if not value or read_metadata(value)["checksum"] != entry.checksum:
                 raise _changed_error(self.path, [slide])
             is_verified = self._verified[slide] = np.zeros(entry.num_patches, bool)
         checksums = np.frombuffer(value, "<u4", offset=len(value) - 4 * entry.num_patches)
@@ -213,9 +214,11 @@ class PatchStore:
 
     def _read_contents(self, txn: lmdb.Transaction) -> tuple[dict[str, Any], dict[str, _Entry]]:
         """Return the recipe, and what is kept of each slide."""
+        check_tree(self.path, txn.id())
         recipe = _read_header(txn, self.path)["recipe"]
-        metadata = {slide: _read_metadata(value) for slide, value in _slide_values(txn)}
+        metadata = {slide: read_metadata(value) for slide, value in _slide_values(txn)}
         check_ids(metadata, self.path)
+        check_complete(metadata, txn.stat()["entries"])
         return recipe, {
             slide: _Entry(meta["number"], meta["count"], meta["checksum"])
             for slide, meta in metadata.items()
@@ -274,9 +277,16 @@ class StoreWriter:
             self._env = lmdb.open(
                 str(self.path), subdir=False, map_size=MAP_SIZE, max_readers=MAX_READERS
             )
+            if is_old:
+                check_tree(self.path, self._env.info()["last_txnid"])
             self._env.reader_check()  # readers that were killed keep their snapshots for ever
         except lmdb.Error as error:
             raise open_error(self.path, error) from error
+        except ValueError as error:
+            self._env.close()
+            raise DamagedDataError(
+                f"{self.path} is damaged: {error}\n  copy it again, or pack it again"
+            ) from error
         try:
             self._write_header(is_old)
         except lmdb.Error as error:
@@ -333,7 +343,7 @@ class StoreWriter:
     def read(self, slide: str, indices: Indices) -> list[bytes]:
         """Return the JPEG bytes of patches, as :meth:`PatchStore.read`."""
         with self._env.begin(buffers=True) as txn:
-            meta = _read_metadata(txn.get(_SLIDE + slide.encode()))
+            meta = read_metadata(txn.get(_SLIDE + slide.encode()))
             number, num_patches = meta["number"], meta["count"]
             jpegs = _find_patches(txn, self.path, slide, number, num_patches, indices)
             return [bytes(jpeg) for jpeg in jpegs]
@@ -369,7 +379,7 @@ class StoreWriter:
                             f"another process is writing to {self.path}\n  stop one of the two"
                         )
                     checksums.append(zlib.crc32(jpeg))
-                txn.put(key, _pack_record(record, number, checksums))
+                txn.put(key, pack_record(record, number, checksums))
                 if record.coords is None:
                     txn.put(_HEADER, _pack_header(self.recipe, version=2))
         except lmdb.Error as error:  # a full disk is a DiskError, or an "Input/output error"
@@ -439,16 +449,6 @@ def _patch_key(number: int, index: int) -> bytes:
     return b"p" + struct.pack(">II", number, index)
 
 
-def _checksum(meta: dict[str, Any], arrays: bytes) -> str:
-    return hashlib.blake2b(json.dumps(meta).encode() + arrays, digest_size=16).hexdigest()
-
-
-def _read_metadata(value: Any) -> dict[str, Any]:
-    """Return the line of JSON at the start of a packed record."""
-    head = bytes(value[:4096])
-    return json.loads(head[: head.index(b"\n")])
-
-
 def _unpack_record(
     txn: lmdb.Transaction, path: Path, slide: str
 ) -> tuple[SlideRecord, NDArray[np.uint32]]:
@@ -456,39 +456,4 @@ def _unpack_record(
     value = bytes(txn.get(_SLIDE + slide.encode(), b""))
     if not value:
         raise DamagedDataError(f"{path} has no slide '{slide}'")
-    meta = _read_metadata(value)
-    arrays = value[value.index(b"\n") + 1 :]
-    num_patches, has_coords = meta["count"], meta.get("coords", True)
-    checksum = meta.pop("checksum")
-    num_bytes = (12 if has_coords else 4) * num_patches
-    if len(arrays) != num_bytes or _checksum(meta, arrays) != checksum:
-        raise DamagedDataError(f"{path}: the record of slide '{slide}' is damaged")
-    coords = None
-    if has_coords:
-        coords = np.frombuffer(arrays, "<i4", 2 * num_patches).reshape(-1, 2).astype(np.int32)
-    checksums = np.frombuffer(arrays, "<u4", num_patches, offset=len(arrays) - 4 * num_patches)
-    fields = {name: meta[name] for name in _STORED_FIELDS} | {"identity": meta.get("identity", "")}
-    return SlideRecord(slide=slide, num_patches=num_patches, coords=coords, **fields), checksums
-
-
-# Older stores have no identity.
-_STORED_FIELDS = ("level0_px", "mpp", "patch_px", "width", "height", "source", "source_bytes")
-
-
-def _pack_record(record: SlideRecord, number: int, checksums: list[int]) -> bytes:
-    """Return the record of a slide as it is stored; `checksums` are those of its patches."""
-    if len(checksums) != record.num_patches:
-        raise ValueError(
-            f"slide '{record.slide}' has {record.num_patches} patches, but {len(checksums)} JPEGs "
-            "were given"
-        )
-    coords = record.coords
-    arrays = b"" if coords is None else np.asarray(coords, "<i4").tobytes()
-    arrays += np.asarray(checksums, "<u4").tobytes()
-    meta: dict[str, Any] = {"coords": False} if coords is None else {}
-    meta |= {"number": number, "count": len(checksums)}
-    meta |= {name: getattr(record, name) for name in _STORED_FIELDS}
-    meta |= {"identity": record.identity} if record.identity else {}
-    meta["source"] = record.source[-300:]  # the line must stay below 4,096 bytes, however escaped
-    meta["checksum"] = _checksum(meta, arrays)
-    return json.dumps(meta).encode() + b"\n" + arrays
+    return unpack_record(value, path, slide)

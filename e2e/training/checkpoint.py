@@ -7,6 +7,7 @@ are JSON in the file's metadata. Nothing in it depends on the strategy that trai
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from e2e.errors import DamagedDataError, UserError, format_list
 from e2e.files import write_atomically
 
 Tensors = dict[str, Tensor]
+CHECKSUM = "checksum"
+"""Name of the checksum beside the counters."""
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -40,7 +43,9 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[st
         The disk is full, or the file cannot be written.
     """
     packed = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomically(path, save(packed, {"state": json.dumps(state)}))
+    # One entry: safetensors writes several in any order, and equal checkpoints shall be equal files.
+    text = json.dumps({**state, CHECKSUM: _content_checksum(packed, state)})
+    write_atomically(path, save(packed, {"state": text}))
 
 
 def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
@@ -70,9 +75,27 @@ def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             state = json.loads((file.metadata() or {})["state"])
-            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            checksum = state.pop(CHECKSUM, None)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise DamagedDataError(f"{path} is not a checkpoint of this program: {error}") from error
+    # Files of earlier versions have no checksum.
+    if checksum not in (None, _content_checksum(tensors, state)):
+        raise DamagedDataError(
+            f"{path} is damaged: its content does not match its checksum\n"
+            "  restore the file from a copy, or train the run again"
+        )
+    return tensors, state
+
+
+def _content_checksum(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
+    """Return the CRC-32 of names, types, shapes and bytes of CPU tensors, and of the counters."""
+    crc = zlib.crc32(json.dumps(state).encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        crc = zlib.crc32(f"{name} {value.dtype} {list(value.shape)}".encode(), crc)
+        crc = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
 
 
 def add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> Tensors:

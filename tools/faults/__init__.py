@@ -1,0 +1,1 @@
+"""Faults on purpose: killed commands, full disks, damaged and replaced files."""
