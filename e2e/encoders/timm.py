@@ -15,13 +15,13 @@ from urllib.parse import urlsplit
 import timm
 import torch
 from huggingface_hub import constants as hub
-from safetensors.torch import load_file
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from e2e.encoders.base import ENCODERS, Encoder
 from e2e.encoders.lora import add_lora
+from e2e.encoders.state_dicts import describe_network, read_state_dict, without_prefix
 from e2e.errors import OneRankError, UserError, format_list
 
 
@@ -209,7 +209,9 @@ def load_weights(encoder: TimmEncoder, path: Path) -> None:
         with torch.device("meta"):
             network = timm.create_model(encoder.model)
     names = {original_name(key): key for key in expected}
-    weights = {names.get(key, key): value for key, value in _read_weights(path).items()}
+    content = read_state_dict(path)
+    all_names = {*names, *expected, *network.state_dict()}
+    weights = {names.get(k, k): v for k, v in without_prefix(content, all_names).items()}
     for key in expected:
         if key.endswith("pos_embed") and key in weights:
             weights[key] = resampled(weights[key], expected[key], net)
@@ -222,7 +224,11 @@ def load_weights(encoder: TimmEncoder, path: Path) -> None:
     ]
     faults = [f"missing: {k}" for k in missing] + [f"unknown: {k}" for k in unknown] + shapes
     if faults:
-        raise UserError(f"{path} does not fit the encoder '{encoder.model}'\n{format_list(faults)}")
+        raise UserError(
+            f"{path} does not fit the encoder '{encoder.model}': {describe_network(content)}\n"
+            f"{format_list(faults, most=3)}\n"
+            "  set encoder.name to the network of the file, or encoder.weights to another file"
+        )
     net.load_state_dict({k: weights.get(k, expected[k]) for k in expected})
 
 
@@ -316,28 +322,6 @@ def detect_offline() -> None:
         socket.create_connection((host, 443), timeout=5).close()
     except OSError:
         hub.HF_HUB_OFFLINE = True
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the state dict in a file; UserError where there is none."""
-    if not path.is_file():
-        raise UserError(f"no weights at {path}\n  set encoder.weights to an existing file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is not a pickle may raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{path} cannot be read as weights: {reason}\n"
-            "  the file must be a state dict, saved with torch.save or as safetensors"
-        ) from error
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise UserError(
-            f"{path} holds no state dict (name -> tensor)\n"
-            "  save model.state_dict() alone, and set encoder.weights to that file"
-        )
-    return weights
 
 
 # Truncated after the third residual stage (stride 16), of width 256 and 1024, as in the ABMILX project

@@ -12,6 +12,7 @@ import pandas as pd
 import yaml
 
 import e2e
+from e2e.reports.escape import escape_markdown
 from e2e.reports.evaluate import describe_epoch, metric_table
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
@@ -124,7 +125,7 @@ def _metric_lines(report: Mapping[str, Any], metrics: Sequence[str]) -> list[str
         f"Weights of {describe_epoch(report)}. 95 % bootstrap intervals over cases; metrics.json has all"
         " metrics.",
         "",
-        *(f"| {' | '.join(cells)} |" for cells in lines),
+        *(f"| {' | '.join(map(escape_markdown, cells))} |" for cells in lines),
     ]
 
 

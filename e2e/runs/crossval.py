@@ -23,6 +23,7 @@ from e2e.errors import UserError, describe_interrupt, format_list
 from e2e.files import create_folder, write_atomically, write_json
 from e2e.metrics.bootstrap import case_weights, confidence_interval
 from e2e.metrics.values import Array
+from e2e.reports.escape import escape_latex, escape_markdown
 from e2e.runs.cohort import cohort_spec, id_rules
 from e2e.runs.many import is_done, train_all, write_plan
 from e2e.runs.parts import REGISTRIES, build_task
@@ -372,15 +373,15 @@ def _none_if_nan(value: float) -> float | None:
 
 
 def _markdown_line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(escape_markdown, cells))} |"
 
 
 def _latex(caption: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """Return a booktabs table."""
     body = [_latex_line(columns), r"\midrule", *map(_latex_line, cells)]
     rows = [r"\begin{tabular}{lrrrr}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}", ""]
-    return "\n".join([f"% {caption}", *rows])
+    return "\n".join([f"% {' '.join(caption.split())}", *rows])
 
 
 def _latex_line(words: Iterable[str]) -> str:
-    return " & ".join(re.sub(r"([%_&#$])", r"\\\1", word) for word in words) + r" \\"
+    return " & ".join(map(escape_latex, words)) + r" \\"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -212,10 +214,12 @@ def _build_trainer(
     val_slides = parts.of_split(PROTOCOLS[settings.run.protocol].selection_split)
     val_slides, val_view = build_validation(settings, val_slides, parts.view, task)
 
-    def validate(model: MILModel) -> dict[str, float | None]:
+    def validate(model: MILModel) -> dict[str, float | None] | None:
         predictions = predict_slides(
             model, val_slides, task=task, view=val_view, strategy=strategy, screen=screen
         )
+        if not all(map(math.isfinite, chain.from_iterable(p.values for p in predictions))):
+            return None
         return {name: m["value"] for name, m in score(predictions, task, draws=0).items()}
 
     def score_training_patches(model: MILModel) -> dict[str, Tensor]:

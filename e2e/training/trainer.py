@@ -44,8 +44,9 @@ TIMED_UPDATES = 10
 STOPPING = "stopping after the current update, which is then saved; a second Ctrl-C stops at once"
 """What the first signal prints."""
 
-Validate = Callable[[MILModel], dict[str, float | None]]
-"""Evaluates the model on the validation split: metric -> value, None where undefined."""
+Validate = Callable[[MILModel], dict[str, float | None] | None]
+"""Evaluates the model on the validation split: metric -> value, None where undefined; or None if predictions
+are not finite."""
 ScorePatches = Callable[[MILModel], dict[str, Tensor]]
 """Slide -> (N,) the model's score of each patch of a training slide."""
 
@@ -396,23 +397,23 @@ class Trainer:
         metrics = {}
         for name, shards in self._weight_sets().items():
             with self.strategy.full_parameters(shards):
-                metrics[name] = self.validate(self.model)
-        progress = self.progress
+                values = self.validate(self.model)
+            if values is None:
+                raise self._diverged("predictions")
+            metrics[name] = values
+        progress, best = self.progress, self.progress.best
         selection_key = self.task.selection_key(metrics[self.schedule.selected_weights])
         # While the metric is undefined nothing selects an epoch, so the last one is kept.
-        best = progress.best
         if best is None or best[0] == -math.inf or selection_key > best:
             progress.best, progress.best_epoch, progress.stale = selection_key, progress.epoch, 0
             self._save("best")
         else:
             progress.stale += 1
         loss = progress.loss_sum / progress.losses if progress.losses else None  # all were bad
-        monitor = self.task.monitor
+        monitor, mark = self.task.monitor, "" if progress.stale else "  best so far"
         shown = "  ".join(f"{k} {_format_metric(v[monitor])}" for k, v in metrics.items())
-        mark = "  best so far" if progress.stale == 0 else ""
-        self.screen.say(
-            f"epoch {progress.epoch + 1:3d}  loss {_format_metric(loss, 4)}  val {monitor}: {shown}{mark}"
-        )
+        epoch = f"epoch {progress.epoch + 1:3d}  loss {_format_metric(loss, 4)}"
+        self.screen.say(f"{epoch}  val {monitor}: {shown}{mark}")
         if self.strategy.is_leader:
             self.log.write(step=progress.step, epoch=progress.epoch, train_loss=loss, val=metrics)
 
@@ -464,10 +465,13 @@ class Trainer:
         num_bad = torch.stack([~value.isfinite().all() for value in values]).sum().double()
         self.strategy.all_reduce_sum(num_bad)
         if num_bad:
-            raise UserError(
-                f"training diverged: weights are not finite after epoch {self.progress.epoch + 1}\n"
-                "  Lower optim.lr or set optim.clip; then train from the start."
-            )
+            raise self._diverged("weights")
+
+    def _diverged(self, what: str) -> UserError:
+        return UserError(
+            f"training diverged: {what} are not finite after epoch {self.progress.epoch + 1}\n"
+            "  Lower optim.lr or set optim.clip; then train from the start."
+        )
 
     def _weight_sets(self) -> dict[str, Tensors | None]:
         """What is evaluated and saved: the model's own weights (None), and their average."""

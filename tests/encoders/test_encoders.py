@@ -15,6 +15,7 @@ from torch import nn
 import e2e.encoders
 import e2e.heads  # noqa: F401  (registers them)
 from e2e.encoders.base import ENCODERS, Encoder
+from e2e.encoders.state_dicts import describe_network
 from e2e.engine.model import MILModel
 from e2e.errors import UserError
 from e2e.heads.base import HEADS
@@ -365,12 +366,51 @@ def test_weights_that_do_not_fit_name_the_keys(tmp_path):
     )
     with pytest.raises(UserError) as error:
         build("r18", weights=str(path))
-    assert str(error.value).splitlines() == [
-        f"{path} does not fit the encoder 'resnet18.tv_in1k'",
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith(
+        f"{path} does not fit the encoder 'resnet18.tv_in1k': the file holds "
+    )
+    assert " tensors of resnet18: bn1.weight, " in lines[0]
+    assert lines[1:4] == [
         "  missing: bn1.bias",
         "  unknown: projector.weight",
         "  conv1.weight: (64, 3, 3, 3) in the file, (64, 3, 7, 7) in the encoder",
     ]
+    assert lines[-1].startswith("  set encoder.name to the network of the file")
+
+
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [
+        ("resnet34", "resnet34"),
+        ("resnet50", "resnet50"),
+        ("resnet26", "a ResNet of 2-2-2-2 bottlenecks"),
+        ("vit_tiny_patch16_224", "a ViT of depth 12 and width 192"),
+        ("convnext_atto", "a ConvNeXt"),
+        ("swin_tiny_patch4_window7_224", "a Swin transformer"),
+        ("densenet121", "a DenseNet"),
+        ("efficientnet_b0", "an EfficientNet or MobileNet"),
+    ],
+)
+def test_weights_of_another_network_say_what_it_looks_like(model, family):
+    with torch.device("meta"):
+        weights = timm.create_model(model).state_dict()
+    assert f" tensors of {family}: " in describe_network(weights)
+    assert f" tensors of {family}: " in describe_network(
+        {f"a.b.{k}": v for k, v in weights.items()}
+    )
+
+
+@pytest.mark.parametrize("prefix", ["module.", "encoder.model.", "backbone.", "model.encoder.net."])
+@pytest.mark.parametrize("nested", [None, "state_dict", "model"])
+def test_weights_of_a_training_program_are_found_below_their_prefix(tmp_path, prefix, nested):
+    plain = build("resnet18", pretrained=False)
+    weights = {f"{prefix}{k}": v for k, v in plain.net.state_dict().items()}
+    weights |= {"projector.weight": torch.ones(3), "queue": torch.ones(2)}
+    torch.save(weights if nested is None else {"epoch": 3, nested: weights}, tmp_path / "w.pt")
+    loaded = build("resnet18", weights=str(tmp_path / "w.pt"))
+    for name, value in plain.net.state_dict().items():
+        assert torch.equal(loaded.net.state_dict()[name], value), name
 
 
 def test_files_that_hold_no_weights_are_refused(tmp_path):
@@ -382,7 +422,7 @@ def test_files_that_hold_no_weights_are_refused(tmp_path):
     assert "no weights at" in refused(tmp_path / "nothing.pt")
     (tmp_path / "text.safetensors").write_text("hello")
     assert "cannot be read as weights" in refused(tmp_path / "text.safetensors")
-    torch.save({"state_dict": {"a": torch.ones(1)}}, tmp_path / "nested.pt")
+    torch.save({"state_dict": {"a": 1}}, tmp_path / "nested.pt")
     assert "holds no state dict" in refused(tmp_path / "nested.pt")
     torch.save(nn.Linear(1, 1), tmp_path / "module.pt")  # code, which must not be run
     assert "cannot be read as weights" in refused(tmp_path / "module.pt")

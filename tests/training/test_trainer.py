@@ -47,6 +47,15 @@ def test_the_last_epoch_is_kept_while_the_metric_is_undefined(tmp_path):
     assert progress.best_epoch == 1
 
 
+def test_predictions_that_are_not_finite_are_divergence(tmp_path):
+    run = trainer(tmp_path, both((0.5, 1.0), (0.6, 1.0)))
+    answers = iter([{"auc": 0.5, "log_loss": 1.0}] * 2 + [None])
+    run.validate = lambda model: next(answers)
+    message = "training diverged: predictions are not finite after epoch 2\n  Lower optim.lr"
+    with pytest.raises(UserError, match=message):
+        run.fit()
+
+
 def test_the_selected_weights_decide_which_epoch_is_best(tmp_path):
     scores = [{"model": (0.9, 1.0), "ema": (0.1, 1.0)}, {"model": (0.2, 1.0), "ema": (0.8, 1.0)}]
     assert trainer(tmp_path, scores, selected_weights="ema").fit().best_epoch == 1
