@@ -29,6 +29,10 @@ TERMINATED = 143
 """Exit code: ended by SIGTERM or SIGHUP, as shells report the first."""
 
 
+BROKEN_PIPE = 141
+"""Exit code: nobody reads the output any more, as shells report it."""
+
+
 class UserError(Exception):
     """A mistake that the user can fix.
 
@@ -127,8 +131,8 @@ def exit_code(main: Callable[[], int | None], *, interrupted: str | None = None)
     Returns
     -------
     int
-        What ``main`` returns; 2 after a :class:`UserError`, 4 after a :class:`LostRankError`, 130 after
-        Ctrl-C and 143 after SIGTERM or SIGHUP, each with its message on stderr.
+        What ``main`` returns; 2 after a :class:`UserError`, 4 after a :class:`LostRankError`, 130 after ^C
+        and 143 after SIGTERM or SIGHUP, each with its message on stderr; 141 if nobody reads the output.
     """
     is_leader = os.environ.get("RANK", "0") == "0"
     try:
@@ -138,6 +142,9 @@ def exit_code(main: Callable[[], int | None], *, interrupted: str | None = None)
         if error.on_every_rank or is_leader:
             _print_error(f"error: {error}")
         return USER_ERROR
+    except BrokenPipeError:  # such as `e2e inspect ... | head`
+        discard_output()
+        return BROKEN_PIPE
     except LostRankError as error:
         _print_error(f"error: {error}")
         return LOST_RANK
@@ -145,6 +152,13 @@ def exit_code(main: Callable[[], int | None], *, interrupted: str | None = None)
         if is_leader:
             _print_error(f"\n{str(error) or interrupted or 'interrupted'}")
         return signal_exit_code(received_signal())
+
+
+def discard_output() -> None:
+    """Let everything that is printed from here on vanish: whoever read it has ended."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def signal_exit_code(number: int | None) -> int:

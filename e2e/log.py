@@ -22,8 +22,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from e2e.errors import optional_import
+from e2e.errors import discard_output, optional_import
 from e2e.files import OutputError, write_atomically
+
+
+class _Console(Console):
+    """A console that stays silent once nobody reads what it prints; rich would end the program."""
+
+    def on_broken_pipe(self) -> None:
+        """See :class:`rich.console.Console`."""
+        discard_output()
 
 
 class Screen:
@@ -46,7 +54,7 @@ class Screen:
         self.is_leader = is_leader
         self._timestamps = timestamps
         width = None if sys.stdout.isatty() else 140
-        self.console = Console(quiet=not is_leader, highlight=False, soft_wrap=True, width=width)
+        self.console = _Console(quiet=not is_leader, highlight=False, soft_wrap=True, width=width)
         self._progress: Progress | None = None
         self._last_printed = 0.0
         self._first_step: tuple[float, int] | None = None
@@ -96,7 +104,10 @@ class Screen:
 
     def _print(self, text: str) -> None:
         stamp = f"{datetime.now():%Y-%m-%d %H:%M:%S} " if self._timestamps else ""
-        print(stamp + text, flush=True)
+        try:
+            print(stamp + text, flush=True)
+        except BrokenPipeError:  # whoever read the log has ended; a training goes on
+            discard_output()
 
     def pause(self) -> None:
         """Remove the progress line until the next :meth:`step`."""

@@ -18,9 +18,12 @@ from e2e.images.decode import Decoder, UndecodableError, build_decoder
 from e2e.log import Screen
 from e2e.seeds import mix_seed
 from e2e.settings.data_cli import inspect_parser
+from e2e.store.abmilx import AbmilxStore
 from e2e.store.lmdb import PatchStore
+from e2e.store.open import open_store
 from e2e.store.records import SlideRecord
 
+Store = PatchStore | AbmilxStore
 BATCH_SIZE = 64
 """Patches decoded at a time."""
 CELL = 96
@@ -38,7 +41,7 @@ class Contents:
     """A line per record that cannot be read."""
 
     @classmethod
-    def of(cls, store: PatchStore) -> Contents:
+    def of(cls, store: Store) -> Contents:
         """Read every record."""
         contents = cls([], [])
         for slide in store.slides:
@@ -49,7 +52,7 @@ class Contents:
         return contents
 
 
-def describe(store: PatchStore, contents: Contents) -> list[str]:
+def describe(store: Store, contents: Contents) -> list[str]:
     """Describe a store in a few lines; what differs between slides is given as a range."""
     records = contents.records
     counts = [record.num_patches for record in records]
@@ -111,7 +114,7 @@ def print_slides(screen: Screen, records: Sequence[SlideRecord], limit: int | No
 
 
 def find_faults(
-    store: PatchStore, records: Iterable[SlideRecord], decoder: Decoder, done: Callable[[int], None]
+    store: Store, records: Iterable[SlideRecord], decoder: Decoder, done: Callable[[int], None]
 ) -> Iterator[str]:
     """Yield a line per value that differs from what was written, or is not a JPEG of the right size.
 
@@ -134,9 +137,7 @@ def find_faults(
             done(len(rows))
 
 
-def _undecodable(
-    store: PatchStore, record: SlideRecord, rows: range, decoder: Decoder
-) -> Iterator[str]:
+def _undecodable(store: Store, record: SlideRecord, rows: range, decoder: Decoder) -> Iterator[str]:
     try:
         side = tuple(decoder.decode(store.read(record.slide, rows)).shape[-2:])
     except (UndecodableError, DamagedDataError):
@@ -157,7 +158,7 @@ def _undecodable(
 
 
 def verify(
-    screen: Screen, store: PatchStore, records: Sequence[SlideRecord], decoder: Decoder
+    screen: Screen, store: Store, records: Sequence[SlideRecord], decoder: Decoder
 ) -> list[str]:
     """Check all patches of a store with a progress line; print and return the faults."""
     total = sum(record.num_patches for record in records)
@@ -177,7 +178,7 @@ def verify(
 
 
 def draw_sheet(
-    stores: Sequence[tuple[PatchStore, Sequence[SlideRecord]]],
+    stores: Sequence[tuple[Store, Sequence[SlideRecord]]],
     decoder: Decoder,
     path: Path,
     *,
@@ -238,7 +239,7 @@ def draw_sheet(
     write_atomically(path, buffer.getvalue())
 
 
-def _cell(store: PatchStore, record: SlideRecord, index: int, decoder: Decoder) -> Image.Image:
+def _cell(store: Store, record: SlideRecord, index: int, decoder: Decoder) -> Image.Image:
     try:
         pixels = decoder.decode(store.read(record.slide, [index]))[0]
     except (UndecodableError, DamagedDataError):
@@ -259,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.sheet and args.sheet.suffix.lower() != ".png":
         raise UserError(f"--sheet {args.sheet}: must end in .png")
     decoder = build_decoder(args.decoder)
-    stores = [PatchStore(path) for path in args.stores]
+    stores = [open_store(path) for path in args.stores]
     screen = Screen(is_leader=True)
     num_faults, drawn = 0, []
     for store in stores:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -203,3 +204,31 @@ def test_an_interrupted_run_saves_its_update_and_says_how_to_continue(
 
 def steps_saved(folder: Path) -> int:
     return load_checkpoint(folder / "last.safetensors")[1]["step"]
+
+
+def unread(words: list[str], folder: Path, errors: int) -> subprocess.Popen:
+    """Start a command whose output nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.Popen(
+        words, cwd=folder, env=child_environment(), stdout=writer, stderr=errors, text=True
+    )
+    os.close(writer)
+    return process
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_when_nobody_reads_its_log(cohort, tmp_path):
+    out = tmp_path / "run"
+    process = unread(command("train", *arguments(cohort, out)), tmp_path, subprocess.PIPE)
+    _, errors = process.communicate(timeout=240)
+    assert (process.returncode, errors) == (0, "")
+    assert (out / "metrics.json").is_file()
+    assert (out / "predictions.csv").is_file()
+
+
+def test_a_report_that_nobody_reads_ends_without_a_traceback(cohort, tmp_path):
+    for words, code in ((["--help"], 141), (["inspect", cohort / "s.lmdb"], 0)):
+        process = unread(command(*words), tmp_path, subprocess.PIPE)
+        _, errors = process.communicate(timeout=120)
+        assert (process.returncode, errors) == (code, "")

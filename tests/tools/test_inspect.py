@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import struct
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image
 from e2e.errors import UserError
 from e2e.runs.inspect import CELL, main, span
 from e2e.store.lmdb import StoreWriter
+from tests.helpers.abmilx_lmdb import write_seed
 from tests.helpers.paths import ROOT
 from tests.helpers.stores import RECIPE, jpeg, patches, record, write_store
 
@@ -196,6 +198,22 @@ def test_a_broken_patch_is_red_on_the_sheet(tmp_path, capsys):
     assert picture[60, 50 + CELL + 4].tolist() != [220, 0, 0]
 
 
+def test_a_store_of_the_abmilx_project_is_inspected_like_any(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_seed(Path("theirs.lmdb"), {"a": 5, "b": 2})
+    assert main(["theirs.lmdb", "--verify", "--sheet", "s.png"]) == 0
+    said = capsys.readouterr().out
+    assert "slides: 2" in said
+    assert "patches: 7" in said
+    assert "verified 7 patches: 0 fault(s)" in said
+    assert Path("s.png").is_file()
+    damaged = write_seed(Path("damaged.lmdb"), {"a": 5})
+    with lmdb.open(str(damaged), subdir=False) as env, env.begin(write=True) as txn:
+        txn.put(b"a-3", pickle.dumps(b"no JPEG"))
+    assert main(["damaged.lmdb", "--verify"]) == 3
+    assert "FAULT" in capsys.readouterr().out
+
+
 # --- mistakes ---
 
 
@@ -207,7 +225,7 @@ def test_a_broken_patch_is_red_on_the_sheet(tmp_path, capsys):
         (["text.lmdb"], "is not a patch store (not an LMDB file)"),
         (["cut.lmdb", "--verify"], "was cut short"),
         (["newer.lmdb"], "store version 9; this program reads up to 2"),
-        (["other.lmdb"], "an LMDB of the ABMILX project"),
+        (["other.lmdb"], "an LMDB of another kind"),
         (["x.lmdb", "--sheet", "s.jpg"], "--sheet s.jpg: must end in .png"),
         (["x.lmdb", "--first", "-1"], "--first -1: must be a number of rows"),
         (
@@ -226,7 +244,7 @@ def test_a_mistake_is_one_message(tmp_path, monkeypatch, arguments, expected):
     Path("cut.lmdb").write_bytes(Path("x.lmdb").read_bytes()[:-5000])
     for name, values in {
         "newer.lmdb": {b"header": b'{"format": "e2e patch store", "version": 9, "recipe": {}}'},
-        "other.lmdb": {b"__pn__": b"", b"a-0": b""},
+        "other.lmdb": {b"a key": b"a value"},
     }.items():
         with lmdb.open(name, subdir=False) as env, env.begin(write=True) as txn:
             for key, value in values.items():
