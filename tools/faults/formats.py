@@ -183,19 +183,17 @@ def read_cohort_settings(file: Path) -> object:
 
 
 def pack_and_read(made: Path, *, option: str) -> object:
-    """Pack a folder and read the store; a slide that cannot be used is left out."""
+    """Pack a folder and read the store."""
     out = made.parent / "packed.lmdb"
     options = () if option == "--patches" else PACK
     if option == "--coords":
         options = ("--workers", "0", "--slides", made.parents[2] / "project" / "slides")
     code = call("pack", option, made, "--out", out, *options)
-    if code == 2:
+    if code:  # 3: a slide is left out, and named
         raise UserError("see the log")
-    if not out.is_file():
-        return code, None
     store = PatchStore(out)
     patches = {s: store.read(s, range(store.num_patches(s))) for s in store.slides}
-    return code, [(slide, _digest(b"".join(jpegs))) for slide, jpegs in patches.items()]
+    return [(slide, _digest(b"".join(jpegs))) for slide, jpegs in patches.items()]
 
 
 def _copy(file: str) -> Callable[[Project, Path], Path]:
