@@ -87,6 +87,8 @@ class Bag:
     bag that only keeps an idle rank in step with the others."""
     shards: tuple[tuple[int, ...], ...]
     """For each bag the number of rows on each rank; empty for a bag that lies on one rank."""
+    sides: tuple[float, ...] = ()
+    """For each bag the side of its patches in level-0 pixels, NaN where it is unknown; empty: all unknown."""
 
     def __post_init__(self) -> None:
         sizes = self.sizes

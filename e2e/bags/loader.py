@@ -94,6 +94,7 @@ def make_bag(
         seeds=tuple(mix_seed(spec.seed, epoch, keys[p.bag], "head") for p in parts),
         weight=torch.tensor([p.weight for p in parts]),
         shards=tuple(p.shards for p in parts),
+        sides=tuple(spec.side(items[p.bag]) for p in parts),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic
@@ -72,6 +73,12 @@ class BagSpec(Generic[R]):
         if self.fill_with_copies and self.bag_size is not None:
             counts = [self.bag_size] * len(counts)
         return scale_quotas(self.bag_size, self.shares or (1,), counts)
+
+    def side(self, item: LabelledSlide[R]) -> float:
+        """Return the side of a slide's patches in level-0 pixels; NaN if it is unknown or they differ."""
+        if len(self._scales(item)) > 1:
+            return math.nan
+        return item.record.level0_px or math.nan
 
     def rows(
         self, item: LabelledSlide[R], epoch: int, repeat: int = 0

@@ -67,7 +67,9 @@ class AttentionEntropy(Regulariser):
                 "  choose another head (abmil, mha, ...), or set aem.weight=0"
             )
 
-    def forward(self, output: HeadOutput, target: Tensor, coords: Tensor | None) -> Tensor:
+    def forward(
+        self, output: HeadOutput, target: Tensor, coords: Tensor | None, sides: Tensor
+    ) -> Tensor:
         """See :class:`~e2e.losses.base.Regulariser`."""
         return self.map_losses(output).mean(dim=1)
 

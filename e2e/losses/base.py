@@ -59,7 +59,7 @@ class Weight:
 
 
 class Regulariser(nn.Module):
-    """Base class of regularisers: ``forward(output, target, coords) -> (B,)``, in at least float32.
+    """Base class of regularisers: ``forward(output, target, coords, sides) -> (B,)``, in at least float32.
 
     A regulariser has no parameters. Its state (a bank, a queue) is buffers, saved with the run, which
     ``forward`` may read and only ``after_step`` changes. Padding is where ``attention_logits`` are -inf.
@@ -75,7 +75,9 @@ class Regulariser(nn.Module):
     needs_coords = False
     """Whether training slides must have ``coords``."""
 
-    def forward(self, output: HeadOutput, target: Tensor, coords: Tensor | None) -> Tensor:
+    def forward(
+        self, output: HeadOutput, target: Tensor, coords: Tensor | None, sides: Tensor
+    ) -> Tensor:
         """Return the loss of each bag, (B,).
 
         Parameters
@@ -86,6 +88,8 @@ class Regulariser(nn.Module):
             Targets of the task.
         coords : Tensor of shape (B, N, 2) | None
             Level-0 pixels; None if unknown.
+        sides : Tensor of shape (B,)
+            Side of a bag's patches in level-0 pixels; NaN where it is unknown.
         """
         raise NotImplementedError
 

@@ -15,6 +15,8 @@ PADDING = 1 << 62
 """The cell of padding, far from any other."""
 NEIGHBOURS = [x * WIDE + y for x in (-1, 0, 1) for y in (-1, 0, 1)]
 """Offsets from the number of a cell to those of the 3 x 3 cells around it."""
+SPARSE = 1.25
+"""A gap of more than this times the side of a patch is not the step of a grid."""
 FREQUENCY_RATIO = 10
 """A gap between patches is frequent if it occurs at least 1/10 as often as the most frequent gap."""
 
@@ -29,10 +31,11 @@ class SpatialConstraint(Regulariser):
     but the background. It applies to any head with attention and patch scores (``attrimil``, ``dsmil``,
     ``clam_*`` ...): s are its ``instance_logits``.
 
-    The grid is found from the coords only: its step is the smallest frequent gap between patches in a row or
-    a column. Coords rounded to pixels, pieces of tissue with grids of their own, and several patches in one
-    cell are handled. A bag with few of a slide's patches has few neighbours, so ``bag.patches=null`` is the
-    full constraint. Time and memory grow as N log N, not N x N.
+    The grid is found from the coords: its step is the smallest frequent gap between patches in a row or a
+    column, and the side of a patch where that is larger, as in a bag with few of a slide's patches. Coords
+    rounded to pixels, pieces of tissue with grids of their own, and several patches in one cell are
+    handled. A bag with few of a slide's patches has few neighbours, so ``bag.patches=null`` is the full
+    constraint. Time and memory grow as N log N, not N x N.
 
     Source: Cai et al. 2025, AttriMIL, arXiv:2404.00351: the region-wise attribute constraint, with the
     tanh and the signed maximum of the authors' code (first version of the paper: the mean difference from
@@ -92,7 +95,9 @@ class SpatialConstraint(Regulariser):
                 "and not the only one\n  set spatial.background=null if no class is the background"
             )
 
-    def forward(self, output: HeadOutput, target: Tensor, coords: Tensor | None) -> Tensor:
+    def forward(
+        self, output: HeadOutput, target: Tensor, coords: Tensor | None, sides: Tensor
+    ) -> Tensor:
         """See :class:`~e2e.losses.base.Regulariser`."""
         scores, attention = output.instance_logits, output.attention_logits
         assert scores is not None
@@ -106,14 +111,16 @@ class SpatialConstraint(Regulariser):
         classes = [c for c in range(scores.shape[-1]) if c != self.background]
         exact = scores[..., classes].to(torch.promote_types(scores.dtype, torch.float32))
         score_BNC = torch.where(real_BN.unsqueeze(-1), exact, 0.0)
-        strongest_BNC = strongest_near(score_BNC, coords, real_BN)
+        strongest_BNC = strongest_near(score_BNC, coords, real_BN, sides)
         if self.detach:
             strongest_BNC = strongest_BNC.detach()
         difference_BN = (score_BNC - strongest_BNC).tanh().abs().sum(dim=-1)
         return torch.where(real_BN, difference_BN, 0.0).sum(dim=1) / real_BN.sum(dim=1)
 
 
-def strongest_near(score_BNC: Tensor, coords_BN2: Tensor, real_BN: Tensor) -> Tensor:
+def strongest_near(
+    score_BNC: Tensor, coords_BN2: Tensor, real_BN: Tensor, side_B: Tensor | None = None
+) -> Tensor:
     """Return the score with the largest absolute value among each patch and its neighbours, (B, N, C).
 
     Of two that differ in sign only it is the positive one. Values on padding are meaningless.
@@ -126,8 +133,12 @@ def strongest_near(score_BNC: Tensor, coords_BN2: Tensor, real_BN: Tensor) -> Te
         Level-0 pixels.
     real_BN : Tensor of shape (B, N)
         bool, True for real patches.
+    side_B : Tensor of shape (B,)
+        Side of the patches in level-0 pixels; NaN where it is unknown; None: everywhere.
     """
-    cell_BN = grid_cells(coords_BN2, real_BN)
+    if side_B is None:
+        side_B = torch.full((len(score_BNC),), torch.nan, device=score_BNC.device)
+    cell_BN = grid_cells(coords_BN2, real_BN, side_B)
     sorted_BN, order_BN = cell_BN.sort(dim=1)
     is_first_BN = sorted_BN.diff(dim=1, prepend=sorted_BN[:, :1] - 1) != 0
     slot_BN = is_first_BN.cumsum(dim=1) - 1  # where the values of a sorted patch's cell are stored
@@ -152,10 +163,13 @@ def strongest_near(score_BNC: Tensor, coords_BN2: Tensor, real_BN: Tensor) -> Te
     return torch.where(high_BNC >= -low_BNC, high_BNC, low_BNC)
 
 
-def grid_cells(coords_BN2: Tensor, real_BN: Tensor) -> Tensor:
+def grid_cells(coords_BN2: Tensor, real_BN: Tensor, side_B: Tensor) -> Tensor:
     """Return (B, N) the number of the grid cell of each patch; ``PADDING`` on padding."""
     position_BN2 = _relative_to_corner(coords_BN2, real_BN)
-    step_B11 = grid_step(position_BN2, real_BN).view(-1, 1, 1)
+    step_B = grid_step(position_BN2, real_BN)
+    # Patches of a grid touch or overlap. A larger step, or none, comes from a bag with few of its patches.
+    is_sparse_B = (step_B > SPARSE * side_B) | ((step_B == 1) & (side_B > 1))
+    step_B11 = torch.where(is_sparse_B, side_B, step_B).view(-1, 1, 1)
     column_BN, row_BN = ((position_BN2 / step_B11).round().long() + 1).unbind(dim=-1)
     return torch.where(real_BN, column_BN * WIDE + row_BN, PADDING)
 

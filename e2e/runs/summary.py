@@ -118,7 +118,13 @@ def _patch_lines(settings: Settings, parts: Parts) -> list[str]:
     if reader.input_kind == "features":
         return [f"features  of width {parts.model.encoder.dim}"]
     first, *warnings = describe_patches(parts.patch_kinds, settings.bag.size)
-    return [f"patches   {first}; {reader.describe()}", *warnings]
+    lines = [f"patches   {first}; {reader.describe()}", *warnings]
+    if settings.data.scales:
+        lines.append(
+            f"warning: the patches of the {len(settings.data.scales)} other magnifications (data.scales) are "
+            "for training; validation, test and prediction use those of data.stores alone"
+        )
+    return lines
 
 
 def _model_line(settings: Settings, parts: Parts) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import accumulate
@@ -54,6 +55,7 @@ def bag_losses(strategy: Strategy, bag: Bag, task: Task, progress: float = 0.0) 
             target[start:stop],
             loss_of_bag,
             bag.coords[start:stop],
+            bag.sides[start:stop],
             progress,
         )
         for output, start, stop in zip(outputs, [0, *ends], ends, strict=False)
@@ -92,7 +94,7 @@ def check_losses(model: MILModel, task: Task, target: Tensor, device: torch.devi
     features = torch.zeros(1, 2, model.encoder.dim, device=device)
     with torch.no_grad(), torch.random.fork_rng([]):
         output = model.head.train()(features, features[..., 0] == 0, coords[None])
-        _extra_losses(model, output, target[None].to(device), loss_of_bag, [coords], 0.0)
+        _extra_losses(model, output, target[None].to(device), loss_of_bag, [coords], [256.0], 0.0)
 
 
 def _parts_of_update_loss(strategy: Strategy, bag: Bag, logits: Tensor, task: Task) -> Tensor:
@@ -142,6 +144,7 @@ def _extra_losses(
     target: Tensor,
     loss_of_bag: BagLoss,
     bag_coords: Sequence[Tensor | None],
+    bag_sides: Sequence[float],
     progress: float,
 ) -> Tensor:
     """Return (B,) what head and regularisers add to the loss of the B bags of ``output``."""
@@ -151,6 +154,10 @@ def _extra_losses(
     extra = zero if head_loss is None else zero + head_loss
     regularisers: Iterable[Regulariser] = model.regularisers  # pyright: ignore[reportAssignmentType]
     coords = pad_coords(bag_coords, zero.device) if model.regularisers else None
+    sides = torch.tensor(
+        bag_sides or [math.nan] * len(zero), dtype=torch.float64, device=zero.device
+    )
     for regulariser in regularisers:
-        extra = extra + regulariser.weight.at(progress) * regulariser(output, target, coords)
+        loss = regulariser(output, target, coords, sides)
+        extra = extra + regulariser.weight.at(progress) * loss
     return extra

@@ -63,7 +63,7 @@ def test_every_option_has_a_default_and_a_text_in_the_docstring(name):
 
 
 def value(regulariser: Regulariser, given: HeadOutput) -> Tensor:
-    return regulariser(given, torch.zeros(len(given.logits)), None)
+    return regulariser(given, torch.zeros(len(given.logits)), None, torch.empty(0))
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 3, 100])

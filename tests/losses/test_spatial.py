@@ -74,8 +74,12 @@ def spatial(**options: object) -> Regulariser:
     return REGULARISERS.build("spatial", weight=1.0, **options)
 
 
-def value(regulariser: Regulariser, inputs: HeadOutput, coords: Tensor | None) -> Tensor:
-    return regulariser(inputs, torch.zeros(len(inputs.logits)), coords)
+def value(
+    regulariser: Regulariser, inputs: HeadOutput, coords: Tensor | None, side: float = math.nan
+) -> Tensor:
+    count = len(inputs.logits)
+    sides = torch.full((count,), side, dtype=torch.float64)
+    return regulariser(inputs, torch.zeros(count), coords, sides)
 
 
 def row(*scores: float, at: tuple[int, ...] | None = None) -> tuple[HeadOutput, Tensor]:
@@ -186,6 +190,26 @@ def test_without_two_patches_in_a_row_or_column_there_are_no_neighbours():
     scores = np.arange(5.0)[:, None]
     coords = np.stack([np.arange(5) * 300, np.arange(5) * 300], axis=1)
     np.testing.assert_array_equal(near(scores, coords), scores)
+
+
+@pytest.mark.parametrize(
+    ("coords", "side", "is_near"),
+    [
+        ([[0, 0], [512, 0], [1024, 0]], 256.0, False),  # every second patch of a row
+        ([[0, 0], [512, 0], [1024, 0]], math.nan, True),  # the step is all that is known
+        ([[0, 0], [512, 0], [1024, 0]], 512.0, True),
+        ([[0, 0], [1024, 0], [2048, 0]], 256.0, False),
+        ([[0, 0], [256, 256], [512, 512]], 256.0, True),  # no two in a row or column
+        ([[0, 0], [1024, 1024], [2048, 2048]], 256.0, False),
+        ([[0, 0], [128, 0], [256, 0]], 256.0, True),  # they overlap by half
+        ([[0, 0], [253, 0], [506, 0]], 252.6, True),  # rounded
+    ],
+)
+def test_patches_further_apart_than_their_side_are_no_neighbours(coords, side, is_near):
+    scores = torch.tensor([[[0.1], [0.7], [0.2]]], dtype=torch.float64)
+    places, real = torch.tensor([coords]), torch.ones(1, 3, dtype=torch.bool)
+    nearest = strongest_near(scores, places, real, torch.tensor([side], dtype=torch.float64))
+    assert nearest.ravel().tolist() == ([0.7] * 3 if is_near else [0.1, 0.7, 0.2])
 
 
 def test_of_two_scores_that_differ_in_their_sign_the_positive_one_is_taken():

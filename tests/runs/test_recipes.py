@@ -81,7 +81,7 @@ def test_a_recipe_builds_and_its_head_has_the_published_number_of_parameters(rec
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_takes_two_steps_and_is_judged(recipe, tmp_path):
+def test_a_recipe_takes_two_steps_and_is_evaluated(recipe, tmp_path, capsys):
     settings, _ = settings_for(recipe)
     overrides, slides = small_cohort(settings, tmp_path)
     if on_features(settings):
@@ -101,6 +101,8 @@ def test_a_recipe_takes_two_steps_and_is_judged(recipe, tmp_path):
         "data.workers=1", "run.bootstrap=10", "run.heatmaps=0", f"run.out={tmp_path}/run",
     )  # fmt: skip
     train(settings, folder, resume=False)
+    is_said = "(data.scales) are for training" in capsys.readouterr().out
+    assert is_said == bool(settings.data.scales)
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert max(entry["step"] for entry in log) == 2
     assert all(np.isfinite(entry["train_loss"]) for entry in log if "train_loss" in entry)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import h5py
 
@@ -172,7 +173,7 @@ def _packed(out: Path) -> Results:
         record = store.record(slide)
         jpegs = store.read(slide, range(record.num_patches))
         results[slide] = _digest(
-            b"".join(jpegs) + record.coords.tobytes() + repr(record.mpp).encode()
+            b"".join(jpegs) + record.require_coords().tobytes() + repr(record.mpp).encode()
         )
     return results
 
@@ -181,7 +182,8 @@ def _extracted(out: Path) -> Results:
     results = {}
     for path in sorted(out.rglob("*.h5")):
         with h5py.File(path) as file:
-            results[path.name] = _digest(file["features"][()].tobytes())
+            features: Any = file["features"]
+            results[path.name] = _digest(features[()].tobytes())
     return results
 
 

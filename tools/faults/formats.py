@@ -119,7 +119,9 @@ def read_store(path: Path) -> object:
         record = store.record(slide)
         jpegs = store.read(slide, range(record.num_patches))
         fields = {name: value for name, value in vars(record).items() if name != "coords"}
-        content.append((fields, _digest(record.coords.tobytes()), _digest(b"".join(jpegs))))
+        content.append(
+            (fields, _digest(record.require_coords().tobytes()), _digest(b"".join(jpegs)))
+        )
     return content
 
 
