@@ -5,6 +5,7 @@ A user error is printed as one message, without a traceback.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -31,6 +32,16 @@ TERMINATED = 143
 
 BROKEN_PIPE = 141
 """Exit code: nobody reads the output any more, as shells report it."""
+
+
+ENVIRONMENT = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free disk space and run the same command again"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "check the disk or the network file system"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+"""Error numbers of the system that are no fault of the program -> what to do."""
 
 
 class UserError(Exception):
@@ -131,8 +142,9 @@ def exit_code(main: Callable[[], int | None], *, interrupted: str | None = None)
     Returns
     -------
     int
-        What ``main`` returns; 2 after a :class:`UserError`, 4 after a :class:`LostRankError`, 130 after ^C
-        and 143 after SIGTERM or SIGHUP, each with its message on stderr; 141 if nobody reads the output.
+        What ``main`` returns; 2 after a :class:`UserError` or an error of :data:`ENVIRONMENT`, 4 after a
+        :class:`LostRankError`, 130 after Ctrl-C and 143 after SIGTERM or SIGHUP, each with its message on
+        stderr; 141 if nobody reads the output.
     """
     is_leader = os.environ.get("RANK", "0") == "0"
     try:
@@ -145,6 +157,12 @@ def exit_code(main: Callable[[], int | None], *, interrupted: str | None = None)
     except BrokenPipeError:  # such as `e2e inspect ... | head`
         discard_output()
         return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in ENVIRONMENT:
+            raise
+        name = f"{str(error.filename)[:300]}: " if error.filename else ""
+        _print_error(f"error: {name}{error.strerror}\n  {ENVIRONMENT[error.errno]}")
+        return USER_ERROR
     except LostRankError as error:
         _print_error(f"error: {error}")
         return LOST_RANK

@@ -132,12 +132,15 @@ def read_text(path: Path) -> str:
     Raises
     ------
     UserError
-        The file does not exist, or is not in UTF-8; the message shows the first invalid line and the
+        The file cannot be read, or is not in UTF-8; the message shows the first invalid line and the
         command that converts the file.
     """
-    if not path.is_file():
-        raise UserError(f"no file at {path}")
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise UserError(f"no file at {path}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     conversion = f"-t utf8 '{path}' > NEW{path.suffix}"
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{path} is in UTF-16, not in UTF-8\n  iconv -f utf16 {conversion}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import textwrap
@@ -53,6 +54,22 @@ def test_damaged_data_is_printed_by_the_rank_that_met_it(monkeypatch, capsys, ra
 def test_any_other_error_goes_on_its_way():
     with pytest.raises(ZeroDivisionError):
         exit_code(failing(ZeroDivisionError()))
+
+
+def test_what_the_system_refuses_is_one_message(tmp_path, capsys):
+    assert exit_code(lambda: len((tmp_path / ("x" * 300)).read_bytes())) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path}/xxx")
+    assert said.endswith("File name too long\n  choose a shorter name\n")
+    denied = PermissionError(errno.EACCES, "Permission denied", "labels.csv")
+    assert exit_code(failing(denied)) == 2
+    said = capsys.readouterr().err
+    assert said == "error: labels.csv: Permission denied\n  check its permissions\n"
+
+
+def test_an_error_of_the_program_with_files_goes_on_its_way(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        exit_code(lambda: len((tmp_path / "missing").read_bytes()))
 
 
 SCRIPT = """
