@@ -41,6 +41,10 @@ class CohortData(Protocol[R]):
         """
         ...
 
+    def check_content(self, slide: str, reader: R) -> None:
+        """Read what a run would read of a slide; UserError if it cannot be used."""
+        ...
+
     def join_case(self, case: str, parts: tuple[tuple[R, str], ...]) -> R:
         """Return the reader of a case from the reader and id of each of its slides."""
         ...
@@ -60,6 +64,10 @@ class PatchData:
         check_patch_sizes(readers, self.size)
         check_copied_patches(slides, {slide.id: readers[slide.id][0] for slide in slides})
 
+    def check_content(self, slide: str, reader: PatchReader) -> None:
+        """Read the record of a slide. Its patches are compared with their checksums when they are read."""
+        reader.record(slide)
+
     def join_case(self, case: str, parts: tuple[tuple[PatchReader, str], ...]) -> PatchReader:
         """Return the reader of a case from the reader and id of each of its slides."""
         return CasePatches(case, parts)
@@ -77,6 +85,10 @@ class FeatureData:
     ) -> None:
         """Check that no slide was copied to another split."""
         check_copied_features(slides, {slide.id: readers[slide.id][0] for slide in slides})
+
+    def check_content(self, slide: str, reader: FeatureReader) -> None:
+        """Read all features of a slide."""
+        reader.features(slide)
 
     def join_case(self, case: str, parts: tuple[tuple[FeatureReader, str], ...]) -> FeatureReader:
         """Return the reader of a case from the reader and id of each of its slides."""

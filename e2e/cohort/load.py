@@ -116,7 +116,9 @@ def _load_data(
     pairs = _pair_with_data(table, data, spec)
     table, used = ([replace(s, id=pairs.get(s.id, s.id)) for s in rows] for rows in (table, used))
     labelled, label_problems = select_labelled(used, task)
-    matches, match_problems = match_slides(labelled, data.scales[0])
+    # What is left out must be known before the task is fitted; otherwise it is an error where it is read.
+    check_content = data.check_content if spec.unmatched == "drop" else None
+    matches, match_problems = match_slides(labelled, data.scales[0], check_content=check_content)
     # A slide of a store may have a row that is not used: then the row is the problem, if any.
     other_rows = {slide.id for slide in table} | {problem.slide for problem in problems}
     other_rows -= {slide.id for slide in labelled}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +19,10 @@ NOT_IN_TABLE = "not in the label table"
 
 
 def match_slides(
-    slides: Sequence[Slide], readers: Sequence[R]
+    slides: Sequence[Slide],
+    readers: Sequence[R],
+    *,
+    check_content: Callable[[str, R], None] | None = None,
 ) -> tuple[dict[str, R], list[Problem]]:
     """Find the reader of each slide, by exact id.
 
@@ -29,6 +32,9 @@ def match_slides(
         Slides of the label table.
     readers
         Patch stores or features.
+    check_content
+        Called with the id and the reader of each slide that has patches; raises UserError if the slide
+        cannot be used. None: whether it can is seen when it is read.
 
     Returns
     -------
@@ -56,7 +62,8 @@ def match_slides(
         for slide, reader in reader_of.items()
         if slide not in ids
     ]
-    counts, faults = _count_or_fault({k: r for k, r in reader_of.items() if k in ids})
+    used = {slide: reader for slide, reader in reader_of.items() if slide in ids}
+    counts, faults = _count_or_fault(used, check_content)
     problems += faults
     empty = {slide for slide, count in counts.items() if not count}
     problems += [
@@ -66,13 +73,18 @@ def match_slides(
     return matches, problems
 
 
-def _count_or_fault(reader_of: Mapping[str, R]) -> tuple[dict[str, int], list[Problem]]:
+def _count_or_fault(
+    reader_of: Mapping[str, R], check_content: Callable[[str, R], None] | None
+) -> tuple[dict[str, int], list[Problem]]:
     """Return the patches of each slide, and a problem for each whose file cannot be used."""
     counts: dict[str, int] = {}
     faults: dict[str, list[tuple[str, str]]] = {}
     for slide, reader in reader_of.items():
         try:
-            counts[slide] = reader.num_patches(slide)
+            count = reader.num_patches(slide)
+            if count and check_content is not None:
+                check_content(slide, reader)
+            counts[slide] = count
         except UserError as error:
             faults.setdefault(reader.path.name, []).append((slide, str(error).splitlines()[0]))
     return counts, [

@@ -257,6 +257,23 @@ def test_features_of_val_and_test_that_are_not_finite_stop_a_run_before_it_begin
     assert not (cohort / "run").exists()  # mended, the same command goes
 
 
+def test_features_that_are_not_finite_are_left_out_where_the_user_says_so(
+    cohort, monkeypatch, capsys
+):
+    for k in (2, 13):  # one of training, one of the test
+        write_unusable(cohort / "feats", k)
+    code, said = call(
+        train.main, monkeypatch, capsys, *arguments(cohort, "data.unmatched=drop", "optim.epochs=1")
+    )
+    assert code == 0, said
+    listed = pd.read_csv(cohort / "run" / "problems.csv")
+    assert listed["slide"].tolist() == ["s02", "s13"]
+    assert listed["problem"].str.contains("have NaN or Inf, first in row 4").all()
+    report = json.loads((cohort / "run" / "metrics.json").read_text())
+    assert report["test"]["slides"] == 3
+    assert sum(report["left_out"].values()) == 2
+
+
 @pytest.mark.slow
 def test_each_rank_looks_over_a_share_and_one_that_finds_nothing_stops_too(cohort):
     write_unusable(cohort / "feats", 13)
