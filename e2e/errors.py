@@ -149,7 +149,9 @@ def exit_code(main: Callable[[], int | None], *, interrupted: str | None = None)
     is_leader = os.environ.get("RANK", "0") == "0"
     try:
         with handle_signals():
-            return main() or 0
+            code = main() or 0
+            sys.stdout.flush()  # here, where an error can still be answered
+            return code
     except UserError as error:
         if error.on_every_rank or is_leader:
             _print_error(f"error: {error}")

@@ -58,7 +58,7 @@ def convert(
         If `out` was made with other settings, the disk is full, or it returns other bytes than were
         written. What was written before stays.
     """
-    recipe = {"source": "seed lmdb", "file": old.path.name, "mpp": mpp, "level0_px": level0_px}
+    recipe = {"source": "abmilx lmdb", "file": old.path.name, "mpp": mpp, "level0_px": level0_px}
     with StoreWriter(out, recipe | {"coords": old.has_coords}) as writer:
         rows = [Row.of(writer.record(slide), "packed") for slide in writer.done]
         other = [s for s in old.slides if s in writer.done and not _is_copied(old, writer, s)]

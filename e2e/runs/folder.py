@@ -21,7 +21,7 @@ from e2e.errors import DamagedDataError, UserError
 from e2e.features.check import check_features
 from e2e.files import lock_file, read_json, write_atomically, write_json
 from e2e.settings.layers import dump_settings
-from e2e.settings.paths import DATA_PATHS, resolve_paths
+from e2e.settings.paths import DATA_PATHS, WEIGHTS, resolve_paths
 from e2e.settings.schema import Settings
 from e2e.tasks.base import TASKS, Task
 
@@ -197,7 +197,10 @@ def write_inputs(
     """
     # Absolute, because a run is used from any directory.
     paths = {key: resolve_paths(getattr(settings.data, key), Path.cwd()) for key in DATA_PATHS}
-    settings = replace(settings, data=replace(settings.data, **paths))
+    encoder = settings.encoder
+    weights = {k: resolve_paths(v, Path.cwd()) for k, v in encoder.options.items() if k == WEIGHTS}
+    encoder = replace(encoder, options={**encoder.options, **weights})
+    settings = replace(settings, data=replace(settings.data, **paths), encoder=encoder)
     write_atomically(folder / "settings.yaml", dump_settings(settings).encode())
     write_cohort(slides, problems, folder / COHORT)
     if problems:

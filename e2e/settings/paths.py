@@ -1,4 +1,4 @@
-"""Paths of data in settings: relative to the YAML file that names them, or absolute."""
+"""Paths of data and weights in settings: relative to the YAML file that names them, or absolute."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 DATA_PATHS = ("labels", "stores", "scales", "features", "coords", "split_file")
 """Settings of the section ``data`` that hold paths."""
+WEIGHTS = "weights"
+"""The option of an encoder that is a path."""
 
 
 def resolve_data_paths(layer: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return a layer of settings whose relative paths of data are below a folder.
+    """Return a layer of settings whose relative paths of data and weights are below a folder.
 
     Parameters
     ----------
@@ -25,11 +27,13 @@ def resolve_data_paths(layer: Mapping[str, Any], folder: Path) -> dict[str, Any]
     dict
         The same with absolute paths; globs stay globs, and ``~`` the home folder.
     """
-    data = layer.get("data")
-    if not isinstance(data, Mapping):
-        return dict(layer)
-    paths = {key: resolve_paths(data[key], folder) for key in DATA_PATHS if key in data}
-    return {**layer, "data": {**data, **paths}}
+    resolved = dict(layer)
+    for section, keys in (("data", DATA_PATHS), ("encoder", (WEIGHTS,))):
+        values = layer.get(section)
+        if isinstance(values, Mapping):
+            paths = {key: resolve_paths(values[key], folder) for key in keys if key in values}
+            resolved[section] = {**values, **paths}
+    return resolved
 
 
 def resolve_paths(value: Any, folder: Path) -> Any:

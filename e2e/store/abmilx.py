@@ -59,7 +59,7 @@ class AbmilxStore:
         self.path = find_data_file(path)
         if not self.path.is_file():
             raise UserError(f"no LMDB at {path}")
-        self.recipe: dict[str, Any] = {"source": "seed lmdb"}
+        self.recipe: dict[str, Any] = {"source": "abmilx lmdb"}
         self._coords_files: dict[str, Path] | None = None
         if coords is not None:
             self._coords_files = {file.stem: file for file in find_coords_files(Path(coords))}

@@ -94,7 +94,9 @@ class DrawnSlides:
 
     def record(self, slide: str) -> SimpleNamespace:
         count = self.num_patches(slide)
-        return SimpleNamespace(num_patches=count, coords=np.zeros((count, 2), np.int32), patch_px=8)
+        return SimpleNamespace(
+            num_patches=count, coords=np.zeros((count, 2), np.int32), patch_px=8, level0_px=0.0
+        )
 
     def read(self, slide: str, indices: NDArray[np.int64]) -> Tensor:
         generator = torch.Generator().manual_seed(int(slide))

@@ -42,6 +42,24 @@ def test_relative_paths_of_a_yaml_are_relative_to_it(tmp_path, monkeypatch):
     assert data.split_file is None
 
 
+def test_weights_named_in_a_yaml_lie_beside_it_and_those_of_the_command_line_do_not(tmp_path):
+    (tmp_path / "c.yaml").write_text(COHORT)
+    (tmp_path / "more.yaml").write_text("encoder: {weights: w/a.pt}\n")
+
+    def weights(*overrides: str) -> str:
+        settings = load_settings(
+            datasets=f"{tmp_path}/c.yaml",
+            model="e2e_r18_abmil",
+            files=[f"{tmp_path}/more.yaml"],
+            overrides=overrides,
+            registries=REGISTRIES,
+        )
+        return settings.encoder.options["weights"]
+
+    assert weights() == f"{tmp_path}/w/a.pt"
+    assert weights("encoder.weights=here.pt") == "here.pt"
+
+
 def test_values_of_the_command_line_and_of_shipped_files_keep_the_working_directory(tmp_path):
     (tmp_path / "c.yaml").write_text(COHORT)
     assert load(f"{tmp_path}/c.yaml", "data.labels=here.csv").data.labels == "here.csv"
