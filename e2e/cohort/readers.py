@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
 
 from e2e.cohort.spec import CohortSpec
-from e2e.errors import UserError
+from e2e.errors import UserError, format_list
 from e2e.features.check import common_width
 from e2e.features.reader import FeatureFiles, open_features
 from e2e.store.open import expand_store_paths, open_store
 from e2e.store.records import PatchReader
+
+T = TypeVar("T")
 
 
 def open_patch_readers(
@@ -36,14 +41,28 @@ def open_patch_readers(
     UserError
         A store does not exist or cannot be read.
     """
-    return [
-        [
-            open_store(path, coords, verify=verify)
-            for entry in entries
-            for path in expand_store_paths(entry)
-        ]
-        for entries in scales
-    ]
+    open_one = partial(open_store, coords=coords, verify=verify)
+    return [_open_all(entries, open_one, "stores") for entries in scales]
+
+
+def _open_all(entries: Sequence[str], open_one: Callable[[Path], T], kind: str) -> list[T]:
+    """Open every file or folder; a UserError names all that cannot be opened."""
+    opened: list[T] = []
+    errors: list[UserError] = []
+    for path in (path for entry in entries for path in expand_store_paths(entry)):
+        try:
+            opened.append(open_one(path))
+        except UserError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        reasons = format_list(str(error).splitlines()[0] for error in errors)
+        raise UserError(
+            f"{len(errors)} of {len(opened) + len(errors)} {kind} cannot be used\n{reasons}\n"
+            f"  copy or make them again, or leave them out of data.{kind}"
+        )
+    return opened
 
 
 def open_feature_readers(entries: Sequence[str]) -> list[FeatureFiles]:
@@ -64,7 +83,7 @@ def open_feature_readers(entries: Sequence[str]) -> list[FeatureFiles]:
     UserError
         There are no features, their format is unknown, or they come from different encoders.
     """
-    readers = [open_features(path) for entry in entries for path in expand_store_paths(entry)]
+    readers = _open_all(entries, open_features, "features")
     common_width(readers)
     return readers
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from e2e.errors import UserError, format_list
 from e2e.registry import suggest
+from e2e.slides import show_id
 
 
 def read_mpp(table: Path) -> dict[str, float]:
@@ -26,7 +27,7 @@ def read_mpp(table: Path) -> dict[str, float]:
     """
     try:
         rows = list(csv.reader(table.read_text("utf-8-sig").splitlines()))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read the --mpp-override table {table}: {error}") from error
     header = [name.strip().lower() for name in rows[0]] if rows else []
     slide_column = next((name for name in ("slide", "wsi") if name in header), "")
@@ -36,6 +37,7 @@ def read_mpp(table: Path) -> dict[str, float]:
             f"{table} needs the columns slide,mpp and a row per slide; it has {columns}"
         )
     mpp: dict[str, float] = {}
+    faults: list[str] = []
     for line, cells in enumerate(rows[1:], start=2):
         row = dict(zip(header, map(str.strip, cells), strict=False))
         slide, text = row.get(slide_column, ""), row.get("mpp", "")
@@ -48,13 +50,15 @@ def read_mpp(table: Path) -> dict[str, float]:
         except ValueError:
             value = 0.0
         if not 0 < value < 1000 or not slide:
-            raise UserError(
-                f"{table} line {line}: slide '{slide}' has mpp '{text}'\n"
-                "  give a slide id and its micrometres per level-0 pixel, such as 0.25"
-            )
-        if slide in mpp:
-            raise UserError(f"{table} line {line}: slide '{slide}' occurs twice")
+            faults.append(f"line {line}: slide '{show_id(slide)}' has mpp '{show_id(text)}'")
+        elif slide in mpp:
+            faults.append(f"line {line}: slide '{show_id(slide)}' occurs twice")
         mpp[slide] = value
+    if faults:
+        raise UserError(
+            f"{table} has {len(faults)} row(s) that cannot be used\n{format_list(faults)}\n"
+            "  give each slide once, and its micrometres per level-0 pixel, such as 0.25"
+        )
     return mpp
 
 

@@ -111,6 +111,20 @@ def test_a_wrong_override_table_is_refused(tmp_path, text):
         read_mpp(tmp_path / "mpp.csv")
 
 
+def test_all_wrong_rows_of_an_override_table_are_named(tmp_path):
+    rows = ["slide,mpp", "a,fast", "b,0.5", "b,0.25", ",1", "c,-1"]
+    (tmp_path / "mpp.csv").write_text("\n".join(rows))
+    with pytest.raises(UserError) as error:
+        read_mpp(tmp_path / "mpp.csv")
+    assert str(error.value).splitlines()[:-1] == [
+        f"{tmp_path}/mpp.csv has 4 row(s) that cannot be used",
+        "  line 2: slide 'a' has mpp 'fast'",
+        "  line 4: slide 'b' occurs twice",
+        "  line 5: slide '' has mpp '1'",
+        "  line 6: slide 'c' has mpp '-1'",
+    ]
+
+
 def test_the_picture_shows_outline_and_grid(tmp_path):
     slides = cohort(tmp_path / "slides", 1)
     pack(source(slides), tmp_path / "out.lmdb", workers=0)
