@@ -140,8 +140,9 @@ def load_like_a_run(
         if is_placeholder:
             with h5py.File(Path(folder) / "features.h5", "w") as file:
                 for k, slide in enumerate(slides):
-                    # A different number of rows for each, since no two are copies; none is written.
-                    file.create_dataset(f"{slide.id}/feat", (1 + k, 1), np.float32)
+                    # A different number of rows for each, since no two are copies; none is written. Not
+                    # zeros: these are what a file has that was not written to its end.
+                    file.create_dataset(f"{slide.id}/feat", (1 + k, 1), np.float32, fillvalue=1)
             data = replace(data, features=[f"{folder}/features.h5"], scales=[])
         items, _ = load_slides(
             replace(settings, data=data),
