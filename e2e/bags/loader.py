@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +23,7 @@ from e2e.bags.chunk_plan import (
     single_chunk,
 )
 from e2e.bags.epoch_plan import plan_epoch, repeat_counts
-from e2e.bags.readers import R, cut_rows, share_crops
+from e2e.bags.readers import R, SlideRows, cut_rows, share_crops
 from e2e.bags.spec import BagSpec, LabelledSlide, slide_key
 from e2e.errors import UserError
 from e2e.seeds import mix_seed
@@ -94,8 +95,14 @@ def make_bag(
         seeds=tuple(mix_seed(spec.seed, epoch, keys[p.bag], "head") for p in parts),
         weight=torch.tensor([p.weight for p in parts]),
         shards=tuple(p.shards for p in parts),
-        sides=tuple(spec.side(items[p.bag]) for p in parts),
+        sides=tuple(_common_side(drawn[p.bag][0]) for p in parts),
     )
+
+
+def _common_side(rows: Sequence[SlideRows[R]]) -> float:
+    """Return the side of a bag's patches in level-0 pixels; NaN if it is unknown or they differ."""
+    sides = {part.level0_px for part in rows}
+    return (sides.pop() if len(sides) == 1 else 0.0) or math.nan
 
 
 def _bag_parts(chunks_of_ranks: Sequence[Sequence[PlannedChunk]], rank: int) -> list[_BagPart]:

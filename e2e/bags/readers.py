@@ -47,6 +47,8 @@ class SlideRows(Generic[R_co]):
     """Seed of the slide's augmentation draws."""
     crop_seeds: NDArray[np.uint64] | None = None
     """(n,) seeds for the crops alone, where patches share crop rectangles."""
+    level0_px: float = 0.0
+    """Side of the patches in level-0 pixels; 0 if unknown."""
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic
@@ -74,12 +73,6 @@ class BagSpec(Generic[R]):
             counts = [self.bag_size] * len(counts)
         return scale_quotas(self.bag_size, self.shares or (1,), counts)
 
-    def side(self, item: LabelledSlide[R]) -> float:
-        """Return the side of a slide's patches in level-0 pixels; NaN if it is unknown or they differ."""
-        if len(self._scales(item)) > 1:
-            return math.nan
-        return item.record.level0_px or math.nan
-
     def rows(
         self, item: LabelledSlide[R], epoch: int, repeat: int = 0
     ) -> tuple[list[SlideRows[R]], Tensor | None]:
@@ -122,7 +115,9 @@ class BagSpec(Generic[R]):
                 indices = pad_with_copies(indices, quota, slide=slide, scale=scale, **draw)
             seed_key = ("scale", scale) if scale else ()
             seed = mix_seed(self.seed, epoch, slide_key(slide, repeat), *seed_key)
-            rows.append(SlideRows(reader, slide, indices, record.patch_px, seed))
+            rows.append(
+                SlideRows(reader, slide, indices, record.patch_px, seed, level0_px=record.level0_px)
+            )
             coords.append(None if record.coords is None else record.coords[indices])
         if any(corners is None for corners in coords):
             return rows, None

@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from timm.layers.mlp import SwiGLUPacked
 from timm.layers.patch_embed import PatchEmbed
-from timm.models import load_state_dict, load_state_dict_from_hf
+from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 
 from e2e.encoders.base import ENCODERS, Encoder
 from e2e.encoders.foundation_keys import from_coca, from_swin, from_transformers
 from e2e.encoders.lora import add_lora
+from e2e.encoders.state_dicts import read_state_dict
 from e2e.encoders.timm import TimmEncoder, detect_offline, resampled
 from e2e.errors import UserError, format_list
 
@@ -238,7 +239,11 @@ def _card(name: str) -> Card:
 def _load_weights(encoder: FoundationEncoder, card: Card, weights: str | None) -> None:
     """Load a file, or the weights of the hub; the keys must be exactly those of the network."""
     net = encoder.net
-    published = _state_from_file(weights) if weights else _state_from_hub(encoder.model, card)
+    if weights:
+        content = read_state_dict(Path(weights))
+        published = {name.removeprefix("module."): value for name, value in content.items()}
+    else:
+        published = _state_from_hub(encoder.model, card)
     state, expected = card.convert_keys(published), net.state_dict()
     if "pos_embed" in state and "pos_embed" in expected:
         state["pos_embed"] = resampled(state["pos_embed"], expected["pos_embed"], net)
@@ -249,20 +254,6 @@ def _load_weights(encoder: FoundationEncoder, card: Card, weights: str | None) -
         raise UserError(
             f"{weights or card.source} does not fit the encoder '{encoder.model}'\n"
             f"{format_list(text if len(text) < 300 else f'{text[:300]} ...' for text in faults)}"
-        ) from error
-
-
-def _state_from_file(weights: str) -> dict[str, Tensor]:
-    """Return the state dict in a file; UserError where there is none."""
-    if not Path(weights).is_file():
-        raise UserError(f"no weights at {weights}\n  set encoder.weights to an existing file")
-    try:
-        return load_state_dict(weights, use_ema=False, weights_only=True)
-    except Exception as error:  # a file that is not a pickle may raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{weights} cannot be read as weights: {reason}\n"
-            "  a state dict is needed, saved with torch.save or as safetensors"
         ) from error
 
 

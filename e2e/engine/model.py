@@ -228,14 +228,14 @@ class MILModel(nn.Module):
         coords = bag.coords[number]
         if coords is not None:
             coords = coords.to(device).unsqueeze(0)
-        with self._draws(bag.seeds[number], device), self._autocast(device):
+        with self._draws(bag.seeds[number], device), self.autocast_context(device):
             return self.head(bag_features, mask, coords)
 
     def _pool_padded(self, bag: Bag, device: torch.device) -> HeadOutput:
         """Pool a batch of bags, each of which is one chunk of features."""
         rows = [bag.pixels(chunk.start, chunk.stop, device) for chunk in bag.chunks]
         features, mask = pad(rows)
-        with self._draws(bag.seeds[0], device), self._autocast(device):
+        with self._draws(bag.seeds[0], device), self.autocast_context(device):
             return self.head(features, mask, pad_coords(bag.coords, device))
 
     def _encode_all(self, bag: Bag, device: torch.device, ranks: Strategy | None) -> Tensor:
@@ -301,7 +301,7 @@ class MILModel(nn.Module):
             pixels = bag.pixels(chunk.start, chunk.stop, device, will_be_reread=will_be_reread)
             with (
                 self._draws(chunk.seed, device),
-                self._autocast(device),
+                self.autocast_context(device),
                 chunk_context(num_rows, is_second_pass),
             ):
                 features = self._features(pixels, recompute=recompute)
@@ -327,7 +327,8 @@ class MILModel(nn.Module):
         torch.compiler.cudagraph_mark_step_begin()
         return self._cuda_graphed(padded)[: len(pixels)].clone()
 
-    def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
+    def autocast_context(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return the context of every forward on ``device``: that of the run's precision."""
         if self.autocast is None:
             return nullcontext()
         # Without the cache, because it keeps one low-precision copy of each weight in which the

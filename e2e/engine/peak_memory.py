@@ -88,9 +88,6 @@ def _saved(model: MILModel, module: nn.Module, shape: tuple[int, ...], rows: int
     inputs = torch.zeros(rows, *shape, device=device)
     if len(shape) == 1:
         inputs = inputs.unsqueeze(0)  # a bag
-    autocast = torch.autocast(
-        device.type, dtype=model.autocast, enabled=model.autocast is not None, cache_enabled=False
-    )
     # A forward may change buffers, such as running statistics: it gets copies.
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     was_training = model.training
@@ -100,7 +97,7 @@ def _saved(model: MILModel, module: nn.Module, shape: tuple[int, ...], rows: int
         with (
             torch.random.fork_rng(devices),
             torch.enable_grad(),
-            autocast,
+            model.autocast_context(device),
             saved_bytes(module) as sizes,
         ):
             functional_call(module, buffers, (inputs,))

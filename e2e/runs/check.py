@@ -283,7 +283,8 @@ def report(args: argparse.Namespace, settings: Settings, task: Task, screen: Scr
     for line in describe_table(cohort_spec(settings.data), task, slides):
         screen.say(line)
     items = load_like_a_run(settings, task, args.problems, slides)
-    if with_data and on_features(settings):
+    # With "drop" all features were read when the cohort was loaded.
+    if with_data and on_features(settings) and settings.data.unmatched != "drop":
         check_values(items, screen)
     lines = describe_splits(items, task, count_patches=with_data)
     if site:

@@ -110,7 +110,8 @@ def train(settings: Settings, folder: Path, *, resume: bool, overwrite: bool = F
             if strategy.is_leader and has_checkpoint:
                 check_same_patches(parts.patch_kinds, folder)
         if not has_checkpoint:
-            _check_evaluation_features(parts, strategy, screen)
+            if settings.data.unmatched != "drop":  # then all were read when the cohort was loaded
+                _check_evaluation_features(parts, strategy, screen)
             if not resume:
                 _lock_together(lock, folder, strategy)
             if overwrite:

@@ -28,7 +28,6 @@ from e2e.store.coords import find_coords_files, read_coords
 from e2e.store.pickles import read_pickle, read_pickled_bytes
 from e2e.store.records import Indices, SlideRecord
 from e2e.store.snapshot import missing_patch_error, read_ahead, read_snapshot, read_value
-from e2e.store.tree import check_tree
 
 T = TypeVar("T")
 
@@ -283,12 +282,7 @@ def is_abmilx_file(file: Path) -> bool:
     UserError, DamagedDataError
         As :func:`e2e.store.snapshot.read_snapshot`.
     """
-
-    def look(txn: Any) -> bool:
-        check_tree(file, txn.id())
-        return _has_abmilx_keys(txn)
-
-    return read_snapshot(file, look)
+    return read_snapshot(file, _has_abmilx_keys)
 
 
 def _has_abmilx_keys(txn: Any) -> bool:

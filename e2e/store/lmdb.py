@@ -216,7 +216,6 @@ class PatchStore:
 
     def _read_contents(self, txn: lmdb.Transaction) -> tuple[dict[str, Any], dict[str, _Entry]]:
         """Return the recipe, and what is kept of each slide."""
-        check_tree(self.path, txn.id())
         recipe = _read_header(txn, self.path)["recipe"]
         metadata = {slide: read_metadata(value) for slide, value in _slide_values(txn)}
         check_ids(metadata, self.path)

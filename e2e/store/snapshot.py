@@ -21,6 +21,7 @@ import numpy as np
 from lmdb import _envid
 
 from e2e.errors import DamagedDataError, OneRankError, UserError
+from e2e.store.tree import check_tree
 
 T = TypeVar("T")
 
@@ -106,7 +107,7 @@ def read_snapshot(path: Path, work: Callable[[lmdb.Transaction], T], key: str | 
         If the file is not an LMDB file, was cut short, or is written faster than it can be read; and
         what `work` raises.
     DamagedDataError
-        If LMDB, the JSON parser or the text decoder rejects what is in the file.
+        If the tree, checked at the first read in a process, LMDB, JSON or text in the file is damaged.
     """
     environment = _open_environment(path, key)
     for _ in range(ATTEMPTS):
@@ -116,6 +117,9 @@ def read_snapshot(path: Path, work: Callable[[lmdb.Transaction], T], key: str | 
         try:
             with environment.begin(buffers=True) as txn:
                 first_txn = txn.id()
+                if environment not in _CHECKED:
+                    check_tree(path, first_txn)
+                    _CHECKED.add(environment)
                 result = work(txn)
         except lmdb.MapResizedError as error:
             raise OneRankError(
@@ -138,6 +142,8 @@ def read_snapshot(path: Path, work: Callable[[lmdb.Transaction], T], key: str | 
 
 
 _ENVIRONMENTS: dict[tuple[int, str], lmdb.Environment] = {}
+_CHECKED: set[lmdb.Environment] = set()
+"""Open files whose tree was checked, in the first transaction."""
 _OPENING = threading.Lock()
 
 

@@ -34,10 +34,6 @@ U8 = NDArray[np.uint8]
 I64 = NDArray[np.int64]
 
 
-_CHECKED: set[tuple[int, ...]] = set()
-"""Files, and their newest transactions, that this process has checked."""
-
-
 class _Meta(NamedTuple):
     """What a meta page says of the main tree."""
 
@@ -64,10 +60,6 @@ def check_tree(path: Path, transaction: int) -> None:
     ValueError
         The file is damaged.
     """
-    status = path.stat()
-    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, transaction)
-    if key in _CHECKED:
-        return
     content: U8 = np.memmap(path, np.uint8, "r")
     first = _read_meta(content, HEADER)
     metas = [first, _read_meta(content, first.page_size + HEADER)]
@@ -83,7 +75,6 @@ def check_tree(path: Path, transaction: int) -> None:
         num_entries = _count_entries(content, meta)
         if num_entries != meta.entries:
             raise ValueError(f"it has {num_entries:,} of {meta.entries:,} entries")
-    _CHECKED.add(key)
 
 
 def _read_meta(content: U8, start: int) -> _Meta:

@@ -73,17 +73,18 @@ def campaign(folder: Path, seed: int, only: Sequence[str], share: float) -> int:
         for name, command in COMMANDS.items()
     }
     plan |= {
-        name: (mutate_format, what, MUTATIONS / len(FORMATS)) for name, what in FORMATS.items()
+        name: (mutate_format, file_format, MUTATIONS / len(FORMATS))
+        for name, file_format in FORMATS.items()
     }
     plan["replaced store"] = (replace_stores, None, REPLACED)
     rows: dict[str, Counter[Outcome]] = {}
-    for name, (work, what, count) in plan.items():
+    for name, (work, subject, count) in plan.items():
         if only and name not in only:
             continue
         work_folder = folder / name.replace(" ", "_")
         work_folder.mkdir()
         outside = list_outside(folder)
-        rows[name] = work(project, work_folder, what, math.ceil(count * share), seed)
+        rows[name] = work(project, work_folder, subject, math.ceil(count * share), seed)
         if new := list_outside(folder) - outside - {work_folder.name}:
             rows[name][Outcome.OUTSIDE] += len(new)
             print(f"{name}: written outside its folder: {sorted(new)}")

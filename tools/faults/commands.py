@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import signal
@@ -23,7 +22,7 @@ from e2e.store.lmdb import PatchStore
 from tools.faults.children import SIGNALS as BLOCKED
 from tools.faults.children import Ended, run, start, wait
 from tools.faults.outcomes import Outcome
-from tools.faults.project import EXTRACT, MODEL, PACK, Project, call
+from tools.faults.project import EXTRACT, MODEL, PACK, Project, call, digest
 
 SIGNALS = (signal.SIGKILL,) * 3 + (signal.SIGTERM, signal.SIGINT)
 INTERRUPTED = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -157,13 +156,9 @@ def _files(*names: str) -> Callable[[Path], Results]:
     """Results that are files, equal to the byte."""
 
     def digests(out: Path) -> Results:
-        return {name: _digest((out / name).read_bytes()) for name in names}
+        return {name: digest((out / name).read_bytes()) for name in names}
 
     return digests
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
 def _packed(out: Path) -> Results:
@@ -172,7 +167,7 @@ def _packed(out: Path) -> Results:
     for slide in store.slides:
         record = store.record(slide)
         jpegs = store.read(slide, range(record.num_patches))
-        results[slide] = _digest(
+        results[slide] = digest(
             b"".join(jpegs) + record.require_coords().tobytes() + repr(record.mpp).encode()
         )
     return results
@@ -183,13 +178,13 @@ def _extracted(out: Path) -> Results:
     for path in sorted(out.rglob("*.h5")):
         with h5py.File(path) as file:
             features: Any = file["features"]
-            results[path.name] = _digest(features[()].tobytes())
+            results[path.name] = digest(features[()].tobytes())
     return results
 
 
 def _exported(out: Path) -> Results:
     with zipfile.ZipFile(out / "model.zip") as archive:
-        return {name: _digest(archive.read(name)) for name in archive.namelist()}
+        return {name: digest(archive.read(name)) for name in archive.namelist()}
 
 
 def _resume(project: Project, out: Path) -> list[object]:

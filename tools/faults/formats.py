@@ -32,6 +32,7 @@ from tools.faults.project import (
     Project,
     call,
     coords_files,
+    digest,
     foreign_features,
     store_index,
 )
@@ -39,7 +40,7 @@ from tools.faults.project import (
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file: how it is made, read and damaged."""
+    """A kind of file: how it is input_path, read and damaged."""
 
     make: Callable[[Project, Path], Path]
     """Copies or writes an input to a folder and returns the file to damage, or the folder of such files."""
@@ -54,25 +55,29 @@ class Format:
 
 
 def mutate_format(
-    project: Project, folder: Path, what: Format, count: int, seed: int
+    project: Project, folder: Path, file_format: Format, count: int, seed: int
 ) -> Counter[Outcome]:
     """Read the input ``count`` times, each time with another damage to one file."""
     draw = random.Random(f"{seed} {folder.name}")
     refused, expected = _read_in_child(
-        what, what.make(project, _new(folder / "reference")), folder / "log"
+        file_format, file_format.make(project, _new(folder / "reference")), folder / "log"
     )
     if refused is not None:
         raise RuntimeError(f"{folder.name}: the undamaged input cannot be read: {expected}")
     outcomes: Counter[Outcome] = Counter()
     for number in range(count):
         trial = _new(folder / str(number))
-        made = what.make(project, trial)
-        files = sorted(p for p in made.rglob("*") if p.is_file()) if made.is_dir() else [made]
+        input_path = file_format.make(project, trial)
+        files = (
+            sorted(p for p in input_path.rglob("*") if p.is_file())
+            if input_path.is_dir()
+            else [input_path]
+        )
         file = draw.choice(files)
-        kind = mutate(file, draw, is_text=what.is_text)
-        outcome, value = _read_in_child(what, made, folder / "log")
+        kind = mutate(file, draw, is_text=file_format.is_text)
+        outcome, value = _read_in_child(file_format, input_path, folder / "log")
         if outcome is None:
-            changed = Outcome.WRONG if what.has_checksums else Outcome.OTHER
+            changed = Outcome.WRONG if file_format.has_checksums else Outcome.OTHER
             outcome = Outcome.SAME if value == expected else changed
         outcomes[outcome] += 1
         if outcome in (Outcome.WRONG, Outcome.TRACEBACK, Outcome.CRASH):
@@ -82,18 +87,22 @@ def mutate_format(
     return outcomes
 
 
-def _read_in_child(what: Format, made: Path, log: Path) -> tuple[Outcome | None, object]:
+def _read_in_child(
+    file_format: Format, input_path: Path, log: Path
+) -> tuple[Outcome | None, object]:
     """Return the outcome, or None and a digest of what was read."""
 
     def work() -> str:
         try:
-            return hashlib.blake2b(repr(what.read(made)).encode(errors="replace")).hexdigest()
+            return hashlib.blake2b(
+                repr(file_format.read(input_path)).encode(errors="replace")
+            ).hexdigest()
         except UserError as error:
             return f"error: {error}"
 
     ended = run(work, log)
     if ended.value is None:
-        if ended.is_hung and what.may_hang:
+        if ended.is_hung and file_format.may_hang:
             return Outcome.HUNG, None
         print(ended.text[-2500:])
         return (Outcome.CRASH if ended.code < 0 else Outcome.TRACEBACK), None
@@ -107,10 +116,6 @@ def _new(folder: Path) -> Path:
     return folder
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=12).hexdigest()
-
-
 def read_store(path: Path) -> object:
     """Read everything in a patch store."""
     store = PatchStore(path)
@@ -119,9 +124,7 @@ def read_store(path: Path) -> object:
         record = store.record(slide)
         jpegs = store.read(slide, range(record.num_patches))
         fields = {name: value for name, value in vars(record).items() if name != "coords"}
-        content.append(
-            (fields, _digest(record.require_coords().tobytes()), _digest(b"".join(jpegs)))
-        )
+        content.append((fields, digest(record.require_coords().tobytes()), digest(b"".join(jpegs))))
     return content
 
 
@@ -132,14 +135,14 @@ def read_features(path: Path) -> object:
     for slide in features.slides:
         rows, coords = features.features(slide), features.record(slide).coords
         places = None if coords is None else coords.tolist()
-        content.append((slide, _digest(rows.numpy().tobytes()), places))
+        content.append((slide, digest(rows.numpy().tobytes()), places))
     return content
 
 
 def read_checkpoint(path: Path) -> object:
     """Read all tensors and counters of a checkpoint."""
     tensors, state = load_checkpoint(path)
-    return [(name, _digest(tensors[name].numpy().tobytes())) for name in sorted(tensors)], state
+    return [(name, digest(tensors[name].numpy().tobytes())) for name in sorted(tensors)], state
 
 
 def read_export(path: Path) -> object:
@@ -159,8 +162,7 @@ def read_run(folder: Path) -> object:
 
 def read_run_of(file: Path) -> object:
     """Read the run folder of a file, and its predictions."""
-    content = read_run(file.parent), read_predictions(file.parent, "test")
-    return content
+    return read_run(file.parent), read_predictions(file.parent, "test")
 
 
 def read_labels(file: Path) -> object:
@@ -184,18 +186,18 @@ def read_cohort_settings(file: Path) -> object:
     )
 
 
-def pack_and_read(made: Path, *, option: str) -> object:
+def pack_and_read(input_path: Path, *, option: str) -> object:
     """Pack a folder and read the store."""
-    out = made.parent / "packed.lmdb"
+    out = input_path.parent / "packed.lmdb"
     options = () if option == "--patches" else PACK
     if option == "--coords":
-        options = ("--workers", "0", "--slides", made.parents[2] / "project" / "slides")
-    code = call("pack", option, made, "--out", out, *options)
+        options = ("--workers", "0", "--slides", input_path.parents[2] / "project" / "slides")
+    code = call("pack", option, input_path, "--out", out, *options)
     if code:  # 3: a slide is left out, and named
         raise UserError("see the log")
     store = PatchStore(out)
     patches = {s: store.read(s, range(store.num_patches(s))) for s in store.slides}
-    return [(slide, _digest(b"".join(jpegs))) for slide, jpegs in patches.items()]
+    return [(slide, digest(b"".join(jpegs))) for slide, jpegs in patches.items()]
 
 
 def _copy(file: str) -> Callable[[Project, Path], Path]:

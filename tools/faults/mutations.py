@@ -24,7 +24,7 @@ WORDS = (
     ),
     *(
         "../../escaped",
-        "/tmp/escaped",
+        "/escaped",
         "a/b",
         "C:\\escaped",
         ".",

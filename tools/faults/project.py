@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import shutil
@@ -96,6 +97,11 @@ class Project:
 def call(*words: object) -> int:
     """Run a command of ``e2e`` in this process, and return its exit code."""
     return exit_code(lambda: cli.run([str(word) for word in words]))
+
+
+def digest(content: bytes) -> str:
+    """Return a short digest, by which contents are compared."""
+    return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
 def make_project(folder: Path) -> Project:
